@@ -1,0 +1,496 @@
+"""Schedules: functions of the step that are pytrees of their numbers.
+
+    decay = cosine_decay_schedule(1e-3, decay_steps=2000)
+    decay(0), decay(1000), decay(2000)          # 1e-3, 5e-4, 0
+    adam(decay)                                 # any number of an optimizer may be a schedule
+    jax.vmap(lambda peak, steps: adam(cosine_decay_schedule(peak, steps)))(peaks, steps)
+
+Steps count from 0, which is the first update. A step may be an integer, a tracer or an array of
+steps; the value is float32 (float64 under x64). Every number may be traced and swept, step counts
+and boundaries included: nothing here branches on a number. Where optax has a schedule, the one of
+that name takes the same call and gives the same values.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from optax import Schedule
+
+from jgd.arguments import Count, NonNegative, Number, Numbers, Positive
+from jgd.pytree import as_pytree
+
+__all__ = [
+    "constant_schedule",
+    "cosine_decay_schedule",
+    "cosine_onecycle_schedule",
+    "exponential_decay",
+    "inverse_sqrt_decay",
+    "inverse_time_decay",
+    "join_schedules",
+    "linear_onecycle_schedule",
+    "linear_schedule",
+    "piecewise_constant",
+    "piecewise_constant_schedule",
+    "piecewise_interpolate_schedule",
+    "polynomial_schedule",
+    "sgdr_schedule",
+    "warmup_constant_schedule",
+    "warmup_cosine_decay_schedule",
+    "warmup_exponential_decay_schedule",
+    "warmup_stable_decay_schedule",
+]
+
+
+# --- pieces ----------------------------------------------------------------------------------
+
+
+def _float(step: Any) -> jax.Array:
+    return jnp.asarray(step, float)  # exact up to 2^24 in float32
+
+
+def _ratio(x: Any, length: Any) -> Any:
+    """x / length, and 0 for a length of 0 or less, where optax holds the initial value."""
+    positive = length > 0
+    return jnp.where(positive, x / jnp.where(positive, length, 1), 0)
+
+
+def _ramp(step: Any, begin: Any, length: Any) -> Any:
+    """0 up to `begin`, 1 from `begin + length` on, a straight line between."""
+    return jnp.clip(_ratio(_float(step) - begin, length), 0, 1)
+
+
+def _whole(x: Any, length: Any) -> Any:
+    """floor(x / length) that is exact at multiples: compilers turn division into multiplication."""
+    quotient = jnp.floor(_ratio(x, length))
+    rest = x - quotient * length
+    return quotient + jnp.where(rest >= length, 1.0, 0.0) - jnp.where(rest < 0, 1.0, 0.0)
+
+
+def _power(base: Any, exponent: Any) -> Any:
+    """base^exponent for a base of 0 or more, with finite derivatives at 0."""
+    positive = base > 0
+    power = jnp.where(positive, base, 1) ** exponent
+    return jnp.where(positive, power, jnp.where(exponent == 0, 1.0, 0.0))
+
+
+def _vector(numbers: Any) -> jax.Array:
+    if isinstance(numbers, tuple | list):
+        return jnp.stack(numbers) if numbers else jnp.zeros([0])
+    return numbers
+
+
+def _boundaries_and_scales(pairs: Any) -> tuple[jax.Array, jax.Array]:
+    """Two arrays, from optax's dict or from a pair of sequences."""
+    if pairs is None:
+        pairs = {}
+    if isinstance(pairs, dict):
+        ordered = sorted(pairs)
+        return _vector([_float(b) for b in ordered]), _vector([pairs[b] for b in ordered])
+    boundaries, scales = map(_vector, pairs)
+    if boundaries.shape != scales.shape:
+        raise ValueError(f"{boundaries.size} boundaries need as many scales, got {scales.size}")
+    return boundaries, scales
+
+
+# --- one formula each ------------------------------------------------------------------------
+
+
+@as_pytree
+def constant_schedule(value: Number) -> Schedule:
+    """value, at every step.
+
+    Args:
+      value: any number.
+    """
+    return lambda step: jnp.broadcast_to(value, jnp.shape(step))
+
+
+@as_pytree
+def polynomial_schedule(
+    init_value: Number,
+    end_value: Number,
+    power: NonNegative,
+    transition_steps: Number,
+    transition_begin: Number = 0,
+) -> Schedule:
+    """end_value + (init_value - end_value) (1 - x)^power, with x from 0 to 1.
+
+    x = (step - transition_begin) / transition_steps, clipped to [0, 1]: `init_value` up to
+    `transition_begin`, `end_value` from `transition_begin + transition_steps` on.
+
+    Args:
+      init_value, end_value: any numbers.
+      power: at least 0; 1 is linear.
+      transition_steps: length of the ramp; 0 or less holds `init_value` for ever.
+      transition_begin: where the ramp starts; less than 0 counts as 0.
+    """
+
+    def value(step: Any) -> Any:
+        rest = 1 - _ramp(step, jnp.maximum(transition_begin, 0), transition_steps)
+        return end_value + (init_value - end_value) * _power(rest, power)
+
+    return value
+
+
+@as_pytree
+def linear_schedule(
+    init_value: Number, end_value: Number, transition_steps: Number, transition_begin: Number = 0
+) -> Schedule:
+    """A straight line from init_value to end_value: `polynomial_schedule` of power 1."""
+    return polynomial_schedule(init_value, end_value, 1.0, transition_steps, transition_begin)
+
+
+@as_pytree
+def exponential_decay(
+    init_value: Number,
+    transition_steps: Number,
+    decay_rate: NonNegative,
+    transition_begin: Number = 0,
+    staircase: bool = False,
+    end_value: Number | None = None,
+) -> Schedule:
+    """init_value decay_rate^((step - transition_begin) / transition_steps).
+
+    Args:
+      init_value: the value up to `transition_begin`.
+      transition_steps: the steps in which the value is multiplied once; 0 or less holds
+        `init_value` for ever.
+      decay_rate: at least 0; 0 holds `init_value` for ever, as in optax.
+      transition_begin: where the decay starts; less than 0 counts as 0.
+      staircase: True floors the exponent: a step down at each multiple of `transition_steps`, which
+        has the lower value already.
+      end_value: where the decay stops, a lower bound for rates below 1, an upper bound above.
+    """
+
+    def value(step: Any) -> Any:
+        passed = jnp.maximum(_float(step) - jnp.maximum(transition_begin, 0), 0)
+        floor = _whole if staircase else _ratio
+        decays = decay_rate > 0
+        rate = jnp.where(decays, decay_rate, 1)
+        decayed = init_value * rate ** jnp.where(
+            transition_steps > 0, floor(passed, transition_steps), 0
+        )
+        if end_value is None:
+            return decayed
+        bounded = jnp.where(
+            rate < 1, jnp.maximum(decayed, end_value), jnp.minimum(decayed, end_value)
+        )
+        return jnp.where(decays & (transition_steps > 0), bounded, init_value)
+
+    return value
+
+
+@as_pytree
+def inverse_time_decay(
+    init_value: Number,
+    transition_steps: Positive,
+    decay_rate: NonNegative,
+    *,
+    staircase: bool = False,
+) -> Schedule:
+    """init_value / (1 + decay_rate step / transition_steps): the textbooks' 1/t.
+
+    Args:
+      init_value: the value at step 0.
+      transition_steps: above 0; after that many steps the denominator has grown by `decay_rate`.
+      decay_rate: at least 0; 0 is constant.
+      staircase: True floors step / transition_steps; a multiple has the lower value already.
+    """
+    floor = _whole if staircase else _ratio
+    return lambda step: init_value / (1 + decay_rate * floor(_float(step), transition_steps))
+
+
+@as_pytree
+def inverse_sqrt_decay(peak_value: Number, warmup_steps: NonNegative = 1.0) -> Schedule:
+    """peak_value min((step + 1) / w, sqrt(w / (step + 1))), for w = max(warmup_steps, 1).
+
+    The transformer's schedule: a straight line to `peak_value` at step w - 1, then 1 / sqrt.
+
+    Args:
+      peak_value: the highest value.
+      warmup_steps: at least 0; up to 1 there is no warmup, and `peak_value` comes at step 0.
+
+    Source: Vaswani et al. 2017, equation 3, with the peak d_model^-0.5 warmup_steps^-0.5.
+    """
+
+    def value(step: Any) -> Any:
+        now, warmup = _float(step) + 1, jnp.maximum(warmup_steps, 1)
+        return peak_value * jnp.minimum(now / warmup, jnp.sqrt(warmup / now))
+
+    return value
+
+
+@as_pytree
+def cosine_decay_schedule(
+    init_value: Number, decay_steps: Positive, alpha: Number = 0.0, exponent: NonNegative = 1.0
+) -> Schedule:
+    """init_value ((1 - alpha) ((1 + cos(pi x)) / 2)^exponent + alpha), x from 0 to 1.
+
+    x = step / decay_steps, at most 1: `init_value` at step 0, `alpha init_value` from
+    `decay_steps` on.
+
+    Args:
+      init_value: any number.
+      decay_steps: above 0.
+      alpha: the fraction of `init_value` at the end; 0 by default.
+      exponent: at least 0; 1 by default.
+
+    Source: Loshchilov & Hutter 2017, arXiv:1608.03983.
+    """
+
+    def value(step: Any) -> Any:
+        cosine = 0.5 * (1 + jnp.cos(jnp.pi * _ramp(step, 0, decay_steps)))
+        return init_value * ((1 - alpha) * _power(cosine, exponent) + alpha)
+
+    return value
+
+
+# --- pieces joined ---------------------------------------------------------------------------
+
+
+@as_pytree
+def piecewise_constant(boundaries: Numbers, values: Numbers) -> Schedule:
+    """values[i], for the number i of boundaries at or below the step: the textbook's staircase.
+
+    Args:
+      boundaries: n steps in rising order, a sequence or an array; at one the new value holds.
+      values: n + 1 numbers.
+
+    Raises: ValueError in the call of the schedule if the lengths do not fit.
+    Differs from: `piecewise_constant_schedule`, which multiplies; Keras, where the old value still
+      holds at a boundary.
+    """
+    edges, levels = _vector(boundaries), _vector(values)
+    if levels.shape != (edges.size + 1,):
+        raise ValueError(
+            f"piecewise_constant: {edges.size} boundaries need {edges.size + 1} values, got"
+            f" {levels.size}"
+        )
+    return lambda step: levels[jnp.searchsorted(edges, _float(step), side="right")]
+
+
+@as_pytree
+def piecewise_constant_schedule(
+    init_value: Number, boundaries_and_scales: Numbers | None = None
+) -> Schedule:
+    """init_value times the product of the scales whose boundaries are at or below the step.
+
+    Args:
+      init_value: the value before the first boundary.
+      boundaries_and_scales: optax's dict of boundaries and scales, or a pair (boundaries, scales)
+        of sequences or arrays in rising order: keys of a dict cannot be traced, arrays can. None:
+        constant.
+
+    Differs from: `piecewise_constant`, which takes the values themselves.
+    """
+    edges, scales = _boundaries_and_scales(boundaries_and_scales)
+    levels = init_value * jnp.concatenate([jnp.ones([1]), jnp.cumprod(scales)])
+    return lambda step: levels[jnp.searchsorted(edges, _float(step), side="right")]
+
+
+@as_pytree
+def piecewise_interpolate_schedule(
+    interpolate_type: str, init_value: Number, boundaries_and_scales: Numbers | None = None
+) -> Schedule:
+    """Lines or cosines between init_value and its successive products with the scales.
+
+    Args:
+      interpolate_type: "linear" or "cosine".
+      init_value: the value at step 0.
+      boundaries_and_scales: as in `piecewise_constant_schedule`; at a boundary the product is
+        reached, after the last it holds.
+
+    Raises: ValueError for another `interpolate_type`.
+    """
+    if interpolate_type not in ("linear", "cosine"):
+        raise ValueError(
+            "piecewise_interpolate_schedule: interpolate_type must be 'linear' or 'cosine', got"
+            f" {interpolate_type!r}"
+        )
+    edges, scales = _boundaries_and_scales(boundaries_and_scales)
+    knots = jnp.concatenate([jnp.zeros([1]), edges])
+    levels = init_value * jnp.concatenate([jnp.ones([1]), jnp.cumprod(scales)])
+    last = edges.size
+
+    def value(step: Any) -> Any:
+        now = _float(step)
+        left = jnp.clip(jnp.searchsorted(knots, now, side="right") - 1, 0, last)
+        right = jnp.minimum(left + 1, last)
+        x = _ramp(now, knots[left], knots[right] - knots[left])
+        if interpolate_type == "cosine":
+            x = 0.5 * (1 - jnp.cos(jnp.pi * x))
+        return levels[left] + (levels[right] - levels[left]) * x
+
+    return value
+
+
+@as_pytree
+def linear_onecycle_schedule(
+    transition_steps: Positive,
+    peak_value: Number,
+    pct_start: NonNegative = 0.3,
+    pct_final: NonNegative = 0.85,
+    div_factor: Positive = 25.0,
+    final_div_factor: Positive = 1e4,
+) -> Schedule:
+    """Three lines: up to the peak, down to where it began, and on down to almost nothing.
+
+    peak / div_factor at step 0, peak at floor(pct_start n), peak / div_factor at floor(pct_final n)
+    and peak / (div_factor final_div_factor) from n = transition_steps on.
+
+    Args:
+      transition_steps: above 0.
+      peak_value: the highest value.
+      pct_start, pct_final: fractions of `transition_steps`, in rising order.
+      div_factor, final_div_factor: above 0.
+
+    Source: Smith & Topin 2017, arXiv:1708.07120.
+    """
+    knots = [jnp.floor(pct_start * transition_steps), jnp.floor(pct_final * transition_steps)]
+    scales = [div_factor, 1 / div_factor, 1 / final_div_factor]
+    start = peak_value / div_factor
+    return piecewise_interpolate_schedule("linear", start, ([*knots, transition_steps], scales))
+
+
+@as_pytree
+def cosine_onecycle_schedule(
+    transition_steps: Positive,
+    peak_value: Number,
+    pct_start: NonNegative = 0.3,
+    div_factor: Positive = 25.0,
+    final_div_factor: Positive = 1e4,
+) -> Schedule:
+    """Two cosines: up to the peak and down to almost nothing.
+
+    peak / div_factor at step 0, peak at floor(pct_start n), peak / (div_factor final_div_factor)
+    from n = transition_steps on. Args: as `linear_onecycle_schedule`.
+
+    Source: Smith & Topin 2017, arXiv:1708.07120.
+    """
+    knots = [jnp.floor(pct_start * transition_steps), transition_steps]
+    scales = [div_factor, 1 / (div_factor * final_div_factor)]
+    return piecewise_interpolate_schedule("cosine", peak_value / div_factor, (knots, scales))
+
+
+@as_pytree
+def join_schedules(schedules: Numbers, boundaries: Numbers) -> Schedule:
+    """schedules[i](step - boundaries[i-1]), for the number i of boundaries at or below the step.
+
+    Args:
+      schedules: n + 1 callables, each counting from its own 0.
+      boundaries: n steps in rising order. At a boundary the next schedule holds.
+
+    Raises: ValueError in the call of the schedule if the lengths do not fit.
+    """
+    edges = _vector(boundaries)
+    if len(schedules) != edges.size + 1:
+        raise ValueError(
+            f"join_schedules: {len(schedules)} schedules need {len(schedules) - 1} boundaries, got"
+            f" {edges.size}"
+        )
+
+    def value(step: Any) -> Any:
+        now = _float(step)
+        result = schedules[0](now)
+        for index, schedule in enumerate(schedules[1:]):
+            # a schedule is asked about its own steps only
+            after = now >= edges[index]
+            own = jnp.where(after, now - edges[index], 0)
+            result = jnp.where(after, schedule(own), result)
+        return result
+
+    return value
+
+
+@as_pytree
+def warmup_constant_schedule(
+    init_value: Number, peak_value: Number, warmup_steps: Number
+) -> Schedule:
+    """A line from init_value to peak_value at step warmup_steps, which then holds."""
+    return linear_schedule(init_value, peak_value, warmup_steps)
+
+
+@as_pytree
+def warmup_cosine_decay_schedule(
+    init_value: Number,
+    peak_value: Number,
+    warmup_steps: Count,
+    decay_steps: Positive,
+    end_value: Number = 0.0,
+    exponent: NonNegative = 1.0,
+) -> Schedule:
+    """A line from init_value up to peak_value, then a cosine down to end_value.
+
+    The peak is at step `warmup_steps`, `end_value` from `decay_steps` on.
+
+    Args:
+      init_value, peak_value, end_value: any numbers.
+      warmup_steps: at least 0.
+      decay_steps: the length of the whole, warmup included (Keras excludes it).
+      exponent: at least 0, of the cosine; 1 by default.
+
+    Source: Loshchilov & Hutter 2017, arXiv:1608.03983.
+    """
+    scaled = peak_value != 0
+    alpha = jnp.where(scaled, end_value / jnp.where(scaled, peak_value, 1), 0)
+    decay = cosine_decay_schedule(peak_value, decay_steps - warmup_steps, alpha, exponent)
+    rise = linear_schedule(init_value, peak_value, warmup_steps)
+    return join_schedules([rise, decay], [warmup_steps])
+
+
+@as_pytree
+def warmup_exponential_decay_schedule(
+    init_value: Number,
+    peak_value: Number,
+    warmup_steps: Count,
+    transition_steps: Number,
+    decay_rate: NonNegative,
+    transition_begin: Number = 0,
+    staircase: bool = False,
+    end_value: Number | None = None,
+) -> Schedule:
+    """A line from init_value to peak_value at step warmup_steps, then `exponential_decay`.
+
+    Args: as `exponential_decay`, whose steps count from the peak.
+    """
+    rise = linear_schedule(init_value, peak_value, warmup_steps)
+    decay = exponential_decay(
+        peak_value, transition_steps, decay_rate, transition_begin, staircase, end_value
+    )
+    return join_schedules([rise, decay], [warmup_steps])
+
+
+@as_pytree
+def warmup_stable_decay_schedule(
+    init_value: Number,
+    peak_value: Number,
+    warmup_steps: Count,
+    stable_steps: Count,
+    decay_steps: Count,
+    end_value: Number = 0.0,
+) -> Schedule:
+    """A line up to peak_value, peak_value for stable_steps, a line down to end_value.
+
+    The peak holds from step `warmup_steps` to `warmup_steps + stable_steps`; `end_value` holds
+    from `warmup_steps + stable_steps + decay_steps` on.
+
+    Source: Hu et al. 2024 (WSD), arXiv:2404.06395.
+    """
+    rise = linear_schedule(init_value, peak_value, warmup_steps)
+    fall = linear_schedule(peak_value, end_value, decay_steps, stable_steps)
+    return join_schedules([rise, fall], [warmup_steps])
+
+
+@as_pytree
+def sgdr_schedule(cosine_kwargs: Numbers) -> Schedule:
+    """Warm restarts: one `warmup_cosine_decay_schedule` after another.
+
+    Args:
+      cosine_kwargs: a sequence of dicts, the arguments of each cycle; `decay_steps` is its length.
+
+    Source: Loshchilov & Hutter 2017, arXiv:1608.03983.
+    """
+    ends = jnp.cumsum(_vector([cycle["decay_steps"] for cycle in cosine_kwargs]))
+    cycles = [warmup_cosine_decay_schedule(**cycle) for cycle in cosine_kwargs]
+    return join_schedules(cycles, ends[:-1])

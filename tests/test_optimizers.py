@@ -1,0 +1,433 @@
+"""Every optimizer against its oracle, its peer and the properties that all of them share."""
+
+import inspect
+import itertools
+
+import chex
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from absl.testing import parameterized
+from conftest import run, stacked
+from table import LABELS, ROWS, noisy_gradients, parameters
+
+import jgd
+import jgd.optimizers
+
+every_row = pytest.mark.parametrize("row", ROWS, ids=LABELS)
+
+
+def test_every_public_optimizer_has_a_row():
+    assert {row.ours.__name__ for row in ROWS} == set(jgd.optimizers.__all__)
+
+
+def _oracle_updates(row, gradients, params):
+    updates = []
+    rules = {name: row.oracle(**row.arguments) for name in params}
+    for gradient in gradients:
+        updates.append({name: rules[name](gradient[name], params[name]) for name in params})
+    return updates
+
+
+def _errors(updates, truth):
+    """max|u - truth| / max|truth| over the tree, for each step."""
+    truth = jax.tree.map(lambda x: np.asarray(x, np.float64), truth)
+    largest = lambda tree: np.max([np.abs(x.reshape(len(x), -1)).max(1) for x in tree if x.size], 0)
+    gaps = jax.tree.map(lambda u, t: np.asarray(u, np.float64) - t, updates, truth)
+    return largest(jax.tree.leaves(gaps)) / largest(jax.tree.leaves(truth))
+
+
+def _peer(row):
+    if row.peer is not None:
+        return row.peer
+    assert row.arguments.get("independent_decay")  # optax spells it as an order of its links
+    return lambda learning_rate, weight_decay, **_: optax.chain(
+        optax.adam(learning_rate), optax.add_decayed_weights(-weight_decay)
+    )
+
+
+@every_row
+def test_equals_its_peer_over_200_steps(row):
+    params, gradients = stacked([parameters()], jnp.float32), noisy_gradients(200)
+    params, gradients = jgd.lane(params, 0), stacked(gradients, jnp.float32)
+    ours = run(row.ours(**row.arguments), gradients, params)
+    assert _errors(ours, run(_peer(row)(**row.arguments), gradients, params)).max() <= 2e-5
+
+
+@every_row
+def test_equals_its_peer_in_float64(row, float64):
+    params = jax.tree.map(jnp.asarray, parameters())
+    gradients = stacked(noisy_gradients(200), jnp.float64)
+    ours = run(row.ours(**row.arguments), gradients, params)
+    assert _errors(ours, run(_peer(row)(**row.arguments), gradients, params)).max() <= 1e-9
+
+
+@every_row
+def test_equals_the_paper_in_float64(row, float64):
+    params, gradients = parameters(), noisy_gradients(300)
+    truth = stacked(_oracle_updates(row, gradients, params), jnp.float64)
+    ours = run(row.ours(**row.arguments), stacked(gradients, jnp.float64), params)
+    assert _errors(ours, truth).max() <= 1e-9
+
+
+@every_row
+def test_never_further_from_the_paper_than_optax_over_1000_steps(row):
+    """All three are given numbers that float32 can hold, so that arithmetic alone is compared."""
+    single = lambda x: np.asarray(np.float32(x), np.float64)
+    numbers = {
+        name: float(single(x)) if isinstance(x, float) else x for name, x in _numbers(row).items()
+    }
+    row = row._replace(arguments=numbers)
+    params, gradients = jax.tree.map(single, (parameters(), noisy_gradients(1000)))
+    truth = jax.tree.map(lambda *xs: np.stack(xs), *_oracle_updates(row, gradients, params))
+    params, gradients = jgd.lane(stacked([params], jnp.float32), 0), stacked(gradients, jnp.float32)
+    ours = _errors(run(row.ours(**numbers), gradients, params), truth).max()
+    theirs = _errors(run(_peer(row)(**numbers), gradients, params), truth).max()
+    assert ours <= max(theirs, 4 * np.finfo(np.float32).eps)  # or where both are but rounded
+
+
+def _numbers(row):
+    """The arguments of a row, defaults of numbers included."""
+    parameters = inspect.signature(row.oracle).parameters.values()
+    defaults = {p.name: p.default for p in parameters if isinstance(p.default, float)}
+    return {**defaults, **row.arguments}
+
+
+# --- properties ------------------------------------------------------------------------------
+
+
+def _small_params():
+    return {
+        "w": jnp.linspace(-1, 1, 6).reshape(3, 2),
+        "s": jnp.float32(0.5),
+        "empty": jnp.zeros([0]),
+        "none": None,
+    }
+
+
+def _small_gradients(steps=5):
+    rng = np.random.default_rng(3)
+    draw = lambda p: jnp.asarray(rng.normal(size=(steps, *p.shape)), p.dtype)
+    return jax.tree.map(draw, _small_params())
+
+
+@every_row
+def test_a_lane_is_the_setting_alone(row):
+    rates = jnp.array([0.5, 1.0, 2.0]) * row.arguments["learning_rate"]
+    rest = {k: v for k, v in row.arguments.items() if k != "learning_rate"}
+    params, gradients = _small_params(), _small_gradients()
+    lanes = jax.vmap(lambda rate: row.ours(rate, **rest))(rates)
+    together = jax.vmap(lambda tx: run(tx, gradients, params))(lanes)
+    for index, rate in enumerate(rates):
+        alone = run(row.ours(float(rate), **rest), gradients, params)
+        assert _errors(jgd.lane(together, index), alone).max() <= 2e-6
+        assert jgd.lane(lanes, index) == jgd.lane(jgd.stack([row.ours(float(rate), **rest)]), 0)
+
+
+@every_row
+def test_one_trace_for_floats_ints_arrays_and_numpy(row):
+    params = _small_params()
+    gradient = jgd.lane(_small_gradients(), 0)
+
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(tx, state):
+        return tx.update(gradient, state, params)
+
+    rest = {k: v for k, v in row.arguments.items() if k != "learning_rate"}
+    forms = [1.0, 1, np.float32(1), np.float64(1), np.int32(1), np.array(1.0), jnp.float32(1)]
+    forms += [jnp.int32(1), jnp.bfloat16(1)]
+    results = [step(row.ours(one, **rest), row.ours(one, **rest).init(params)) for one in forms]
+    for result in results[1:]:
+        chex.assert_trees_all_equal(result, results[0])
+
+
+@every_row
+def test_constant_schedule_is_the_number(row):
+    params, gradients = _small_params(), _small_gradients()
+    rest = {k: v for k, v in row.arguments.items() if k != "learning_rate"}
+    rate = row.arguments["learning_rate"]
+    number = run(row.ours(rate, **rest), gradients, params)
+    for schedule in (jgd.constant_schedule(rate), optax.constant_schedule(rate), lambda _: rate):
+        scheduled = run(row.ours(schedule, **rest), gradients, params)
+        chex.assert_trees_all_close(scheduled, number, rtol=1e-6)
+
+
+@every_row
+def test_state_keeps_structure_shapes_and_dtypes(row):
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+        params = jax.tree.map(lambda p, d=dtype: p.astype(d), _small_params())
+        tx = row.ours(**row.arguments)
+        state = jax.eval_shape(tx.init, params)
+        updates, after = jax.eval_shape(tx.update, params, state, params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+        chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+        floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+        assert all(x.dtype == jnp.float32 for x in floats)
+
+
+@every_row
+def test_a_float16_zero_gradient_gives_a_finite_step(row):
+    params = {"w": jnp.ones(3, jnp.float16)}
+    tx = row.ours(**row.arguments)
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = tx.update(zero, tx.init(params), params)
+    chex.assert_tree_all_finite(updates)
+    assert updates["w"].dtype == jnp.float16
+
+
+@every_row
+def test_a_tree_is_its_leaves(row):
+    params, gradients = _small_params(), _small_gradients()
+    together = run(row.ours(**row.arguments), gradients, params)
+    for name in ("w", "s"):
+        alone = run(row.ours(**row.arguments), {name: gradients[name]}, {name: params[name]})
+        chex.assert_trees_all_close(alone[name], together[name], rtol=2e-6)
+
+
+@every_row
+def test_resume_is_the_straight_run(row):
+    params, gradients = _small_params(), _small_gradients(6)
+    tx = row.ours(**row.arguments)
+    step = jax.jit(tx.update)
+    state = tx.init(params)
+    straight = []
+    for i in range(6):
+        updates, state = step(jgd.lane(gradients, i), state, params)
+        straight.append(updates)
+        if i == 2:
+            saved = jax.tree.map(np.asarray, state)
+    state = saved
+    for i in range(3, 6):
+        updates, state = step(jgd.lane(gradients, i), state, params)
+        chex.assert_trees_all_equal(updates, straight[i])
+
+
+@every_row
+def test_odd_leaves(row):
+    """None, integer, empty, scalar and complex leaves, and gradients missing for a step."""
+    params = {"int": jnp.arange(3), "complex": jnp.ones(2, jnp.complex64), "gone": jnp.ones(2)}
+    tx = row.ours(**row.arguments)
+    state = tx.init(params)
+    gradient = {
+        "int": np.zeros(3, jax.dtypes.float0),
+        "complex": jnp.full(2, 1 + 1j, jnp.complex64),
+        "gone": None,
+    }
+    updates, after = tx.update(gradient, state, params)
+    assert updates["gone"] is None
+    assert updates["complex"].dtype == jnp.complex64
+    chex.assert_tree_all_finite({k: updates[k] for k in ("int", "complex")})
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+    optax.apply_updates(params, {**updates, "gone": jnp.zeros(2)})
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.label != "sgd()"], ids=LABELS[1:])
+def test_misfits_name_the_optimizer_and_the_path(row):
+    """All but plain gradient descent, which holds no state that could misfit."""
+    tx = row.ours(**row.arguments)
+    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    state = tx.init(params)
+    name = row.ours.__name__
+    with pytest.raises(ValueError, match=rf"{name}: .*\['b'\].*\(4,\)"):
+        tx.update({"a": jnp.ones(2), "b": jnp.ones(4)}, state, params)
+    with pytest.raises(ValueError, match=rf"{name}: .*\['b'\]"):
+        tx.update({"a": jnp.ones(2)}, state, params)
+    with pytest.raises(ValueError, match=f"{name}: this is the state of another optimizer"):
+        tx.update(params, optax.lion(0.1).init(params), params)
+
+
+@every_row
+def test_lowers_for_cpu_cuda_and_tpu(row):
+    tx = row.ours(**row.arguments)
+    params = {"w": jnp.ones((4, 3)), "h": jnp.ones(3, jnp.bfloat16)}
+    step = jax.jit(lambda tx, g, s: tx.update(g, s, params))
+    platforms = ["cpu", "cuda", "tpu"]
+    flat, treedef = jax.tree.flatten((tx, params, tx.init(params)))
+    lowered = jax.export.export(
+        jax.jit(lambda *xs: jax.tree.leaves(step(*jax.tree.unflatten(treedef, xs)))),
+        platforms=platforms,
+    )(*flat)
+    assert set(lowered.platforms) == set(platforms)
+
+
+QUOTIENTS = {
+    "adagrad": dict(initial_accumulator_value=0.0, eps=0.0),
+    "rmsprop": dict(eps=0.0),
+    "adam": dict(eps=0.0),
+    "nadam": dict(eps=0.0),
+    "amsgrad": dict(eps=0.0),
+    "adamax": dict(eps=0.0),
+}
+
+
+@pytest.mark.parametrize("scale", [1e-3, 50.0])
+def test_scale_of_the_gradient(scale):
+    """Quotients do not see it, the family of gradient descent follows it."""
+    params, gradients = _small_params(), _small_gradients()
+    scaled = jax.tree.map(lambda g: scale * g, gradients)
+    for name, zeros in QUOTIENTS.items():
+        tx = getattr(jgd, name)(0.1, **zeros)
+        chex.assert_trees_all_close(run(tx, scaled, params), run(tx, gradients, params), rtol=1e-5)
+    for name in ("sgd", "momentum", "nesterov"):
+        tx = getattr(jgd, name)(0.1)
+        expected = jax.tree.map(lambda u: scale * u, run(tx, gradients, params))
+        chex.assert_trees_all_close(run(tx, scaled, params), expected, rtol=1e-5)
+
+
+class VariantsTest(chex.TestCase):
+    """The same numbers with and without jit, with and without a device."""
+
+    @chex.variants(with_jit=True, without_jit=True, with_device=True, without_device=True)
+    @parameterized.named_parameters((f"{i}_{row.ours.__name__}", row) for i, row in enumerate(ROWS))
+    def test_update(self, row):
+        tx = row.ours(**row.arguments)
+        params, gradients = _small_params(), _small_gradients(3)
+        state = self.variant(tx.init)(params)
+        expected = run(tx, gradients, params)
+        for i in range(3):
+            updates, state = self.variant(tx.update)(jgd.lane(gradients, i), state, params)
+            chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+            chex.assert_trees_all_close(updates, jgd.lane(expected, i), rtol=1e-5, atol=1e-7)
+
+
+def test_adam_holds_one_count_one_mu_one_nu():
+    params = _small_params()
+    for tx in (jgd.adam(0.1), jgd.adamw(0.1), jgd.nadam(0.1), jgd.amsgrad(0.1), jgd.adamax(0.1)):
+        state = tx.init(params)
+        for name in ("count", "mu", "nu"):
+            assert len(optax.tree.get_all_with_path(state, name)) == 1
+    scheduled = jgd.adam(jgd.linear_schedule(0.1, 0.0, 10)).init(params)
+    assert len(optax.tree.get_all_with_path(scheduled, "count")) == 1
+    only = jgd.sgd(jgd.linear_schedule(0.1, 0.0, 10)).init(params)
+    assert optax.tree.get(only, "count") == 0
+
+
+def test_16_bit_parameters_do_not_round_the_numbers():
+    """b2 = 0.999 is 1 in bfloat16: a rounded decay would keep nu at 0."""
+    params = {"w": jnp.ones(3, jnp.bfloat16)}
+    tx = jgd.adam(0.1)
+    _, state = tx.update(params, tx.init(params), params)
+    nu = optax.tree.get(state, "nu")["w"]
+    assert nu.dtype == jnp.float32
+    np.testing.assert_allclose(nu, 1e-3, rtol=2e-5)
+    halved = jgd.adam(0.1, mu_dtype="bfloat16").init(params)
+    assert optax.tree.get(halved, "mu")["w"].dtype == jnp.bfloat16
+
+
+def test_float32_arrays_do_not_promote_under_x64(float64):
+    params = {"w": jnp.ones(3, jnp.float32), "d": jnp.ones(3, jnp.float64)}
+    for rate in (0.1, np.float64(0.1), jnp.float64(0.1), jnp.float32(0.1)):
+        tx = jgd.adam(rate)
+        updates, state = tx.update(params, tx.init(params), params)
+        chex.assert_trees_all_equal_dtypes(updates, params)
+        chex.assert_trees_all_equal_dtypes(optax.tree.get(state, "nu"), params)
+
+
+def test_bias_correction_of_a_moving_decay():
+    """A constant gradient comes out constant, however the decay moves."""
+    constant = {"w": jnp.full(2, 3.0)}
+    for schedule in (jgd.linear_schedule(0.5, 0.99, 20), jgd.piecewise_constant([5], [0.0, 0.9])):
+        tx = jgd.ema(schedule)
+        state = tx.init(constant)
+        for _ in range(40):
+            updates, state = tx.update(constant, state)
+            np.testing.assert_allclose(updates["w"], 3.0, rtol=2e-6)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3, 0.9, 0.999, 0.9999])
+def test_bias_correction_is_exact_to_rounding(decay):
+    """The closed form in float64, up to 20,000 steps; the power in float32 is up to 1e-4 off."""
+    ones = jnp.ones([])
+
+    def step(state, _):
+        u, state = jgd.bias_correction(decay).update(ones, state)
+        return state, u
+
+    init = jgd.bias_correction(decay).init(ones)
+    _, ours = jax.jit(lambda s: jax.lax.scan(step, s, None, length=20_000))(init)
+    t = np.arange(1, 20_001)
+    exact = 1 / -np.expm1(t * np.log(np.float64(np.float32(decay)))) if decay else np.ones(20_000)
+    np.testing.assert_allclose(ours, exact, rtol=4e-7)
+
+
+def test_exponents_of_composition():
+    """The table of the design: recipes written out in the alphabet are the optimizers."""
+    b, b2, eps, rate = 0.9, 0.99, 1e-3, 0.1
+    lr = jgd.scale_by_learning_rate(rate)
+    square_sum = jgd.chain(jgd.square(), jgd.running_sum(0.1), jgd.root(eps_root=eps))
+    square_mean = jgd.chain(jgd.square(), jgd.moving_average(b), jgd.root(eps))
+    largest = jgd.chain(jgd.square(), jgd.ema(b2), jgd.running_max(), jgd.root(eps))
+    pairs = [
+        (jgd.chain(jgd.scale_by_momentum(b), lr), optax.sgd(rate, b)),
+        (jgd.chain(jgd.with_nesterov(jgd.scale_by_momentum(b)), lr), optax.sgd(rate, b, True)),
+        (jgd.chain(jgd.divide(jgd.identity(), square_sum), lr), optax.adagrad(rate, 0.1, eps)),
+        (
+            jgd.chain(jgd.divide(jgd.identity(), square_mean), lr),
+            optax.rmsprop(rate, b, eps, eps_in_sqrt=False),
+        ),
+        (jgd.chain(jgd.divide(jgd.ema(b), jgd.rms(b2, eps)), lr), optax.adam(rate, b, b2, eps)),
+        (jgd.chain(jgd.divide(jgd.ema(b), largest), lr), optax.amsgrad(rate, b, b2, eps)),
+    ]
+    params, gradients = _small_params(), _small_gradients(20)
+    for ours, theirs in pairs:
+        assert _errors(run(ours, gradients, params), run(theirs, gradients, params)).max() <= 2e-5
+
+
+def test_words_are_what_their_docstrings_say():
+    g = {"w": jnp.array([-2.0, 0.0, 3.0])}
+    words = {
+        "square": ([], [4.0, 0.0, 9.0]),
+        "sign": ([], [-1.0, 0.0, 1.0]),
+        "scale_by_sign": ([], [-1.0, 0.0, 1.0]),
+        "identity": ([], [-2.0, 0.0, 3.0]),
+        "set_to_zero": ([], [0.0, 0.0, 0.0]),
+        "scale": ([2], [-4.0, 0.0, 6.0]),
+        "moving_average": ([0.9, 1.0], [0.7, 0.9, 1.2]),
+        "running_sum": ([0.5], [-1.5, 0.5, 3.5]),
+        "running_max": ([], [0.0, 0.0, 3.0]),
+        "decayed_max": ([0.5, 0.1], [2.1, 0.1, 3.1]),
+        "bias_correction": ([0.75], [-8.0, 0.0, 12.0]),
+        "scale_by_schedule": ([lambda step: step + 2], [-4.0, 0.0, 6.0]),
+    }
+    for name, (arguments, expected) in words.items():
+        tx = getattr(jgd, name)(*arguments)
+        np.testing.assert_allclose(tx.update(g, tx.init(g))[0]["w"], expected, rtol=1e-6)
+    both = [jgd.scale(2.0), jgd.scale(3.0)]
+    for word, factor in (("add", 5.0), ("subtract", -1.0)):
+        tx = getattr(jgd, word)(*both)
+        np.testing.assert_allclose(tx.update(g, tx.init(g))[0]["w"], factor * g["w"])
+
+
+def test_zero_over_zero_is_zero_with_finite_derivatives():
+    zero = {"w": jnp.zeros(3)}
+    for tx in itertools.starmap(lambda n, z: getattr(jgd, n)(0.1, **z), QUOTIENTS.items()):
+        updates, _ = tx.update(zero, tx.init(zero), zero)
+        np.testing.assert_array_equal(updates["w"], 0.0)
+
+        def total(tx, g):
+            return jax.tree.reduce(jnp.add, jax.tree.map(jnp.sum, tx.update(g, tx.init(g), g)[0]))
+
+        chex.assert_tree_all_finite(jax.grad(total, (0, 1))(tx, zero))
+
+
+def test_weight_decay_needs_parameters():
+    tx = jgd.adamw(0.1)
+    g = {"w": jnp.ones(2)}
+    with pytest.raises(ValueError, match="adamw: weight decay needs the parameters"):
+        tx.update(g, tx.init(g))
+
+
+def test_mask_of_weight_decay():
+    params = {"w": jnp.ones(2), "b": jnp.ones(2)}
+    zero = jax.tree.map(jnp.zeros_like, params)
+    for mask in ({"w": True, "b": False}, lambda p: {"w": True, "b": False}):
+        tx = jgd.adamw(1.0, weight_decay=0.5, mask=mask)
+        updates, _ = jax.jit(tx.update)(zero, tx.init(params), params)
+        np.testing.assert_allclose(updates["w"], -0.5)
+        np.testing.assert_allclose(updates["b"], 0.0)
