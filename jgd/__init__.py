@@ -24,6 +24,9 @@ _MODULES = {
         piecewise_interpolate_schedule polynomial_schedule sgdr_schedule warmup_constant_schedule
         warmup_cosine_decay_schedule warmup_exponential_decay_schedule
         warmup_stable_decay_schedule""",
+    "jgd.training": "Run Task minibatches supervised train",
+    "jgd.tuning.space": "choice grid loguniform random_search uniform",
+    "jgd.tuning.sweep": "iter_sweep sweep",
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 
@@ -33,7 +36,10 @@ if TYPE_CHECKING:
     from jgd.optimizers import *  # noqa: F403
     from jgd.pytree import *  # noqa: F403
     from jgd.schedules import *  # noqa: F403
+    from jgd.training import *  # noqa: F403
     from jgd.transforms import *  # noqa: F403
+    from jgd.tuning.space import *  # noqa: F403
+    from jgd.tuning.sweep import *  # noqa: F403
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,392 @@
+"""The command line: arguments -> a sweep -> what it found, on the screen and in a folder.
+
+jax is imported inside the commands, so that `jgd --help` answers at once.
+"""
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import jgd
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from jgd.tuning.driver import Report
+    from jgd.tuning.plan import Plan
+    from jgd.tuning.results import Result
+
+TEXTBOOK = ("sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam")
+RATES = "log:1e-5:1e1:64"
+EXTRAS = ("tyro", "rich", "matplotlib", "sklearn")
+
+
+class UserError(Exception):
+    """Something the user can mend: shown as one line."""
+
+
+def main() -> None:
+    """The entry point `jgd`."""
+    missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
+    if missing:
+        _fail(f'{", ".join(missing)} not installed: python -m pip install "jgd[sweep]"')
+    import tyro
+
+    @dataclasses.dataclass
+    class Sweep:
+        """Train many settings of optimizers at once and rank them.
+
+        Without arguments: the six textbook optimizers at 64 learning rates and three seeds each, on
+        scikit-learn's handwritten digits. A task of your own is a function without arguments that
+        returns a jgd.Task:
+
+        jgd sweep mypackage.mymodule:task --optimizer adam --set learning_rate=log:1e-5:1e-1:64
+        """
+
+        task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TASK")] = "digits"
+        """digits, or module:name of a Task or of a function that returns one."""
+        optimizer: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+        """One of jgd's, or module:factory. Repeat it for several. Default: the textbook six."""
+        set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+        """An argument's values: b1=0.8,0.9 or rate=log:LOW:HIGH:COUNT or lin:LOW:HIGH:COUNT.
+        Repeat it for several arguments: every combination is tried.
+        Default: learning_rate=log:1e-5:1e1:64."""
+        steps: int = 1000
+        """Training steps of each setting."""
+        seeds: int = 3
+        """Trainings of each setting, from different initial parameters."""
+        metric: str | None = None
+        """Metric to rank by. Default: accuracy, or loss, or the first that the task reports."""
+        out: Path | None = None
+        """A new folder for table, pictures and journal. Default: runs/ and the time of day."""
+        top: int = 20
+        """Rows of the table to print; all are in results.csv."""
+        width: int = 64
+        """Lanes that step together."""
+        key: int = 0
+        """Random key of the initial parameters."""
+
+    try:
+        _sweep(tyro.extras.subcommand_cli_from_dict({"sweep": Sweep}, prog="jgd"))
+    except UserError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted; the journal has the reports so far")
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"jgd: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# --- arguments -------------------------------------------------------------------------------
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _load(spec: str, what: str) -> Any:
+    """The object at module:name."""
+    module_name, _, name = spec.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module_name + ".").startswith(error.name + "."):
+            raise UserError(f"{what} {spec}: {error}") from None
+        here = [path.stem for path in Path.cwd().glob("*.py")]
+        raise UserError(
+            f"{what}: no module named {error.name}{_nearest(module_name, here)}"
+        ) from None
+    if not hasattr(module, name):
+        known = [known for known in vars(module) if not known.startswith("_")]
+        raise UserError(f"{what}: {module_name} has no {name!r}{_nearest(name, known)}")
+    return getattr(module, name)
+
+
+def _task(spec: str) -> Any:
+    from jgd.training import Run, Task
+
+    if ":" not in spec:
+        from jgd.tuning import tasks
+
+        if spec not in tasks.__all__:
+            hint = _nearest(spec, tasks.__all__) or "; your own is module:name"
+            raise UserError(f"no task named {spec}{hint}")
+        return getattr(tasks, spec)()
+    found = _load(spec, "task")
+    if not isinstance(found, Task | Run) and callable(found):
+        found = found()
+    if not isinstance(found, Task | Run):
+        raise UserError(f"task {spec} is a {type(found).__name__}, not a jgd.Task or jgd.Run")
+    return found
+
+
+def _factory(spec: str) -> Callable[..., Any]:
+    import jgd.optimizers
+
+    if ":" in spec:
+        found = _load(spec, "optimizer")
+        if not callable(found):
+            raise UserError(f"optimizer {spec} is a {type(found).__name__}, not a function")
+        return found if hasattr(found, "__jgd_spec__") else _lifted(found)
+    known = jgd.optimizers.__all__
+    if spec not in known:
+        raise UserError(f"no optimizer named {spec}{_nearest(spec, known)}")
+    return getattr(jgd, spec)
+
+
+def _lifted(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """A factory of optax made one of values; one that gives settings already, as it is."""
+    import optax
+
+    plain = (optax.GradientTransformation, optax.GradientTransformationExtraArgs)
+
+    @functools.wraps(factory)
+    def build(**arguments: Any) -> Any:
+        made = factory(**arguments)
+        return jgd.as_pytree(factory)(**arguments) if type(made) in plain else made
+
+    return build
+
+
+def _values(spec: str) -> tuple[str, list[Any]]:
+    """The name and the values of an argument like b1=0.8,0.9 or rate=log:1e-5:1e-1:64."""
+    import numpy as np
+
+    name, equals, text = spec.partition("=")
+    if not equals or not name or not text:
+        raise UserError(f"--set wants name=values, got {spec!r}")
+    form, *bounds = text.split(":")
+    if not bounds:
+        return name, [_value(word) for word in text.split(",")]
+    if form not in ("log", "lin"):
+        raise UserError(f"--set {spec}: no form {form!r}{_nearest(form, ('log', 'lin'))}")
+    low = high = 0.0
+    try:
+        low, high, count = float(bounds[0]), float(bounds[1]), int(bounds[2])
+    except (ValueError, IndexError):
+        count = 0
+    if len(bounds) != 3 or count < 1:
+        raise UserError(f"--set {spec}: {form}:LOW:HIGH:COUNT wanted")
+    if form == "lin":
+        return name, list(np.linspace(low, high, count))
+    if not 0 < low < high:
+        raise UserError(f"--set {spec}: 0 < LOW < HIGH wanted")
+    return name, list(np.geomspace(low, high, count))
+
+
+def _value(word: str) -> Any:
+    named = {"none": None, "true": True, "false": False}
+    if word.lower() in named:
+        return named[word.lower()]
+    try:
+        return float(word)
+    except ValueError:
+        return word
+
+
+def _groups(optimizers: Iterable[str], sets: Iterable[str]) -> dict[str, Any]:
+    """A grid for each optimizer, over the arguments that it has."""
+    from jgd.tuning.space import grid
+
+    values = dict(map(_values, sets))
+    groups, unused, known = {}, set(values), set()
+    for spec in optimizers:
+        factory = _factory(spec)
+        parameters = inspect.signature(factory).parameters
+        known.update(parameters)
+        axes = {name: values[name] for name in values if name in parameters}
+        unused -= set(axes)
+        if "learning_rate" in parameters and "learning_rate" not in axes:
+            axes = dict([_values(f"learning_rate={RATES}")], **axes)
+        if not axes:
+            raise UserError(f"optimizer {spec}: say what to vary with --set")
+        groups[spec.rpartition(":")[2]] = grid(factory, **axes)
+    for name in unused:
+        raise UserError(f"--set {name}: no optimizer here has that argument{_nearest(name, known)}")
+    return groups
+
+
+# --- the sweep -------------------------------------------------------------------------------
+
+
+def _sweep(options: Any) -> None:
+    started = time.perf_counter()
+    _keep_compiled_programs()
+    from rich.console import Console
+
+    from jgd.tuning import plots, sweep
+
+    console = Console()
+    task = _task(options.task)
+    out = options.out or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
+    try:
+        groups = _groups(options.optimizer or TEXTBOOK, options.set)
+        with _Progress(console) as progress:
+            result = sweep.sweep(
+                task,
+                groups,
+                options.steps,
+                seeds=options.seeds,
+                key=options.key,
+                width=options.width,
+                metric=options.metric,
+                folder=out,
+                on_report=progress,
+            )
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(str(error)) from error
+    _print_result(console, result, options.top)
+    seconds = time.perf_counter() - started
+    rate = result.plan.lane_steps / progress.seconds
+    pictures = plots.save_plots(result, out)
+    console.print(
+        f"{result.plan.lane_steps:,} lane-steps in {progress.seconds:.1f} s: "
+        f"[bold]{rate:,.0f} lane-steps per second[/bold]; {seconds:.1f} s in all"
+    )
+    files = ", ".join(["results.csv", "results.json", *(path.name for path in pictures)])
+    console.print(f"in {out}: {files}")
+
+
+def _keep_compiled_programs() -> None:
+    """The programs of a sweep compile in under a second each, so none is too small to keep."""
+    import jax
+
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jgd"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+class _Progress:
+    """A live bar on a terminal, a line per finished group elsewhere; the best so far in both."""
+
+    def __init__(self, console: "Console") -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.console = console
+        self.live = console.is_terminal
+        columns = [
+            TextColumn("[bold]{task.description:<10}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[speed]}"),
+            TextColumn("{task.fields[best]}"),
+            TimeRemainingColumn(),
+        ]
+        self.bar = Progress(*columns, console=console, disable=not self.live, transient=True)
+        self.task = self.bar.add_task("compiling", total=None, speed="", best="")
+        self.done = 0
+        self.seconds = 0.0
+        self.best = -float("inf")
+        self.started = time.perf_counter()
+
+    def __enter__(self) -> "_Progress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def __call__(self, plan: "Plan", report: "Report") -> None:
+        if not self.done:
+            self._announce(plan)
+        tile = plan.tiles[report.tile]
+        before = max([0, *(step for step in plan.reports if step < report.step)])
+        self.done += (report.step - before) * len(tile.lanes)
+        self.seconds = time.perf_counter() - self.started
+        name, values = next(iter(report.metrics.items()))
+        name = "accuracy" if "accuracy" in report.metrics else name
+        values = report.metrics[name]
+        self.best = max(self.best, *map(float, values[values == values]), -float("inf"))
+        speed = f"{self.done / self.seconds:,.0f} lane-steps/s"
+        shown = f"best {name} {self.best:.4f}" if name == "accuracy" else ""
+        self.bar.update(
+            self.task,
+            description=report.group,
+            total=plan.lane_steps,
+            completed=self.done,
+            speed=speed,
+            best=shown,
+        )
+        last = report.tile + 1 == len(plan.tiles) or plan.tiles[report.tile + 1].group != tile.group
+        if not self.live and last and report.step == plan.steps:
+            share = self.done / plan.lane_steps
+            self.console.print(f"{report.group:<12} {share:4.0%}  {speed}  {shown}")
+
+    def _announce(self, plan: "Plan") -> None:
+        settings = sum(group.settings for group in plan.groups)
+        self.console.print(
+            f"{settings * plan.seeds:,} trainings of {plan.steps:,} steps: {settings:,} settings in"
+            f" {len(plan.groups)} compiled programs, {plan.seeds} seeds each"
+        )
+
+
+def _print_result(console: "Console", result: "Result", top: int) -> None:
+    plan = result.plan
+    varied = list(dict.fromkeys(name for g in plan.groups for name in (*g.axes, *g.fixed)))
+
+    table = _table("best of each optimizer", "optimizer", *varied, result.metric, *_STYLES)
+    for group in plan.groups:
+        rows = [row for row in result.rows if row["optimizer"] == group.name]
+        counts = [sum(row["verdict"] == verdict for row in rows) for verdict in _STYLES]
+        shown = [f"[{style}]{n}[/]" for n, style in zip(counts, _STYLES.values(), strict=True)]
+        numbers = [_cell(rows[0].get(name)) for name in varied]
+        table.add_row(group.name, *numbers, _spread(rows[0], result.metric), *shown)
+    console.print(table)
+
+    title = f"the best {min(top, len(result.rows))} of {len(result.rows)} settings"
+    columns = ("rank", "optimizer", *varied, result.metric, "final loss", "verdict")
+    table = _table(title, *columns)
+    for row in result.rows[:top]:
+        table.add_row(
+            str(row["rank"]),
+            row["optimizer"],
+            *(_cell(row.get(name)) for name in varied),
+            _spread(row, result.metric),
+            _cell(row["final_loss"]),
+            f"[{_STYLES[row['verdict']]}]{row['verdict']}[/]",
+        )
+    console.print(table)
+
+
+def _table(title: str, *columns: str) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for name in columns:
+        left = name in ("optimizer", "verdict")
+        table.add_column(name.replace("_", " "), justify="left" if left else "right")
+    return table
+
+
+_STYLES = {"too small": "cyan", "good": "green", "oscillating": "yellow", "diverged": "red"}
+
+
+def _cell(x: Any) -> str:
+    return f"{x:.3g}" if isinstance(x, float) else "" if x is None else str(x)
+
+
+def _spread(row: dict[str, Any], metric: str) -> str:
+    spread = row.get(f"{metric}_sd")
+    # no-break spaces: the headers may wrap, the numbers not
+    return f"{row[metric]:.4f}" + ("" if spread is None else f"\u00a0±\u00a0{spread:.4f}")
+
+
+if __name__ == "__main__":
+    main()

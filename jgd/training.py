@@ -1,0 +1,223 @@
+"""Training runs as pure pairs, and the supervised task behind most of them.
+
+A run is to training what a transformation is to updates:
+
+    init(setting, key) -> state             update(setting, state, batch) -> (state, metrics)
+    evaluate(setting, state) -> metrics
+
+The setting is any pytree of numbers: an optimizer, or a tuple or dict of one and other numbers
+(a dropout rate, the strength of a penalty). The sweep's driver knows nothing but such runs; a
+`Task` is the adapter for supervised learning, and `train` runs one setting alone.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jgd.arguments import Static
+
+__all__ = ["Run", "Task", "TrainState", "minibatches", "supervised", "train"]
+
+
+class Task(NamedTuple):
+    """Supervised learning, as four functions.
+
+    Callables that hold arrays should be pytrees of them (`jax.tree_util.Partial(f, data)`, or what
+    `minibatches` gives): then the data are arguments of the compiled program, not constants in it.
+    """
+
+    init: Callable[..., Any]
+    """key -> params; or (params, model_state) if `loss` has the full form."""
+    loss: Callable[..., Any]
+    """(params, batch) -> loss; or the full form (params, model_state, batch, key, setting) ->
+    (loss, (metrics, model_state)), for batch norm, dropout and settings beyond the optimizer."""
+    batch: Callable[..., Any]
+    """step -> batch, the same for every setting and seed."""
+    evaluate: Callable[..., Any]
+    """params -> dict of scalars, on held-out data; may take (params, model_state) or
+    (params, model_state, setting)."""
+
+
+class Run(NamedTuple):
+    """A training run: all that the driver of a sweep knows.
+
+    `update` may report a metric "stride" beside "loss": |g . u|, for the verdict.
+    """
+
+    init: Callable[[Any, jax.Array], Any]
+    update: Callable[[Any, Any, Any], tuple[Any, dict[str, Any]]]
+    evaluate: Callable[[Any, Any], dict[str, Any]]
+    batch: Callable[[Any], Any]
+
+
+class TrainState(NamedTuple):
+    """State of a supervised run."""
+
+    params: Any
+    opt_state: Any
+    model_state: Any  # None in the short form
+    key: Any  # split at each step; None in the short form
+
+
+def _is_transformation(x: Any) -> bool:
+    return isinstance(x, optax.GradientTransformation)
+
+
+def optimizer_of(setting: Any) -> optax.GradientTransformationExtraArgs:
+    """The one optimizer in a setting."""
+    nodes = jax.tree.leaves(setting, is_leaf=_is_transformation)
+    found = [node for node in nodes if _is_transformation(node)]
+    if len(found) != 1:
+        raise TypeError(f"a setting needs exactly one optimizer, this one has {len(found)}")
+    return optax.with_extra_args_support(found[0])
+
+
+def _arity(f: Callable[..., Any]) -> int:
+    """How many positional arguments a function takes without help."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(f).parameters.values()
+    return sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters)
+
+
+def supervised(task: Task) -> Run:
+    """The training run of a task: mini-batch gradients into the setting's optimizer.
+
+    Raises: TypeError if `loss` takes neither 2 nor 5 arguments.
+    """
+    arity = _arity(task.loss)
+    if arity not in (2, 5):
+        raise TypeError(
+            "loss must take (params, batch) or (params, model_state, batch, key, setting), this one"
+            f" takes {arity} arguments"
+        )
+    full, seen = arity == 5, min(max(_arity(task.evaluate), 1), 3)
+
+    def init(setting: Any, key: jax.Array) -> TrainState:
+        model_key, step_key = jax.random.split(key)
+        made = task.init(model_key)
+        params, model_state = made if full else (made, None)
+        opt_state = optimizer_of(setting).init(params)
+        return TrainState(params, opt_state, model_state, step_key if full else None)
+
+    def update(
+        setting: Any, state: TrainState, batch: Any
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        params, opt_state, model_state, key = state
+        if full:
+            key, now = jax.random.split(key)
+            value_and_grad = jax.value_and_grad(task.loss, has_aux=True)
+            (loss, (metrics, model_state)), grads = value_and_grad(
+                params, model_state, batch, now, setting
+            )
+        else:
+            metrics: Mapping[str, Any] = {}
+            loss, grads = jax.value_and_grad(task.loss)(params, batch)
+        updates, opt_state = optimizer_of(setting).update(
+            grads, opt_state, params, value=loss, grad=grads
+        )
+        stride = jnp.abs(jnp.real(optax.tree.vdot(grads, updates)))
+        params = optax.apply_updates(params, updates)
+        state = TrainState(params, opt_state, model_state, key)
+        return state, {**metrics, "loss": loss, "stride": stride}
+
+    def evaluate(setting: Any, state: TrainState) -> dict[str, Any]:
+        return task.evaluate(*(state.params, state.model_state, setting)[:seen])
+
+    return Run(init, update, evaluate, task.batch)
+
+
+# --- batches ---------------------------------------------------------------------------------
+
+
+def minibatches(data: Any, batch_size: int | None, key: jax.Array) -> Callable[[Any], Any]:
+    """step -> batch: the examples in a new order each epoch.
+
+    Args:
+      data: a pytree of arrays whose leading axis counts the n examples.
+      batch_size: None is full batch, every example in its place at every step; 1 is one example.
+        An epoch has floor(n / batch_size) steps: the examples left over sit out that epoch, other
+        ones in the next.
+      key: of the orders, one permutation per epoch.
+
+    Returns: a callable pytree, whose leaves are the data and the key: passed to a compiled function
+      the data are an argument, not a constant.
+    Raises: ValueError for arrays of unlike lengths, or a batch size outside 1 to n.
+    """
+    leaves = jax.tree.leaves(data)
+    sizes = {np.shape(leaf)[0] for leaf in leaves}
+    if len(sizes) != 1:
+        raise ValueError(f"minibatches: arrays of one leading length wanted, got {sorted(sizes)}")
+    (examples,) = sizes
+    data = jax.tree.map(jnp.asarray, data)
+    if batch_size is None:
+        return jax.tree_util.Partial(_full_batch, data)
+    if not 1 <= batch_size <= examples:
+        raise ValueError(f"minibatches: batch_size must be in 1 to {examples}, got {batch_size}")
+    return jax.tree_util.Partial(_Minibatch(batch_size), data, key)
+
+
+def _full_batch(data: Any, step: Any) -> Any:
+    return data
+
+
+class _Minibatch(NamedTuple):
+    batch_size: int
+
+    def __call__(self, data: Any, key: jax.Array, step: Any) -> Any:
+        examples = len(jax.tree.leaves(data)[0])
+        epoch, place = jnp.divmod(step, examples // self.batch_size)
+        order = jax.random.permutation(jax.random.fold_in(key, epoch), examples)
+        chosen = jax.lax.dynamic_slice_in_dim(order, place * self.batch_size, self.batch_size)
+        return jax.tree.map(lambda x: x[chosen], data)
+
+
+# --- one setting alone -----------------------------------------------------------------------
+
+
+def train(
+    task: Task | Run, setting: Any, steps: int, key: jax.Array
+) -> tuple[Any, dict[str, jax.Array]]:
+    """Train one setting alone, as one compiled scan.
+
+    Args:
+      task: a `Task`, or any `Run`.
+      setting: an optimizer, or a pytree of one and other numbers. Other numbers do not compile
+        again, and `jax.vmap` over the setting trains a batch.
+      steps: how many, at least 1.
+      key: of the initial parameters and, in the full form of the loss, of dropout and the like.
+
+    Returns:
+      The trained parameters (the final state, for a `Run` that is no task), and the history: a
+      dict of arrays over the steps, with the training loss under "loss" and all that the loss
+      reports.
+    """
+    return _train(Static(steps), _as_arguments(task), setting, key)
+
+
+def _as_arguments(task: Any) -> Any:
+    """A task as a jit argument: its callable pytrees keep their leaves, functions are structure."""
+    hide = lambda f: Static(f) if jax.tree_util.all_leaves([f]) else f
+    return type(task)(*map(hide, task))
+
+
+def from_arguments(task: Any) -> Any:
+    return type(task)(*(f.value if isinstance(f, Static) else f for f in task))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _train(steps: Static, task: Any, setting: Any, key: jax.Array) -> Any:
+    task = from_arguments(task)
+    run = task if isinstance(task, Run) else supervised(task)
+
+    def step(state: Any, index: Any) -> tuple[Any, dict[str, Any]]:
+        state, metrics = run.update(setting, state, run.batch(index))
+        return state, {name: x for name, x in metrics.items() if name != "stride"}
+
+    state, history = jax.lax.scan(step, run.init(setting, key), jnp.arange(steps.value))
+    return (state.params if isinstance(task, Task) else state), history

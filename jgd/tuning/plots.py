@@ -1,0 +1,133 @@
+"""Pictures of a sweep: the final metric against the rate, and curves coloured by the rate."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.cm
+import matplotlib.colors
+import matplotlib.figure
+import numpy as np
+
+from jgd.tuning.results import Result
+
+__all__ = ["plot_curves", "plot_sensitivity", "save_plots"]
+
+_DASHES = ["-", "--"]  # momentum and Nesterov lie on each other where the rate is small
+_COLORS = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
+
+
+def _axis(result: Result) -> str | None:
+    """The number to draw against: the learning rate, or the first that all groups vary."""
+    shared = [set(group.axes) for group in result.plan.groups]
+    common = [name for name in result.plan.groups[0].axes if all(name in axes for axes in shared)]
+    return "learning_rate" if "learning_rate" in common else next(iter(common), None)
+
+
+def plot_sensitivity(result: Result) -> Any:
+    """The final metric against the learning rate, a curve per optimizer: its mean over seeds.
+
+    Bands span the seeds. Where other numbers vary as well, the best of them is shown. A star marks
+    each optimizer's best.
+    """
+    axis = _axis(result)
+    figure = matplotlib.figure.Figure(figsize=(8, 4.8), layout="constrained")
+    panel = figure.subplots()
+    if axis is None:
+        return figure
+    best = max if result.mode == "max" else min
+    every = []
+    for color, dashes, group in zip(
+        itertools.cycle(_COLORS), itertools.cycle(_DASHES), result.plan.groups, strict=False
+    ):
+        values = result.curves[group.name].metrics[result.metric][:, -1].astype(np.float64)
+        values = values.reshape(group.settings, -1)
+        at = np.array(group.axes[axis])
+        points = []
+        for x in np.unique(at):
+            rows = [row for row in values[at == x] if np.isfinite(row).all()]
+            if rows:
+                chosen = best(rows, key=np.mean)
+                points.append((x, chosen.mean(), chosen.min(), chosen.max()))
+        if not points:
+            continue
+        x, mean, low, high = np.array(points).T
+        every += list(mean)
+        panel.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+        panel.plot(x, mean, dashes, color=color, label=group.name, linewidth=1.8)
+        top = mean.argmax() if result.mode == "max" else mean.argmin()
+        panel.plot(x[top], mean[top], "*", color=color, markersize=13, markeredgecolor="white")
+    if _spans_decades(result.plan.groups[0].axes[axis]):
+        panel.set_xscale("log")
+    if result.mode == "min" and every and min(every) > 0:
+        panel.set_yscale("log")
+    panel.set_xlabel(axis.replace("_", " "))
+    panel.set_ylabel(f"{result.metric}, held out")
+    seeds = f", mean and range of {result.plan.seeds} seeds" if result.plan.seeds > 1 else ""
+    panel.set_title(f"after {result.plan.steps} steps{seeds}", fontsize=11)
+    panel.grid(alpha=0.25)
+    panel.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=6, frameon=False, fontsize=9)
+    return figure
+
+
+def plot_curves(result: Result) -> Any:
+    """The training loss over the steps, a panel per optimizer, coloured by the learning rate.
+
+    Lanes whose loss left the picture end at its edge: they diverged.
+    """
+    axis = _axis(result)
+    groups = result.plan.groups
+    columns = min(3, len(groups))
+    rows = -(-len(groups) // columns)
+    figure = matplotlib.figure.Figure(
+        figsize=(3.9 * columns, 3.0 * rows + 0.4), layout="constrained"
+    )
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    losses = np.concatenate([c.train_loss.ravel() for c in result.curves.values()])
+    first = np.concatenate([c.train_loss[:, 0] for c in result.curves.values()])
+    finite = losses[np.isfinite(losses)]
+    positive = finite.size and finite.min() > 0
+    top = 10 * np.nanmedian(first[np.isfinite(first)]) if finite.size else 1.0
+    norm = _norm([x for group in groups for x in group.axes.get(axis or "", [])])
+    colors = matplotlib.colormaps["turbo"]
+    for panel, group in zip(panels, groups, strict=False):
+        curves = result.curves[group.name]
+        for lane, loss in enumerate(curves.train_loss):
+            at = group.axes[axis][lane // result.plan.seeds] if axis else 0.0
+            color = colors(norm(at)) if axis else "tab:blue"
+            panel.plot(curves.step, loss, color=color, linewidth=0.7, alpha=0.7)
+        panel.set_title(group.name, fontsize=11)
+        panel.grid(alpha=0.2)
+        panel.spines[["top", "right"]].set_visible(False)
+        if positive:
+            panel.set_yscale("log")
+            panel.set_ylim(max(float(finite.min()), 1e-5), float(top))
+    for panel in panels[len(groups) :]:
+        panel.set_visible(False)
+    figure.supxlabel("step", fontsize=10)
+    figure.supylabel("training loss", fontsize=10)
+    if axis:
+        mappable = matplotlib.cm.ScalarMappable(norm, colors)
+        figure.colorbar(mappable, ax=list(panels), label=axis.replace("_", " "), fraction=0.03)
+    return figure
+
+
+def _spans_decades(values: Any) -> bool:
+    values = np.asarray(values)
+    return bool(values.min() > 0 and values.max() / values.min() >= 10)
+
+
+def _norm(values: list[float]) -> Any:
+    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    log = bool(values) and _spans_decades(values)
+    return (matplotlib.colors.LogNorm if log else matplotlib.colors.Normalize)(low, high)
+
+
+def save_plots(result: Result, folder: str | Path) -> list[Path]:
+    """sensitivity.png and curves.png, in a folder."""
+    paths = [Path(folder) / name for name in ("sensitivity.png", "curves.png")]
+    for path, plot in zip(paths, (plot_sensitivity, plot_curves), strict=True):
+        plot(result).savefig(path, dpi=150)
+    return paths

@@ -1,0 +1,230 @@
+"""Grids and samples: batches of settings that remember what was varied.
+
+    lanes = grid(jgd.adam, learning_rate=np.logspace(-4, -1, 64), b1=[0.8, 0.9])     # 128 lanes
+    lanes = random_search(jgd.adam, 500, key, learning_rate=loguniform(1e-5, 1e-1))
+    jax.vmap(train)(lanes)                                  # to jax, just the batch of settings
+
+The factory is any function from numbers to a setting, so the axes are what one thinks in. Numbers
+make lanes of one program; values that change the structure (None, a bool, a string) make groups.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = [
+    "Choice",
+    "Distribution",
+    "Lanes",
+    "LogUniform",
+    "Uniform",
+    "choice",
+    "grid",
+    "loguniform",
+    "random_search",
+    "uniform",
+]
+
+
+@jax.tree_util.register_pytree_node_class
+class Lanes:
+    """A batch of settings of one structure, and the values of its axes.
+
+    Any transformation of jax sees the settings alone: `jax.vmap(train)(lanes)` trains them, and
+    `jgd.lane(lanes, k)` is setting k.
+
+    Attributes:
+      settings: the batch; each leaf has a leading axis of `len(lanes)`.
+      axes: name -> one value per setting.
+      fixed: name -> the structural value that all of them share.
+    """
+
+    def __init__(
+        self, settings: Any, axes: Mapping[str, np.ndarray], fixed: Mapping[str, Any] | None = None
+    ) -> None:
+        self.settings = settings
+        self.axes = dict(axes)
+        self.fixed = dict(fixed or {})
+
+    def __len__(self) -> int:
+        return len(jax.tree.leaves(self.settings)[0])
+
+    def __repr__(self) -> str:
+        varied = ", ".join([*self.axes, *(f"{k}={v}" for k, v in self.fixed.items())])
+        return f"<{len(self)} lanes over {varied}>"
+
+    def tree_flatten(self) -> tuple[tuple[Any], None]:
+        return (self.settings,), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, children: tuple[Any]) -> Any:
+        return children[0]  # whatever has gone through jax is the settings themselves
+
+
+def lanes_of(settings: Any) -> Lanes:
+    """A batch of settings as `Lanes`; the leaves that differ become the axes, by their paths.
+
+    Raises: ValueError if the leaves have no leading axis of one length.
+    """
+    if isinstance(settings, Lanes):
+        return settings
+    leaves = jax.tree_util.tree_leaves_with_path(settings)
+    sizes = {np.shape(leaf)[:1] for _, leaf in leaves}
+    if len(sizes) != 1 or () in sizes:
+        raise ValueError(
+            f"a batch of settings needs one leading axis on all its numbers, got {settings!r};"
+            " build it with jgd.grid, jgd.random_search, jgd.stack or jax.vmap of the factory"
+        )
+    axes = {}
+    for path, leaf in leaves:
+        values = np.asarray(leaf)
+        if (values != values[:1]).any() or len(leaves) == 1:
+            axes[jax.tree_util.keystr(path).lstrip(".")] = values
+    return Lanes(settings, axes)
+
+
+# --- distributions ---------------------------------------------------------------------------
+
+
+class Uniform(NamedTuple):
+    """Values between low and high, each alike."""
+
+    low: float
+    high: float
+
+    def at(self, u: np.ndarray) -> np.ndarray:
+        """The values of quantiles in [0, 1)."""
+        return self.low + (self.high - self.low) * u
+
+
+class LogUniform(NamedTuple):
+    """Values between low and high, each order of magnitude alike."""
+
+    low: float
+    high: float
+
+    def at(self, u: np.ndarray) -> np.ndarray:
+        """The values of quantiles in [0, 1)."""
+        return self.low * (self.high / self.low) ** u
+
+
+class Choice(NamedTuple):
+    """One of several values, each alike; they may be structure."""
+
+    values: tuple[Any, ...]
+
+    def at(self, u: np.ndarray) -> list[Any]:
+        """The values of quantiles in [0, 1)."""
+        return [self.values[int(x * len(self.values))] for x in u]
+
+
+Distribution = Uniform | LogUniform | Choice
+
+
+def uniform(low: float, high: float) -> Uniform:
+    """Uniform between low and high. Raises ValueError unless low < high."""
+    if not low < high:
+        raise ValueError(f"uniform: low must be below high, got {low} and {high}")
+    return Uniform(low, high)
+
+
+def loguniform(low: float, high: float) -> LogUniform:
+    """Uniform in the logarithm between low and high. Raises ValueError unless 0 < low < high."""
+    if not 0 < low < high:
+        raise ValueError(f"loguniform: 0 < low < high wanted, got {low} and {high}")
+    return LogUniform(low, high)
+
+
+def choice(values: Iterable[Any]) -> Choice:
+    """One of the values, each alike. Raises ValueError if there are none."""
+    values = tuple(values)
+    if not values:
+        raise ValueError("choice: needs at least one value")
+    return Choice(values)
+
+
+# --- batches of settings ---------------------------------------------------------------------
+
+
+def grid(factory: Callable[..., Any], /, **axes: Any) -> Any:
+    """Settings over the product of the axes, the last one fastest.
+
+    Args:
+      factory: numbers to a setting; called with each axis by its name.
+      axes: a sequence of values each. Numbers become lanes; None, bools and strings structure.
+
+    Returns: `Lanes`; or, if structure varies, a dict of them, one for each structure, by its label.
+    Raises: ValueError for no axes or an empty one, and whatever the factory raises for a value.
+    """
+    if not axes:
+        raise ValueError("grid: needs at least one axis")
+    columns = {name: list(np.asarray(v) if _is_array(v) else v) for name, v in axes.items()}
+    for name, values in columns.items():
+        if not values:
+            raise ValueError(f"grid: axis {name} has no values")
+    return _batch(factory, list(columns), list(itertools.product(*columns.values())))
+
+
+def random_search(
+    factory: Callable[..., Any], n: int, key: jax.Array, /, **distributions: Distribution
+) -> Any:
+    """n settings drawn from the distributions.
+
+    Args:
+      factory: numbers to a setting; called with each of them by its name.
+      n: how many.
+      key: of the draws; one key gives the same settings everywhere.
+      distributions: `loguniform`, `uniform` or `choice` each.
+
+    Returns and raises: as `grid`.
+    """
+    if n < 1 or not distributions:
+        raise ValueError("random_search: needs at least one draw of at least one distribution")
+    quantiles = np.asarray(jax.random.uniform(key, (len(distributions), n)), np.float64)
+    draws = [d.at(u) for d, u in zip(distributions.values(), quantiles, strict=True)]
+    return _batch(factory, list(distributions), list(zip(*draws, strict=True)))
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, np.ndarray | jax.Array)
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, float | int | np.number) and not isinstance(x, bool)
+
+
+def _batch(factory: Callable[..., Any], names: list[str], points: Sequence[tuple]) -> Any:
+    groups: dict[tuple, list[tuple]] = {}
+    for point in points:  # what is no number is structure
+        structure = tuple((i, x) for i, x in enumerate(point) if not _is_number(x))
+        groups.setdefault(structure, []).append(point)
+    _try_each_value(factory, names, points)
+    mixed = {i for structure in groups for i, _ in structure}
+    batches = {}
+    for structure, members in groups.items():
+        fixed = {names[i]: value for i, value in structure}
+        varied = [i for i in range(len(names)) if names[i] not in fixed]
+        axes = {names[i]: np.array([float(point[i]) for point in members]) for i in varied}
+        if axes:
+            build = lambda numbers, fixed=fixed: factory(**numbers, **fixed)
+            settings = jax.vmap(build)({k: jnp.asarray(v, float) for k, v in axes.items()})
+        else:
+            one = factory(**fixed)
+            settings = jax.tree.map(lambda x: jnp.asarray(x, float)[None], one)
+        shown = [f"{names[i]}={fixed.get(names[i], 'number')}" for i in sorted(mixed)]
+        batches[", ".join(shown)] = Lanes(settings, axes, fixed)
+    return batches if len(batches) > 1 else next(iter(batches.values()))
+
+
+def _try_each_value(factory: Callable[..., Any], names: list[str], points: Sequence[tuple]) -> None:
+    """Call the factory once with each value, so that a bad one is refused before any training."""
+    tried = set()
+    for point in points:
+        values = {(i, repr(x)) for i, x in enumerate(point)}
+        if not values <= tried:
+            tried |= values
+            factory(**dict(zip(names, point, strict=True)))

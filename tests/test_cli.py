@@ -1,0 +1,143 @@
+"""The command line as a user meets it: the default job, one's own task, errors in one line."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jgd import cli
+
+TASK = """
+import jax, jax.numpy as jnp, numpy as np, jgd
+
+X = np.linspace(-1, 1, 24, dtype=np.float32).reshape(12, 2)
+Y = X @ np.array([1.0, -2.0], np.float32) + 0.5
+
+def task():
+    init = lambda key: {"w": jax.random.normal(key, (2,)), "b": jnp.zeros(())}
+    loss = lambda params, batch: jnp.mean((batch[0] @ params["w"] + params["b"] - batch[1]) ** 2)
+    batch = jgd.minibatches((X, Y), 4, jax.random.key(0))
+    return jgd.Task(init, loss, batch, lambda params: {"loss": loss(params, (X, Y))})
+
+made = task()
+
+def build(peak, warmup):
+    return jgd.adam(jgd.warmup_cosine_decay_schedule(0.0, peak, warmup, 50))
+
+number = 3
+"""
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(TASK)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    sys.modules.pop("mine", None)
+    return tmp_path
+
+
+def _jgd(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["jgd", *arguments])
+    cli.main()
+
+
+def test_help_needs_no_jax():
+    program = (
+        "import sys; sys.argv = ['jgd', 'sweep', '--help']\n"
+        "from jgd import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "assert 'jax' not in sys.modules and 'optax' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--optimizer" in done.stdout
+    assert "handwritten digits" in done.stdout
+
+
+def test_a_task_and_optimizers_of_ones_own(project, monkeypatch, capsys):
+    _jgd(
+        monkeypatch,
+        *("sweep", "mine:task", "--optimizer", "adam", "--optimizer", "mine:build"),
+        *("--set", "learning_rate=log:1e-3:1e-1:5", "--set", "b1=0.8,0.9"),
+        *("--set", "peak=0.1,0.2", "--set", "warmup=lin:2:10:3"),
+        *("--steps", "40", "--seeds", "2", "--out", "found"),
+    )
+    shown = capsys.readouterr().out
+    assert "32 trainings of 40 steps: 16 settings in 2 compiled programs" in shown
+    assert "lane-steps per second" in shown
+    found = project / "found"
+    for picture in ("sensitivity.png", "curves.png"):
+        assert (found / picture).read_bytes().startswith(b"\x89PNG")
+    rows = list(csv.DictReader((found / "results.csv").open()))
+    assert len(rows) == 16
+    assert {row["optimizer"] for row in rows} == {"adam", "build"}
+    losses = [float(row["loss"]) for row in rows]
+    assert losses == sorted(losses)
+    assert json.loads((found / "results.json").read_text())["metric"] == "loss"
+
+
+def test_a_factory_of_optax(project, monkeypatch, capsys):
+    _jgd(
+        monkeypatch,
+        *("sweep", "mine:made", "--optimizer", "optax:lion"),
+        *("--set", "learning_rate=0.01,0.1", "--steps", "20", "--seeds", "1"),
+    )
+    assert "lion" in capsys.readouterr().out
+    assert len(list(Path("runs").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["digitz"], "no task named digitz; did you mean digits?"),
+        (["min:task"], "task: no module named min; did you mean mine?"),
+        (["mine:tusk"], "task: mine has no 'tusk'; did you mean task?"),
+        (["mine:number"], "task mine:number is a int, not a jgd.Task or jgd.Run"),
+        (["--optimizer", "adm"], "no optimizer named adm; did you mean adam?"),
+        (["--optimizer", "optax:lyon"], "optimizer: optax has no 'lyon'; did you mean lion?"),
+        (["--optimizer", "mine:build"], "optimizer mine:build: say what to vary with --set"),
+        (["--set", "learning_rat=0.1"], "did you mean learning_rate?"),
+        (["--set", "learning_rate"], "--set wants name=values, got 'learning_rate'"),
+        (["--set", "learning_rate=lug:1:2:3"], "no form 'lug'; did you mean log?"),
+        (["--set", "learning_rate=log:1:2"], "log:LOW:HIGH:COUNT wanted"),
+        (["--set", "learning_rate=log:0:2:3"], "0 < LOW < HIGH wanted"),
+        (
+            ["--optimizer", "adam", "--set", "b1=0.9,1.5"],
+            "adam: b1 must be in [0, 1), got 1.5",
+        ),
+        (["--optimizer", "adam", "--steps", "2"], "a verdict needs at least 4 steps, got 2"),
+        (["mine:task", "--metric", "los", "--optimizer", "sgd"], "metric must be one of loss"),
+    ],
+)
+def test_errors_are_one_line_with_the_nearest_right_name(
+    arguments, message, project, monkeypatch, capsys
+):
+    with pytest.raises(SystemExit) as ended:
+        _jgd(monkeypatch, "sweep", *arguments, *([] if "--steps" in arguments else ["--steps=9"]))
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1, error
+
+
+@pytest.mark.slow
+def test_the_default_job(tmp_path, monkeypatch):
+    """Six optimizers, 64 rates, three seeds, on digits, as a newcomer runs it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    jgd = Path(sys.executable).parent / "jgd"
+    command = [str(jgd), "sweep", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "run" / "results.csv").open()))
+    assert len(rows) == 6 * 64
+    best = {row["optimizer"]: float(row["accuracy"]) for row in reversed(rows)}
+    assert len(best) == 6
+    assert min(best.values()) > 0.95
+    assert {row["verdict"] for row in rows} == {"too small", "good", "oscillating", "diverged"}
+    assert "1,152 trainings of 1,000 steps" in done.stdout

@@ -1,0 +1,179 @@
+"""Training runs: batches, the two forms of a loss, one setting alone, hypergradients on digits."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jgd
+from jgd.training import TrainState
+from jgd.tuning.tasks import digits
+
+X = np.random.default_rng(0).uniform(-1, 1, (12, 2)).astype(np.float32)
+Y = X @ np.array([1.0, -2.0], np.float32) + 0.5
+
+
+def _line(batch_size=4):
+    """y = 3x + 2 in two dimensions."""
+    init = lambda key: {"w": jnp.zeros(2), "b": jnp.zeros(())}
+    loss = lambda params, batch: jnp.mean((batch[0] @ params["w"] + params["b"] - batch[1]) ** 2)
+    evaluate = lambda params: {"loss": loss(params, (X, Y))}
+    return jgd.Task(init, loss, jgd.minibatches((X, Y), batch_size, jax.random.key(0)), evaluate)
+
+
+def test_minibatches_are_epochs_of_permutations():
+    batch = jgd.minibatches(np.arange(10), 3, jax.random.key(0))
+    for epoch in range(4):
+        seen = np.concatenate([batch(3 * epoch + step) for step in range(3)])
+        assert len(seen) == len(set(seen.tolist())) == 9  # one sits out
+    epochs = [np.concatenate([batch(3 * e + s) for s in range(3)]).tolist() for e in range(4)]
+    assert epochs[0] != epochs[1]
+    left_over = {(set(range(10)) - set(epoch)).pop() for epoch in epochs}
+    assert len(left_over) > 1  # not the same one each time
+    np.testing.assert_array_equal(jax.jit(batch)(7), batch(7))
+
+
+def test_full_batch_and_single_examples():
+    data = {"x": X, "y": Y}
+    full = jgd.minibatches(data, None, jax.random.key(0))
+    chex.assert_trees_all_equal(full(0), full(5), data)
+    single = jgd.minibatches(data, 1, jax.random.key(0))
+    assert single(0)["x"].shape == (1, 2)
+    order = [float(single(step)["y"][0]) for step in range(12)]
+    assert sorted(order) == sorted(Y.tolist())
+
+
+def test_minibatches_refuse_what_does_not_fit():
+    with pytest.raises(ValueError, match=r"one leading length wanted, got \[3, 4\]"):
+        jgd.minibatches((np.zeros(3), np.zeros(4)), 2, jax.random.key(0))
+    for wrong in (0, 13):
+        with pytest.raises(ValueError, match=rf"batch_size must be in 1 to 12, got {wrong}"):
+            jgd.minibatches((X, Y), wrong, jax.random.key(0))
+
+
+def test_train_is_the_loop_one_would_write():
+    task, tx = _line(), jgd.adam(0.05)
+    params, history = jgd.train(task, tx, 30, jax.random.key(1))
+    by_hand = {"w": jnp.zeros(2), "b": jnp.zeros(())}
+    state = tx.init(by_hand)
+    for step in range(30):
+        loss, grads = jax.value_and_grad(task.loss)(by_hand, task.batch(step))
+        np.testing.assert_allclose(history["loss"][step], loss, rtol=1e-4, atol=1e-6)
+        updates, state = tx.update(grads, state, by_hand)
+        by_hand = optax.apply_updates(by_hand, updates)
+    chex.assert_trees_all_close(params, by_hand, rtol=1e-4)
+
+
+def test_train_compiles_once_for_all_numbers():
+    traces, plain = [], _line()
+
+    def loss(params, batch):
+        traces.append(1)
+        return plain.loss(params, batch)
+
+    task = plain._replace(loss=loss)
+    for rate in (0.1, 0.2, np.float32(0.3)):
+        jgd.train(task, jgd.adam(rate), 5, jax.random.key(0))
+    assert len(traces) == 1
+    ends = jax.vmap(lambda tx: jgd.train(_line(), tx, 50, jax.random.key(0))[0])(
+        jax.vmap(jgd.sgd)(jnp.array([0.0, 0.5]))
+    )
+    np.testing.assert_array_equal(ends["w"][0], 0)
+    np.testing.assert_allclose(ends["w"][1], [1.0, -2.0], atol=0.2)
+
+
+def test_the_full_form_of_a_loss():
+    """Dropout by the step's key, a running mean as model state, a penalty that is swept."""
+
+    def init(key):
+        return {"w": jnp.ones(2)}, {"mean": jnp.zeros(2)}
+
+    def loss(params, model_state, batch, key, setting):
+        x, y = batch
+        keep = jax.random.bernoulli(key, 0.5, x.shape)
+        mean = 0.9 * model_state["mean"] + 0.1 * x.mean(0)
+        fit = jnp.mean(((x * keep - mean) @ params["w"] - y) ** 2)
+        penalty = setting["l2"] * jnp.sum(params["w"] ** 2)
+        return fit + penalty, ({"kept": keep.mean()}, {"mean": mean})
+
+    def evaluate(params, model_state, setting):
+        return {"norm": jnp.sum(params["w"] ** 2), "l2": setting["l2"], **model_state}
+
+    batch = jgd.minibatches((X, Y), 4, jax.random.key(0))
+    task = jgd.Task(init, loss, batch, lambda p, s, t: {"norm": evaluate(p, s, t)["norm"]})
+    setting = lambda strength: {"tx": jgd.sgd(0.1), "l2": strength}
+    params, history = jgd.train(task, setting(0.0), 40, jax.random.key(0))
+    shrunk, _ = jgd.train(task, setting(3.0), 40, jax.random.key(0))
+    assert len(set(np.asarray(history["kept"]).tolist())) > 1  # another mask at each step
+    assert jnp.sum(shrunk["w"] ** 2) < jnp.sum(params["w"] ** 2)
+    lanes = jgd.grid(setting_of, l2=[0.0, 3.0])
+    result = jgd.sweep(task, {"ridge": lanes}, 40, metric="norm")
+    assert [row["l2"] for row in result.rows] == [3.0, 0.0]
+
+
+def setting_of(l2):
+    return {"tx": jgd.sgd(0.1), "l2": jnp.asarray(l2, float)}
+
+
+def test_losses_of_another_form_are_refused():
+    task = _line()._replace(loss=lambda params: 0.0)
+    with pytest.raises(TypeError, match=r"loss must take \(params, batch\).*takes 1 arguments"):
+        jgd.train(task, jgd.sgd(0.1), 5, jax.random.key(0))
+    with pytest.raises(TypeError, match="exactly one optimizer, this one has 0"):
+        jgd.train(_line(), {"rate": jnp.ones(())}, 5, jax.random.key(0))
+
+
+def test_a_run_of_ones_own():
+    """The driver knows init, update, evaluate and batch, not tasks."""
+
+    def update(setting, state, batch):
+        state = state - setting["rate"] * state * batch
+        return state, {"loss": state**2}
+
+    run = jgd.Run(
+        init=lambda setting, key: jnp.ones(()),
+        update=update,
+        evaluate=lambda setting, state: {"distance": jnp.abs(state)},
+        batch=lambda step: jnp.float32(1.0),
+    )
+    state, history = jgd.train(run, {"rate": 0.5}, 10, jax.random.key(0))
+    np.testing.assert_allclose(state, 0.5**10)
+    assert history["loss"].shape == (10,)
+    lanes = jgd.grid(lambda rate: {"rate": jnp.asarray(rate, float)}, rate=[0.1, 0.5, 1.9])
+    result = jgd.sweep(run, lanes, 10)
+    assert result.metric == "distance"
+    assert [row["rate"] for row in result.rows] == [0.5, 0.1, 1.9] or result.rows[0]["rate"] == 0.5
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adagrad", "rmsprop", "adam", "adamax"])
+def test_hypergradients_are_finite_on_digits(name):
+    """Its corner pixels are always zero, so that Adam's derivatives in optax are NaN."""
+    task = digits()
+
+    def final_loss(tx):
+        params, _ = jgd.train(task, tx, 20, jax.random.key(0))
+        return task.evaluate(params)["loss"]
+
+    gradient = jax.jit(jax.grad(final_loss))(getattr(jgd, name)(0.01))
+    chex.assert_tree_all_finite(gradient)
+    assert gradient.learning_rate != 0
+
+
+def test_optax_hypergradients_are_not_finite_on_digits():
+    """The claim of the test above: this is what the safe root and quotient mend."""
+    task = digits()
+
+    def final_loss(rate):
+        params, _ = jgd.train(task, jgd.as_pytree(optax.adam)(rate), 20, jax.random.key(0))
+        return task.evaluate(params)["loss"]
+
+    assert not np.isfinite(jax.jit(jax.grad(final_loss))(0.01))
+
+
+def test_the_final_state_of_a_task_is_its_parameters():
+    state = jgd.supervised(_line()).init(jgd.adam(0.1), jax.random.key(0))
+    assert isinstance(state, TrainState)
+    assert state.key is None
+    assert state.model_state is None

@@ -1,0 +1,334 @@
+"""Grids, plans, the driver's promises, the table and the folder."""
+
+import csv
+import json
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_training import _line
+
+import jgd
+from jgd.tuning import driver, store
+from jgd.tuning.tasks import digits
+
+
+def _curves(settings, steps=40, **options):
+    """The loss curves of a sweep over settings on a line, (lanes, reports)."""
+    options = dict(report_every=1, width=4) | options
+    return jgd.sweep(_line(), {"tx": settings}, steps, **options).curves["tx"].train_loss
+
+
+# --- grids and samples -----------------------------------------------------------------------
+
+
+def test_a_grid_is_the_product_of_its_axes():
+    lanes = jgd.grid(jgd.adam, learning_rate=[0.1, 0.2], b1=np.array([0.8, 0.9, 0.95]))
+    assert len(lanes) == 6
+    np.testing.assert_allclose(lanes.axes["learning_rate"], [0.1, 0.1, 0.1, 0.2, 0.2, 0.2])
+    np.testing.assert_allclose(lanes.axes["b1"], [0.8, 0.9, 0.95] * 2)
+    assert jgd.lane(lanes, 4) == jax.tree.map(jnp.float32, jgd.adam(0.2, b1=0.9))
+    ends = jax.vmap(lambda tx: jgd.train(_line(), tx, 5, jax.random.key(0))[0])(lanes)
+    assert ends["w"].shape == (6, 2)
+
+
+def test_a_factory_may_be_any_function():
+    build = lambda peak, warmup: jgd.adamw(
+        jgd.warmup_cosine_decay_schedule(0.0, peak, warmup, 50), weight_decay=0.01
+    )
+    lanes = jgd.grid(build, peak=[0.1, 0.2], warmup=[5, 10])
+    assert list(lanes.axes) == ["peak", "warmup"]
+    assert jgd.lane(lanes, 3).learning_rate.warmup_steps == 10
+
+
+def test_structure_makes_groups():
+    groups = jgd.grid(jgd.sgd, learning_rate=[0.1, 0.2], momentum=[None, 0.9])
+    assert set(groups) == {"momentum=None", "momentum=number"}
+    assert groups["momentum=None"].axes.keys() == {"learning_rate"}
+    result = jgd.sweep(_line(), {"sgd": groups}, 10)
+    assert {row["optimizer"] for row in result.rows} == {
+        "sgd momentum=None",
+        "sgd momentum=number",
+    }
+    flags = jgd.grid(jgd.adam, nesterov=[True, False], learning_rate=[0.1])
+    assert set(flags) == {"nesterov=True", "nesterov=False"}
+
+
+def test_bad_values_are_refused_before_any_training():
+    with pytest.raises(ValueError, match=r"adam: b1 must be in \[0, 1\), got 1.5"):
+        jgd.grid(jgd.adam, learning_rate=[0.1], b1=[0.9, 1.5])
+    with pytest.raises(ValueError, match="axis learning_rate has no values"):
+        jgd.grid(jgd.adam, learning_rate=[])
+    with pytest.raises(ValueError, match="at least one axis"):
+        jgd.grid(jgd.adam)
+    with pytest.raises(ValueError, match="0 < low < high wanted, got 0 and 1"):
+        jgd.loguniform(0, 1)
+    with pytest.raises(ValueError, match="low must be below high"):
+        jgd.uniform(1, 1)
+
+
+def test_random_search_draws_from_its_distributions():
+    draw = lambda seed: jgd.random_search(
+        jgd.adam,
+        500,
+        jax.random.key(seed),
+        learning_rate=jgd.loguniform(1e-5, 1e-1),
+        b1=jgd.uniform(0.5, 0.99),
+        eps=jgd.choice([1e-8, 1e-4]),
+    )
+    lanes = draw(0)
+    rates = np.log10(lanes.axes["learning_rate"])
+    assert -5 <= rates.min() < -4.9 < -1.1 < rates.max() <= -1
+    assert abs(rates.mean() + 3) < 0.15
+    assert set(lanes.axes["eps"]) == {1e-8, 1e-4}
+    np.testing.assert_array_equal(draw(0).axes["b1"], lanes.axes["b1"])
+    assert (draw(1).axes["b1"] != lanes.axes["b1"]).any()
+
+
+def test_axes_of_a_plain_batch_are_the_leaves_that_differ():
+    lanes = jax.vmap(jgd.adam)(jnp.array([0.1, 0.2]))
+    result = jgd.sweep(_line(), lanes, 10)
+    assert {row["learning_rate"] for row in result.rows} == {np.float32(0.1), np.float32(0.2)}
+    assert result.rows[0]["optimizer"] == "adam"
+    with pytest.raises(ValueError, match=r"one leading axis.*jgd\.grid"):
+        jgd.sweep(_line(), jgd.adam(0.1), 10)
+
+
+# --- the plan --------------------------------------------------------------------------------
+
+
+def test_the_plan_is_plain_data():
+    lanes = jgd.grid(jgd.adam, learning_rate=np.logspace(-3, -1, 7))
+    plan, _, _ = driver.prepare(_line(), {"adam": lanes}, 50, seeds=3, width=8, report_every=20)
+    assert plan.reports == [20, 40, 50]
+    assert [len(tile.lanes) for tile in plan.tiles] == [8, 8, 5]
+    assert plan.lane_steps == 7 * 3 * 50
+    assert json.loads(json.dumps(plan.as_json())) == plan.as_json()
+    again, _, _ = driver.prepare(_line(), {"adam": lanes}, 50, seeds=3, width=8, report_every=20)
+    assert again == plan
+    other, _, _ = driver.prepare(_line(batch_size=3), {"adam": lanes}, 50)
+    assert other.task != plan.task
+
+
+@pytest.mark.parametrize("wrong", [dict(seeds=0), dict(width=0), dict(report_every=0)])
+def test_counts_are_checked(wrong):
+    lanes = jgd.grid(jgd.adam, learning_rate=[0.1])
+    with pytest.raises(ValueError, match=f"sweep: {next(iter(wrong))} must be at least 1, got 0"):
+        jgd.sweep(_line(), lanes, 10, **wrong)
+    with pytest.raises(ValueError, match="at least 4 steps, got 3"):
+        jgd.sweep(_line(), lanes, 3)
+    with pytest.raises(ValueError, match="mode must be 'min' or 'max', got 'best'"):
+        jgd.sweep(_line(), lanes, 10, mode="best")
+    with pytest.raises(ValueError, match="metric must be one of loss, got 'accuracy'"):
+        jgd.sweep(_line(), lanes, 10, metric="accuracy")
+
+
+# --- the driver ------------------------------------------------------------------------------
+
+
+def test_a_lane_does_not_depend_on_neighbours_position_or_chunking():
+    rates = [0.05, 0.1, 0.2, 0.3]
+    reference = _curves(jgd.grid(jgd.momentum, learning_rate=rates))
+    blown = _curves(jgd.grid(jgd.momentum, learning_rate=[0.05, 1e30, np.nan, 1e6]))
+    np.testing.assert_array_equal(blown[0], reference[0])  # bit for bit, beside NaN and inf
+    assert not np.isfinite(blown[1:, -1]).any()
+    moved = _curves(jgd.grid(jgd.momentum, learning_rate=rates[::-1]))
+    np.testing.assert_array_equal(moved[::-1], reference)
+    chunks = jgd.sweep(
+        _line(), {"tx": jgd.grid(jgd.momentum, learning_rate=rates)}, 40, width=4, report_every=7
+    )
+    whole = jgd.sweep(
+        _line(), {"tx": jgd.grid(jgd.momentum, learning_rate=rates)}, 40, width=4, report_every=40
+    )
+    np.testing.assert_array_equal(
+        chunks.curves["tx"].metrics["loss"][:, -1], whole.curves["tx"].metrics["loss"][:, -1]
+    )
+    filled = _curves(jgd.grid(jgd.momentum, learning_rate=[0.9, 0.8, 0.7, 0.6, *rates[:1]]))
+    np.testing.assert_array_equal(filled[4], reference[0])  # alone in a tile that is filled up
+
+
+def test_a_lane_is_the_setting_alone():
+    task, rates = digits(), [0.003, 0.03, 0.1]
+    result = jgd.sweep(
+        task, {"adam": jgd.grid(jgd.adam, learning_rate=rates)}, 50, report_every=1, width=3
+    )
+    key = jax.random.fold_in(jax.random.key(0), 0)  # seed 0 of key 0
+    for rate, curve in zip(rates, result.curves["adam"].train_loss, strict=True):
+        _, history = jgd.train(task, jgd.adam(rate), 50, key)
+        np.testing.assert_allclose(curve, history["loss"], rtol=1e-5, atol=1e-5)
+    wide = jgd.sweep(
+        task, {"adam": jgd.grid(jgd.adam, learning_rate=rates * 5)}, 50, report_every=1, width=15
+    )
+    np.testing.assert_allclose(
+        wide.curves["adam"].train_loss[:3], result.curves["adam"].train_loss, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_one_program_for_each_group():
+    plain, traces = _line(), []
+
+    def loss(params, batch):
+        traces.append(1)
+        return plain.loss(params, batch)
+
+    task = plain._replace(loss=loss, evaluate=lambda params: {"loss": jnp.sum(params["w"])})
+    groups = {
+        name: jgd.grid(getattr(jgd, name), learning_rate=np.logspace(-3, -1, 30))
+        for name in ("sgd", "adam")
+    }
+    jgd.sweep(task, groups, 30, seeds=2, width=8, report_every=7)
+    assert len(traces) == 2
+
+
+def test_data_are_arguments_of_the_program(monkeypatch):
+    """Closed over, they would be constants in it, and dear to compile."""
+    data = jnp.asarray(np.random.default_rng(0).normal(size=(5000, 7)), jnp.float32)
+    task = jgd.Task(
+        init=lambda key: jnp.zeros(7),
+        loss=lambda params, batch: jnp.mean((batch @ params - 1) ** 2),
+        batch=lambda step: data[step * 10 + jnp.arange(10)],
+        evaluate=lambda params: {"loss": jnp.mean((data @ params - 1) ** 2)},
+    )
+    texts, jit = [], jax.jit
+
+    class Spy:
+        def __init__(self, *args, **kwargs):
+            self.jitted = jit(*args, **kwargs)
+
+        def lower(self, *args):
+            lowered = self.jitted.lower(*args)
+            texts.append(lowered.as_text())
+            return lowered
+
+    monkeypatch.setattr(driver.jax, "jit", Spy)
+    jgd.sweep(task, jgd.grid(jgd.sgd, learning_rate=[0.1, 0.2]), 20)
+    assert len(texts) == 3  # batches, start, chunk
+    assert max(map(len, texts)) < 60_000  # the data alone are 140,000 bytes
+    assert any("tensor<5000x7xf32>" in text for text in texts)
+
+
+def test_full_batches_are_not_copied_ahead():
+    task = _line(batch_size=None)
+    batches = driver._Batches(task.batch, [10, 20])
+    assert not batches.ahead
+    assert driver._Batches(_line().batch, [10, 20]).ahead
+    curves = jgd.sweep(task, jgd.grid(jgd.sgd, learning_rate=[0.1]), 20).curves["sgd"]
+    assert (np.diff(curves.train_loss[0]) < 0).all()
+
+
+def test_seeds_differ_in_their_initial_parameters_only():
+    result = jgd.sweep(
+        digits(), jgd.grid(jgd.sgd, learning_rate=[0.0, 0.1]), 4, seeds=3, report_every=1
+    )
+    losses = result.curves["sgd"].train_loss
+    assert len(set(losses[:3, 0].tolist())) == 3
+    np.testing.assert_array_equal(losses[:3, 0], losses[3:, 0])  # the same for both settings
+
+
+def test_iter_sweep_reports_as_it_goes():
+    lanes = jgd.grid(jgd.sgd, learning_rate=[0.1, 0.2, 0.3])
+    reports = list(jgd.iter_sweep(_line(), {"sgd": lanes}, 20, width=2, report_every=10))
+    assert [(r.tile, r.step) for r in reports] == [(0, 10), (0, 20), (1, 10), (1, 20)]
+    assert [r.lanes.tolist() for r in reports[1:3]] == [[0, 1], [2]]
+    assert reports[2].loss.shape == (1,)
+    assert [r.seen is None for r in reports] == [True, False, True, False]
+
+
+# --- the result ------------------------------------------------------------------------------
+
+
+def _scored(values):
+    """A sweep whose metric is what `values` says for each setting and seed."""
+    table = jnp.asarray(values, jnp.float32)
+
+    def init(setting, key):
+        seed = jnp.argmax(jax.vmap(lambda k: jnp.array_equal(k, jax.random.key_data(key)))(keys))
+        return table[setting["row"].astype(int), seed]
+
+    root = jax.random.key(0)
+    keys = jax.random.key_data(
+        jax.vmap(lambda seed: jax.random.fold_in(root, seed))(jnp.arange(table.shape[1]))
+    )
+    run = jgd.Run(
+        init,
+        lambda setting, state, batch: (state, {"loss": state}),
+        lambda setting, state: {"score": state},
+        lambda step: 0.0,
+    )
+    lanes = jgd.grid(lambda row: {"row": jnp.asarray(row, float)}, row=list(range(len(values))))
+    return run, lanes
+
+
+def test_ranking_by_the_mean_over_seeds():
+    run, lanes = _scored([[3.0, 5.0], [1.0, np.nan], [2.0, 2.0], [2.0, 2.0], [0.0, 9.0]])
+    result = jgd.sweep(run, lanes, 4, seeds=2, width=3)  # the seeds of a setting in two tiles
+    assert [row["row"] for row in result.rows] == [2, 3, 0, 4, 1]
+    assert result.rows[0]["score_sd"] == 0
+    np.testing.assert_allclose(result.rows[2]["score_sd"], math.sqrt(2))
+    assert result.best.row == result.rows[0]
+    assert float(result.best.state) == 2.0
+    highest = jgd.sweep(run, lanes, 4, seeds=2, width=3, mode="max")
+    assert [row["row"] for row in highest.rows] == [4, 0, 2, 3, 1]
+    assert float(highest.best.state) == 9.0  # its better seed
+    assert highest.best.setting["row"] == 4
+
+
+def test_the_best_parameters_are_those_of_the_row():
+    task = digits()
+    lanes = jgd.grid(jgd.adam, learning_rate=[1e-5, 3e-3, 1.0])
+    result = jgd.sweep(task, lanes, 60, width=2)
+    assert result.rows[0]["learning_rate"] == 3e-3
+    assert task.evaluate(result.best.params)["accuracy"] == np.float32(result.rows[0]["accuracy"])
+    assert result.best.setting == jgd.lane(lanes, 1)
+    state = result.best.state  # ready to go on
+    updates, _ = result.best.setting.update(state.params, state.opt_state, state.params)
+    optax.apply_updates(state.params, updates)
+    assert [row["verdict"] for row in result.rows][-1] in ("diverged", "too small", "oscillating")
+
+
+# --- the folder ------------------------------------------------------------------------------
+
+
+def test_a_folder_holds_plan_journal_and_results(tmp_path):
+    lanes = jgd.grid(jgd.sgd, learning_rate=[0.1, 1e30])
+    for name in ("one", "two"):
+        result = jgd.sweep(_line(), {"sgd": lanes}, 20, seeds=2, folder=tmp_path / name)
+    folder = tmp_path / "one"
+    assert {path.name for path in folder.iterdir()} == {
+        "plan.json",
+        "journal.jsonl",
+        "results.csv",
+        "results.json",
+    }
+    for name in ("plan.json", "journal.jsonl", "results.csv", "results.json"):
+        assert (folder / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    rows = list(csv.DictReader((folder / "results.csv").open()))
+    assert [float(row["loss"]) for row in rows][:1] == [result.rows[0]["loss"]]
+    plain = json.loads((folder / "results.json").read_text())
+    assert plain["rows"][1]["final_loss"] is None  # not finite, and JSON has no word for it
+    assert plain["rows"][1]["verdict"] == "diverged"
+    lines = list(store.read_journal(folder))
+    assert [line["step"] for line in lines] == result.plan.reports
+    with pytest.raises(FileExistsError, match="is not empty"):
+        jgd.sweep(_line(), {"sgd": lanes}, 20, folder=folder)
+    (folder / "journal.jsonl").write_text('{"tile": 0}\n{"til')
+    assert list(store.read_journal(folder)) == [{"tile": 0}]
+
+
+def test_callbacks_see_every_report():
+    seen = []
+    lanes = jgd.grid(jgd.sgd, learning_rate=[0.1])
+    jgd.sweep(
+        _line(), lanes, 20, report_every=5, on_report=lambda plan, report: seen.append(report.step)
+    )
+    assert seen == [5, 10, 15, 20]
+
+
+def test_batches_of_settings_pass_through_jax_as_settings():
+    lanes = jgd.grid(jgd.adam, learning_rate=[0.1, 0.2])
+    assert isinstance(jax.tree.map(lambda x: x, lanes), jgd.Transformation)
+    chex.assert_trees_all_equal(jgd.lane(lanes, 1), jgd.lane(lanes.settings, 1))
