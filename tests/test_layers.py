@@ -64,7 +64,7 @@ def test_extras_are_imported_where_they_are_used():
     """Never at the top of a module that `import jgd` or `jgd --help` loads."""
     for name, tree in _modules():
         for node in tree.body:
-            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            if not isinstance(node, ast.Import | ast.ImportFrom):
                 continue
             for imported, _ in _imports(ast.Module([node], [])):
                 if imported.split(".")[0] in EXTRAS:
