@@ -81,9 +81,8 @@ def expect(state: Any, wanted: type) -> Any:
 
 
 def quotient(numerator: Any, denominator: Any) -> Any:
-    """0 where the denominator is 0, with finite derivatives there."""
-    safe = denominator != 0
-    return jnp.where(safe, numerator / jnp.where(safe, denominator, 1), 0)
+    """The numerator itself where the denominator is 0: 0 / 0 is 0, with finite derivatives."""
+    return numerator / jnp.where(denominator != 0, denominator, 1)
 
 
 @as_pytree
@@ -138,9 +137,11 @@ def _pair(
 def divide(
     direction: GradientTransformation, magnitude: GradientTransformation
 ) -> GradientTransformation:
-    """u = direction(g) / magnitude(g), and 0 where the magnitude is 0: the shape of Adam.
+    """u = direction(g) / magnitude(g), and direction(g) where the magnitude is 0: Adam's shape.
 
-    State: the pair of both states. Derivatives are finite where the magnitude is 0.
+    So 0 / 0 is 0, and derivatives are finite there.
+
+    State: the pair of both states.
     """
     return _pair(quotient, direction, magnitude)
 

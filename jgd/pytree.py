@@ -137,6 +137,9 @@ def _leaf_key(leaf: Any) -> Any:
     return leaf
 
 
+_WIDE = frozenset(map(jnp.dtype, ("float32", "float64", "complex64", "complex128")))
+
+
 def _float_bits(x: Any) -> int | None:
     dtype = jnp.result_type(x)
     return jnp.finfo(dtype).bits if jnp.issubdtype(dtype, jnp.inexact) else None
@@ -144,6 +147,8 @@ def _float_bits(x: Any) -> int | None:
 
 def _widen(leaf: Any) -> Any:
     """16-bit and integer leaves as float32: arithmetic and accumulators are at least that."""
+    if isinstance(leaf, jax.Array) and leaf.dtype in _WIDE:
+        return leaf
     dtype = jnp.result_type(leaf)
     if dtype == jax.dtypes.float0:  # the gradient of an integer
         return jnp.zeros(np.shape(leaf), float)
@@ -154,6 +159,8 @@ def _widen(leaf: Any) -> Any:
 
 def _narrow(new: Any, old: Any) -> Any:
     """An update in the precision of the gradient it came from."""
+    if isinstance(new, jax.Array) and new.dtype == getattr(old, "dtype", None):
+        return new
     bits = _float_bits(old)
     if bits is None or bits == _float_bits(new):
         return new
@@ -163,6 +170,8 @@ def _narrow(new: Any, old: Any) -> Any:
 
 
 def _keep_dtype(new: Any, old: Any) -> Any:
+    if isinstance(new, jax.Array) and new.dtype == getattr(old, "dtype", None):
+        return new
     dtype = jnp.result_type(old)
     return new if jnp.result_type(new) == dtype else jnp.asarray(new, dtype)
 

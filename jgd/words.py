@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from optax import GradientTransformation
 
 from jgd.arguments import Decay, Fraction, NonNegative, Number
-from jgd.combinators import add, chain, expect, leafwise, named, quotient, with_nesterov
+from jgd.combinators import add, chain, expect, leafwise, named, with_nesterov
 from jgd.pytree import TreeError, as_pytree
 
 __all__ = [
@@ -352,7 +352,8 @@ def bias_correction(decay: Decay, *, ahead: bool = False) -> GradientTransformat
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         now, coming, state = _weights(decay, expect(state, BiasCorrectionState))
         weight = coming if ahead else now
-        return leafwise(lambda g: quotient(g, weight), updates), state
+        weight = jnp.where(weight > 0, weight, 1)  # 0 for a decay of 1, whose average stays 0
+        return leafwise(lambda g: g / weight, updates), state
 
     return GradientTransformation(init, update)
 

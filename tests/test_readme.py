@@ -1,0 +1,20 @@
+"""The examples of the README run, in their order, in one session."""
+
+import re
+from pathlib import Path
+
+import jgd
+
+README = Path(jgd.__file__).parent.parent / "README.md"
+
+
+def test_examples_run():
+    names: dict = {}
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(blocks) >= 6
+    for block in blocks:
+        exec(compile(block, str(README), "exec"), names)
+    assert names["params"] is not None
+    assert names["result"].rows[0]["loss"] < 0.1
+    assert names["result"].best.params["w"].shape == (2,)
+    assert names["tx"] == jgd.adam(1e-3)
