@@ -19,6 +19,8 @@ import numpy as np
 import optax
 
 __all__ = [
+    "Boundaries",
+    "BoundariesAndScales",
     "Count",
     "Decay",
     "Fraction",
@@ -41,6 +43,9 @@ class Kind(NamedTuple):
     wanted: str = ""  # the range in words, for the error message
     accepts: Callable[[Any], Any] | None = None  # asked of concrete numbers, in the user's call
 
+    def __repr__(self) -> str:
+        return f"{self.name} {self.wanted}".rstrip()
+
 
 # Where a caller writes any of float, int, NumPy or JAX scalar, tracer or schedule, the body of the
 # factory sees a scalar float array. No static type says both, hence Any.
@@ -51,6 +56,27 @@ Fraction = Annotated[Any, Kind("number", "in [0, 1]", lambda x: 0 <= x <= 1)]
 Decay = Annotated[Any, Kind("number", "in [0, 1)", lambda x: 0 <= x < 1)]
 Count = Annotated[Any, Kind("number", "a step count, at least 0", lambda x: x >= 0)]
 Numbers = Annotated[Any, Kind("numbers")]  # a list, tuple, dict or array of numbers or schedules
+
+
+def _rising(steps: Any) -> bool:
+    return bool(np.all(np.diff(np.asarray(steps, np.float64)) > 0))
+
+
+def _rising_with_scales(pairs: Any) -> bool:
+    if isinstance(pairs, dict):
+        return min(pairs.values(), default=0) >= 0
+    return len(pairs) == 2 and _rising(pairs[0]) and np.min(pairs[1], initial=0) >= 0
+
+
+Boundaries = Annotated[Any, Kind("numbers", "in rising order", _rising)]
+BoundariesAndScales = Annotated[
+    Any,
+    Kind(
+        "numbers",
+        "a dict or a pair: boundaries in rising order, scales at least 0",
+        _rising_with_scales,
+    ),
+]
 
 
 def _members(hint: Any) -> list[Any]:
@@ -70,16 +96,26 @@ def _kind(parameter: inspect.Parameter, hint: Any) -> Kind:
     classes = [member for member in members if isinstance(member, type)]
     if any(issubclass(c, optax.GradientTransformation) for c in classes):
         return Kind("link")
-    named = bool(classes) and all(issubclass(c, str | bool | types.NoneType) for c in classes)
-    if parameter.kind is inspect.Parameter.KEYWORD_ONLY or (named and len(classes) == len(members)):
+    if parameter.kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD):
         return Kind("structure")
-    if parameter.default is None:
-        numeric = Any not in members and any(c in (float, int, jax.Array) for c in classes)
+    if parameter.name in ("key", "seed", "rng", "mask"):
+        return Kind("structure")
+    default, empty = parameter.default, inspect.Parameter.empty
+    numeric = Any not in members and any(c in NUMERIC for c in classes)
+    if default is None or (default is empty and hint not in (empty, Any)):
         return Kind("number" if numeric else "structure")
-    required = parameter.default is inspect.Parameter.empty
-    if not required and not isinstance(parameter.default, (*NUMERIC, tuple, list, dict)):
-        return Kind("structure")
-    return Kind("structure" if isinstance(parameter.default, bool) else "number")
+    if default is empty or _is_number(default):
+        return Kind("number")
+    several = isinstance(default, tuple | list) and all(map(_is_number, default))
+    return Kind("numbers" if several else "structure")
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool | np.bool_ | complex | np.complexfloating):
+        return False
+    if isinstance(value, np.ndarray | jax.Array):
+        return jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)
+    return isinstance(value, NUMERIC)
 
 
 class Static:
@@ -125,12 +161,6 @@ def _static_key(value: Any) -> Any:
     return type(value), value
 
 
-def _is_dtype(name: str, value: Any) -> bool:
-    return value is not None and (
-        isinstance(value, np.dtype) or (name.endswith("dtype") and not isinstance(value, bool))
-    )
-
-
 class Spec:
     """A factory and what is known of its parameters: the structure of its values."""
 
@@ -140,13 +170,20 @@ class Spec:
         self.structure = frozenset([structure] if isinstance(structure, str) else structure)
         self.signature = inspect.signature(factory)
         hints = {name: p.annotation for name, p in self.signature.parameters.items()}
+        hints["return"] = self.signature.return_annotation
         if any(isinstance(hint, str) for hint in hints.values()):
-            hints = typing.get_type_hints(factory, include_extras=True)
-        unknown = self.structure.difference(hints)
+            try:
+                hints = typing.get_type_hints(factory, include_extras=True)
+            except NameError:  # a name that only type checkers import
+                hints = {}
+        self.returns = hints.get("return")
+        unknown = self.structure.difference(self.signature.parameters)
         if unknown:
             raise ValueError(f"{self.name} has no parameter {', '.join(sorted(unknown))}")
         self.kinds = {
-            name: Kind("structure") if name in self.structure else _kind(p, hints.get(name, Any))
+            name: Kind("structure")
+            if name in self.structure
+            else _kind(p, hints.get(name, p.empty))
             for name, p in self.signature.parameters.items()
         }
         self.names = tuple(self.kinds)
@@ -171,11 +208,16 @@ class Spec:
     def admit(self, name: str, value: Any) -> Any:
         """The stored form of an argument; refuses what is of another kind or out of range."""
         kind = self.kinds[name]
-        if kind.name == "structure":
-            return value if value is None else Static(_canonical(name, value))
         parameter = self.signature.parameters[name]
+        if kind.name == "structure":
+            if parameter.annotation is bool and not isinstance(value, bool | np.bool_):
+                raise TypeError(f"{self.name}: {name} must be True or False, got {value!r}")
+            return value if value is None else Static(self._canonical(name, value))
+        if value is None and parameter.default is None:
+            return None
         if kind.name == "link":
-            links = value if parameter.kind is inspect.Parameter.VAR_POSITIONAL else (value,)
+            several = parameter.kind is inspect.Parameter.VAR_POSITIONAL
+            links: tuple[Any, ...] = tuple(value or ()) if several else (value,)
             for link in links:
                 if not isinstance(link, optax.GradientTransformation):
                     raise TypeError(f"{self.name}: {name} must be a transformation, got {link!r}")
@@ -184,28 +226,39 @@ class Spec:
                 Static(link) if any(map(callable, jax.tree.leaves(link))) else link
                 for link in links
             )
-            return admitted if links is value else admitted[0]
+            return admitted if several else admitted[0]
         if kind.name == "numbers":
-            return jax.tree.map(
-                lambda x: _schedule(x) if callable(x) else self._number(name, kind, x),
+            plain = Kind("numbers")
+            stored = jax.tree.map(
+                lambda x: _schedule(x) if callable(x) else self._number(name, plain, x),
                 value,
                 is_leaf=callable,
             )
-        if value is None:
-            if parameter.default is None:
-                return None
-        elif callable(value) and not isinstance(value, type):
+            concrete = not any(isinstance(x, jax.Array) for x in jax.tree.leaves(stored))
+            if kind.accepts is not None and concrete and not kind.accepts(stored):
+                raise ValueError(f"{self.name}: {name} must be {kind.wanted}, got {value!r}")
+            return stored
+        if callable(value) and not isinstance(value, type):
             return _schedule(value)
         return self._number(name, kind, value)
 
+    def _canonical(self, name: str, value: Any) -> Any:
+        """Structure as it compares: dtypes by what they mean."""
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value)):
+            raise TypeError(
+                f"{self.name}: {name} shapes the program and cannot be traced, got {value!r}"
+            )
+        if not name.endswith("dtype") and not isinstance(value, np.dtype):
+            return value
+        if isinstance(value, bool):
+            raise TypeError(f"{self.name}: {name} must be a dtype, got {value!r}")
+        return jax.dtypes.canonicalize_dtype(value)
+
     def _number(self, name: str, kind: Kind, value: Any) -> Any:
-        if isinstance(value, bool | np.bool_ | complex) or not isinstance(value, NUMERIC):
+        if not _is_number(value):
             raise TypeError(f"{self.name}: {name} must be a number or a schedule, got {value!r}")
-        if isinstance(value, jax.Array):  # tracers too; integers become differentiable
-            if not jnp.issubdtype(value.dtype, np.number):
-                raise TypeError(f"{self.name}: {name} must be a number, got {value.dtype}")
-            exact = value.dtype in (jnp.float32, jnp.float64)
-            return value if exact else value.astype(float)
+        if isinstance(value, jax.Array):  # tracers too: float32, one trace for all of them
+            return jnp.asarray(value, float)
         value = np.asarray(value, np.float64) if np.ndim(value) else np.float64(value)
         if kind.accepts is not None and not (value.ndim or kind.accepts(value)):
             raise ValueError(f"{self.name}: {name} must be {kind.wanted}, got {float(value)!r}")
@@ -213,42 +266,39 @@ class Spec:
 
     def call(self, args: tuple[Any, ...], step: Any = None) -> Any:
         """The factory itself, called with float scalars; schedules take their value at `step`."""
+        return self._apply(args, lambda name, arg: self._resolve(name, arg, step))
+
+    def validate(self, args: tuple[Any, ...]) -> None:
+        """Call the factory with the numbers as they are, for the checks in its body."""
+        self._apply(args, lambda _, arg: unwrap(arg))
+
+    def _resolve(self, name: str, arg: Any, step: Any) -> Any:
+        kind = self.kinds[name].name
+        if kind == "number" and arg is not None:
+            return _scalar(self.name, name, unwrap(arg)(step) if is_schedule(arg) else arg)
+        if kind == "numbers":
+            number = lambda x: unwrap(x) if is_schedule(x) else jnp.asarray(x, float)
+            return jax.tree.map(number, arg, is_leaf=is_schedule)
+        return unwrap(arg)
+
+    def _apply(self, args: tuple[Any, ...], prepare: Callable[[str, Any], Any]) -> Any:
         positional: list[Any] = []
         keywords: dict[str, Any] = {}
-        arg: Any
-        for (name, parameter), arg in zip(self.signature.parameters.items(), args, strict=True):
-            kind = self.kinds[name].name
-            if kind == "number" and arg is not None:
-                if is_schedule(arg):
-                    arg = unwrap(arg)(step)
-                arg = _scalar(self.name, name, arg)
-            elif kind == "numbers":
-                arg = jax.tree.map(
-                    lambda x: unwrap(x) if is_schedule(x) else jnp.asarray(x, float),
-                    arg,
-                    is_leaf=is_schedule,
-                )
-            elif parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-                arg = tuple(unwrap(link) for link in arg or ())
-            else:
-                arg = unwrap(arg)
+        for parameter, arg in zip(self.signature.parameters.values(), args, strict=True):
+            value: Any = prepare(parameter.name, arg)
             if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-                positional.extend(arg)
+                positional.extend(unwrap(item) for item in value or ())
+            elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                keywords.update(value or {})
             elif parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-                keywords[name] = arg
+                keywords[parameter.name] = value
             else:
-                positional.append(arg)
+                positional.append(value)
         return self.factory(*positional, **keywords)
 
 
 def spec_of(decorated: Callable[..., Any]) -> Spec:
     return decorated.__jgd_spec__  # type: ignore[attr-defined]
-
-
-def _canonical(name: str, value: Any) -> Any:
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value)):
-        raise TypeError(f"{name} shapes the program and cannot be traced, got {value!r}")
-    return jnp.dtype(value) if _is_dtype(name, value) else value
 
 
 def _schedule(value: Callable[..., Any]) -> Any:

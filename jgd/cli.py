@@ -9,12 +9,17 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import itertools
+import math
 import os
+import pkgutil
 import sys
+import sysconfig
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import jgd
 
@@ -66,12 +71,14 @@ def main() -> None:
         """Trainings of each setting, from different initial parameters."""
         metric: str | None = None
         """Metric to rank by. Default: accuracy, or loss, or the first that the task reports."""
+        mode: Literal["min", "max"] | None = None
+        """Which end of the metric is best. Default: max for an accuracy, else min."""
         out: Path | None = None
         """A new folder for table, pictures and journal. Default: runs/ and the time of day."""
         top: int = 20
         """Rows of the table to print; all are in results.csv."""
-        width: int = 64
-        """Lanes that step together."""
+        width: int | None = None
+        """Lanes that step together. Default: 64, or all of an optimizer with fewer."""
         key: int = 0
         """Random key of the initial parameters."""
 
@@ -80,7 +87,7 @@ def main() -> None:
     except UserError as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        _fail("interrupted; the journal has the reports so far")
+        _fail("interrupted")
 
 
 def _fail(message: str) -> NoReturn:
@@ -92,28 +99,46 @@ def _fail(message: str) -> NoReturn:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
+    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.45)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def _load(spec: str, what: str) -> Any:
     """The object at module:name."""
     module_name, _, name = spec.partition(":")
+    if not all(part.isidentifier() for part in [*module_name.split("."), name]):
+        raise UserError(f"{what}: module:name wanted, got {spec!r}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
-            raise UserError(f"{what} {spec}: {error}") from None
-        here = [path.stem for path in Path.cwd().glob("*.py")]
-        raise UserError(
-            f"{what}: no module named {error.name}{_nearest(module_name, here)}"
-        ) from None
+            raise UserError(f"{what} {spec}: {_where(error)}") from None
+        parent, _, last = error.name.rpartition(".")
+        paths = getattr(sys.modules.get(parent), "__path__", None) if parent else None
+        known = [found.name for found in pkgutil.iter_modules(paths)]
+        raise UserError(f"{what}: no module named {error.name}{_nearest(last, known)}") from None
+    except Exception as error:
+        raise UserError(f"{what} {spec}: {_where(error)}") from error
     if not hasattr(module, name):
         known = [known for known in vars(module) if not known.startswith("_")]
         raise UserError(f"{what}: {module_name} has no {name!r}{_nearest(name, known)}")
     return getattr(module, name)
+
+
+def _where(error: BaseException) -> str:
+    """An error of the user's code in one line, with the line of theirs that raised it."""
+    libraries = (sysconfig.get_path("stdlib"), str(Path(__file__).parent), "<")
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [
+        frame
+        for frame in frames
+        if not frame.filename.startswith(libraries) and "site-packages" not in frame.filename
+    ]
+    place = f" ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})" if theirs else ""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}{place}"
 
 
 def _task(spec: str) -> Any:
@@ -128,7 +153,10 @@ def _task(spec: str) -> Any:
         return getattr(tasks, spec)()
     found = _load(spec, "task")
     if not isinstance(found, Task | Run) and callable(found):
-        found = found()
+        try:
+            found = found()
+        except Exception as error:
+            raise UserError(f"task {spec}: {_where(error)}") from error
     if not isinstance(found, Task | Run):
         raise UserError(f"task {spec} is a {type(found).__name__}, not a jgd.Task or jgd.Run")
     return found
@@ -174,12 +202,12 @@ def _values(spec: str) -> tuple[str, list[Any]]:
         return name, [_value(word) for word in text.split(",")]
     if form not in ("log", "lin"):
         raise UserError(f"--set {spec}: no form {form!r}{_nearest(form, ('log', 'lin'))}")
-    low = high = 0.0
+    low = high = math.nan
     try:
         low, high, count = float(bounds[0]), float(bounds[1]), int(bounds[2])
     except (ValueError, IndexError):
         count = 0
-    if len(bounds) != 3 or count < 1:
+    if len(bounds) != 3 or count < 1 or not math.isfinite(low + high):
         raise UserError(f"--set {spec}: {form}:LOW:HIGH:COUNT wanted")
     if form == "lin":
         return name, list(np.linspace(low, high, count))
@@ -202,7 +230,9 @@ def _groups(optimizers: Iterable[str], sets: Iterable[str]) -> dict[str, Any]:
     """A grid for each optimizer, over the arguments that it has."""
     from jgd.tuning.space import grid
 
-    values = dict(map(_values, sets))
+    values: dict[str, list[Any]] = {}
+    for name, more in map(_values, sets):
+        values.setdefault(name, []).extend(more)
     groups, unused, known = {}, set(values), set()
     for spec in optimizers:
         factory = _factory(spec)
@@ -214,7 +244,16 @@ def _groups(optimizers: Iterable[str], sets: Iterable[str]) -> dict[str, Any]:
             axes = dict([_values(f"learning_rate={RATES}")], **axes)
         if not axes:
             raise UserError(f"optimizer {spec}: say what to vary with --set")
-        groups[spec.rpartition(":")[2]] = grid(factory, **axes)
+        name = spec.rpartition(":")[2]
+        name = spec if name in groups else name
+        if name in groups:
+            raise UserError(f"optimizer {spec} is named twice")
+        try:
+            groups[name] = grid(factory, **axes)
+        except (ValueError, TypeError) as error:
+            raise UserError(str(error)) from error
+        except Exception as error:
+            raise UserError(f"optimizer {spec}: {_where(error)}") from error
     for name in unused:
         raise UserError(f"--set {name}: no optimizer here has that argument{_nearest(name, known)}")
     return groups
@@ -232,10 +271,11 @@ def _sweep(options: Any) -> None:
 
     console = Console()
     task = _task(options.task)
-    out = options.out or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
+    out = options.out or _new_folder(Path("runs") / time.strftime("%Y-%m-%d-%H%M%S"))
+    groups = _groups(options.optimizer or TEXTBOOK, options.set)
+    progress = _Progress(console, options.metric)
     try:
-        groups = _groups(options.optimizer or TEXTBOOK, options.set)
-        with _Progress(console) as progress:
+        with progress:
             result = sweep.sweep(
                 task,
                 groups,
@@ -244,11 +284,17 @@ def _sweep(options: Any) -> None:
                 key=options.key,
                 width=options.width,
                 metric=options.metric,
+                mode=options.mode,
                 folder=out,
                 on_report=progress,
             )
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
+    except Exception as error:  # of the user's task, inside the program
+        raise UserError(f"task {options.task}: {_where(error)}") from error
+    except KeyboardInterrupt:
+        known = f"; {out / 'journal.jsonl'} has the reports so far" if progress.done else ""
+        raise UserError(f"interrupted{known}") from None
     _print_result(console, result, options.top)
     seconds = time.perf_counter() - started
     rate = result.plan.lane_steps / progress.seconds
@@ -259,6 +305,12 @@ def _sweep(options: Any) -> None:
     )
     files = ", ".join(["results.csv", "results.json", *(path.name for path in pictures)])
     console.print(f"in {out}: {files}")
+
+
+def _new_folder(path: Path) -> Path:
+    """A folder that is not there yet: two sweeps may begin in the same second."""
+    tries = (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))
+    return path if not path.exists() else next(new for new in tries if not new.exists())
 
 
 def _keep_compiled_programs() -> None:
@@ -275,10 +327,10 @@ def _keep_compiled_programs() -> None:
 class _Progress:
     """A live bar on a terminal, a line per finished group elsewhere; the best so far in both."""
 
-    def __init__(self, console: "Console") -> None:
+    def __init__(self, console: "Console", metric: str | None) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.console = console
+        self.console, self.metric = console, metric
         self.live = console.is_terminal
         columns = [
             TextColumn("[bold]{task.description:<10}"),
@@ -292,7 +344,7 @@ class _Progress:
         self.task = self.bar.add_task("compiling", total=None, speed="", best="")
         self.done = 0
         self.seconds = 0.0
-        self.best = -float("inf")
+        self.best: float | None = None
         self.started = time.perf_counter()
 
     def __enter__(self) -> "_Progress":
@@ -309,12 +361,8 @@ class _Progress:
         before = max([0, *(step for step in plan.reports if step < report.step)])
         self.done += (report.step - before) * len(tile.lanes)
         self.seconds = time.perf_counter() - self.started
-        name, values = next(iter(report.metrics.items()))
-        name = "accuracy" if "accuracy" in report.metrics else name
-        values = report.metrics[name]
-        self.best = max(self.best, *map(float, values[values == values]), -float("inf"))
         speed = f"{self.done / self.seconds:,.0f} lane-steps/s"
-        shown = f"best {name} {self.best:.4f}" if name == "accuracy" else ""
+        shown = self._best(plan, report)
         self.bar.update(
             self.task,
             description=report.group,
@@ -328,6 +376,16 @@ class _Progress:
             share = self.done / plan.lane_steps
             self.console.print(f"{report.group:<12} {share:4.0%}  {speed}  {shown}")
 
+    def _best(self, plan: "Plan", report: "Report") -> str:
+        from jgd.tuning.results import ranked_by
+
+        metric, mode = ranked_by(plan, self.metric, None)
+        choose = max if mode == "max" else min
+        values = report.metrics[metric]
+        seen = [float(x) for x in values if math.isfinite(x)]
+        self.best = choose([*seen, *([] if self.best is None else [self.best])], default=None)
+        return "" if self.best is None else f"best {metric} {self.best:.4g}"
+
     def _announce(self, plan: "Plan") -> None:
         settings = sum(group.settings for group in plan.groups)
         self.console.print(
@@ -340,7 +398,9 @@ def _print_result(console: "Console", result: "Result", top: int) -> None:
     plan = result.plan
     varied = list(dict.fromkeys(name for g in plan.groups for name in (*g.axes, *g.fixed)))
 
-    table = _table("best of each optimizer", "optimizer", *varied, result.metric, *_STYLES)
+    table = _table(
+        "best of each optimizer", result.metric, "optimizer", *varied, result.metric, *_STYLES
+    )
     for group in plan.groups:
         rows = [row for row in result.rows if row["optimizer"] == group.name]
         counts = [sum(row["verdict"] == verdict for row in rows) for verdict in _STYLES]
@@ -349,10 +409,10 @@ def _print_result(console: "Console", result: "Result", top: int) -> None:
         table.add_row(group.name, *numbers, _spread(rows[0], result.metric), *shown)
     console.print(table)
 
-    title = f"the best {min(top, len(result.rows))} of {len(result.rows)} settings"
+    title = f"the best {max(min(top, len(result.rows)), 0)} of {len(result.rows)} settings"
     columns = ("rank", "optimizer", *varied, result.metric, "final loss", "verdict")
-    table = _table(title, *columns)
-    for row in result.rows[:top]:
+    table = _table(title, result.metric, *columns)
+    for row in result.rows[: max(top, 0)]:
         table.add_row(
             str(row["rank"]),
             row["optimizer"],
@@ -364,14 +424,15 @@ def _print_result(console: "Console", result: "Result", top: int) -> None:
     console.print(table)
 
 
-def _table(title: str, *columns: str) -> Any:
+def _table(title: str, metric: str, *columns: str) -> Any:
     from rich import box
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for name in columns:
         left = name in ("optimizer", "verdict")
-        table.add_column(name.replace("_", " "), justify="left" if left else "right")
+        header = name.replace("_", " ").replace("oscillating", "oscil- lating")
+        table.add_column(header, justify="left" if left else "right", no_wrap=name == metric)
     return table
 
 
@@ -384,8 +445,8 @@ def _cell(x: Any) -> str:
 
 def _spread(row: dict[str, Any], metric: str) -> str:
     spread = row.get(f"{metric}_sd")
-    # no-break spaces: the headers may wrap, the numbers not
-    return f"{row[metric]:.4f}" + ("" if spread is None else f"\u00a0±\u00a0{spread:.4f}")
+    digits = ".4f" if "acc" in metric else ".4g"
+    return f"{row[metric]:{digits}}" + ("" if spread is None else f" ± {spread:{digits}}")
 
 
 if __name__ == "__main__":

@@ -74,15 +74,19 @@ def _first_difference(updates: Any, trees: tuple[Any, ...]) -> str:
 def expect(state: Any, wanted: type) -> Any:
     if not isinstance(state, wanted):
         raise TreeError(
-            f"this is the state of another optimizer: {type(state).__name__}, wanted"
-            f" {wanted.__name__}"
+            f"this is the state of another optimizer: {_name(type(state))}, wanted {_name(wanted)}"
         )
     return state
 
 
+def _name(state_type: type) -> str:
+    return f"{state_type.__module__}.{state_type.__qualname__}"
+
+
 def quotient(numerator: Any, denominator: Any) -> Any:
-    """The numerator itself where the denominator is 0: 0 / 0 is 0, with finite derivatives."""
-    return numerator / jnp.where(denominator != 0, denominator, 1)
+    """0 where the denominator is 0, with finite derivatives there."""
+    zero = denominator == 0
+    return jnp.where(zero, 0, numerator / jnp.where(zero, 1, denominator))
 
 
 @as_pytree
@@ -126,6 +130,10 @@ def _pair(
         return one.init(params), two.init(params)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        if type(state) is not tuple or len(state) != 2:
+            raise TreeError(
+                f"this is the state of another optimizer: {type(state).__name__}, wanted a pair"
+            )
         left, state_one = one.update(updates, state[0], params, **extra)
         right, state_two = two.update(updates, state[1], params, **extra)
         return leafwise(f, left, right), (state_one, state_two)
@@ -137,11 +145,9 @@ def _pair(
 def divide(
     direction: GradientTransformation, magnitude: GradientTransformation
 ) -> GradientTransformation:
-    """u = direction(g) / magnitude(g), and direction(g) where the magnitude is 0: Adam's shape.
+    """u = direction(g) / magnitude(g), and 0 where the magnitude is 0: the shape of Adam.
 
-    So 0 / 0 is 0, and derivatives are finite there.
-
-    State: the pair of both states.
+    State: the pair of both states. Derivatives are finite where the magnitude is 0.
     """
     return _pair(quotient, direction, magnitude)
 
@@ -166,7 +172,9 @@ def with_nesterov(inner: GradientTransformation) -> GradientTransformation:
 
         s' = inner.state(g, s)          u = inner(g, s')
 
-    Around `scale_by_momentum(b)` this is Nesterov's accelerated gradient, u = g + b v'.
+    Around `scale_by_momentum(b)` this is Nesterov's accelerated gradient, u = g + b v'. If b is a
+    schedule, the look ahead sees the b of the step ahead; `nesterov` and `trace` take that of now.
+
     State: that of `inner`.
     Differs from: `nesterov_ema`, where the two terms carry different bias corrections.
     Source: Sutskever et al. 2013, equations 3 and 4.

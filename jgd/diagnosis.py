@@ -9,23 +9,27 @@ gradient descent on a w^2 / 2 over T = 20 to 200 steps, a rate below 0.02 / a co
 *parameter* jumps from side to side while the loss falls: good as long as the loss arrives,
 oscillating near 2 / a, where it hardly does.
 
-With T steps, `late` is the mean loss of the last T / 10 steps, `middle` that of the T / 10 before
-half-time, `swing` the standard deviation of the second half about its straight line, and `stride`
-the mean over the second half of |g . u|, the change of the loss which a step promises to first
-order. first - late is the fall; level is the fall or, if that is more, half of |first|.
+With T steps, `early`, `middle` and `late` are the mean losses of the first T / 10 steps, of those
+before half-time and of the last; fall = first - late. From the second half: `swing` is the standard
+deviation about its straight line, `jump` the mean of |loss - loss before|, and `stride` the mean
+of |g . u|, the change of the loss which a step promises to first order. `level` is the fall, or
+half of |first| if that is more, and `error` 3 swing sqrt(2 / (T / 10)), three standard errors of
+the difference of two windows. The first rule that holds:
 
-  diverged     the loss was not finite, or late - first > max(|first|, first - least), or on the
-               way it rose by more than |first| and did not come back to half of first
-  oscillating  swing > 0.1 level, and stride > 0.02 swing: the steps did it, not the batches;
-               or the strides of the second half add up to more than 20 times the fall, or 0.2
-               |first| where that is more: they lead nowhere;
+  diverged     the loss was not finite; or late - max(first, early) > 0.1 |first|, and more than
+               error or than |first| and |early|; or on the way it rose by more than |first|,
+               10 |early| and 20 swing, and fall < |first| / 2
+  too small    early - late < max(0.01 |early|, error) and stride <= 0.02 swing: nothing but noise
+  oscillating  swing > 0.1 level, and stride >= jump / 2: the steps did it, not the batches;
+               or a fall under |first| / 4, though the strides of the second half add up to 20 times
+               that, and to 0.2 |first|: they lead nowhere;
                or still falling, but stride > 0.02 level and 5 times what the loss falls per step
-  too small    middle - late > 0.015 fall, and three standard errors of the difference (a fifth of
-               the fall, if that is less); or a fall under 0.01 |first|
+  too small    still falling: middle - late > 0.015 fall, and more than error or than a fifth of
+               the fall; or a fall under 0.01 |first|, not all of it long done
   good         otherwise
 
-The noise of small batches is in the loss as well: a batch of a few examples can look like
-oscillation at any rate that learns.
+The noise of small batches is in the loss as well: where nothing is known of the strides, it counts
+as swing.
 """
 
 from collections.abc import Sequence
@@ -35,30 +39,56 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["VERDICTS", "LossStatistics", "observe", "statistics", "verdict"]
+__all__ = [
+    "VERDICTS",
+    "LossStatistics",
+    "final_loss",
+    "observe",
+    "of_curve",
+    "statistics",
+    "verdict",
+]
 
 VERDICTS = ("too small", "good", "oscillating", "diverged")
 
 
 class LossStatistics(NamedTuple):
-    """Sums over the training loss so far: float32 scalars, relative to the first loss."""
+    """What is kept of the training loss so far: float32 scalars (float64 under x64)."""
 
     first: Any  # the loss at step 0
-    least: Any  # extremes, as they were
+    least: Any  # extremes
     greatest: Any
     finite: Any  # bool: whether all losses were
-    middle: Any  # sums over the window before half-time,
-    late: Any  # and over the last
-    tail: Any  # sums over the second half: x, x^2, x * time and |g . u|
-    tail_square: Any
-    tail_trend: Any
-    tail_stride: Any
+    last: Any  # the loss one step ago
+    early: Any  # sums over the windows
+    middle: Any
+    late: Any
+    tail: Any  # sums over the second half, of x = (loss - first) / |first|,
+    tail_square: Any  # x^2,
+    tail_trend: Any  # x * time,
+    tail_jump: Any  # |loss - last|
+    tail_stride: Any  # and |g . u|
 
 
 def statistics() -> LossStatistics:
     """Those of no loss at all."""
-    zero, inf = jnp.zeros([]), jnp.full([], jnp.inf)
-    return LossStatistics(zero, inf, -inf, jnp.array(True), zero, zero, zero, zero, zero, zero)
+    zero = jnp.zeros([], float)
+    least, greatest = zero + jnp.inf, zero - jnp.inf
+    return LossStatistics(
+        first=zero,
+        least=least,
+        greatest=greatest,
+        finite=jnp.array(True),
+        last=zero,
+        early=zero,
+        middle=zero,
+        late=zero,
+        tail=zero,
+        tail_square=zero,
+        tail_trend=zero,
+        tail_jump=zero,
+        tail_stride=zero,
+    )
 
 
 def observe(seen: LossStatistics, loss: Any, stride: Any, step: Any, steps: Any) -> LossStatistics:
@@ -70,10 +100,10 @@ def observe(seen: LossStatistics, loss: Any, stride: Any, step: Any, steps: Any)
       step: its number, from 0; with `steps` one scalar for all lanes.
       steps: how many there will be.
     """
-    loss, stride = jnp.asarray(loss, jnp.float32), jnp.asarray(stride, jnp.float32)
+    loss, stride = jnp.asarray(loss, float), jnp.asarray(stride, float)
     half, window = steps // 2, jnp.maximum(steps // 10, 1)
     first = jnp.where(step == 0, loss, seen.first)
-    x = loss - first
+    x = (loss - first) / _scale(first)
     tail = step >= half
     in_middle, in_late = (step >= half - window) & ~tail, step >= steps - window
     time = 2 * (step - half + 0.5) / (steps - half) - 1
@@ -83,18 +113,25 @@ def observe(seen: LossStatistics, loss: Any, stride: Any, step: Any, steps: Any)
         least=jnp.minimum(seen.least, loss),
         greatest=jnp.maximum(seen.greatest, loss),
         finite=seen.finite & jnp.isfinite(loss),
-        middle=add(seen.middle, x, in_middle),
-        late=add(seen.late, x, in_late),
+        last=loss,
+        early=add(seen.early, loss, step < window),
+        middle=add(seen.middle, loss, in_middle),
+        late=add(seen.late, loss, in_late),
         tail=add(seen.tail, x, tail),
         tail_square=add(seen.tail_square, x * x, tail),
         tail_trend=add(seen.tail_trend, x * time, tail),
+        tail_jump=add(seen.tail_jump, jnp.abs(loss - seen.last), tail),
         tail_stride=add(seen.tail_stride, stride, tail),
     )
 
 
+def _scale(first: Any) -> Any:
+    return abs(first) + (first == 0)
+
+
 def final_loss(seen: LossStatistics, steps: int) -> np.ndarray:
     """The mean loss of the last tenth of the steps; NaN where the loss was not finite."""
-    late = np.asarray(seen.first, np.float64) + np.asarray(seen.late) / max(steps // 10, 1)
+    late = np.asarray(seen.late, np.float64) / max(steps // 10, 1)
     return np.where(np.asarray(seen.finite), late, np.nan)
 
 
@@ -111,26 +148,29 @@ def verdict(seen: LossStatistics, steps: int) -> np.ndarray:
     s = seen._make(np.asarray(x, np.float64) for x in seen)
     half, window = steps // 2, max(steps // 10, 1)
     n = steps - half
-    fall, middle = -s.late / window, -s.middle / min(window, half)
-    still = fall - middle  # what the loss fell from half-time to the end
+    early, middle, late = s.early / window, s.middle / window, s.late / window
     trend = s.tail_trend / n * 3 / (1 - 1 / n**2)
     variance = s.tail_square / n - (s.tail / n) ** 2 - trend**2 / 3 * (1 - 1 / n**2)
-    swing, stride = np.sqrt(np.maximum(variance, 0)), s.tail_stride / n
-    size = np.abs(s.first)
-    level = np.maximum(fall, size / 2)
-    error = 3 * swing * np.sqrt(2 / window)
+    swing = np.sqrt(np.maximum(variance, 0)) * _scale(s.first)
+    jump, stride = s.tail_jump / n, s.tail_stride / n
+    size, fall, still = np.abs(s.first), s.first - late, middle - late
+    level, error = np.maximum(fall, size / 2), 3 * swing * np.sqrt(2 / window)
 
-    ended_above = ~(-fall <= np.maximum(size, s.first - s.least))
-    blew_up = (s.greatest - s.first > size) & (fall < size / 2)
-    flat = fall < 0.01 * size
+    # comparisons with NaN are false: each is written so that an unknown stride accuses the steps
+    reach = np.minimum(error, np.maximum(size, np.abs(early)))
+    rose = ~(late - np.maximum(s.first, early) <= np.maximum(0.1 * size, reach))
+    usual = np.maximum(np.maximum(size, 10 * np.abs(early)), 20 * swing)
+    blew_up = (s.greatest - s.first > usual) & (fall < size / 2)
+    noise = (early - late < np.maximum(0.01 * np.abs(early), error)) & (stride <= 0.02 * swing)
+    flat = (fall < 0.01 * size) & ~(stride * n <= 0.1 * fall)
     falling = (still > np.maximum(0.015 * fall, np.minimum(error, 0.2 * fall))) | flat
     oscillating = (
-        ((swing > 0.1 * level) & ~(stride <= 0.02 * swing))  # or no stride is known
-        | (stride * n > 20 * np.maximum(fall, 0.01 * size))
+        ((swing > 0.1 * level) & ~(stride < jump / 2))
+        | ((fall < size / 4) & (stride * n > 20 * np.maximum(fall, 0.01 * size)))
         | (falling & (stride > np.maximum(0.02 * level, 5 * still / half)))
     )
-    rules = [(s.finite == 0) | ended_above | blew_up, oscillating, falling]
-    return np.select(rules, ["diverged", "oscillating", "too small"], default="good")
+    rules = [(s.finite == 0) | rose | blew_up, noise, oscillating, falling]
+    return np.select(rules, ["diverged", "too small", "oscillating", "too small"], default="good")
 
 
 def of_curve(losses: Sequence[float] | np.ndarray, strides: Any = None) -> LossStatistics:
@@ -138,7 +178,7 @@ def of_curve(losses: Sequence[float] | np.ndarray, strides: Any = None) -> LossS
 
     Without strides every swing is laid at the door of the steps, not of the batches.
     """
-    curve = jnp.asarray(losses, jnp.float32)
+    curve = jnp.asarray(losses, float)
     steps = len(curve)
     stride = jnp.full_like(curve, jnp.nan) if strides is None else jnp.asarray(strides)
     shape = curve.shape[1:]

@@ -254,17 +254,19 @@ def nadam(
     eps: NonNegative = 1e-8,
     eps_root: NonNegative = 0.0,
     mu_dtype: DTypeLike | None = None,
+    *,
+    nesterov: bool = True,
 ) -> GradientTransformation:
     """NAdam: Adam that looks ahead as Nesterov does.
 
         m^ = b1 m / (1 - b1^(t+1)) + (1 - b1) g / (1 - b1^t)
         u  = -learning_rate m^ / (sqrt(v / (1 - b2^t) + eps_root) + eps)
 
-    Args, State: as `adam`.
+    Args, State: as `adam`; `nesterov=False` is `adam`.
     Differs from: Keras and PyTorch, whose b1 follows a schedule.
     Source: Dozat 2016, algorithm 2, with one b1 for all steps.
     """
-    return adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov=True)
+    return adam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
 
 
 @as_pytree

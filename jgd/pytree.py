@@ -14,8 +14,10 @@ Schedules are values in the same way, callables that are pytrees of their number
 of an optimizer may be one.
 """
 
+import collections.abc
 import functools
 import inspect
+import typing
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, ParamSpec, overload
 
@@ -25,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jgd.arguments import NUMERIC, Spec, is_schedule, unwrap
+from jgd.arguments import NUMERIC, Spec, Static, is_schedule, unwrap
 
 __all__ = [
     "Schedule",
@@ -109,7 +111,8 @@ class _Call:
             if self.scheduled:
                 if not isinstance(state, SteppedState | ScheduledState):
                     raise TreeError(
-                        f"this is the state of another optimizer: {type(state).__name__}"
+                        f"this is the state of another optimizer: {type(state).__name__}, wanted"
+                        " that of a scheduled number"
                     )
                 step, inner = state
             new_updates, new_inner = self.transformation(step).update(
@@ -149,12 +152,15 @@ def _widen(leaf: Any) -> Any:
     """16-bit and integer leaves as float32: arithmetic and accumulators are at least that."""
     if isinstance(leaf, jax.Array) and leaf.dtype in _WIDE:
         return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):  # `init` needs no more than shapes
+        wide = leaf.dtype if leaf.dtype in _WIDE else jnp.zeros([], float).dtype
+        return jax.ShapeDtypeStruct(leaf.shape, wide, sharding=leaf.sharding)
     dtype = jnp.result_type(leaf)
     if dtype == jax.dtypes.float0:  # the gradient of an integer
         return jnp.zeros(np.shape(leaf), float)
     if jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_):
         return jnp.asarray(leaf, float)
-    return jnp.asarray(leaf, jnp.float32) if _float_bits(leaf) == 16 else jnp.asarray(leaf)
+    return jnp.asarray(leaf) if dtype in _WIDE else jnp.asarray(leaf, jnp.float32)
 
 
 def _narrow(new: Any, old: Any) -> Any:
@@ -204,6 +210,14 @@ class _Value:
             return unwrap(call.args[call.spec.names.index(name)])
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("_call", "__orig_class__"):
+            object.__setattr__(self, name, value)
+            return
+        raise AttributeError(
+            f"{self._call.spec.name} is immutable: use tx._replace({name}=...) for another number"
+        )
+
     def __repr__(self) -> str:
         shown = []
         for (name, parameter), arg in zip(
@@ -212,7 +226,7 @@ class _Value:
             if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
                 shown.extend(map(_show, arg))
             elif self._call.spec.kinds[name].name != "structure" or (
-                unwrap(arg) is not None and unwrap(arg) != parameter.default
+                arg is not None and arg != Static(parameter.default)
             ):
                 shown.append(f"{name}={_show(arg)}")
         return f"{self._call.spec.name}({', '.join(shown)})"
@@ -357,20 +371,46 @@ def as_pytree(factory: Any = None, *, structure: Iterable[str] = ()) -> Any:
         admitted = tuple(spec.admit(name, value) for name, value in bound.arguments.items())
         if not value_class:
             value_class.append(_returns(spec, admitted))
-        return value_class[0]._of(spec, admitted)
+        value = value_class[0]._of(spec, admitted)
+        if isinstance(value, Schedule):
+            _check_schedule(value)
+        return value
 
     spec.decorated = call
     call.__jgd_spec__ = spec  # type: ignore[attr-defined]
     return call
 
 
+def _check_schedule(value: "Schedule") -> None:
+    """The checks in the body of a schedule, in the user's call, on concrete numbers."""
+    call = value._call
+    if call.scheduled:
+        raise TypeError(f"{call.spec.name}: a number of a schedule cannot be a schedule itself")
+    if not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(call.args)):
+        call.spec.validate(call.args)
+
+
 def _returns(spec: Spec, args: tuple[Any, ...]) -> type[Transformation] | type[Schedule]:
     """What the factory gives: by its annotation, or by trying."""
-    hint = spec.signature.return_annotation
-    if isinstance(hint, type) and issubclass(hint, optax.GradientTransformation):
+    if isinstance(spec.returns, type) and issubclass(spec.returns, optax.GradientTransformation):
         return Transformation
-    result = spec.call(args, step=jnp.zeros([], jnp.int32))
-    return Transformation if isinstance(result, tuple) else Schedule
+    if typing.get_origin(spec.returns) is collections.abc.Callable:
+        return Schedule
+    first = lambda x: jnp.ravel(x)[0] if isinstance(x, np.ndarray | jax.Array) else x
+    kinds = spec.kinds.values()
+    probe = [
+        jax.tree.map(first, arg) if kind.name == "number" else arg
+        for kind, arg in zip(kinds, args, strict=True)
+    ]
+    result = spec.call(tuple(probe), step=jnp.zeros([], jnp.int32))
+    if isinstance(result, tuple) and len(result) == 2:
+        return Transformation
+    if callable(result):
+        return Schedule
+    raise TypeError(
+        f"{spec.name} returns {type(result).__name__}: neither a transformation, nor a pair (init,"
+        " update), nor a schedule"
+    )
 
 
 # --- batches of values -----------------------------------------------------------------------
@@ -387,6 +427,8 @@ def stack(settings: Sequence[Any]) -> Any:
     """
     if not settings:
         raise ValueError("stack: needs at least one setting")
+    for setting in settings:
+        refuse_functions(setting)
     structures = [jax.tree.structure(setting) for setting in settings]
     for index, structure in enumerate(structures):
         if structure != structures[0]:
@@ -400,6 +442,19 @@ def stack(settings: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *xs: jnp.stack([jnp.asarray(x, float) for x in xs]), *settings)
 
 
+def refuse_functions(setting: Any) -> None:
+    """Raise TypeError for a setting whose leaves are functions, such as an optimizer of optax."""
+    if any(map(callable, jax.tree.leaves(setting))):
+        raise TypeError(
+            "this setting hides its numbers in functions: lift a factory of optax with"
+            " jgd.as_pytree, as in jgd.as_pytree(optax.lion)(1e-4), and put links together with"
+            " jgd.chain instead of optax.chain"
+        )
+
+
 def lane(lanes: Any, index: int) -> Any:
     """Lane `index` of a batch: each leaf without its leading axis. The inverse of `stack`."""
+    leaves = jax.tree.leaves(lanes)
+    if leaves and not -len(leaves[0]) <= index < len(leaves[0]):
+        raise IndexError(f"lane {index} of {len(leaves[0])} lanes")
     return jax.tree.map(lambda x: x[index], lanes)

@@ -17,7 +17,15 @@ import jax
 import jax.numpy as jnp
 from optax import Schedule
 
-from jgd.arguments import Count, NonNegative, Number, Numbers, Positive
+from jgd.arguments import (
+    Boundaries,
+    BoundariesAndScales,
+    Count,
+    NonNegative,
+    Number,
+    Numbers,
+    Positive,
+)
 from jgd.pytree import as_pytree
 
 __all__ = [
@@ -250,7 +258,7 @@ def cosine_decay_schedule(
 
 
 @as_pytree
-def piecewise_constant(boundaries: Numbers, values: Numbers) -> Schedule:
+def piecewise_constant(boundaries: Boundaries, values: Numbers) -> Schedule:
     """values[i], for the number i of boundaries at or below the step: the textbook's staircase.
 
     Args:
@@ -272,7 +280,7 @@ def piecewise_constant(boundaries: Numbers, values: Numbers) -> Schedule:
 
 @as_pytree
 def piecewise_constant_schedule(
-    init_value: Number, boundaries_and_scales: Numbers | None = None
+    init_value: Number, boundaries_and_scales: BoundariesAndScales | None = None
 ) -> Schedule:
     """init_value times the product of the scales whose boundaries are at or below the step.
 
@@ -291,7 +299,9 @@ def piecewise_constant_schedule(
 
 @as_pytree
 def piecewise_interpolate_schedule(
-    interpolate_type: str, init_value: Number, boundaries_and_scales: Numbers | None = None
+    interpolate_type: str,
+    init_value: Number,
+    boundaries_and_scales: BoundariesAndScales | None = None,
 ) -> Schedule:
     """Lines or cosines between init_value and its successive products with the scales.
 
@@ -374,7 +384,7 @@ def cosine_onecycle_schedule(
 
 
 @as_pytree
-def join_schedules(schedules: Numbers, boundaries: Numbers) -> Schedule:
+def join_schedules(schedules: Numbers, boundaries: Boundaries) -> Schedule:
     """schedules[i](step - boundaries[i-1]), for the number i of boundaries at or below the step.
 
     Args:
@@ -391,13 +401,16 @@ def join_schedules(schedules: Numbers, boundaries: Numbers) -> Schedule:
         )
 
     def value(step: Any) -> Any:
-        now = _float(step)
-        result = schedules[0](now)
+        now, kind = _float(step), jnp.result_type(step)
+        # whole steps stay integers for a function that indexes with them
+        whole = jnp.issubdtype(kind, jnp.integer)
+        like_step = lambda own: own.astype(kind) if whole else own
+        result = schedules[0](step)
         for index, schedule in enumerate(schedules[1:]):
             # a schedule is asked about its own steps only
             after = now >= edges[index]
             own = jnp.where(after, now - edges[index], 0)
-            result = jnp.where(after, schedule(own), result)
+            result = jnp.where(after, schedule(like_step(own)), result)
         return result
 
     return value
@@ -491,6 +504,8 @@ def sgdr_schedule(cosine_kwargs: Numbers) -> Schedule:
 
     Source: Loshchilov & Hutter 2017, arXiv:1608.03983.
     """
+    if not cosine_kwargs:
+        raise ValueError("sgdr_schedule: needs at least one cycle")
     ends = jnp.cumsum(_vector([cycle["decay_steps"] for cycle in cosine_kwargs]))
     cycles = [warmup_cosine_decay_schedule(**cycle) for cycle in cosine_kwargs]
     return join_schedules(cycles, ends[:-1])

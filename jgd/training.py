@@ -12,6 +12,7 @@ The setting is any pytree of numbers: an optimizer, or a tuple or dict of one an
 
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ import numpy as np
 import optax
 
 from jgd.arguments import Static
+from jgd.pytree import refuse_functions
 
 __all__ = ["Run", "Task", "TrainState", "minibatches", "supervised", "train"]
 
@@ -74,7 +76,10 @@ def optimizer_of(setting: Any) -> optax.GradientTransformationExtraArgs:
     nodes = jax.tree.leaves(setting, is_leaf=_is_transformation)
     found = [node for node in nodes if _is_transformation(node)]
     if len(found) != 1:
-        raise TypeError(f"a setting needs exactly one optimizer, this one has {len(found)}")
+        raise TypeError(
+            f"a setting needs exactly one optimizer, this one has {len(found)}; to a sweep, a dict"
+            " is batches of settings by name"
+        )
     return optax.with_extra_args_support(found[0])
 
 
@@ -196,8 +201,12 @@ def train(
       The trained parameters (the final state, for a `Run` that is no task), and the history: a
       dict of arrays over the steps, with the training loss under "loss" and all that the loss
       reports.
+    Raises: ValueError for no steps, TypeError for an optimizer that is no pytree of its numbers.
     """
-    return _train(Static(steps), _as_arguments(task), setting, key)
+    if operator.index(steps) < 1:
+        raise ValueError(f"train: steps must be at least 1, got {steps}")
+    refuse_functions(setting)
+    return _train(Static(operator.index(steps)), _as_arguments(task), setting, key)
 
 
 def _as_arguments(task: Any) -> Any:

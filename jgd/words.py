@@ -118,8 +118,8 @@ def root(eps: NonNegative = 0.0, eps_root: NonNegative = 0.0) -> GradientTransfo
 
     def safe_sqrt(v: Any) -> Any:
         v = v.real + eps_root
-        positive = v > 0
-        return jnp.where(positive, jnp.sqrt(jnp.where(positive, v, 1)), 0) + eps
+        zero = v <= 0  # false for NaN, which goes on
+        return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, v))) + eps
 
     return _pointwise(safe_sqrt)
 

@@ -56,7 +56,7 @@ def _planted(kind, rng, steps=400):
         wave = np.sin(2 * np.pi * (np.arange(steps) + 0.25) / period)
         curve = start * (0.5 + 0.5 * np.exp(-20 * t) + size * wave)
     else:
-        curve = start * np.exp(rng.uniform(2, 200) * t)
+        curve = start * np.exp(np.minimum(rng.uniform(2, 200) * t, 80))
     return curve + noise
 
 

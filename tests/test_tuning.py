@@ -168,20 +168,31 @@ def test_a_lane_is_the_setting_alone():
     )
 
 
-def test_one_program_for_each_group():
-    plain, traces = _line(), []
+class _Spy:
+    """Stands in for jax.jit in the driver, and keeps the text of what is compiled."""
 
-    def loss(params, batch):
-        traces.append(1)
-        return plain.loss(params, batch)
+    def __init__(self, monkeypatch):
+        self.texts, self.jit = [], jax.jit
+        monkeypatch.setattr(driver.jax, "jit", self)
 
-    task = plain._replace(loss=loss, evaluate=lambda params: {"loss": jnp.sum(params["w"])})
+    def __call__(self, *args, **kwargs):
+        self.jitted = self.jit(*args, **kwargs)
+        return self
+
+    def lower(self, *args):
+        lowered = self.jitted.lower(*args)
+        self.texts.append(lowered.as_text())
+        return lowered
+
+
+def test_one_program_for_each_group(monkeypatch):
     groups = {
         name: jgd.grid(getattr(jgd, name), learning_rate=np.logspace(-3, -1, 30))
         for name in ("sgd", "adam")
     }
+    task, spy = _line(), _Spy(monkeypatch)
     jgd.sweep(task, groups, 30, seeds=2, width=8, report_every=7)
-    assert len(traces) == 2
+    assert len(spy.texts) == 5  # the batches; start and chunk of each group
 
 
 def test_data_are_arguments_of_the_program(monkeypatch):
@@ -193,22 +204,12 @@ def test_data_are_arguments_of_the_program(monkeypatch):
         batch=lambda step: data[step * 10 + jnp.arange(10)],
         evaluate=lambda params: {"loss": jnp.mean((data @ params - 1) ** 2)},
     )
-    texts, jit = [], jax.jit
-
-    class Spy:
-        def __init__(self, *args, **kwargs):
-            self.jitted = jit(*args, **kwargs)
-
-        def lower(self, *args):
-            lowered = self.jitted.lower(*args)
-            texts.append(lowered.as_text())
-            return lowered
-
-    monkeypatch.setattr(driver.jax, "jit", Spy)
-    jgd.sweep(task, jgd.grid(jgd.sgd, learning_rate=[0.1, 0.2]), 20)
-    assert len(texts) == 3  # batches, start, chunk
-    assert max(map(len, texts)) < 60_000  # the data alone are 140,000 bytes
-    assert any("tensor<5000x7xf32>" in text for text in texts)
+    lanes = jgd.grid(jgd.sgd, learning_rate=[0.1, 0.2])
+    spy = _Spy(monkeypatch)
+    jgd.sweep(task, lanes, 20)
+    assert len(spy.texts) == 3  # batches, start, chunk
+    assert max(map(len, spy.texts)) < 60_000  # the data alone are 140,000 bytes
+    assert any("tensor<5000x7xf32>" in text for text in spy.texts)
 
 
 def test_full_batches_are_not_copied_ahead():

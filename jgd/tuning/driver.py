@@ -53,16 +53,20 @@ def prepare(
     *,
     seeds: int = 1,
     key: int = 0,
-    width: int = 64,
+    width: int | None = None,
     report_every: int | None = None,
 ) -> tuple[Plan, dict[str, Lanes], Run]:
-    """The plan of a sweep, its groups, and the training run."""
+    """The plan of a sweep, its groups, and the training run; refuses what could not be reported."""
     run = task if isinstance(task, Run) else supervised(task)
     groups = _groups(settings)
+    if not groups:
+        raise ValueError("sweep: no settings")
     first = jax.tree.map(lambda x: jnp.asarray(x)[0], next(iter(groups.values())).settings)
     start = run.init(first, jax.random.key(key))
+    batch = run.batch(0)
+    metrics = _metrics(run, first, start, batch)
     made = start.params if isinstance(task, Task) else start
-    digest = fingerprint(run.batch(0), made)
+    digest = fingerprint(batch, made)
     plan = make_plan(
         groups,
         steps,
@@ -71,20 +75,48 @@ def prepare(
         width=width,
         report_every=report_every,
         task=digest,
+        metrics=metrics,
     )
     return plan, groups, run
+
+
+RESERVED = ("rank", "optimizer", "final_loss", "verdict", "seeds", "tile", "group", "step", "lanes")
+
+
+def _metrics(run: Run, setting: Any, state: Any, batch: Any) -> list[str]:
+    """The names that `evaluate` reports; refuses what is no dict of scalars before any training."""
+    _, of_update = jax.eval_shape(run.update, setting, state, batch)
+    if "loss" not in of_update or of_update["loss"].shape:
+        raise ValueError("sweep: update must report a scalar loss, under the name 'loss'")
+    names: list[str] = []
+
+    def evaluate() -> dict[str, Any]:
+        metrics = run.evaluate(setting, state)
+        if not isinstance(metrics, dict) or not metrics:
+            raise ValueError(f"sweep: evaluate must return a dict of scalars, got {metrics!r}")
+        names.extend(metrics)  # in the order of the user, where jax sorts
+        return metrics
+
+    for name, value in jax.eval_shape(evaluate).items():
+        if getattr(value, "shape", None) != ():
+            raise ValueError(f"sweep: metric {name} of evaluate must be a scalar, got {value!r}")
+        if name in RESERVED:
+            raise ValueError(f"sweep: evaluate's {name} has the name of a column of the table")
+    return names
 
 
 def _groups(settings: Any) -> dict[str, Lanes]:
     """Named batches of settings, whatever of them the user gave."""
     if not isinstance(settings, dict):
         settings = {_name_of(settings): settings}
-    groups = {}
-    for name, lanes in settings.items():
-        if type(lanes) is dict and any(isinstance(x, Lanes) for x in lanes.values()):
-            groups.update({f"{name} {label}": x for label, x in lanes.items()})  # of `grid`
-        else:
-            groups[name] = lanes_of(lanes)
+    groups: dict[str, Lanes] = {}
+    for name, batch in settings.items():
+        several = type(batch) is dict and any(isinstance(x, Lanes) for x in batch.values())
+        named = {f"{name} {label}": x for label, x in batch.items()} if several else {name: batch}
+        for label, lanes in named.items():
+            if label in groups:
+                raise ValueError(f"sweep: two groups of settings are named {label!r}")
+            groups[label] = lanes_of(lanes)
     return groups
 
 
@@ -190,6 +222,7 @@ class _Program:
         root = jax.random.key(plan.key)
         self.keys = jax.vmap(lambda seed: jax.random.fold_in(root, seed))(jnp.arange(plan.seeds))
         self.steps = plan.steps
+        self._dtypes: Any = None
         self._start: Callable[..., Lane] | None = None
         self._chunk: Callable[..., tuple[Lane, Any, Any]] | None = None
 
@@ -201,11 +234,16 @@ class _Program:
 
         def begin(setting: Any, key: jax.Array) -> Lane:
             state = self.run.init(setting, key)
-            return Lane(setting, state, diagnosis.statistics(), jnp.zeros([]))
+            return Lane(setting, state, diagnosis.statistics(), jnp.zeros([], float))
 
         if self._start is None:
             self._start = _with_constants_as_arguments(jax.vmap(begin), chosen, keys)
-        return self._start(chosen, keys)
+        lanes = self._start(chosen, keys)
+        if self._dtypes is None:  # those of a step: a state may begin as a Python number
+            batch = jax.eval_shape(self.run.batch, 0)
+            after = jax.eval_shape(jax.vmap(self._step, (0, None, None)), lanes, batch, 0)
+            self._dtypes = jax.tree.map(lambda x: x.dtype, after)
+        return jax.tree.map(_as_dtype, lanes, self._dtypes)
 
     def chunk(self, lanes: Lane, begin: int, end: int) -> tuple[Lane, Any, Any]:
         """The lanes at step `end`, their losses since `begin` and their metrics now."""
@@ -215,21 +253,25 @@ class _Program:
             self._chunk = _with_constants_as_arguments(self._steps, *arguments, donate=True)
         return self._chunk(*arguments)
 
-    def _steps(self, lanes: Lane, batches: Any, begin: Any, end: Any) -> tuple[Lane, Any, Any]:
-        def step(lane: Lane, batch: Any, index: Any) -> Lane:
-            state, metrics = self.run.update(lane.setting, lane.state, batch)
-            loss, stride = metrics["loss"], metrics.get("stride", jnp.nan)
-            seen = diagnosis.observe(lane.seen, loss, stride, index, self.steps)
-            return Lane(lane.setting, state, seen, lane.loss + loss)
+    def _step(self, lane: Lane, batch: Any, index: Any) -> Lane:
+        state, metrics = self.run.update(lane.setting, lane.state, batch)
+        loss, stride = metrics["loss"], metrics.get("stride", jnp.nan)
+        seen = diagnosis.observe(lane.seen, loss, stride, index, self.steps)
+        return Lane(lane.setting, state, seen, lane.loss + loss)
 
+    def _steps(self, lanes: Lane, batches: Any, begin: Any, end: Any) -> tuple[Lane, Any, Any]:
         def body(offset: Any, lanes: Lane) -> Lane:
             batch = self.batches.at(batches, begin, offset)
             # the step is one scalar for the tile: one in each lane would map the batch
-            return jax.vmap(step, (0, None, None))(lanes, batch, begin + offset)
+            return jax.vmap(self._step, (0, None, None))(lanes, batch, begin + offset)
 
         lanes = jax.lax.fori_loop(0, end - begin, body, lanes)
         metrics = jax.vmap(self.run.evaluate)(lanes.setting, lanes.state)
         return lanes._replace(loss=jnp.zeros_like(lanes.loss)), lanes.loss, metrics
+
+
+def _as_dtype(x: jax.Array, dtype: Any) -> jax.Array:
+    return x if x.dtype == dtype else x.astype(dtype)
 
 
 def _with_constants_as_arguments(

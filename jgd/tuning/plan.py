@@ -10,6 +10,7 @@ Two sweeps of one plan agree bit for bit; at equal width a lane does not depend 
 
 import dataclasses
 import hashlib
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,8 @@ import numpy as np
 import jgd
 
 __all__ = ["Group", "Plan", "Tile", "fingerprint", "make_plan"]
+
+WIDTH = 64  # lanes of a small network then fit the cache of two cores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Plan:
     reports: list[int]
     groups: list[Group]
     tiles: list[Tile]
+    metrics: list[str]  # what `evaluate` reports, in its order
     task: str  # a digest of its first batch and initial parameters
     versions: Mapping[str, str]
     device: str
@@ -71,23 +75,24 @@ def make_plan(
     *,
     seeds: int,
     key: int,
-    width: int,
+    width: int | None,
     report_every: int | None,
     task: str,
+    metrics: list[str],
 ) -> Plan:
     """The plan of a sweep over groups of `Lanes`.
 
-    Raises: ValueError for a count that is not positive, or no groups.
+    Raises: ValueError for a count that is not positive.
     """
     every = max(1, steps // 20) if report_every is None else report_every
-    counts = {"steps": steps, "seeds": seeds, "width": width, "report_every": every}
+    counts = {"steps": steps, "seeds": seeds, "width": width or 0, "report_every": every}
+    counts = {name: operator.index(count) for name, count in counts.items()}
     for name, count in counts.items():
-        if count < 1:
+        if count < 1 and (name != "width" or width is not None):
             raise ValueError(f"sweep: {name} must be at least 1, got {count}")
+    steps, seeds, every = counts["steps"], counts["seeds"], counts["report_every"]
     if steps < 4:
         raise ValueError(f"sweep: a verdict needs at least 4 steps, got {steps}")
-    if not groups:
-        raise ValueError("sweep: no settings")
     planned, tiles = [], []
     for index, (name, lanes) in enumerate(groups.items()):
         total = len(lanes) * seeds
@@ -98,7 +103,7 @@ def make_plan(
                 axes={axis: [float(x) for x in values] for axis, values in lanes.axes.items()},
                 fixed={axis: repr(value) for axis, value in lanes.fixed.items()},
                 settings=len(lanes),
-                width=min(width, total),
+                width=counts["width"] or min(WIDTH, total),
             )
         )
         step = planned[-1].width
@@ -107,10 +112,11 @@ def make_plan(
     return Plan(
         steps=steps,
         seeds=seeds,
-        key=key,
+        key=operator.index(key),
         reports=sorted({*range(every, steps, every), steps}),
         groups=planned,
         tiles=tiles,
+        metrics=metrics,
         task=task,
         versions={
             "jgd": jgd.__version__,

@@ -31,18 +31,21 @@ def plot_sensitivity(result: Result) -> Any:
     Bands span the seeds. Where other numbers vary as well, the best of them is shown. A star marks
     each optimizer's best.
     """
-    axis = _axis(result)
+    common = _axis(result)
     figure = matplotlib.figure.Figure(figsize=(8, 4.8), layout="constrained")
     panel = figure.subplots()
-    if axis is None:
-        return figure
     best = max if result.mode == "max" else min
     every = []
+    drawn: dict[str, list[float]] = {}
     for color, dashes, group in zip(
         itertools.cycle(_COLORS), itertools.cycle(_DASHES), result.plan.groups, strict=False
     ):
         values = result.curves[group.name].metrics[result.metric][:, -1].astype(np.float64)
         values = values.reshape(group.settings, -1)
+        axis = common or next(iter(group.axes), None)  # without a common one, each its own first
+        if axis is None:
+            continue
+        drawn[axis] = group.axes[axis]
         at = np.array(group.axes[axis])
         points = []
         for x in np.unique(at):
@@ -55,14 +58,15 @@ def plot_sensitivity(result: Result) -> Any:
         x, mean, low, high = np.array(points).T
         every += list(mean)
         panel.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-        panel.plot(x, mean, dashes, color=color, label=group.name, linewidth=1.8)
+        on_top = 2 + (dashes == "--")
+        panel.plot(x, mean, dashes, color=color, label=group.name, linewidth=1.8, zorder=on_top)
         top = mean.argmax() if result.mode == "max" else mean.argmin()
         panel.plot(x[top], mean[top], "*", color=color, markersize=13, markeredgecolor="white")
-    if _spans_decades(result.plan.groups[0].axes[axis]):
+    if drawn and all(map(_spans_decades, drawn.values())):
         panel.set_xscale("log")
     if result.mode == "min" and every and min(every) > 0:
         panel.set_yscale("log")
-    panel.set_xlabel(axis.replace("_", " "))
+    panel.set_xlabel(", ".join(drawn).replace("_", " "))
     panel.set_ylabel(f"{result.metric}, held out")
     seeds = f", mean and range of {result.plan.seeds} seeds" if result.plan.seeds > 1 else ""
     panel.set_title(f"after {result.plan.steps} steps{seeds}", fontsize=11)
@@ -88,8 +92,8 @@ def plot_curves(result: Result) -> Any:
     losses = np.concatenate([c.train_loss.ravel() for c in result.curves.values()])
     first = np.concatenate([c.train_loss[:, 0] for c in result.curves.values()])
     finite = losses[np.isfinite(losses)]
-    positive = finite.size and finite.min() > 0
-    top = 10 * np.nanmedian(first[np.isfinite(first)]) if finite.size else 1.0
+    positive = finite[finite > 0]  # a loss of exactly 0 is at the foot of the picture
+    top = 10 * np.median(first[np.isfinite(first)]) if np.isfinite(first).any() else 1.0
     norm = _norm([x for group in groups for x in group.axes.get(axis or "", [])])
     colors = matplotlib.colormaps["turbo"]
     for panel, group in zip(panels, groups, strict=False):
@@ -101,9 +105,11 @@ def plot_curves(result: Result) -> Any:
         panel.set_title(group.name, fontsize=11)
         panel.grid(alpha=0.2)
         panel.spines[["top", "right"]].set_visible(False)
-        if positive:
+        if positive.size and finite.min() >= 0:
             panel.set_yscale("log")
-            panel.set_ylim(max(float(finite.min()), 1e-5), float(top))
+            panel.set_ylim(max(float(positive.min()), 1e-6 * float(top)), float(top))
+        elif finite.size:
+            panel.set_ylim(float(finite.min()), max(float(top), float(np.median(finite))))
     for panel in panels[len(groups) :]:
         panel.set_visible(False)
     figure.supxlabel("step", fontsize=10)

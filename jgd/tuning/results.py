@@ -17,7 +17,7 @@ from jgd.tuning.driver import Report
 from jgd.tuning.plan import Plan
 from jgd.tuning.space import Lanes
 
-__all__ = ["Best", "Collector", "Curves", "Result"]
+__all__ = ["Best", "Collector", "Curves", "Result", "ranked_by"]
 
 
 class Curves(NamedTuple):
@@ -55,6 +55,23 @@ class Result(NamedTuple):
         return f"<{len(self.rows)} settings, best: {self.best.row}>"
 
 
+def ranked_by(
+    plan: Plan, metric: str | None, mode: Literal["min", "max"] | None
+) -> tuple[str, Literal["min", "max"]]:
+    """The metric to rank by and which end is best, with the defaults that `sweep` documents.
+
+    Raises: ValueError for a metric that is not reported, or another mode.
+    """
+    if mode not in (None, "min", "max"):
+        raise ValueError(f"sweep: mode must be 'min' or 'max', got {mode!r}")
+    if metric not in (None, *plan.metrics):
+        known = ", ".join(plan.metrics)
+        raise ValueError(f"sweep: metric must be one of {known}, got {metric!r}")
+    usual = [name for name in ("accuracy", "loss") if name in plan.metrics]
+    chosen = metric or (usual or plan.metrics)[0]
+    return chosen, mode or ("max" if "acc" in chosen else "min")
+
+
 class Collector:
     """Takes the reports of a sweep as they come, and makes the result of them."""
 
@@ -65,23 +82,20 @@ class Collector:
         metric: str | None = None,
         mode: Literal["min", "max"] | None = None,
     ) -> None:
-        if mode not in (None, "min", "max"):
-            raise ValueError(f"sweep: mode must be 'min' or 'max', got {mode!r}")
         self.plan, self.groups = plan, groups
-        self.metric = metric
-        self.mode: Literal["min", "max"] | None = mode
+        self.metric: str
+        self.mode: Literal["min", "max"]
+        self.metric, self.mode = ranked_by(plan, metric, mode)
         self.curves: dict[str, Curves] = {}
         self.seen: dict[str, diagnosis.LossStatistics] = {}
         self.best: tuple[tuple, str, int, Any] | None = None
         self.open: dict[tuple[str, int], list[Any]] = {}  # states of settings with seeds to come
 
     def add(self, report: Report) -> None:
-        if not self.curves:
-            self._choose_metric(report.metrics)
         group = next(g for g in self.plan.groups if g.name == report.group)
         lanes, reports = group.settings * self.plan.seeds, len(self.plan.reports)
         if report.group not in self.curves:
-            empty = lambda: np.full((lanes, reports), np.nan, np.float32)
+            empty = lambda: np.full((lanes, reports), np.nan)
             metrics = {name: empty() for name in report.metrics}
             self.curves[report.group] = Curves(np.array(self.plan.reports), empty(), metrics)
         curves = self.curves[report.group]
@@ -91,19 +105,6 @@ class Collector:
             curves.metrics[name][report.lanes, column] = values
         if report.seen is not None:
             self._finish(report, lanes)
-
-    def _choose_metric(self, metrics: Mapping[str, Any]) -> None:
-        if not metrics:
-            raise ValueError("sweep: evaluate returned no metrics to rank by")
-        if self.metric is None:
-            known = [name for name in ("accuracy", "loss") if name in metrics]
-            self.metric = (known or list(metrics))[0]
-        if self.metric not in metrics:
-            raise ValueError(
-                f"sweep: metric must be one of {', '.join(metrics)}, got {self.metric!r}"
-            )
-        if self.mode is None:
-            self.mode = "max" if "acc" in self.metric else "min"
 
     def _finish(self, report: Report, lanes: int) -> None:
         """Keep the statistics, and the states if a setting of this tile is the best so far."""
@@ -134,7 +135,6 @@ class Collector:
 
     def _rank(self, group: str, setting: int) -> tuple:
         """Sorts settings, best first."""
-        assert self.metric is not None
         values = self._last(group, self.metric, setting)
         score = values.mean() if np.isfinite(values).all() else math.inf
         if math.isfinite(score) and self.mode == "max":
@@ -155,7 +155,8 @@ class Collector:
             values = self._last(group, name, setting)
             row[name] = float(values.mean())
             if self.plan.seeds > 1:
-                row[f"{name}_sd"] = float(np.std(values, ddof=1))
+                finite = np.isfinite(values).all()
+                row[f"{name}_sd"] = float(np.std(values, ddof=1)) if finite else math.nan
         row["final_loss"] = float(losses[seeds].mean())
         found, counts = np.unique(verdicts[seeds], return_counts=True)
         worst = lambda v: diagnosis.VERDICTS.index(str(v))
@@ -167,8 +168,6 @@ class Collector:
     def result(self) -> Result:
         """The result, once all tiles have ended."""
         assert self.best is not None
-        assert self.metric is not None
-        assert self.mode is not None
         ranked = []
         for group in self.plan.groups:
             verdicts = diagnosis.verdict(self.seen[group.name], self.plan.steps)

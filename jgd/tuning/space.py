@@ -16,6 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jgd.arguments import Static
+from jgd.pytree import refuse_functions
+
 __all__ = [
     "Choice",
     "Distribution",
@@ -51,7 +54,8 @@ class Lanes:
         self.fixed = dict(fixed or {})
 
     def __len__(self) -> int:
-        return len(jax.tree.leaves(self.settings)[0])
+        leaves = jax.tree.leaves(self.settings)
+        return len(leaves[0]) if leaves else max([1, *map(len, self.axes.values())])
 
     def __repr__(self) -> str:
         varied = ", ".join([*self.axes, *(f"{k}={v}" for k, v in self.fixed.items())])
@@ -72,6 +76,7 @@ def lanes_of(settings: Any) -> Lanes:
     """
     if isinstance(settings, Lanes):
         return settings
+    refuse_functions(settings)
     leaves = jax.tree_util.tree_leaves_with_path(settings)
     sizes = {np.shape(leaf)[:1] for _, leaf in leaves}
     if len(sizes) != 1 or () in sizes:
@@ -81,9 +86,11 @@ def lanes_of(settings: Any) -> Lanes:
         )
     axes = {}
     for path, leaf in leaves:
-        values = np.asarray(leaf)
-        if (values != values[:1]).any() or len(leaves) == 1:
-            axes[jax.tree_util.keystr(path).lstrip(".")] = values
+        name, values = jax.tree_util.keystr(path).lstrip("."), np.asarray(leaf)
+        columns = values.reshape(len(values), -1).T  # a leaf may be an array in each setting
+        for place, column in enumerate(columns):
+            if (column != column[0]).any() or len(leaves) == 1:
+                axes[f"{name}[{place}]" if values.ndim > 1 else name] = column
     return Lanes(settings, axes)
 
 
@@ -162,9 +169,12 @@ def grid(factory: Callable[..., Any], /, **axes: Any) -> Any:
     """
     if not axes:
         raise ValueError("grid: needs at least one axis")
-    columns = {name: list(np.asarray(v) if _is_array(v) else v) for name, v in axes.items()}
-    for name, values in columns.items():
-        if not values:
+    columns = {}
+    for name, values in axes.items():
+        if isinstance(values, str) or not hasattr(values, "__iter__"):
+            raise ValueError(f"grid: axis {name} must be a sequence of values, got {values!r}")
+        columns[name] = list(np.asarray(values) if _is_array(values) else values)
+        if not columns[name]:
             raise ValueError(f"grid: axis {name} has no values")
     return _batch(factory, list(columns), list(itertools.product(*columns.values())))
 
@@ -194,19 +204,20 @@ def _is_array(x: Any) -> bool:
 
 
 def _is_number(x: Any) -> bool:
-    return isinstance(x, float | int | np.number) and not isinstance(x, bool)
+    scalar = isinstance(x, float | int | np.number) or (_is_array(x) and np.ndim(x) == 0)
+    return scalar and not isinstance(x, bool | np.bool_)
 
 
 def _batch(factory: Callable[..., Any], names: list[str], points: Sequence[tuple]) -> Any:
     groups: dict[tuple, list[tuple]] = {}
     for point in points:  # what is no number is structure
-        structure = tuple((i, x) for i, x in enumerate(point) if not _is_number(x))
+        structure = tuple((i, Static(x)) for i, x in enumerate(point) if not _is_number(x))
         groups.setdefault(structure, []).append(point)
     _try_each_value(factory, names, points)
     mixed = {i for structure in groups for i, _ in structure}
     batches = {}
     for structure, members in groups.items():
-        fixed = {names[i]: value for i, value in structure}
+        fixed = {names[i]: node.value for i, node in structure}
         varied = [i for i in range(len(names)) if names[i] not in fixed]
         axes = {names[i]: np.array([float(point[i]) for point in members]) for i in varied}
         if axes:
@@ -216,7 +227,10 @@ def _batch(factory: Callable[..., Any], names: list[str], points: Sequence[tuple
             one = factory(**fixed)
             settings = jax.tree.map(lambda x: jnp.asarray(x, float)[None], one)
         shown = [f"{names[i]}={fixed.get(names[i], 'number')}" for i in sorted(mixed)]
-        batches[", ".join(shown)] = Lanes(settings, axes, fixed)
+        label = ", ".join(shown)
+        batches[f"{label} ({len(batches)})" if label in batches else label] = Lanes(
+            settings, axes, fixed
+        )
     return batches if len(batches) > 1 else next(iter(batches.values()))
 
 
@@ -227,4 +241,4 @@ def _try_each_value(factory: Callable[..., Any], names: list[str], points: Seque
         values = {(i, repr(x)) for i, x in enumerate(point)}
         if not values <= tried:
             tried |= values
-            factory(**dict(zip(names, point, strict=True)))
+            refuse_functions(factory(**dict(zip(names, point, strict=True))))

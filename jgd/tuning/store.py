@@ -34,7 +34,7 @@ class Folder:
             raise FileExistsError(f"{self.path} is not empty: a sweep wants a folder of its own")
 
     def write_plan(self, plan: Plan) -> None:
-        self._write("plan.json", json.dumps(plan.as_json(), indent=1))
+        self._write("plan.json", json.dumps(_plain(plan.as_json()), indent=1))
 
     def journal(self, report: Report) -> None:
         """Append a report; it is on disk when this returns."""
@@ -47,7 +47,7 @@ class Folder:
             **report.metrics,
         }
         with (self.path / "journal.jsonl").open("a") as file:
-            file.write(json.dumps({name: _plain(x) for name, x in line.items()}) + "\n")
+            file.write(json.dumps(_plain(line)) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -58,8 +58,7 @@ class Folder:
             writer.writeheader()
             writer.writerows(rows)
         (self.path / "results.csv.part").replace(self.path / "results.csv")
-        plain = [{name: _plain(x) for name, x in row.items()} for row in rows]
-        self._write("results.json", json.dumps({**summary, "rows": plain}, indent=1))
+        self._write("results.json", json.dumps(_plain({**summary, "rows": list(rows)}), indent=1))
 
     def _write(self, name: str, text: str) -> None:
         """All of the file or nothing."""
@@ -72,8 +71,10 @@ def _plain(x: Any) -> Any:
     """As JSON knows it: no arrays, and null for what is not finite."""
     if isinstance(x, np.ndarray | np.generic):
         x = x.tolist()
-    if isinstance(x, list):
+    if isinstance(x, list | tuple):
         return [_plain(item) for item in x]
+    if isinstance(x, dict):
+        return {name: _plain(item) for name, item in x.items()}
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 

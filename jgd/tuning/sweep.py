@@ -20,7 +20,7 @@ def iter_sweep(
     *,
     seeds: int = 1,
     key: int = 0,
-    width: int = 64,
+    width: int | None = None,
     report_every: int | None = None,
 ) -> Iterator[Report]:
     """The reports of a sweep as they come, tile by tile. Args as `sweep`."""
@@ -36,7 +36,7 @@ def sweep(
     *,
     seeds: int = 1,
     key: int = 0,
-    width: int = 64,
+    width: int | None = None,
     report_every: int | None = None,
     metric: str | None = None,
     mode: Literal["min", "max"] | None = None,
@@ -57,8 +57,9 @@ def sweep(
       seeds: trainings of each setting, with initial parameters of their own. All see the same
         batches in the same order.
       key: an int, of the initial parameters.
-      width: lanes that step together, at least 1. The numbers agree bit for bit at one width and
-        to rounding at another.
+      width: lanes that step together, at least 1; a tile with fewer is filled up. None: 64, or all
+        lanes of a group with fewer. The numbers agree bit for bit at one width, and to rounding at
+        another.
       report_every: steps between reports; None: a twentieth of `steps`.
       metric: of `evaluate`, to rank by; None: "accuracy", or "loss", or the first.
       mode: "min" or "max"; None: max for a metric with "acc" in its name, else min.
@@ -66,7 +67,8 @@ def sweep(
       on_report: called with the `Plan` and each `Report`, as it comes.
 
     Returns: a `Result`: ranked rows, curves, and the best setting with its trained state.
-    Raises: ValueError for settings that are no batch, or a count, metric or mode out of range.
+    Raises: ValueError, before anything is trained or written, for settings that are no batch, an
+      `evaluate` that returns no dict of scalars, or a count, metric or mode out of range.
     """
     options: dict[str, Any] = dict(seeds=seeds, key=key, width=width, report_every=report_every)
     plan, groups, run = prepare(task, settings, steps, **options)
