@@ -428,7 +428,8 @@ def _table(title: str, metric: str, *columns: str) -> Any:
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    edges: Any = dict(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = Table(title=f"\n{title}", title_justify="left", title_style="bold", **edges)
     for name in columns:
         left = name in ("optimizer", "verdict")
         header = name.replace("_", " ").replace("oscillating", "oscil- lating")

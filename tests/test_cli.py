@@ -28,6 +28,15 @@ def build(peak, warmup):
     return jgd.adam(jgd.warmup_cosine_decay_schedule(0.0, peak, warmup, 50))
 
 number = 3
+
+def needs(x):
+    return x
+
+def fails(rate):
+    raise RuntimeError("no such rate")
+
+def broken():
+    return made._replace(loss=lambda params, batch: batch[0] @ params["b"][:, None])
 """
 
 
@@ -97,6 +106,13 @@ def test_a_factory_of_optax(project, monkeypatch, capsys):
     [
         (["digitz"], "no task named digitz; did you mean digits?"),
         (["min:task"], "task: no module named min; did you mean mine?"),
+        (["./mine.py:task"], "task: module:name wanted, got './mine.py:task'"),
+        (["jax.nmpy:task"], "task: no module named jax.nmpy; did you mean numpy?"),
+        (["mine:needs"], "task mine:needs: TypeError: needs() missing 1 required"),
+        (["mine:broken"], "(mine.py, line "),
+        (["--optimizer", "mine:fails", "--set", "rate=1"], "no such rate (mine.py, line "),
+        (["--optimizer", "adam", "--optimizer", "adam"], "optimizer adam is named twice"),
+        (["--set", "learning_rate=log:1e-3:inf:4"], "log:LOW:HIGH:COUNT wanted"),
         (["mine:tusk"], "task: mine has no 'tusk'; did you mean task?"),
         (["mine:number"], "task mine:number is a int, not a jgd.Task or jgd.Run"),
         (["--optimizer", "adm"], "no optimizer named adm; did you mean adam?"),

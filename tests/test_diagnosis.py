@@ -1,9 +1,11 @@
 """The verdict on gradient descent of a w^2 / 2, and on planted noisy curves."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jgd
 from jgd import diagnosis
 
 
@@ -83,6 +85,45 @@ def test_noise_of_the_batches_is_not_laid_at_the_door_of_tiny_steps():
     noisy = 2.3 + 0.4 * rng.normal(size=500) - 0.1 * np.arange(500) / 500
     assert _verdict(noisy, np.full(500, 1e-4)) == "too small"
     assert _verdict(noisy, np.full(500, 0.5)) == "oscillating"
+
+
+def _line_batch(batch_size, rate, steps, lanes=40):
+    """Verdicts on linear regression from mini-batches, one for each of some initial parameters."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(400, 5)).astype(np.float32)
+    y = (x @ rng.normal(size=5) + 0.5 * rng.normal(size=400)).astype(np.float32)
+    loss = lambda params, batch: jnp.mean((batch[0] @ params - batch[1]) ** 2)
+    batch = jgd.minibatches((x, y), batch_size, jax.random.key(0))
+    init = lambda key: jax.random.normal(key, (5,))
+    task = jgd.Task(init, loss, batch, lambda params: {"loss": loss(params, (x, y))})
+    settings = jgd.grid(jgd.sgd, learning_rate=[rate])
+    *_, last = jgd.iter_sweep(task, settings, steps, seeds=lanes, width=lanes, report_every=steps)
+    return diagnosis.verdict(last.seen, steps).tolist()
+
+
+@pytest.mark.parametrize("batch_size", [4, 16, None])
+def test_verdicts_under_the_noise_of_batches(batch_size):
+    for rate, steps, verdict in (
+        (0.0, 200, "too small"),
+        (1e-5, 2000, "too small"),
+        (3e-3, 400, "too small"),
+        (3e-2, 100, "good"),
+        (3e-2, 2000, "good"),
+    ):
+        right = _line_batch(batch_size, rate, steps).count(verdict)
+        assert right >= 38, (rate, steps, verdict, right)
+
+
+def test_rising_has_diverged():
+    steps = np.arange(400) / 400
+    for curve in (1 + 0.9 * steps, 4 - 1.7 * np.exp(-5 * steps), np.abs(1 - 2.8 * steps)):
+        assert _verdict(curve) == "diverged"
+
+
+def test_the_final_loss_of_a_square_is_not_negative():
+    losses = np.float32(100.0) * 0.5 ** np.arange(400, dtype=np.float32)
+    seen = diagnosis.of_curve(losses)
+    np.testing.assert_allclose(diagnosis.final_loss(seen, 400), losses[-40:].mean(), rtol=1e-5)
 
 
 def test_lanes_do_not_see_each_other_and_jit_sees_no_numbers():

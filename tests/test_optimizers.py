@@ -416,6 +416,17 @@ def test_zero_over_zero_is_zero_with_finite_derivatives():
         chex.assert_tree_all_finite(jax.grad(total, (0, 1))(tx, zero))
 
 
+def test_a_broken_memory_stays_broken():
+    """NaN in the second moment must not come out as a plain gradient step."""
+    params = {"w": jnp.ones(2)}
+    once, then = {"w": jnp.array([jnp.nan, 1.0])}, {"w": jnp.array([3.0, 3.0])}
+    for tx in (jgd.rmsprop(0.1), jgd.rmsprop(0.1, eps_in_sqrt=False), jgd.adagrad(0.1)):
+        _, state = tx.update(once, tx.init(params), params)
+        updates, _ = tx.update(then, state, params)
+        assert np.isnan(updates["w"][0])
+        assert np.isfinite(updates["w"][1])
+
+
 def test_weight_decay_needs_parameters():
     tx = jgd.adamw(0.1)
     g = {"w": jnp.ones(2)}

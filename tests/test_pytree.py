@@ -112,6 +112,7 @@ def test_equality_by_value_of_structure():
     assert jgd.adam(0.1) != jgd.adam(0.1, nesterov=True)
     assert jgd.adam(0.5) == jgd.adam(jnp.float32(0.5))
     assert jgd.adam(0.1) != jgd.sgd(0.1)
+    assert "mask=array" in repr(jgd.adamw(0.1, mask=np.array([True, False])))
     arrays = [jgd.adamw(0.1, mask=np.array([True, flag])) for flag in (True, True, False)]
     assert arrays[0] == arrays[1] != arrays[2]
 
@@ -154,6 +155,40 @@ def test_wrong_kinds_are_refused_in_the_call():
         jax.vmap(lambda x: jgd.adam(0.1, mu_dtype=x))(jnp.ones(2))
 
 
+def test_wrong_structure_is_refused_in_the_call():
+    for wrong in (0.5, "no", 1):
+        with pytest.raises(TypeError, match="sgd: nesterov must be True or False"):
+            jgd.sgd(0.1, 0.9, wrong)
+    with pytest.raises(TypeError, match="adam: mu_dtype must be a dtype, got True"):
+        jgd.adam(0.1, mu_dtype=True)
+    for wrong in (np.complex64(1j), jnp.array(1j), np.array([True]), jax.random.key(0)):
+        with pytest.raises(TypeError, match="adam: learning_rate must be a number"):
+            jgd.adam(wrong)
+
+
+def test_an_optimizer_is_immutable():
+    tx = jgd.adam(0.1)
+    with pytest.raises(AttributeError, match=r"use tx\._replace\(learning_rate=...\)"):
+        tx.learning_rate = 3.0
+    assert tx == jgd.adam(0.1)
+
+
+def test_init_of_shapes():
+    """Parameters that do not exist yet, as before a sharded initialisation."""
+    shapes = {"w": jax.ShapeDtypeStruct((2,), jnp.bfloat16), "n": jax.ShapeDtypeStruct((), int)}
+    for tx in (jgd.adam(0.1), jgd.as_pytree(optax.lion)(0.1)):
+        mu = optax.tree.get(tx.init(shapes), "mu")
+        assert mu["w"].shape == (2,)
+        assert mu["w"].dtype == mu["n"].dtype == jnp.float32
+
+
+def test_a_lane_out_of_range_is_refused():
+    with pytest.raises(IndexError, match="lane 5 of 2 lanes"):
+        jgd.lane(jax.vmap(jgd.adam)(jnp.array([0.1, 0.2])), 5)
+    with pytest.raises(TypeError, match=r"hides its numbers in functions.*jgd\.as_pytree"):
+        jgd.stack([optax.adam(0.1), optax.adam(0.2)])
+
+
 def test_a_batch_names_vmap():
     tx = jgd.adam(jnp.array([0.1, 0.2]))
     for call in (lambda: tx.init(PARAMS), lambda: tx.update(GRADIENT, None)):
@@ -173,8 +208,17 @@ def test_new_numbers_never_retrace():
         return tx.update(GRADIENT, state, PARAMS)
 
     state = jgd.adam(0.1).init(PARAMS)
-    for tx in (jgd.adam(0.1), jgd.adam(1), jgd.adam(np.float32(2), eps=jnp.float32(1e-3))):
-        step(tx, state)
+    weak = jnp.array(0.1)  # weakly typed, as what jit returns of a Python number
+    numbers = (0.1, 1, np.float32(2), jnp.float32(1e-3), weak, jnp.int32(1), jnp.bfloat16(1))
+    for number in numbers:
+        step(jgd.adam(number, eps=number), state)
+
+
+def test_one_trace_under_x64_too(float64):
+    chex.clear_trace_counter()
+    step = jax.jit(chex.assert_max_traces(lambda tx: tx.learning_rate, n=1))
+    for number in (0.1, jnp.float32(0.1), np.float32(0.1), jnp.float64(0.1), jnp.array(0.1)):
+        step(jgd.adam(number))
 
 
 def test_vmap_of_the_factory_and_of_mixed_schedules():
@@ -255,6 +299,32 @@ def test_lifted_factories_are_the_same_optimizer():
             run(ours, gradients, PARAMS), run(theirs, gradients, PARAMS), rtol=1e-5
         )
         assert jax.tree.leaves(ours)
+
+
+def test_kinds_of_foreign_arguments_are_read_from_signatures():
+    key = jax.random.key(0)
+    lifted = [
+        jgd.as_pytree(optax.contrib.prodigy)(0.1),  # a pair of numbers by default
+        jgd.as_pytree(optax.contrib.muon, structure=["ns_steps"])(0.1),
+        jgd.as_pytree(optax.contrib.dowg)(),
+        jgd.as_pytree(optax.noisy_sgd)(0.1, key=key),  # a random key
+        jgd.as_pytree(optax.masked)(jgd.adam(0.1), {"w": True, "b": False}),  # link and mask
+        jgd.as_pytree(optax.scale_by_schedule)(lambda step: 0.1),  # a required function
+        jgd.as_pytree(optax.stateless)(lambda updates, params: updates),
+    ]
+    params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
+    for tx in lifted:
+        state = tx.init(params)
+        jax.jit(tx.update)(params, state, params)
+        assert jax.tree.structure(tx) == jax.tree.structure(pickle.loads(pickle.dumps(tx)))
+
+    def build(rate, *names, decay=None, **options):
+        assert options == {"deep": 1}
+        return optax.sgd(rate)
+
+    assert jax.tree.leaves(jgd.as_pytree(build)(0.1, deep=1)) == [0.1]
+    with pytest.raises(TypeError, match="neither a transformation, nor a pair"):
+        jgd.as_pytree(lambda rate: 3)(0.1)
 
 
 def test_a_lifted_factory_is_a_lane():

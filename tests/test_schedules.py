@@ -126,11 +126,28 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match=r"cosine_decay_schedule: decay_steps must be above 0"):
         jgd.cosine_decay_schedule(1.0, 0)
     with pytest.raises(ValueError, match="2 boundaries need 3 values, got 2"):
-        jgd.piecewise_constant([1, 2], [1.0, 2.0])(0)
+        jgd.piecewise_constant([1, 2], [1.0, 2.0])
+    with pytest.raises(ValueError, match="boundaries must be in rising order"):
+        jgd.piecewise_constant([20, 10], [1.0, 0.1, 0.01])
     with pytest.raises(ValueError, match="2 schedules need 1 boundaries, got 2"):
-        jgd.join_schedules([jnp.sin, jnp.cos], [1, 2])(0)
+        jgd.join_schedules([jnp.sin, jnp.cos], [1, 2])
     with pytest.raises(ValueError, match="'linear' or 'cosine', got 'cubic'"):
-        jgd.piecewise_interpolate_schedule("cubic", 1.0)(0)
+        jgd.piecewise_interpolate_schedule("cubic", 1.0)
+    with pytest.raises(ValueError, match="scales at least 0"):
+        jgd.piecewise_constant_schedule(1.0, {10: -0.5})
+    with pytest.raises(ValueError, match="decay_steps must be above 0, got 0"):
+        jgd.warmup_cosine_decay_schedule(0.0, 1.0, 100, 100)
+    with pytest.raises(ValueError, match="at least one cycle"):
+        jgd.sgdr_schedule([])
+    with pytest.raises(TypeError, match="a number of a schedule cannot be a schedule itself"):
+        jgd.linear_schedule(jgd.constant_schedule(1.0), 0.0, 10)
+
+
+def test_joined_functions_get_whole_steps():
+    table = jnp.array([0.3, 0.2, 0.1])
+    joined = jgd.join_schedules([lambda step: table[step], lambda step: 1.0], [3])
+    np.testing.assert_allclose([joined(s) for s in range(5)], [0.3, 0.2, 0.1, 1.0, 1.0])
+    np.testing.assert_allclose(jax.jit(joined)(1), 0.2)
 
 
 def test_any_number_may_be_scheduled():

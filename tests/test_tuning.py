@@ -185,6 +185,77 @@ class _Spy:
         return lowered
 
 
+def test_the_width_asked_for_is_the_width():
+    """A tile with fewer lanes is filled up, so that a lane alone is the lane in company."""
+    rates = [0.05, 0.1, 0.2, 0.3]
+    together = _curves(jgd.grid(jgd.adam, learning_rate=rates))
+    alone = _curves(jgd.grid(jgd.adam, learning_rate=rates[1:2]))
+    np.testing.assert_array_equal(alone[0], together[1])
+
+
+def test_sweeps_under_x64(float64):
+    result = jgd.sweep(_line(), jgd.grid(jgd.adam, learning_rate=[0.01, 0.1]), 20, report_every=5)
+    assert result.curves["adam"].train_loss.dtype == np.float64
+    assert all(np.isfinite(row["loss"]) for row in result.rows)
+
+
+def test_states_may_begin_as_python_numbers():
+    run = jgd.Run(
+        lambda setting, key: {"x": 0, "n": 0},
+        lambda setting, state, batch: (
+            {"x": state["x"] + setting["rate"], "n": state["n"] + 1},
+            {"loss": -state["x"]},
+        ),
+        lambda setting, state: {"loss": -state["x"], "steps": state["n"]},
+        lambda step: step,
+    )
+    lanes = jgd.grid(lambda rate: {"rate": jnp.asarray(rate, float)}, rate=[0.5, 2.0])
+    result = jgd.sweep(run, lanes, 10, report_every=3)
+    assert [row["loss"] for row in result.rows] == [-20.0, -5.0]
+
+
+def test_what_cannot_be_reported_is_refused_before_any_training(tmp_path):
+    lanes, folder = jgd.grid(jgd.sgd, learning_rate=[0.1]), tmp_path / "new"
+    wrong = {
+        "dict of scalars": lambda params: jnp.sum(params["w"]),
+        "metric w of evaluate must be a scalar": lambda params: {"w": params["w"]},
+        "name of a column": lambda params: {"rank": jnp.sum(params["w"])},
+    }
+    for message, evaluate in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            jgd.sweep(_line()._replace(evaluate=evaluate), lanes, 10, folder=folder)
+    with pytest.raises(ValueError, match="no settings"):
+        jgd.sweep(_line(), {}, 10, folder=folder)
+    both = jgd.grid(jgd.sgd, learning_rate=[0.1], momentum=[None, 0.9])
+    with pytest.raises(ValueError, match="two groups of settings are named"):
+        jgd.sweep(_line(), {"sgd": both, "sgd momentum=None": lanes}, 10, folder=folder)
+    with pytest.raises(TypeError, match="hides its numbers in functions"):
+        jgd.grid(lambda rate: optax.chain(optax.clip(1.0), jgd.sgd(rate)), rate=[0.1])
+    with pytest.raises(ValueError, match=r"axis rate must be a sequence of values, got 0\.1"):
+        jgd.grid(jgd.sgd, rate=0.1)
+    assert not folder.exists()
+
+
+def test_metrics_keep_the_order_of_the_task():
+    evaluate = lambda params: {"r2": jnp.sum(params["w"]), "mae": jnp.sum(params["b"])}
+    result = jgd.sweep(
+        _line()._replace(evaluate=evaluate), jgd.grid(jgd.sgd, learning_rate=[0.1]), 10
+    )
+    assert result.metric == "r2"
+
+
+def test_axes_of_arrays_and_of_schedules():
+    rates = list(jnp.logspace(-3, -1, 3))
+    assert len(jgd.grid(jgd.adam, learning_rate=[*rates, 0.2])) == 4
+    steps = [
+        jgd.piecewise_constant(jnp.array([3, 6]), jnp.array([x, 0.1, 0.01])) for x in (0.2, 0.3)
+    ]
+    result = jgd.sweep(_line(), jgd.stack([jgd.sgd(schedule) for schedule in steps]), 10)
+    assert {round(row["learning_rate.values[0]"], 6) for row in result.rows} == {0.2, 0.3}
+    groups = jgd.grid(jgd.sgd, learning_rate=steps)
+    assert len(jgd.sweep(_line(), {"sgd": groups}, 10).rows) == 2
+
+
 def test_one_program_for_each_group(monkeypatch):
     groups = {
         name: jgd.grid(getattr(jgd, name), learning_rate=np.logspace(-3, -1, 30))
