@@ -316,7 +316,7 @@ def test_kinds_of_foreign_arguments_are_read_from_signatures():
     for tx in lifted:
         state = tx.init(params)
         jax.jit(tx.update)(params, state, params)
-        assert jax.tree.structure(tx) == jax.tree.structure(pickle.loads(pickle.dumps(tx)))
+        assert copy.copy(tx) == tx
 
     def build(rate, *names, decay=None, **options):
         assert options == {"deep": 1}
