@@ -96,7 +96,8 @@ def _kind(parameter: inspect.Parameter, hint: Any) -> Kind:
     classes = [member for member in members if isinstance(member, type)]
     if any(issubclass(c, optax.GradientTransformation) for c in classes):
         return Kind("link")
-    if parameter.kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD):
+    plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    if parameter.kind not in plain:
         return Kind("structure")
     if parameter.name in ("key", "seed", "rng", "mask"):
         return Kind("structure")

@@ -390,7 +390,7 @@ class _Progress:
         settings = sum(group.settings for group in plan.groups)
         self.console.print(
             f"{settings * plan.seeds:,} trainings of {plan.steps:,} steps: {settings:,} settings in"
-            f" {len(plan.groups)} compiled programs, {plan.seeds} seeds each"
+            f" {len(plan.groups)} compiled programs, {plan.seeds} seeds"
         )
 
 
