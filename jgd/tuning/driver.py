@@ -22,6 +22,8 @@ from jgd.tuning.space import Lanes, lanes_of
 __all__ = ["Report", "iter_plan", "prepare"]
 
 BATCHES_AT_ONCE = 64 * 2**20  # bytes of batches made ahead for a chunk
+# columns of the table and the journal, which no metric may be called
+RESERVED = ("rank", "optimizer", "final_loss", "verdict", "seeds", "tile", "group", "step", "lanes")
 
 
 class Lane(NamedTuple):
@@ -78,9 +80,6 @@ def prepare(
         metrics=metrics,
     )
     return plan, groups, run
-
-
-RESERVED = ("rank", "optimizer", "final_loss", "verdict", "seeds", "tile", "group", "step", "lanes")
 
 
 def _metrics(run: Run, setting: Any, state: Any, batch: Any) -> list[str]:
