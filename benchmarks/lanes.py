@@ -6,7 +6,7 @@ All contenders run in this process, one after the other in each round, so that a
 them alike; the ratios are of medians. The task is that of `jgd sweep`: a 64-64-10 network on the
 digits, batches of 128, Adam at 512 learning rates.
 
-    sweep         jgd.sweep's program, tiles of 64 lanes, batches made once per chunk
+    sweep         jgd.sweep's program, tiles of 64 lanes: verdicts and held-out metrics included
     all at once   the same lanes in one hand-written jax.vmap of optax, inside a scan
     jitted step   one setting after another: a warm jitted optax step in a Python loop
     torch         the same loop in torch, if it is installed
@@ -32,7 +32,8 @@ Contender = Callable[[], tuple[int, float]]  # -> lane-steps done, seconds they 
 
 def swept(task: jgd.Task, rates: np.ndarray, steps: int, width: int) -> Contender:
     lanes = jgd.grid(jgd.adam, learning_rate=rates)
-    plan, groups, run = driver.prepare(task, {"adam": lanes}, steps, width=width)
+    options = dict(width=width, report_every=50)  # as `jgd sweep` reports, held-out metrics and all
+    plan, groups, run = driver.prepare(task, {"adam": lanes}, steps, **options)
 
     def measure() -> tuple[int, float]:
         reports = driver.iter_plan(plan, groups, run)
