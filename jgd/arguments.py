@@ -148,18 +148,19 @@ jax.tree_util.register_pytree_node(Static, lambda node: ((), node), lambda node,
 
 
 def _static_key(value: Any) -> Any:
+    # the word in front keeps unlike things from being compared: old tree structures refuse to be
     if isinstance(value, np.ndarray | jax.Array) and not isinstance(value, jax.core.Tracer):
         if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
             value = jax.random.key_data(value)  # type: ignore[arg-type]
-        return value.shape, str(value.dtype), np.asarray(value).tobytes()
+        return "array", value.shape, str(value.dtype), np.asarray(value).tobytes()
     leaves, structure = jax.tree.flatten(value)
     if not jax.tree_util.treedef_is_leaf(structure):
-        return structure, tuple(_static_key(leaf) for leaf in leaves)
+        return "tree", structure, tuple(_static_key(leaf) for leaf in leaves)
     try:
         hash(value)
     except TypeError:
-        return type(value), id(value)
-    return type(value), value
+        return "object", type(value), id(value)
+    return "value", type(value), value
 
 
 class Spec:
