@@ -266,7 +266,7 @@ def _sweep(options: Any) -> None:
     task = _task(options.task)
     out = options.out or _new_folder(Path("runs") / time.strftime("%Y-%m-%d-%H%M%S"))
     groups = _groups(options.optimizer or TEXTBOOK, options.set)
-    progress = screen.Progress(console, options.metric)
+    progress = screen.Progress(console, options.metric, options.mode)
     try:
         with progress:
             result = sweep.sweep(

@@ -1,7 +1,7 @@
 """The papers' formulas in float64 NumPy, one array at a time: what the optimizers are held to.
 
 Each oracle is `(numbers) -> step`, and `step(g, p)` returns the update; it keeps its memories in
-its closure. Written from the papers and `conventions`, not from jgd.
+its closure. Written from the papers, not from jgd.
 """
 
 import numpy as np

@@ -219,7 +219,8 @@ def test_what_cannot_be_reported_is_refused_before_any_training(tmp_path):
     wrong = {
         "dict of scalars": lambda params: jnp.sum(params["w"]),
         "metric w of evaluate must be a scalar": lambda params: {"w": params["w"]},
-        "name of a column": lambda params: {"rank": jnp.sum(params["w"])},
+        "rank has the name of a column": lambda params: {"rank": jnp.sum(params["w"])},
+        "learning_rate has the name": lambda params: {"learning_rate": jnp.sum(params["w"])},
     }
     for message, evaluate in wrong.items():
         with pytest.raises(ValueError, match=message):

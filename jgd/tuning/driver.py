@@ -67,6 +67,9 @@ def prepare(
     start = run.init(first, jax.random.key(key))
     batch = run.batch(0)
     metrics = _metrics(run, first, start, batch)
+    columns = {name for lanes in groups.values() for name in (*lanes.axes, *lanes.fixed, *RESERVED)}
+    for name in columns.intersection(metrics):
+        raise ValueError(f"sweep: evaluate's {name} has the name of a column of the table")
     made = start.params if isinstance(task, Task) else start
     digest = fingerprint(batch, made)
     plan = make_plan(
@@ -99,8 +102,6 @@ def _metrics(run: Run, setting: Any, state: Any, batch: Any) -> list[str]:
     for name, value in jax.eval_shape(evaluate).items():
         if getattr(value, "shape", None) != ():
             raise ValueError(f"sweep: metric {name} of evaluate must be a scalar, got {value!r}")
-        if name in RESERVED:
-            raise ValueError(f"sweep: evaluate's {name} has the name of a column of the table")
     return names
 
 

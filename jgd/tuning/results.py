@@ -133,6 +133,7 @@ class Collector:
         seeds = slice(setting * self.plan.seeds, (setting + 1) * self.plan.seeds)
         return self.curves[group].metrics[name][seeds, -1].astype(np.float64)
 
+    @np.errstate(invalid="ignore")
     def _rank(self, group: str, setting: int) -> tuple:
         """Sorts settings, best first."""
         values = self._last(group, self.metric, setting)
@@ -145,6 +146,7 @@ class Collector:
         order = [g.name for g in self.plan.groups].index(group)
         return float(score), loss if math.isfinite(loss) else math.inf, order, setting
 
+    @np.errstate(invalid="ignore")
     def _row(self, group: str, setting: int, verdicts: np.ndarray, losses: np.ndarray) -> dict:
         lanes = self.groups[group]
         seeds = slice(setting * self.plan.seeds, (setting + 1) * self.plan.seeds)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from typing import Any
+from typing import Any, Literal
 
 import rich.box
 import rich.progress
@@ -19,8 +19,10 @@ __all__ = ["Progress", "print_result"]
 class Progress:
     """A live bar on a terminal, a line per finished group elsewhere; the best so far in both."""
 
-    def __init__(self, console: Console, metric: str | None) -> None:
-        self.console, self.metric = console, metric
+    def __init__(
+        self, console: Console, metric: str | None, mode: Literal["min", "max"] | None
+    ) -> None:
+        self.console, self.metric, self.mode = console, metric, mode
         self.live = console.is_terminal
         columns = [
             rich.progress.TextColumn("[bold]{task.description:<10}"),
@@ -69,7 +71,7 @@ class Progress:
             self.console.print(f"{report.group:<12} {share:4.0%}  {speed}  {shown}")
 
     def _best(self, plan: Plan, report: Report) -> str:
-        metric, mode = ranked_by(plan, self.metric, None)
+        metric, mode = ranked_by(plan, self.metric, self.mode)
         choose = max if mode == "max" else min
         values = report.metrics[metric]
         seen = [float(x) for x in values if math.isfinite(x)]
