@@ -22,7 +22,8 @@ class Progress:
     def __init__(
         self, console: Console, metric: str | None, mode: Literal["min", "max"] | None
     ) -> None:
-        self.console, self.metric, self.mode = console, metric, mode
+        self.console, self.metric = console, metric
+        self.mode: Literal["min", "max"] | None = mode
         self.live = console.is_terminal
         columns = [
             rich.progress.TextColumn("[bold]{task.description:<10}"),
