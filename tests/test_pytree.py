@@ -361,7 +361,7 @@ WRAPPED = {
     ),
     "MultiSteps": lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
     "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
-    "lookahead_free": lambda tx: optax.contrib.schedule_free(tx, 0.1),
+    "schedule_free": lambda tx: optax.contrib.schedule_free(tx, 0.1),
     "conditionally": lambda tx: optax.conditionally_transform(tx, lambda step: step < 2),
     "flatten": optax.flatten,
 }
