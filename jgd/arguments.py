@@ -272,7 +272,12 @@ class Spec:
 
     def validate(self, args: tuple[Any, ...]) -> None:
         """Call the factory with the numbers as they are, for the checks in its body."""
-        self._apply(args, lambda _, arg: unwrap(arg))
+
+        def as_they_are(name: str, arg: Any) -> Any:
+            several = self.kinds[name].name == "numbers"
+            return jax.tree.map(unwrap, arg, is_leaf=is_schedule) if several else unwrap(arg)
+
+        self._apply(args, as_they_are)
 
     def _resolve(self, name: str, arg: Any, step: Any) -> Any:
         kind = self.kinds[name].name

@@ -183,11 +183,8 @@ def _keep_dtype(new: Any, old: Any) -> Any:
 
 
 def _map_if_alike(f: Callable[[Any, Any], Any], new: Any, old: Any) -> Any:
-    return jax.tree.map(f, new, old) if _alike(new, old) else new
-
-
-def _alike(new: Any, old: Any) -> bool:
-    return jax.tree.structure(new) == jax.tree.structure(old)
+    alike = jax.tree.structure(new) == jax.tree.structure(old)
+    return jax.tree.map(f, new, old) if alike else new
 
 
 class _Value:
@@ -334,18 +331,19 @@ def as_pytree(factory: Any = None, *, structure: Iterable[str] = ()) -> Any:
       factory: a function that returns an optax transformation, a pair `(init, update)` or a
         schedule (a function of the step).
         Which of its parameters are numbers is read from their annotations (jgd's own kinds, or
-        optax's), their defaults and positions: bools, strings, dtypes, masks, callables that
-        default to None and everything after `*` are structure, what comes before `*` are numbers.
+        optax's), their defaults and positions: bools, strings, dtypes, masks, random keys, required
+        functions and everything after `*` are structure, what else comes before `*` are numbers.
       structure: names of parameters that are structure all the same, for example an int that
         decides about shapes, or a number on which the factory branches in Python.
 
     Returns:
       A function with the signature and docstring of `factory`. Called, it gives a `Transformation`
-      or a `Schedule`. Python and NumPy scalars are kept as `np.float64`, arrays and tracers stay;
-      inside `init` and `update` each is a float32 scalar (float64 under x64). Step counts given as
-      integers become floats as well, exact up to 2^24. 16-bit and integer leaves of updates and
-      parameters are handed to the factory as float32, and the updates come back in the precision
-      of the gradients. A number may be a schedule: then the state carries one step counter.
+      or a `Schedule`. Python and NumPy scalars are kept as `np.float64`, arrays and tracers as
+      float32; inside `init` and `update` each is a float32 scalar (all float64 under x64). Step
+      counts given as integers become floats as well, exact up to 2^24. 16-bit and integer leaves of
+      updates and parameters are handed to the factory as float32, and the updates come back in the
+      precision of the gradients. A number may be a schedule: then the state carries one step
+      counter.
 
     Raises:
       TypeError: in the call, for an argument of another kind (`adam("0.1")`, `adam(True)`,

@@ -220,6 +220,7 @@ def test_what_cannot_be_reported_is_refused_before_any_training(tmp_path):
         "dict of scalars": lambda params: jnp.sum(params["w"]),
         "metric w of evaluate must be a scalar": lambda params: {"w": params["w"]},
         "rank has the name of a column": lambda params: {"rank": jnp.sum(params["w"])},
+        "train_loss has the name": lambda params: {"train_loss": jnp.sum(params["w"])},
         "learning_rate has the name": lambda params: {"learning_rate": jnp.sum(params["w"])},
     }
     for message, evaluate in wrong.items():

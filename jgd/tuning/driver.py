@@ -23,7 +23,10 @@ __all__ = ["Report", "iter_plan", "prepare"]
 
 BATCHES_AT_ONCE = 64 * 2**20  # bytes of batches made ahead for a chunk
 # columns of the table and the journal, which no metric may be called
-RESERVED = ("rank", "optimizer", "final_loss", "verdict", "seeds", "tile", "group", "step", "lanes")
+RESERVED = (
+    *("rank", "optimizer", "final_loss", "verdict", "seeds"),
+    *("tile", "group", "step", "lanes", "train_loss"),
+)
 
 
 class Lane(NamedTuple):

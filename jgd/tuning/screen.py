@@ -88,6 +88,7 @@ class Progress:
 
 
 def print_result(console: Console, result: Result, top: int) -> None:
+    """Each group's best setting with its count of verdicts, then the best `top` of all settings."""
     plan = result.plan
     varied = list(dict.fromkeys(name for g in plan.groups for name in (*g.axes, *g.fixed)))
 
