@@ -11,12 +11,38 @@ __version__ = "0.1.0"
 _MODULES = {
     "jgd.pytree": "Schedule Transformation TreeError as_pytree lane stack",
     "jgd.transforms": """
-        add add_decayed_weights bias_correction chain decayed_max divide ema identity leafwise
-        moving_average named nesterov_ema rms root running_max running_sum scale scale_by_adam
-        scale_by_adamax scale_by_amsgrad scale_by_learning_rate scale_by_momentum scale_by_rms
-        scale_by_rss scale_by_schedule scale_by_sign scale_by_stddev set_to_zero sign square
-        subtract trace with_nesterov""",
-    "jgd.optimizers": "adagrad adam adamax adamw amsgrad momentum nadam nesterov rmsprop sgd",
+        add add_decayed_weights add_noise bias_correction chain decayed_max divide ema identity
+        leafwise moving_average named nesterov_ema rms root running_max running_sum scale
+        scale_by_adam scale_by_adamax scale_by_amsgrad scale_by_learning_rate scale_by_momentum
+        scale_by_rms scale_by_rss scale_by_schedule scale_by_sign scale_by_stddev set_to_zero sign
+        square subtract trace with_nesterov""",
+    "jgd.rules": "difference per_leaf",
+    "jgd.norms": """
+        centralize scale_by_param_block_norm scale_by_param_block_rms scale_by_trust_ratio""",
+    "jgd.wrappers": """
+        accumulate average_params averaged_params cautious lookahead schedule_free
+        schedule_free_eval_params""",
+    "jgd.groups": "param_groups scale_by_path scale_by_width",
+    "jgd.optimizers.classic": """
+        adagrad adam adamax adamw amsgrad momentum nadam nesterov noisy_sgd rmsprop sgd""",
+    "jgd.optimizers.adaptive": """
+        adabelief adamaxw adan ademamix nadamw radam scale_by_adan scale_by_ademamix
+        scale_by_belief scale_by_radam scale_by_yogi yogi""",
+    "jgd.optimizers.normalized": """
+        adadelta adopt laprop scale_by_adadelta scale_by_adopt scale_by_laprop""",
+    "jgd.optimizers.signs": "lion rprop scale_by_lion scale_by_rprop sign_sgd signum",
+    "jgd.optimizers.layerwise": "fromage lamb lars novograd scale_by_novograd",
+    "jgd.optimizers.factored": "adafactor scale_by_factored_rms scale_by_sm3 sm3",
+    "jgd.optimizers.orthogonal": "muon scale_by_muon",
+    "jgd.optimizers.kronecker": "scale_by_shampoo scale_by_soap shampoo soap",
+    "jgd.optimizers.dual": "ftrl madgrad scale_by_madgrad",
+    "jgd.optimizers.free": """
+        dadapt_adamw dog dowg polyak_sgd prodigy scale_by_polyak schedule_free_adamw
+        schedule_free_sgd""",
+    "jgd.optimizers.lifted": """
+        acprop cocob galore momo momo_adam optimistic_adam optimistic_adam_v2
+        optimistic_gradient_descent scale_by_acprop scale_by_cocob scale_by_galore
+        scale_by_optimistic_gradient scale_by_simplified_ademamix simplified_ademamix sophia""",
     "jgd.schedules": """
         constant_schedule cosine_decay_schedule cosine_onecycle_schedule exponential_decay
         inverse_sqrt_decay inverse_time_decay join_schedules linear_onecycle_schedule
@@ -33,13 +59,27 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names.sp
 __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
-    from jgd.optimizers import *  # noqa: F403
+    from jgd.groups import *  # noqa: F403
+    from jgd.norms import *  # noqa: F403
+    from jgd.optimizers.adaptive import *  # noqa: F403
+    from jgd.optimizers.classic import *  # noqa: F403
+    from jgd.optimizers.dual import *  # noqa: F403
+    from jgd.optimizers.factored import *  # noqa: F403
+    from jgd.optimizers.free import *  # noqa: F403
+    from jgd.optimizers.kronecker import *  # noqa: F403
+    from jgd.optimizers.layerwise import *  # noqa: F403
+    from jgd.optimizers.lifted import *  # noqa: F403
+    from jgd.optimizers.normalized import *  # noqa: F403
+    from jgd.optimizers.orthogonal import *  # noqa: F403
+    from jgd.optimizers.signs import *  # noqa: F403
     from jgd.pytree import *  # noqa: F403
+    from jgd.rules import *  # noqa: F403
     from jgd.schedules import *  # noqa: F403
     from jgd.training import *  # noqa: F403
     from jgd.transforms import *  # noqa: F403
     from jgd.tuning.space import *  # noqa: F403
     from jgd.tuning.sweep import *  # noqa: F403
+    from jgd.wrappers import *  # noqa: F403
 
 
 def __getattr__(name: str) -> Any:

@@ -1,15 +1,16 @@
 """What the arguments of a factory are, and the stored form of a call.
 
 Each parameter has a `Kind`: a number (or a schedule of one), several numbers, a link (another
-transformation) or structure. `Spec.admit` checks an argument in the user's call and stores it so
-that its leaves are its numbers; `Spec.call` hands the stored arguments back to the factory.
+transformation), links by name, or structure. `Spec.admit` checks an argument in the user's call and
+stores it so that its leaves are its numbers; `Spec.call` hands the stored arguments back to the
+factory.
 """
 
 import importlib
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
@@ -25,12 +26,14 @@ __all__ = [
     "Decay",
     "Fraction",
     "Kind",
+    "Links",
     "NonNegative",
     "Number",
     "Numbers",
     "Positive",
     "Spec",
     "Static",
+    "Structure",
 ]
 
 NUMERIC = (float, int, np.number, np.ndarray, jax.Array)  # bool is an int: asked for before
@@ -39,7 +42,7 @@ NUMERIC = (float, int, np.number, np.ndarray, jax.Array)  # bool is an int: aske
 class Kind(NamedTuple):
     """What an argument is to `as_pytree`: the metadata of the annotations below."""
 
-    name: Literal["number", "numbers", "link", "structure"]
+    name: Literal["number", "numbers", "link", "links", "structure"]
     wanted: str = ""  # the range in words, for the error message
     accepts: Callable[[Any], Any] | None = None  # asked of concrete numbers, in the user's call
 
@@ -56,6 +59,8 @@ Fraction = Annotated[Any, Kind("number", "in [0, 1]", lambda x: 0 <= x <= 1)]
 Decay = Annotated[Any, Kind("number", "in [0, 1)", lambda x: 0 <= x < 1)]
 Count = Annotated[Any, Kind("number", "a step count, at least 0", lambda x: x >= 0)]
 Numbers = Annotated[Any, Kind("numbers")]  # a list, tuple, dict or array of numbers or schedules
+Links = Annotated[Any, Kind("links")]  # a mapping from names to transformations, in its order
+Structure = Annotated[Any, Kind("structure")]  # what shapes the program
 
 
 def _rising(steps: Any) -> bool:
@@ -163,13 +168,43 @@ def _static_key(value: Any) -> Any:
     return "value", type(value), value
 
 
+class Named:
+    """Links by name: a mapping that keeps its order where JAX would sort a dict by its keys."""
+
+    __slots__ = ("links", "names")
+
+    def __init__(self, names: Iterable[str], links: Iterable[Any]) -> None:
+        self.names, self.links = tuple(names), tuple(links)
+
+    def items(self) -> Any:
+        return zip(self.names, self.links, strict=True)
+
+    def __reduce__(self) -> Any:
+        return Named, (self.names, self.links)
+
+    def __repr__(self) -> str:
+        return "{" + ", ".join(f"{name!r}: {link!r}" for name, link in self.items()) + "}"
+
+
+def _named_with_keys(node: Named) -> Any:
+    return tuple((jax.tree_util.DictKey(name), link) for name, link in node.items()), node.names
+
+
+jax.tree_util.register_pytree_with_keys(Named, _named_with_keys, Named)
+
+
 class Spec:
     """A factory and what is known of its parameters: the structure of its values."""
 
-    def __init__(self, factory: Callable[..., Any], structure: Iterable[str]) -> None:
+    def __init__(
+        self, factory: Callable[..., Any], structure: Iterable[str], numbers: Iterable[str] = ()
+    ) -> None:
         self.factory = factory
-        self.name = getattr(factory, "__name__", repr(factory))
-        self.structure = frozenset([structure] if isinstance(structure, str) else structure)
+        self.name = getattr(factory, "__name__", repr(factory)).lstrip("_")
+        self.structure, self.numbers = (
+            frozenset([names] if isinstance(names, str) else names)
+            for names in (structure, numbers)
+        )
         self.signature = inspect.signature(factory)
         hints = {name: p.annotation for name, p in self.signature.parameters.items()}
         hints["return"] = self.signature.return_annotation
@@ -179,33 +214,41 @@ class Spec:
             except NameError:  # a name that only type checkers import
                 hints = {}
         self.returns = hints.get("return")
-        unknown = self.structure.difference(self.signature.parameters)
+        unknown = (self.structure | self.numbers).difference(self.signature.parameters)
         if unknown:
             raise ValueError(f"{self.name} has no parameter {', '.join(sorted(unknown))}")
+        said = {
+            **dict.fromkeys(self.numbers, Kind("number")),
+            **dict.fromkeys(self.structure, Kind("structure")),
+        }
         self.kinds = {
-            name: Kind("structure")
-            if name in self.structure
-            else _kind(p, hints.get(name, p.empty))
+            name: said.get(name) or _kind(p, hints.get(name, p.empty))
             for name, p in self.signature.parameters.items()
         }
+        self.optional = frozenset(
+            name
+            for name, p in self.signature.parameters.items()
+            if p.default is None or type(None) in _members(hints.get(name))
+        )
         self.names = tuple(self.kinds)
         self.decorated: Callable[..., Any] = factory
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Spec) and (self.factory, self.structure) == (
-            other.factory,
-            other.structure,
-        )
+        return isinstance(other, Spec) and self._key == other._key
 
     def __hash__(self) -> int:
-        return hash((self.factory, self.structure))
+        return hash(self._key)
+
+    @property
+    def _key(self) -> Any:
+        return self.factory, self.structure, self.numbers
 
     def __reduce__(self) -> Any:
         decorated = self.decorated
         module = importlib.import_module(decorated.__module__)
         if getattr(module, decorated.__qualname__, None) is decorated:
             return spec_of, (decorated,)
-        return Spec, (self.factory, tuple(self.structure))
+        return Spec, (self.factory, tuple(self.structure), tuple(self.numbers))
 
     def admit(self, name: str, value: Any) -> Any:
         """The stored form of an argument; refuses what is of another kind or out of range."""
@@ -214,28 +257,25 @@ class Spec:
         if kind.name == "structure":
             if parameter.annotation is bool and not isinstance(value, bool | np.bool_):
                 raise TypeError(f"{self.name}: {name} must be True or False, got {value!r}")
+            if typing.get_origin(parameter.annotation) is Literal:
+                words = typing.get_args(parameter.annotation)
+                if value not in words:
+                    raise ValueError(f"{self.name}: {name} must be one of {words}, got {value!r}")
             return value if value is None else Static(self._canonical(name, value))
-        if value is None and parameter.default is None:
+        if value is None and name in self.optional:
             return None
         if kind.name == "link":
             several = parameter.kind is inspect.Parameter.VAR_POSITIONAL
             links: tuple[Any, ...] = tuple(value or ()) if several else (value,)
-            for link in links:
-                if not isinstance(link, optax.GradientTransformation):
-                    raise TypeError(f"{self.name}: {name} must be a transformation, got {link!r}")
-            # a transformation whose leaves are its closures is no pytree of numbers
-            admitted = tuple(
-                Static(link) if any(map(callable, jax.tree.leaves(link))) else link
-                for link in links
-            )
+            admitted = tuple(self._link(name, link) for link in links)
             return admitted if several else admitted[0]
+        if kind.name == "links":
+            if not isinstance(value, Mapping | Named):
+                raise TypeError(f"{self.name}: {name} must be a dict of names, got {value!r}")
+            pairs = dict(value.items())
+            return Named(pairs, [self._link(f"{name}[{n!r}]", link) for n, link in pairs.items()])
         if kind.name == "numbers":
-            plain = Kind("numbers")
-            stored = jax.tree.map(
-                lambda x: _schedule(x) if callable(x) else self._number(name, plain, x),
-                value,
-                is_leaf=callable,
-            )
+            stored = jax.tree.map(lambda x: self._one_of(name, x), value, is_leaf=callable)
             concrete = not any(isinstance(x, jax.Array) for x in jax.tree.leaves(stored))
             if kind.accepts is not None and concrete and not kind.accepts(stored):
                 raise ValueError(f"{self.name}: {name} must be {kind.wanted}, got {value!r}")
@@ -243,6 +283,18 @@ class Spec:
         if callable(value) and not isinstance(value, type):
             return _schedule(value)
         return self._number(name, kind, value)
+
+    def _link(self, name: str, link: Any) -> Any:
+        if not isinstance(unwrap(link), optax.GradientTransformation):
+            raise TypeError(f"{self.name}: {name} must be a transformation, got {link!r}")
+        # a transformation whose leaves are its closures is no pytree of numbers
+        return Static(link) if any(map(callable, jax.tree.leaves(link))) else link
+
+    def _one_of(self, name: str, value: Any) -> Any:
+        """One of several numbers; a word among them is structure."""
+        if isinstance(value, str):
+            return Static(value)
+        return _schedule(value) if callable(value) else self._number(name, Kind("numbers"), value)
 
     def _canonical(self, name: str, value: Any) -> Any:
         """Structure as it compares: dtypes by what they mean."""
@@ -275,7 +327,7 @@ class Spec:
 
         def as_they_are(name: str, arg: Any) -> Any:
             several = self.kinds[name].name == "numbers"
-            return jax.tree.map(unwrap, arg, is_leaf=is_schedule) if several else unwrap(arg)
+            return jax.tree.map(unwrap, arg, is_leaf=_is_one_of) if several else unwrap(arg)
 
         self._apply(args, as_they_are)
 
@@ -284,8 +336,10 @@ class Spec:
         if kind == "number" and arg is not None:
             return _scalar(self.name, name, unwrap(arg)(step) if is_schedule(arg) else arg)
         if kind == "numbers":
-            number = lambda x: unwrap(x) if is_schedule(x) else jnp.asarray(x, float)
-            return jax.tree.map(number, arg, is_leaf=is_schedule)
+            number = lambda x: unwrap(x) if _is_one_of(x) else jnp.asarray(x, float)
+            return jax.tree.map(number, arg, is_leaf=_is_one_of)
+        if kind == "links":
+            return {name: unwrap(link) for name, link in arg.items()}  # type: ignore[union-attr]
         return unwrap(arg)
 
     def _apply(self, args: tuple[Any, ...], prepare: Callable[[str, Any], Any]) -> Any:
@@ -316,6 +370,10 @@ def _schedule(value: Callable[..., Any]) -> Any:
 def is_schedule(arg: Any) -> bool:
     """Whether the stored form of a number is a schedule."""
     return callable(unwrap(arg)) and not isinstance(arg, type)
+
+
+def _is_one_of(arg: Any) -> bool:
+    return isinstance(arg, Static) or is_schedule(arg)
 
 
 def unwrap(arg: Any) -> Any:

@@ -5,7 +5,7 @@ gradient. `with_nesterov` wraps one word, `named` gives the memories of a compos
 The state of a combinator is a plain tuple, that of a word a named tuple.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -30,11 +30,7 @@ def leafwise(f: Callable[..., Any], updates: Any, *trees: Any, keep: bool = Fals
     Raises:
       TreeError: if a tree has other leaves than `updates`, or a leaf another shape.
     """
-    leaves, structure = jax.tree.flatten(updates, is_leaf=_is_none)
-    try:
-        columns = [structure.flatten_up_to(tree) for tree in trees]
-    except ValueError:
-        raise TreeError(_first_difference(updates, trees)) from None
+    leaves, structure, columns = aligned(updates, *trees)
     results = []
     for index, (g, *others) in enumerate(zip(leaves, *columns, strict=True)):
         if g is None:
@@ -42,13 +38,27 @@ def leafwise(f: Callable[..., Any], updates: Any, *trees: Any, keep: bool = Fals
             continue
         for other in others:
             if getattr(other, "shape", None) != g.shape:
-                path, _ = jax.tree_util.tree_leaves_with_path(updates, is_leaf=_is_none)[index]
-                raise TreeError(
-                    f"the update at {jax.tree_util.keystr(path) or 'the root'} has shape {g.shape},"
-                    f" state or params have {getattr(other, 'shape', other)} there"
-                )
+                raise misfit(updates, index, other)
         results.append(f(g, *others))
     return structure.unflatten(results)
+
+
+def aligned(updates: Any, *trees: Any) -> tuple[list[Any], Any, list[list[Any]]]:
+    """The leaves of `updates`, its structure, and what each of `trees` has in their places."""
+    leaves, structure = jax.tree.flatten(updates, is_leaf=_is_none)
+    try:
+        return leaves, structure, [structure.flatten_up_to(tree) for tree in trees]
+    except ValueError:
+        raise TreeError(_first_difference(updates, trees)) from None
+
+
+def misfit(updates: Any, index: int, other: Any) -> TreeError:
+    """The error for leaf `index` of `updates`, beside which `other` has the wrong shape."""
+    path, g = jax.tree_util.tree_leaves_with_path(updates, is_leaf=_is_none)[index]
+    return TreeError(
+        f"the update at {jax.tree_util.keystr(path) or 'the root'} has shape {jnp.shape(g)},"
+        f" state or params have {jax.tree.map(lambda x: getattr(x, 'shape', x), other)} there"
+    )
 
 
 def _is_none(x: Any) -> bool:
@@ -56,18 +66,18 @@ def _is_none(x: Any) -> bool:
 
 
 def _first_difference(updates: Any, trees: tuple[Any, ...]) -> str:
-    def paths(tree: Any) -> list[str]:
-        leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_none)
-        return [jax.tree_util.keystr(path) or "the root" for path, _ in leaves]
+    def paths(tree: Any) -> list[Any]:
+        return [p for p, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_none)]
 
+    show = lambda path: jax.tree_util.keystr(path) or "the root"
     here = paths(updates)
-    for there in map(paths, trees):
+    for there in map(paths, trees):  # whose memories may have leaves below one of the updates
         for path in here:
-            if path not in there:
-                return f"the updates have a leaf at {path} that state or params lack"
-        for path in there:
-            if path not in here:
-                return f"the updates lack the leaf at {path} that state or params have"
+            if not any(other[: len(path)] == path for other in there):
+                return f"the updates have a leaf at {show(path)} that state or params lack"
+        for other in there:
+            if not any(other[: len(path)] == path for path in here):
+                return f"the updates lack the leaf at {show(other)} that state or params have"
     return "the updates are another kind of tree than state or params"
 
 
@@ -79,6 +89,12 @@ def expect(state: Any, wanted: type) -> Any:
     return state
 
 
+def with_params(params: Any) -> Any:
+    if params is None:
+        raise TreeError("needs the parameters: call update(updates, state, params)")
+    return params
+
+
 def _name(state_type: type) -> str:
     return f"{state_type.__module__}.{state_type.__qualname__}"
 
@@ -87,6 +103,22 @@ def quotient(numerator: Any, denominator: Any) -> Any:
     """0 where the denominator is 0, with finite derivatives there."""
     zero = denominator == 0
     return jnp.where(zero, 0, numerator / jnp.where(zero, 1, denominator))
+
+
+def increment(count: Any) -> Any:
+    """count + 1, as far as its integers go."""
+    return optax.safe_increment(count)
+
+
+def safe_sqrt(v: Any) -> Any:
+    """sqrt(v), and 0 with derivative 0 where v is 0 or, by rounding, below."""
+    zero = v <= 0  # false for NaN, which goes on
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, v)))
+
+
+def abs_square(g: Any) -> Any:
+    """|g|^2, real for complex g too."""
+    return (g * jnp.conj(g)).real
 
 
 @as_pytree
@@ -119,6 +151,57 @@ def chain(*links: GradientTransformation) -> GradientTransformation:
         return updates, tuple(states)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def partition(
+    transforms: Mapping[str, GradientTransformation], labels: Callable[[Any], Any]
+) -> GradientTransformation:
+    """Each leaf to the transformation of its label; `labels` maps a tree to one of their names.
+
+    As `optax.partition`, and gradients may be None; misfits are `TreeError`s.
+    """
+    inner = {name: optax.with_extra_args_support(tx) for name, tx in transforms.items()}
+    hidden = optax.MaskedNode()
+
+    def split(tree: Any, found: Any) -> dict[str, Any]:
+        """For each name the tree with only its leaves, and those that are None."""
+        leaves, structure, (names,) = aligned(tree, found)
+        pairs = list(zip(leaves, names, strict=True))
+        keep = lambda name: [x if x is None or n == name else hidden for x, n in pairs]
+        return {name: structure.unflatten(keep(name)) for name in inner}
+
+    def init(params: Any) -> Any:
+        parts = split(params, labels(params))
+        return optax.transforms.PartitionState(
+            {name: optax.MaskedState(tx.init(parts[name])) for name, tx in inner.items()}
+        )
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        states = dict(expect(state, optax.transforms.PartitionState).inner_states)
+        leafwise(lambda g, *_: g, updates, *(() if params is None else (params,)))
+        found = labels(updates)
+        parts = split(updates, found)
+        seen = dict.fromkeys(inner) if params is None else split(params, found)
+        leaves, structure, (names,) = aligned(updates, found)
+        results: list[Any] = [None] * len(leaves)
+        for name, tx in inner.items():
+            part, moved = tx.update(parts[name], states[name].inner_state, seen[name], **extra)
+            states[name] = optax.MaskedState(moved)
+            for index, u in enumerate(structure.flatten_up_to(part)):
+                if leaves[index] is not None and names[index] == name:
+                    results[index] = u
+        return structure.unflatten(results), optax.transforms.PartitionState(states)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def stateless(f: Callable[[Any, Any], Any]) -> GradientTransformation:
+    """`f(updates, params)` as a transformation without memory."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return f(updates, params), expect(state, optax.EmptyState)
+
+    return GradientTransformation(optax.init_empty_state, update)
 
 
 def _pair(

@@ -315,12 +315,16 @@ for _class in (Transformation, Schedule):
 
 
 @overload
-def as_pytree(factory: Callable[P, Any], *, structure: Iterable[str] = ()) -> Callable[P, Any]: ...
+def as_pytree(
+    factory: Callable[P, Any], *, structure: Iterable[str] = (), numbers: Iterable[str] = ()
+) -> Callable[P, Any]: ...
 @overload
 def as_pytree(
-    *, structure: Iterable[str] = ()
+    *, structure: Iterable[str] = (), numbers: Iterable[str] = ()
 ) -> Callable[[Callable[P, Any]], Callable[P, Any]]: ...
-def as_pytree(factory: Any = None, *, structure: Iterable[str] = ()) -> Any:
+def as_pytree(
+    factory: Any = None, *, structure: Iterable[str] = (), numbers: Iterable[str] = ()
+) -> Any:
     """Make the results of a factory pytrees of their numbers.
 
         lion = jgd.as_pytree(optax.lion)
@@ -335,6 +339,7 @@ def as_pytree(factory: Any = None, *, structure: Iterable[str] = ()) -> Any:
         functions and everything after `*` are structure, what else comes before `*` are numbers.
       structure: names of parameters that are structure all the same, for example an int that
         decides about shapes, or a number on which the factory branches in Python.
+      numbers: names of parameters after `*` that are numbers all the same.
 
     Returns:
       A function with the signature and docstring of `factory`. Called, it gives a `Transformation`
@@ -355,8 +360,8 @@ def as_pytree(factory: Any = None, *, structure: Iterable[str] = ()) -> Any:
     `optax.chain` hides the leaves of what it holds; `jgd.chain` keeps them.
     """
     if factory is None:
-        return functools.partial(as_pytree, structure=structure)
-    spec = Spec(factory, structure)
+        return functools.partial(as_pytree, structure=structure, numbers=numbers)
+    spec = Spec(factory, structure, numbers)
     value_class: list[type[Transformation] | type[Schedule]] = []
 
     @functools.wraps(factory)

@@ -25,6 +25,7 @@ from jgd.combinators import add, chain, divide, leafwise, named, subtract, with_
 from jgd.pytree import as_pytree
 from jgd.words import (
     add_decayed_weights,
+    add_noise,
     bias_correction,
     decayed_max,
     ema,
@@ -49,6 +50,7 @@ from jgd.words import (
 __all__ = [
     "add",
     "add_decayed_weights",
+    "add_noise",
     "bias_correction",
     "chain",
     "decayed_max",

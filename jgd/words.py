@@ -14,8 +14,19 @@ from jax.typing import DTypeLike
 from optax import GradientTransformation
 
 from jgd.arguments import Decay, Fraction, NonNegative, Number
-from jgd.combinators import add, chain, expect, leafwise, named, with_nesterov
-from jgd.pytree import TreeError, as_pytree
+from jgd.combinators import (
+    abs_square,
+    add,
+    chain,
+    expect,
+    leafwise,
+    named,
+    safe_sqrt,
+    stateless,
+    with_nesterov,
+    with_params,
+)
+from jgd.pytree import as_pytree
 
 __all__ = [
     "BiasCorrectionState",
@@ -25,6 +36,7 @@ __all__ = [
     "RunningSumState",
     "TraceState",
     "add_decayed_weights",
+    "add_noise",
     "bias_correction",
     "decayed_max",
     "ema",
@@ -47,12 +59,12 @@ __all__ = [
 ]
 
 
-def _pointwise(f: Callable[..., Any]) -> GradientTransformation:
+def pointwise(f: Callable[..., Any]) -> GradientTransformation:
     """A word without memory: `f` on each leaf."""
-    return optax.stateless(lambda updates, _: leafwise(f, updates))
+    return stateless(lambda updates, _: leafwise(f, updates))
 
 
-def _memory(
+def memory(
     state_type: type,
     step: Callable[[Any, Any], Any],
     start: Any = 0.0,
@@ -89,13 +101,13 @@ def set_to_zero() -> GradientTransformation:
 @as_pytree
 def square() -> GradientTransformation:
     """u = g^2, |g|^2 for complex leaves. State: `EmptyState`."""
-    return _pointwise(lambda g: (g * jnp.conj(g)).real)
+    return pointwise(abs_square)
 
 
 @as_pytree
 def sign() -> GradientTransformation:
     """u = sign(g), with sign(0) = 0. State: `EmptyState`."""
-    return _pointwise(jnp.sign)
+    return pointwise(jnp.sign)
 
 
 @as_pytree
@@ -116,12 +128,7 @@ def root(eps: NonNegative = 0.0, eps_root: NonNegative = 0.0) -> GradientTransfo
     derivative at 0 is 0.
     """
 
-    def safe_sqrt(v: Any) -> Any:
-        v = v.real + eps_root
-        zero = v <= 0  # false for NaN, which goes on
-        return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, v))) + eps
-
-    return _pointwise(safe_sqrt)
+    return pointwise(lambda v: safe_sqrt(v.real + eps_root) + eps)
 
 
 @as_pytree
@@ -134,7 +141,7 @@ def scale(step_size: Number) -> GradientTransformation:
     State: `EmptyState`, with a step counter around it for a schedule.
     Differs from: `scale_by_learning_rate`, which flips the sign.
     """
-    return _pointwise(lambda g: step_size * g)
+    return pointwise(lambda g: step_size * g)
 
 
 @as_pytree
@@ -165,14 +172,9 @@ def scale_by_learning_rate(
 
 @as_pytree
 def _add_params(factor: Number) -> GradientTransformation:
-    def update(updates: Any, params: Any) -> Any:
-        if params is None:
-            raise TreeError(
-                "weight decay needs the parameters: call update(updates, state, params)"
-            )
-        return leafwise(lambda g, p: g + factor * p, updates, params)
-
-    return optax.stateless(update)
+    return stateless(
+        lambda updates, params: leafwise(lambda g, p: g + factor * p, updates, with_params(params))
+    )
 
 
 @as_pytree
@@ -194,6 +196,21 @@ def add_decayed_weights(
     """
     decay = _add_params(weight_decay)
     return decay if mask is None else optax.masked(decay, mask)
+
+
+@as_pytree
+def add_noise(eta: NonNegative, gamma: Number, key: Any) -> GradientTransformation:
+    """u = g + N(0, eta / t^gamma): normal noise that falls with the step t, from 1.
+
+    Args:
+      eta: at least 0, the variance at the first step.
+      gamma: any number, how fast it falls.
+      key: a random key or an int; structure.
+
+    State: `optax.AddNoiseState(count, rng_key)`, no tree.
+    Source: Neelakantan et al. 2015, equation 1, arXiv:1511.06807.
+    """
+    return optax.add_noise(eta, gamma, key)
 
 
 # --- memories --------------------------------------------------------------------------------
@@ -238,7 +255,7 @@ def scale_by_momentum(
       are 1 - decay times as long; from `trace` in name only.
     Source: Polyak 1964.
     """
-    return _memory(TraceState, lambda g, v: decay * v + g, dtype=accumulator_dtype)
+    return memory(TraceState, lambda g, v: decay * v + g, dtype=accumulator_dtype)
 
 
 @as_pytree
@@ -269,7 +286,7 @@ def moving_average(
     """
     new = 1 - decay
     step = lambda g, a: decay * a + new * g
-    return _memory(MovingAverageState, step, start, accumulator_dtype)
+    return memory(MovingAverageState, step, start, accumulator_dtype)
 
 
 @as_pytree
@@ -281,13 +298,13 @@ def running_sum(start: NonNegative = 0.0) -> GradientTransformation:
 
     State: `RunningSumState(total)`, one tree like the parameters.
     """
-    return _memory(RunningSumState, jnp.add, start)
+    return memory(RunningSumState, jnp.add, start)
 
 
 @as_pytree
 def running_max() -> GradientTransformation:
     """x <- max(x, g), from 0, and u = x. State: `RunningMaxState(maximum)`, one tree."""
-    return _memory(RunningMaxState, lambda g, x: jnp.maximum(x, g))
+    return memory(RunningMaxState, lambda g, x: jnp.maximum(x, g))
 
 
 @as_pytree
@@ -300,7 +317,7 @@ def decayed_max(decay: Fraction, eps: NonNegative = 0.0) -> GradientTransformati
 
     State: `RunningMaxState(maximum)`, one tree like the parameters.
     """
-    return _memory(RunningMaxState, lambda g, x: jnp.maximum(jnp.abs(g) + eps, decay * x))
+    return memory(RunningMaxState, lambda g, x: jnp.maximum(jnp.abs(g) + eps, decay * x))
 
 
 # --- bias correction -------------------------------------------------------------------------
@@ -313,7 +330,7 @@ class BiasCorrectionState(NamedTuple):
     log_decay: jax.Array  # float32 scalar: the mean over the steps so far of log(decay)
 
 
-def _weights(
+def weights(
     decay: jax.Array, state: BiasCorrectionState
 ) -> tuple[jax.Array, jax.Array, BiasCorrectionState]:
     """1 - the product of the decays up to this step, the same up to the next, and the new state.
@@ -350,7 +367,7 @@ def bias_correction(decay: Decay, *, ahead: bool = False) -> GradientTransformat
         return BiasCorrectionState(jnp.zeros([], jnp.int32), jnp.zeros([], float))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        now, coming, state = _weights(decay, expect(state, BiasCorrectionState))
+        now, coming, state = weights(decay, expect(state, BiasCorrectionState))
         weight = coming if ahead else now
         weight = jnp.where(weight > 0, weight, 1)  # 0 for a decay of 1, whose average stays 0
         return leafwise(lambda g: g / weight, updates), state

@@ -8,9 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+from table import losses
 
 
 @contextlib.contextmanager
@@ -34,10 +37,17 @@ def stacked(trees: list[Any], dtype: Any) -> Any:
 
 
 def run(tx: Any, gradients: Any, params: Any) -> Any:
-    """All updates of a transformation over stacked gradients, the parameters held fixed."""
+    """All updates of a transformation over stacked gradients, each added to the parameters."""
+    tx = optax.with_extra_args_support(tx)
+    values = jnp.asarray(losses(len(jax.tree.leaves(gradients)[0])))
 
-    def step(state: Any, gradient: Any) -> Any:
-        updates, state = tx.update(gradient, state, params)
-        return state, updates
+    def step(carry: Any, seen: Any) -> Any:
+        params, state = carry
+        gradient, value = seen
+        updates, state = tx.update(gradient, state, params, value=value)
+        return (optax.apply_updates(params, updates), state), updates
 
-    return jax.jit(lambda gs: jax.lax.scan(step, tx.init(params), gs)[1])(gradients)
+    def go(gradients: Any, params: Any) -> Any:
+        return jax.lax.scan(step, (params, tx.init(params)), (gradients, values))[1]
+
+    return jax.jit(go)(gradients, params)

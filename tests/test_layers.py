@@ -17,7 +17,23 @@ ORDER = [  # a module may import those before it
     "combinators",
     "words",
     "transforms",
+    "rules",
+    "norms",
+    "linear_algebra",
     "schedules",
+    "wrappers",
+    "groups",
+    "optimizers.classic",
+    "optimizers.adaptive",
+    "optimizers.normalized",
+    "optimizers.signs",
+    "optimizers.layerwise",
+    "optimizers.factored",
+    "optimizers.orthogonal",
+    "optimizers.kronecker",
+    "optimizers.dual",
+    "optimizers.free",
+    "optimizers.lifted",
     "optimizers",
     "diagnosis",
     "training",
@@ -58,6 +74,8 @@ def test_arrows_point_down():
         for imported, node in _imports(tree):
             if imported.startswith("jgd."):
                 below = imported.removeprefix("jgd.")
+                if below == name:  # a package gathers its modules
+                    continue
                 assert ORDER.index(below) < ORDER.index(name), f"{name}:{node.lineno} {imported}"
 
 

@@ -1,5 +1,6 @@
 """Every optimizer against its oracle, its peer and the properties that all of them share."""
 
+import functools
 import inspect
 import itertools
 
@@ -12,7 +13,7 @@ import optax
 import pytest
 from absl.testing import parameterized
 from conftest import run, stacked
-from table import LABELS, ROWS, noisy_gradients, parameters
+from table import LABELS, ROWS, losses, noisy_gradients, own_optimizers, parameters
 
 import jgd
 import jgd.optimizers
@@ -20,60 +21,70 @@ import jgd.optimizers
 every_row = pytest.mark.parametrize("row", ROWS, ids=LABELS)
 
 
+peered = pytest.mark.parametrize(
+    "row", [row for row in ROWS if row.peer], ids=[row.label for row in ROWS if row.peer]
+)
+
+
 def test_every_public_optimizer_has_a_row():
-    assert {row.ours.__name__ for row in ROWS} == set(jgd.optimizers.__all__)
+    assert {row.name for row in ROWS} == set(own_optimizers())
 
 
 def _oracle_updates(row, gradients, params):
+    """The oracle's updates, each added to the parameters before the next."""
     updates = []
-    rules = {name: row.oracle(**row.arguments) for name in params}
-    for gradient in gradients:
-        updates.append({name: rules[name](gradient[name], params[name]) for name in params})
+    values = losses(len(gradients)) if getattr(row.oracle, "needs_value", False) else None
+    names = [None] if row.whole_tree else list(params)
+    rules = {name: row.oracle(**row.arguments) for name in names}
+    for index, gradient in enumerate(gradients):
+        more = () if values is None else (values[index],)
+        if row.whole_tree:
+            update = rules[None](gradient, params, *more)
+        else:
+            update = {name: rules[name](gradient[name], params[name]) for name in params}
+        params = {name: params[name] + update[name] for name in params}
+        updates.append(update)
     return updates
 
 
 def _errors(updates, truth):
-    """max|u - truth| / max|truth| over the tree, for each step."""
+    """max|u - truth| / max|truth| over the tree, for each step; idle steps by the usual."""
     truth = jax.tree.map(lambda x: np.asarray(x, np.float64), truth)
     largest = lambda tree: np.max([np.abs(x.reshape(len(x), -1)).max(1) for x in tree if x.size], 0)
     gaps = jax.tree.map(lambda u, t: np.asarray(u, np.float64) - t, updates, truth)
-    return largest(jax.tree.leaves(gaps)) / largest(jax.tree.leaves(truth))
+    sizes = largest(jax.tree.leaves(truth))
+    usual = np.median(sizes)
+    return largest(jax.tree.leaves(gaps)) / np.where(sizes > 1e-5 * usual, sizes, usual)
 
 
-def _peer(row):
-    if row.peer is not None:
-        return row.peer
-    assert row.arguments.get("independent_decay")  # optax spells it as an order of its links
-    return lambda learning_rate, weight_decay, **_: optax.chain(
-        optax.adam(learning_rate), optax.add_decayed_weights(-weight_decay)
-    )
+def _both(row, steps, dtype):
+    params = stacked([parameters(row.shapes)], dtype)
+    return jgd.lane(params, 0), stacked(noisy_gradients(steps, row.shapes), dtype)
 
 
-@every_row
+@peered
 def test_equals_its_peer_over_200_steps(row):
-    params, gradients = stacked([parameters()], jnp.float32), noisy_gradients(200)
-    params, gradients = jgd.lane(params, 0), stacked(gradients, jnp.float32)
+    params, gradients = _both(row, 200, jnp.float32)
     ours = run(row.ours(**row.arguments), gradients, params)
-    assert _errors(ours, run(_peer(row)(**row.arguments), gradients, params)).max() <= 2e-5
+    assert _errors(ours, run(row.peer(**row.arguments), gradients, params)).max() <= row.peer32
 
 
-@every_row
+@peered
 def test_equals_its_peer_in_float64(row, float64):
-    params = jax.tree.map(jnp.asarray, parameters())
-    gradients = stacked(noisy_gradients(200), jnp.float64)
+    params, gradients = _both(row, 200, jnp.float64)
     ours = run(row.ours(**row.arguments), gradients, params)
-    assert _errors(ours, run(_peer(row)(**row.arguments), gradients, params)).max() <= 1e-9
+    assert _errors(ours, run(row.peer(**row.arguments), gradients, params)).max() <= row.peer64
 
 
 @every_row
 def test_equals_the_paper_in_float64(row, float64):
-    params, gradients = parameters(), noisy_gradients(300)
+    params, gradients = parameters(row.shapes), noisy_gradients(300, row.shapes)
     truth = stacked(_oracle_updates(row, gradients, params), jnp.float64)
     ours = run(row.ours(**row.arguments), stacked(gradients, jnp.float64), params)
     assert _errors(ours, truth).max() <= 1e-9
 
 
-@every_row
+@peered
 def test_never_further_from_the_paper_than_optax_over_1000_steps(row):
     """All three are given numbers that float32 can hold, so that arithmetic alone is compared."""
     single = lambda x: np.asarray(np.float32(x), np.float64)
@@ -81,12 +92,14 @@ def test_never_further_from_the_paper_than_optax_over_1000_steps(row):
         name: float(single(x)) if isinstance(x, float) else x for name, x in _numbers(row).items()
     }
     row = row._replace(arguments=numbers)
-    params, gradients = jax.tree.map(single, (parameters(), noisy_gradients(1000)))
+    start = parameters(row.shapes), noisy_gradients(1000, row.shapes)
+    params, gradients = jax.tree.map(single, start)
     truth = jax.tree.map(lambda *xs: np.stack(xs), *_oracle_updates(row, gradients, params))
     params, gradients = jgd.lane(stacked([params], jnp.float32), 0), stacked(gradients, jnp.float32)
     ours = _errors(run(row.ours(**numbers), gradients, params), truth).max()
-    theirs = _errors(run(_peer(row)(**numbers), gradients, params), truth).max()
-    assert ours <= max(theirs, 4 * np.finfo(np.float32).eps)  # or where both are but rounded
+    theirs = _errors(run(row.peer(**numbers), gradients, params), truth).max()
+    # or where both are but rounded, or both lose the same digits in p - p0
+    assert ours <= max(1.01 * theirs, 8 * np.finfo(np.float32).eps)
 
 
 def _numbers(row):
@@ -114,17 +127,23 @@ def _small_gradients(steps=5):
     return jax.tree.map(draw, _small_params())
 
 
+def _by_rate(row):
+    """The optimizer as a function of its first argument."""
+    rest = {k: v for k, v in row.arguments.items() if k != row.rate}
+    return lambda rate: row.ours(**{row.rate: rate}, **rest)
+
+
 @every_row
 def test_a_lane_is_the_setting_alone(row):
-    rates = jnp.array([0.5, 1.0, 2.0]) * row.arguments["learning_rate"]
-    rest = {k: v for k, v in row.arguments.items() if k != "learning_rate"}
+    rates = jnp.array([0.5, 0.9, 1.0]) * row.arguments[row.rate]
+    make = _by_rate(row)
     params, gradients = _small_params(), _small_gradients()
-    lanes = jax.vmap(lambda rate: row.ours(rate, **rest))(rates)
+    lanes = jax.vmap(make)(rates)
     together = jax.vmap(lambda tx: run(tx, gradients, params))(lanes)
     for index, rate in enumerate(rates):
-        alone = run(row.ours(float(rate), **rest), gradients, params)
-        assert _errors(jgd.lane(together, index), alone).max() <= 2e-6
-        assert jgd.lane(lanes, index) == jgd.lane(jgd.stack([row.ours(float(rate), **rest)]), 0)
+        alone = run(make(float(rate)), gradients, params)
+        assert _errors(jgd.lane(together, index), alone).max() <= row.rounding
+        assert jgd.lane(lanes, index) == jgd.lane(jgd.stack([make(float(rate))]), 0)
 
 
 @every_row
@@ -137,12 +156,12 @@ def test_one_trace_for_floats_ints_arrays_and_numpy(row):
     @jax.jit
     @chex.assert_max_traces(n=1)
     def step(tx, state):
-        return tx.update(gradient, state, params)
+        return tx.update(gradient, state, params, value=1.0)
 
-    rest = {k: v for k, v in row.arguments.items() if k != "learning_rate"}
+    make = _by_rate(row)
     forms = [1.0, 1, np.float32(1), np.float64(1), np.int32(1), np.array(1.0), jnp.float32(1)]
     forms += [jnp.int32(1), jnp.bfloat16(1)]
-    results = [step(row.ours(one, **rest), row.ours(one, **rest).init(params)) for one in forms]
+    results = [step(make(one), make(one).init(params)) for one in forms]
     for result in results[1:]:
         chex.assert_trees_all_equal(result, results[0])
 
@@ -150,11 +169,10 @@ def test_one_trace_for_floats_ints_arrays_and_numpy(row):
 @every_row
 def test_constant_schedule_is_the_number(row):
     params, gradients = _small_params(), _small_gradients()
-    rest = {k: v for k, v in row.arguments.items() if k != "learning_rate"}
-    rate = row.arguments["learning_rate"]
-    number = run(row.ours(rate, **rest), gradients, params)
+    make, rate = _by_rate(row), row.arguments[row.rate]
+    number = run(make(rate), gradients, params)
     for schedule in (jgd.constant_schedule(rate), optax.constant_schedule(rate), lambda _: rate):
-        scheduled = run(row.ours(schedule, **rest), gradients, params)
+        scheduled = run(make(schedule), gradients, params)
         chex.assert_trees_all_close(scheduled, number, rtol=1e-6)
 
 
@@ -164,7 +182,7 @@ def test_state_keeps_structure_shapes_and_dtypes(row):
         params = jax.tree.map(lambda p, d=dtype: p.astype(d), _small_params())
         tx = row.ours(**row.arguments)
         state = jax.eval_shape(tx.init, params)
-        updates, after = jax.eval_shape(tx.update, params, state, params)
+        updates, after = jax.eval_shape(tx.update, params, state, params, value=1.0)
         chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
         chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
         floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
@@ -176,32 +194,42 @@ def test_a_float16_zero_gradient_gives_a_finite_step(row):
     params = {"w": jnp.ones(3, jnp.float16)}
     tx = row.ours(**row.arguments)
     zero = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = tx.update(zero, tx.init(params), params)
+    updates, _ = tx.update(zero, tx.init(params), params, value=1.0)
     chex.assert_tree_all_finite(updates)
     assert updates["w"].dtype == jnp.float16
 
 
 @every_row
 def test_a_tree_is_its_leaves(row):
+    """Or one long vector, for the rules that look at the whole tree."""
     params, gradients = _small_params(), _small_gradients()
     together = run(row.ours(**row.arguments), gradients, params)
-    for name in ("w", "s"):
-        alone = run(row.ours(**row.arguments), {name: gradients[name]}, {name: params[name]})
-        chex.assert_trees_all_close(alone[name], together[name], rtol=2e-6)
+    if row.name == "noisy_sgd":  # whose noise is drawn leaf by leaf
+        assert not np.allclose(together["w"], -row.arguments["learning_rate"] * gradients["w"])
+    elif row.whole_tree:
+        flat = lambda tree: jnp.concatenate([x.reshape(*x.shape[:1], -1) for x in tree], 1)
+        leaves = flat([x[None] for x in jax.tree.leaves(params)])[0]
+        alone = run(row.ours(**row.arguments), flat(jax.tree.leaves(gradients)), leaves)
+        chex.assert_trees_all_close(alone, flat(jax.tree.leaves(together)), rtol=1e-5, atol=1e-9)
+    else:
+        for name in ("w", "s"):
+            alone = run(row.ours(**row.arguments), {name: gradients[name]}, {name: params[name]})
+            gap, size = (jnp.abs(x).max() for x in (alone[name] - together[name], alone[name]))
+            assert gap <= row.rounding * size
 
 
 @every_row
 def test_resume_is_the_straight_run(row):
     params, gradients = _small_params(), _small_gradients(6)
     tx = row.ours(**row.arguments)
-    step = jax.jit(tx.update)
+    step = jax.jit(functools.partial(tx.update, value=0.7))
     state = tx.init(params)
     straight = []
     for i in range(6):
         updates, state = step(jgd.lane(gradients, i), state, params)
         straight.append(updates)
         if i == 2:
-            saved = jax.tree.map(np.asarray, state)
+            saved = jax.tree.map(jnp.copy, state)
     state = saved
     for i in range(3, 6):
         updates, state = step(jgd.lane(gradients, i), state, params)
@@ -219,21 +247,30 @@ def test_odd_leaves(row):
         "complex": jnp.full(2, 1 + 1j, jnp.complex64),
         "gone": None,
     }
-    updates, after = tx.update(gradient, state, params)
+    if row.name in ("rprop", "ftrl"):
+        with pytest.raises(ValueError, match=f"{row.name}: is for real parameters"):
+            tx.update(gradient, state, params)
+        for tree in (params, gradient):
+            tree["complex"] = jnp.ones(2)
+        state = tx.init(params)
+    updates, after = tx.update(gradient, state, params, value=1.0)
     assert updates["gone"] is None
-    assert updates["complex"].dtype == jnp.complex64
+    assert updates["complex"].dtype == gradient["complex"].dtype
     chex.assert_tree_all_finite({k: updates[k] for k in ("int", "complex")})
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
     optax.apply_updates(params, {**updates, "gone": jnp.zeros(2)})
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row.label != "sgd()"], ids=LABELS[1:])
+MEMORYLESS = ("sgd()", "noisy_sgd", "sign_sgd", "polyak_sgd")  # nothing there that could misfit
+WITH_MEMORY = [row for row in ROWS if not row.label.startswith(MEMORYLESS)]
+
+
+@pytest.mark.parametrize("row", WITH_MEMORY, ids=[row.label for row in WITH_MEMORY])
 def test_misfits_name_the_optimizer_and_the_path(row):
-    """All but plain gradient descent, which holds no state that could misfit."""
     tx = row.ours(**row.arguments)
     params = {"a": jnp.ones(2), "b": jnp.ones(3)}
     state = tx.init(params)
-    name = row.ours.__name__
+    name = row.name
     with pytest.raises(ValueError, match=rf"{name}: .*\['b'\].*\(4,\)"):
         tx.update({"a": jnp.ones(2), "b": jnp.ones(4)}, state, params)
     with pytest.raises(ValueError, match=rf"{name}: .*\['b'\]"):
@@ -246,7 +283,7 @@ def test_misfits_name_the_optimizer_and_the_path(row):
 def test_lowers_for_cpu_cuda_and_tpu(row):
     tx = row.ours(**row.arguments)
     params = {"w": jnp.ones((4, 3)), "h": jnp.ones(3, jnp.bfloat16)}
-    step = jax.jit(lambda tx, g, s: tx.update(g, s, params))
+    step = jax.jit(lambda tx, g, s: tx.update(g, s, params, value=1.0))
     platforms = ["cpu", "cuda", "tpu"]
     flat, treedef = jax.tree.flatten((tx, params, tx.init(params)))
     lowered = jax.export.export(
@@ -291,7 +328,9 @@ class VariantsTest(chex.TestCase):
         state = self.variant(tx.init)(params)
         expected = run(tx, gradients, params)
         for i in range(3):
-            updates, state = self.variant(tx.update)(jgd.lane(gradients, i), state, params)
+            update = self.variant(functools.partial(tx.update, value=losses(3)[i]))
+            updates, state = update(jgd.lane(gradients, i), state, params)
+            params = optax.apply_updates(params, updates)
             chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
             chex.assert_trees_all_close(updates, jgd.lane(expected, i), rtol=1e-5, atol=1e-7)
 
@@ -430,7 +469,7 @@ def test_a_broken_memory_stays_broken():
 def test_weight_decay_needs_parameters():
     tx = jgd.adamw(0.1)
     g = {"w": jnp.ones(2)}
-    with pytest.raises(ValueError, match="adamw: weight decay needs the parameters"):
+    with pytest.raises(ValueError, match="adamw: needs the parameters"):
         tx.update(g, tx.init(g))
 
 

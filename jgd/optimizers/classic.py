@@ -1,13 +1,4 @@
-"""The dictionary: every named optimizer in a few lines of the alphabet.
-
-Each descends: the last link multiplies by -learning_rate, so that `optax.apply_updates` adds the
-update to the parameters. Every number may be a tracer or a schedule, every optimizer a lane.
-
-Common to all. A scheduled number adds one step counter around the state. Memories are float32 for
-16-bit parameters. Wrong kinds of arguments raise TypeError in the call, concrete numbers out of
-range ValueError; trees, shapes and states that do not fit raise `TreeError`, a ValueError, in
-`update`.
-"""
+"""The textbook: gradient descent, momentum, AdaGrad, RMSProp, Adam and their nearest kin."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +10,7 @@ from jgd.arguments import Decay, Fraction, NonNegative, Number
 from jgd.pytree import as_pytree
 from jgd.transforms import (
     add_decayed_weights,
+    add_noise,
     chain,
     identity,
     scale,
@@ -43,6 +35,7 @@ __all__ = [
     "momentum",
     "nadam",
     "nesterov",
+    "noisy_sgd",
     "rmsprop",
     "sgd",
 ]
@@ -104,6 +97,35 @@ def nesterov(learning_rate: Number, momentum: Fraction = 0.9) -> GradientTransfo
     Source: Nesterov 1983, in the form of Sutskever et al. 2013.
     """
     return chain(with_nesterov(scale_by_momentum(momentum)), scale_by_learning_rate(learning_rate))
+
+
+@as_pytree
+def noisy_sgd(
+    learning_rate: Number,
+    eta: NonNegative = 0.01,
+    gamma: Number = 0.55,
+    key: Any = None,
+    *,
+    seed: int | None = None,
+) -> GradientTransformation:
+    """Noisy gradient descent: normal noise on the gradient, less of it with every step.
+
+        u = -learning_rate (g + N(0, eta / t^gamma))
+
+    Args:
+      learning_rate: the step, above 0 to descend. May be a schedule.
+      eta: at least 0, the variance of the noise at the first step; 0.01 by default.
+      gamma: how fast it falls; 0.55 by default.
+      key: of the noise, a random key or an int; None (default) is 0. It is structure: lanes share
+        their noise.
+      seed: optax's older name of key.
+
+    State: `optax.AddNoiseState(count, rng_key)`, no tree.
+    Differs from: `sgd`, whose noise is that of the batches.
+    Source: Neelakantan et al. 2015, equation 1, arXiv:1511.06807.
+    """
+    first = next((k for k in (key, seed) if k is not None), 0)
+    return chain(add_noise(eta, gamma, first), scale_by_learning_rate(learning_rate))
 
 
 @as_pytree

@@ -1,0 +1,97 @@
+"""Functions of a matrix whose derivatives are finite where eigenvalues meet or vanish.
+
+The derivatives of JAX's own decompositions divide by the gaps between eigenvalues. A function of
+the whole matrix has a derivative there all the same; where a basis is arbitrary, it is held still.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["eigenvectors", "inverse_root", "orthogonalized", "orthonormal"]
+
+
+def _adjoint(x: Any) -> Any:
+    return x.conj().swapaxes(-1, -2)
+
+
+def _spectrum(h: Any) -> tuple[Any, Any]:
+    """Eigenvalues of a positive matrix, none below what rounding leaves of them, and vectors."""
+    values, vectors = jnp.linalg.eigh(h)
+    precision = jnp.finfo(values.dtype)
+    return jnp.maximum(values, precision.eps * jnp.max(values) + precision.tiny), vectors
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def inverse_root(h: Any, order: int) -> Any:
+    """h^(-1 / order) of a positive matrix."""
+    values, vectors = _spectrum(h)
+    return (vectors * values ** (-1 / order)) @ _adjoint(vectors)
+
+
+@inverse_root.defjvp
+def _inverse_root_jvp(order: int, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """Daleckii and Krein: the divided differences of the function, in the basis of h."""
+    values, vectors = _spectrum(*primals)
+    power = -1 / order
+    roots = values**power
+    gaps = values[:, None] - values[None, :]
+    middle = (values[:, None] + values[None, :]) / 2
+    close = jnp.abs(gaps) <= middle * jnp.finfo(values.dtype).eps ** 0.5
+    differences = (roots[:, None] - roots[None, :]) / jnp.where(close, 1, gaps)
+    weights = jnp.where(close, power * middle ** (power - 1), differences)
+    turned = _adjoint(vectors) @ tangents[0] @ vectors
+    tangent = vectors @ (weights * turned) @ _adjoint(vectors)
+    return (vectors * roots) @ _adjoint(vectors), tangent
+
+
+@jax.custom_jvp
+def eigenvectors(h: Any) -> Any:
+    """Orthonormal eigenvectors of a positive matrix as columns, largest eigenvalue first."""
+    return jnp.linalg.eigh(h)[1][:, ::-1]
+
+
+@eigenvectors.defjvp
+def _eigenvectors_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    values, vectors = jnp.linalg.eigh(*primals)
+    values, vectors = values[::-1], vectors[:, ::-1]
+    gaps = values[None, :] - values[:, None]
+    close = jnp.abs(gaps) <= jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values))
+    turned = _adjoint(vectors) @ tangents[0] @ vectors
+    rotation = jnp.where(close, 0, turned / jnp.where(close, 1, gaps))
+    return vectors, vectors @ rotation
+
+
+@jax.custom_jvp
+def orthonormal(a: Any) -> Any:
+    """The orthonormal factor of a square matrix (QR)."""
+    return jnp.linalg.qr(a)[0]
+
+
+@orthonormal.defjvp
+def _orthonormal_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    q, r = jnp.linalg.qr(*primals)
+    diagonal = jnp.abs(jnp.diagonal(r))
+    lost = diagonal <= jnp.finfo(diagonal.dtype).eps * jnp.max(diagonal, initial=0)
+    change = jax.scipy.linalg.solve_triangular(
+        (r + jnp.diag(lost.astype(r.dtype))).T, (_adjoint(q) @ tangents[0]).T, lower=True
+    ).T
+    below = jnp.tril(jnp.where(lost[None, :], 0, change), -1)
+    return q, q @ (below - _adjoint(below))
+
+
+def orthogonalized(x: Any, coefficients: Any) -> Any:
+    """Newton and Schulz: singular values of x in (0, 1] are driven towards 1.
+
+        x <- a x + (b x x^T + c (x x^T)^2) x            for each (a, b, c)
+
+    Args:
+      x: a matrix with no more rows than columns.
+      coefficients: a sequence of triples.
+    """
+    for a, b, c in coefficients:
+        gram = x @ _adjoint(x)
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x

@@ -1,0 +1,89 @@
+"""Words that look at a parameter array as a whole: its norm, or the mean of its gradient."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from optax import GradientTransformation
+
+from jgd.arguments import NonNegative, Number, Structure
+from jgd.combinators import abs_square, leafwise, quotient, safe_sqrt, stateless, with_params
+from jgd.pytree import as_pytree
+from jgd.words import pointwise
+
+__all__ = [
+    "centralize",
+    "scale_by_param_block_norm",
+    "scale_by_param_block_rms",
+    "scale_by_trust_ratio",
+]
+
+
+def norm(x: Any) -> Any:
+    """The Euclidean norm of all entries, with derivative 0 at 0."""
+    return safe_sqrt(jnp.sum(abs_square(x)))
+
+
+def rms_norm(x: Any) -> Any:
+    """The root mean square of all entries, with derivative 0 at 0; 0 for no entries."""
+    return safe_sqrt(jnp.sum(abs_square(x)) / max(x.size, 1))
+
+
+def _by_params(f: Any) -> GradientTransformation:
+    """A word without memory that looks at the parameters."""
+    return stateless(lambda updates, params: leafwise(f, updates, with_params(params)))
+
+
+@as_pytree
+def centralize(*, output_axis: Structure = 0) -> GradientTransformation:
+    """u = g - mean(g) over all axes but one, where there are two or more: gradient centralisation.
+
+    Args:
+      output_axis: the axis that counts the outputs of a layer: 0 (default, as optax's and PyTorch's
+        layout), or -1 for kernels of flax, so that the weights into each output keep their sum.
+
+    State: `EmptyState`.
+    Source: Yong et al. 2020, equation 1, arXiv:2004.01461.
+    """
+
+    def centred(g: Any) -> Any:
+        axes = tuple(axis for axis in range(g.ndim) if axis != output_axis % g.ndim)
+        return g - g.mean(axes, keepdims=True) if axes else g
+
+    return pointwise(lambda g: centred(g) if g.ndim else g)
+
+
+@as_pytree
+def scale_by_trust_ratio(
+    min_norm: NonNegative = 0.0, trust_coefficient: Number = 1.0, eps: NonNegative = 0.0
+) -> GradientTransformation:
+    """u = g trust_coefficient ||p|| / (||g|| + eps) for each leaf, and g where a norm is 0.
+
+    Args:
+      min_norm: at least 0; norms below it count as it.
+      trust_coefficient: any number, 1 by default.
+      eps: at least 0, added to the norm of g.
+
+    State: `EmptyState`.
+    Raises: ValueError in `update` if no parameters are given.
+    Differs from: `optax.clip_by_block_rms`, which only shortens.
+    Source: You, Gitman & Ginsburg 2017, algorithm 1, arXiv:1708.03888.
+    """
+
+    def scaled(g: Any, p: Any) -> Any:
+        size, length = (jnp.maximum(norm(x), min_norm) for x in (p, g))
+        ratio = trust_coefficient * quotient(size, length + eps)
+        return g * jnp.where((size == 0) | (length == 0), 1, ratio)
+
+    return _by_params(scaled)
+
+
+@as_pytree
+def scale_by_param_block_norm(min_scale: NonNegative = 1e-3) -> GradientTransformation:
+    """u = g max(||p||, min_scale) for each leaf. State: `EmptyState`."""
+    return _by_params(lambda g, p: g * jnp.maximum(norm(p), min_scale))
+
+
+@as_pytree
+def scale_by_param_block_rms(min_scale: NonNegative = 1e-3) -> GradientTransformation:
+    """u = g max(rms(p), min_scale) for each leaf. State: `EmptyState`."""
+    return _by_params(lambda g, p: g * jnp.maximum(rms_norm(p), min_scale))

@@ -1,0 +1,248 @@
+"""Optimizers whose magnitude takes less memory than the parameters: one number per row and column.
+
+SM3 bounds each squared gradient by the least of its row and column maxima, Adafactor estimates it
+by the product of row and column means.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from optax import GradientTransformation
+
+from jgd.arguments import Decay, Fraction, NonNegative, Number, Positive, Structure
+from jgd.combinators import abs_square, quotient, safe_sqrt
+from jgd.norms import rms_norm, scale_by_param_block_rms
+from jgd.optimizers.adaptive import Mask
+from jgd.pytree import as_pytree
+from jgd.rules import per_leaf
+from jgd.transforms import (
+    add_decayed_weights,
+    chain,
+    ema,
+    moving_average,
+    named,
+    scale,
+    scale_by_learning_rate,
+)
+from jgd.words import pointwise
+
+__all__ = ["adafactor", "scale_by_factored_rms", "scale_by_sm3", "sm3"]
+
+
+# --- SM3 -------------------------------------------------------------------------------------
+
+
+class ScaleBySM3State(NamedTuple):
+    """State of `scale_by_sm3`."""
+
+    mu: Any  # for each parameter array, one vector per axis
+    nu: Any  # like the parameters, at least float32
+
+
+class _CoverState(NamedTuple):
+    mu: Any
+
+
+def _others(ndim: int, axis: int) -> tuple[int, ...]:
+    return tuple(a for a in range(ndim) if a != axis)
+
+
+def _maxima(x: Any) -> list[Any]:
+    """The maximum over each slice along each axis; x itself where it has no two axes."""
+    if x.ndim < 2:
+        return [x]
+    return [jnp.max(x, _others(x.ndim, axis), initial=0) for axis in range(x.ndim)]
+
+
+@as_pytree
+def scale_by_sm3(
+    b1: Decay = 0.9, b2: Fraction = 1.0, eps: NonNegative = 1e-8
+) -> GradientTransformation:
+    """An average of g / sqrt(a + eps), where a bounds the sum of g^2: see `sm3`.
+
+    Args:
+      b1: in [0, 1), of the average.
+      b2: in [0, 1]; below 1 the bound forgets, and g^2 enters with weight 1 - b2.
+      eps: at least 0, inside the root.
+
+    State: `ScaleBySM3State(mu, nu)`, one tree, and one vector for each axis of each leaf.
+    Source: Anil et al. 2019, algorithm SM3-II, arXiv:1901.11150.
+    """
+    new = jnp.where(b2 == 1, 1, 1 - b2)
+
+    def rule(g: Any, mu: Any) -> tuple[Any, Any]:
+        along = lambda m, axis: jnp.expand_dims(m, _others(g.ndim, axis))
+        covers = [along(m, axis) for axis, m in enumerate(mu)] if g.ndim > 1 else mu
+        least = covers[0]
+        for cover in covers[1:]:
+            least = jnp.minimum(least, cover)
+        bound = new * abs_square(g) + b2 * least
+        magnitude = jnp.where(bound > 0, safe_sqrt(bound + eps), 0)
+        return quotient(g, magnitude), _maxima(jnp.broadcast_to(bound, g.shape))
+
+    zeros = lambda p: _maxima(jnp.zeros_like(jnp.real(p)))
+    tx = chain(per_leaf(rule, _CoverState, mu=zeros), moving_average(b1))
+    return named(tx, record=ScaleBySM3State, slots="mu nu")
+
+
+@as_pytree
+def sm3(learning_rate: Number, momentum: Decay = 0.9) -> GradientTransformation:
+    """SM3: AdaGrad that keeps one number per row and column of a matrix.
+
+        a = min(row, column) + g^2            row, column <- maxima of a over them
+        m <- momentum m + (1 - momentum) g / sqrt(a + eps)            u = -learning_rate m
+
+    Args:
+      learning_rate: the step, above 0 to descend. May be a schedule.
+      momentum: in [0, 1), of the average of the quotients; 0.9 by default.
+
+    State: `ScaleBySM3State(mu, nu)`, one tree, and one vector for each axis of each leaf.
+    Differs from: `adagrad`, whose sum it bounds from above; `adafactor`, which forgets.
+    Source: Anil et al. 2019, algorithm SM3-II, arXiv:1901.11150; eps = 1e-8.
+    """
+    return chain(scale_by_sm3(momentum), scale_by_learning_rate(learning_rate))
+
+
+# --- Adafactor -------------------------------------------------------------------------------
+
+
+class FactoredState(NamedTuple):
+    """State of `scale_by_factored_rms`. A memory that a leaf has no use for has shape (1,)."""
+
+    count: jax.Array  # int32 scalar: steps so far
+    v_row: Any  # average squares over the largest axis, and over the second largest
+    v_col: Any
+    v: Any  # like the leaves that are not factored
+
+
+def _decay_rate_pow(i: Any, exponent: Any = 0.8) -> Any:
+    return 1 - (i + 1) ** -exponent
+
+
+def _factored_axes(shape: tuple[int, ...], factored: bool, least: int) -> tuple[int, int] | None:
+    """The second largest and the largest axis, if the second is long enough."""
+    if not factored or len(shape) < 2:
+        return None
+    second, largest = map(int, np.argsort(shape)[-2:])
+    return (second, largest) if shape[second] >= least else None
+
+
+@as_pytree
+def scale_by_factored_rms(
+    factored: bool = True,
+    decay_rate: NonNegative = 0.8,
+    step_offset: Number = 0,
+    min_dim_size_to_factor: Structure = 128,
+    epsilon: NonNegative = 1e-30,
+    decay_rate_fn: Callable[[Any, Any], Any] = _decay_rate_pow,
+) -> GradientTransformation:
+    """u = g / sqrt(v), for v the average square, or its estimate row x column / mean(row).
+
+    Args:
+      factored: False keeps all of v.
+      decay_rate: at least 0, the second argument of `decay_rate_fn`.
+      step_offset: steps to take off the count, for a run that begins anew from trained parameters.
+      min_dim_size_to_factor: leaves are factored whose second largest axis is at least this long.
+      epsilon: at least 0, added to g^2.
+      decay_rate_fn: (steps so far - step_offset, decay_rate) -> the decay of this step; by default
+        1 - (i + 1)^-decay_rate, so that the first step forgets everything before.
+
+    State: `FactoredState(count, v_row, v_col, v)`: for each leaf one tree's worth, or one row and
+      one column.
+    Source: Shazeer & Stern 2018, algorithm 4, arXiv:1804.04235.
+    """
+
+    def axes(x: Any) -> tuple[int, int] | None:
+        return _factored_axes(x.shape, factored, min_dim_size_to_factor)
+
+    unused = lambda p: jnp.zeros([1], jnp.real(jnp.zeros([], p.dtype)).dtype)
+
+    def mean_over(which: int) -> Callable[[Any], Any]:
+        return lambda p: jnp.zeros_like(jnp.real(p)).mean(a[which]) if (a := axes(p)) else unused(p)
+
+    def rule(g: Any, v_row: Any, v_col: Any, v: Any, t: Any) -> tuple[Any, ...]:
+        steps = t - step_offset
+        power = decay_rate_fn is _decay_rate_pow  # where 1 - decay would lose digits
+        weight = steps**-decay_rate if power else 1 - decay_rate_fn(steps - 1, decay_rate)
+        average = lambda old, new: old + weight * (new - old)
+        square = abs_square(g) + epsilon
+        if (found := axes(g)) is None:
+            v = average(v, square)
+            return quotient(g, safe_sqrt(v)), v_row, v_col, v
+        second, largest = found
+        v_row = average(v_row, square.mean(largest))
+        v_col = average(v_col, square.mean(second))
+        mean = v_row.mean(second - (second > largest), keepdims=True)
+        row = jnp.expand_dims(safe_sqrt(quotient(v_row, mean)), largest)
+        column = jnp.expand_dims(safe_sqrt(v_col), second)
+        return quotient(quotient(g, row), column), v_row, v_col, v
+
+    start = dict(
+        v_row=mean_over(1),
+        v_col=mean_over(0),
+        v=lambda p: unused(p) if axes(p) else jnp.zeros_like(jnp.real(p)),
+    )
+    return per_leaf(rule, FactoredState, **start)
+
+
+@as_pytree
+def adafactor(
+    learning_rate: Number | None = None,
+    min_dim_size_to_factor: Structure = 128,
+    decay_rate: NonNegative = 0.8,
+    decay_offset: Number = 0,
+    multiply_by_parameter_scale: bool = True,
+    clipping_threshold: Positive | None = 1.0,
+    momentum: Fraction | None = None,
+    dtype_momentum: DTypeLike = jnp.float32,
+    weight_decay_rate: Number | None = None,
+    eps: NonNegative = 1e-30,
+    factored: bool = True,
+    weight_decay_mask: Mask | None = None,
+) -> GradientTransformation:
+    """Adafactor: Adam's magnitude from row and column means, in units of the parameters.
+
+        v_row, v_col <- averages of row and column means of g^2 + eps, with decay 1 - t^-decay_rate
+        x = g / sqrt(v_row v_col / mean(v_row))            x <- x / max(1, rms(x) / threshold)
+        u = -learning_rate x max(rms(p), 1e-3) - weight_decay_rate p
+
+    Args:
+      learning_rate: above 0 to descend; None (default) is 1. May be a schedule.
+      min_dim_size_to_factor: leaves are factored whose second largest axis is at least this long;
+        128 by default. The others keep all of v.
+      decay_rate: at least 0; 0.8 by default.
+      decay_offset: steps to take off the count; 0 by default.
+      multiply_by_parameter_scale: False leaves max(rms(p), 1e-3) out.
+      clipping_threshold: above 0, of the root mean square of each leaf's update; 1 by default.
+        None: no clipping.
+      momentum: in [0, 1], an average of updates; None (default): none.
+      dtype_momentum: of its memory.
+      weight_decay_rate: not multiplied by the learning rate; None (default): none. May be a
+        schedule.
+      eps: at least 0, added to g^2; 1e-30 by default.
+      factored: False keeps all of v, as Adam.
+      weight_decay_mask: which leaves decay, as in `adamw`.
+
+    State: `FactoredState(count, v_row, v_col, v)`: a row and a column for each factored leaf, one
+      tree's worth for the others; one tree more with momentum.
+    Raises: ValueError in `update` if no parameters are given and they are needed.
+    Differs from: Keras and PyTorch, which factor the last two axes and take min(learning_rate,
+      1 / sqrt(t)); optax's decay is off the learning rate, theirs is not.
+    Source: Shazeer & Stern 2018, algorithms 4 and 6, arXiv:1804.04235.
+    """
+    links = [scale_by_factored_rms(factored, decay_rate, decay_offset, min_dim_size_to_factor, eps)]
+    if clipping_threshold is not None:
+        links.append(pointwise(lambda g: g / jnp.maximum(1, rms_norm(g) / clipping_threshold)))
+    if learning_rate is not None:
+        links.append(scale_by_learning_rate(learning_rate, flip_sign=False))
+    if multiply_by_parameter_scale:
+        links.append(scale_by_param_block_rms())
+    if momentum is not None:
+        links.append(ema(momentum, debias=False, accumulator_dtype=dtype_momentum))
+    if weight_decay_rate is not None:
+        links.append(add_decayed_weights(weight_decay_rate, weight_decay_mask))
+    return chain(*links, scale(-1.0))

@@ -1,0 +1,489 @@
+"""Optimizers that find their own learning rate, or need no schedule of one.
+
+Polyak's step divides by the squared norm of the gradient what is left of the loss; the others
+estimate how far the parameters have to go. Norms are over the whole tree.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import DTypeLike
+from optax import GradientTransformation
+
+from jgd.arguments import Count, Decay, Fraction, NonNegative, Number, Numbers, Positive
+from jgd.combinators import (
+    abs_square,
+    expect,
+    increment,
+    leafwise,
+    quotient,
+    safe_sqrt,
+    with_params,
+)
+from jgd.optimizers.adaptive import Mask
+from jgd.optimizers.classic import sgd
+from jgd.pytree import as_pytree
+from jgd.schedules import warmup_constant_schedule
+from jgd.transforms import (
+    add_decayed_weights,
+    chain,
+    identity,
+    scale_by_learning_rate,
+    scale_by_rms,
+)
+from jgd.wrappers import schedule_free
+
+__all__ = [
+    "dadapt_adamw",
+    "dog",
+    "dowg",
+    "polyak_sgd",
+    "prodigy",
+    "scale_by_polyak",
+    "schedule_free_adamw",
+    "schedule_free_sgd",
+]
+
+
+def _square(tree: Any) -> Any:
+    """The squared norm of a whole tree."""
+    return sum((jnp.sum(abs_square(x)) for x in jax.tree.leaves(tree)), jnp.zeros([], float))
+
+
+def _dot(left: Any, right: Any) -> Any:
+    products = leafwise(lambda x, y: jnp.sum(jnp.real(jnp.conj(x) * y)), left, right)
+    return sum(jax.tree.leaves(products), jnp.zeros([], float))
+
+
+def _difference(left: Any, right: Any) -> Any:
+    return leafwise(jnp.subtract, left, right)
+
+
+def _decay(weight_decay: Any, mask: Mask | None) -> GradientTransformation:
+    return identity() if weight_decay is None else add_decayed_weights(weight_decay, mask)
+
+
+# --- Polyak ----------------------------------------------------------------------------------
+
+
+@as_pytree
+def scale_by_polyak(
+    f_min: Number = 0.0,
+    max_learning_rate: NonNegative = 1.0,
+    eps: NonNegative = 0.0,
+    variant: Literal["sps", "sps+"] = "sps",
+) -> GradientTransformation:
+    """u = g min((value - f_min) / (||g||^2 + eps), max_learning_rate): see `polyak_sgd`.
+
+    State: `EmptyState`. Raises: TypeError in `update` if no `value` is given.
+    Source: Loizou et al. 2021, equation 4, arXiv:2002.10542.
+    """
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, value: Any = None, **_: Any
+    ) -> tuple[Any, Any]:
+        if value is None:
+            raise TypeError("scale_by_polyak: needs the loss: call update(..., value=loss)")
+        gap = jnp.asarray(value, float) - f_min
+        if variant == "sps+":
+            gap = jnp.maximum(gap, 0)
+        length = _square(updates) + eps
+        flat = length <= np.finfo(float).eps
+        step = jnp.minimum(gap / jnp.where(flat, 1, length), max_learning_rate)
+        return leafwise(lambda g: jnp.where(flat, 0, step) * g, updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+@as_pytree
+def polyak_sgd(
+    max_learning_rate: NonNegative = 1.0,
+    scaling: Number = 1.0,
+    f_min: Number = 0.0,
+    eps: NonNegative = 0.0,
+    variant: Literal["sps", "sps+"] = "sps",
+) -> GradientTransformation:
+    """Polyak's step: as long as the loss says, for g the gradient times `scaling`.
+
+        u = -g min((value - f_min) / (||g||^2 + eps), max_learning_rate)
+
+    Args:
+      max_learning_rate: at least 0; 1 by default.
+      scaling: of the gradient; 1 by default. May be a schedule.
+      f_min: the least value of the loss; 0 by default.
+      eps: at least 0, added to the squared norm of the whole tree; 0 by default.
+      variant: "sps+" takes a loss below f_min for f_min.
+
+    State: none. `update` takes the loss: `update(grads, state, params, value=loss)`.
+    Raises: TypeError in `update` if no `value` is given.
+    Differs from: `sgd`; this one needs the loss, and to know its least value.
+    Source: Loizou et al. 2021, equation 4, arXiv:2002.10542; Polyak 1964.
+    """
+    step = scale_by_polyak(f_min, max_learning_rate, eps, variant)
+    return chain(sgd(scaling), step)
+
+
+# --- distance over gradients -----------------------------------------------------------------
+
+
+class DoGState(NamedTuple):
+    """State of `dog`."""
+
+    is_init_step: jax.Array  # bool scalar
+    init_params: Any  # the first parameters
+    max_dist: jax.Array  # float32 scalars
+    sum_sq_norm_grads: jax.Array
+
+
+@as_pytree
+def _scale_by_dog(init_step: Numbers, eps: NonNegative) -> GradientTransformation:
+    kind, value = init_step
+    if kind not in ("distance", "learning_rate", "heuristic"):
+        raise ValueError(
+            "dog: init_step must be a pair of 'distance', 'learning_rate' or 'heuristic' and a"
+            f" number, got {kind!r}"
+        )
+
+    def init(params: Any) -> Any:
+        reach = {
+            "distance": value,
+            "heuristic": value * (1 + safe_sqrt(_square(params))),
+            "learning_rate": 0.0,
+        }[kind]
+        first = jax.tree.map(jnp.copy, params)
+        return DoGState(jnp.array(True), first, jnp.asarray(reach, float), jnp.zeros([], float))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        is_first, first, reach, total = expect(state, DoGState)
+        distance = safe_sqrt(_square(_difference(with_params(params), first)))
+        reach, total = jnp.maximum(reach, distance), total + _square(updates)
+        rate = quotient(reach, safe_sqrt(total + eps))
+        if kind == "learning_rate":
+            rate = jnp.where(is_first, value, rate)
+        return leafwise(lambda g, _: rate * g, updates, params), DoGState(
+            jnp.array(False), first, reach, total
+        )
+
+    return GradientTransformation(init, update)
+
+
+@as_pytree
+def dog(
+    learning_rate: Number = 1.0,
+    init_step: Numbers = ("heuristic", 1e-6),
+    eps: NonNegative = 1e-8,
+    weight_decay: Number | None = None,
+    mask: Mask | None = None,
+) -> GradientTransformation:
+    """DoG: the rate is the distance covered so far over the root of all squared gradients.
+
+        d = max ||p - p0||            G <- G + ||g||^2
+        u = -learning_rate d / sqrt(G + eps) g
+
+    Args:
+      learning_rate: times the rate found; 1 by default. May be a schedule.
+      init_step: what d starts from: ("distance", d), ("heuristic", r) for r (1 + ||p0||), or
+        ("learning_rate", rate) for the first step's rate.
+      eps: at least 0, inside the root; 1e-8 by default.
+      weight_decay: an L2 penalty: weight_decay p is added to the gradient; None (default): none.
+      mask: which leaves decay, as in `adamw`.
+
+    State: `DoGState(is_init_step, init_params, max_dist, sum_sq_norm_grads)`, one tree, two scalars
+      and a bool.
+    Raises: ValueError in `update` if no parameters are given.
+    Differs from: `dowg`, which weighs gradients by the distance at which they were seen. The paper
+      averages the iterates: wrap it in `average_params`.
+    Source: Ivgi, Hinder & Carmon 2023, algorithm 1, arXiv:2302.12022.
+    """
+    return chain(
+        _decay(weight_decay, mask),
+        _scale_by_dog(init_step, eps),
+        scale_by_learning_rate(learning_rate),
+    )
+
+
+class DoWGState(NamedTuple):
+    """State of `dowg`."""
+
+    init_params: Any  # the first parameters
+    weighted_sq_norm_grads: jax.Array  # float32 scalars
+    estim_sq_dist: jax.Array
+
+
+@as_pytree
+def _scale_by_dowg(start: NonNegative, eps: NonNegative) -> GradientTransformation:
+    def init(params: Any) -> Any:
+        first = jax.tree.map(jnp.copy, params)
+        return DoWGState(first, jnp.zeros([], float), jnp.asarray(start, float))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        first, total, reach = expect(state, DoWGState)
+        reach = jnp.maximum(reach, _square(_difference(with_params(params), first)))
+        total = total + reach * _square(updates)
+        rate = quotient(reach, safe_sqrt(total) + eps)
+        return leafwise(lambda g, _: rate * g, updates, params), DoWGState(first, total, reach)
+
+    return GradientTransformation(init, update)
+
+
+@as_pytree
+def dowg(
+    learning_rate: Number = 1.0,
+    init_estim_sq_dist: NonNegative | None = None,
+    eps: NonNegative = 1e-4,
+    weight_decay: Number | None = None,
+    mask: Mask | None = None,
+) -> GradientTransformation:
+    """DoWG: DoG whose gradients are weighted by the distance at which they were seen.
+
+        d2 = max ||p - p0||^2            G <- G + d2 ||g||^2
+        u = -learning_rate d2 / (sqrt(G) + eps) g
+
+    Args:
+      learning_rate: times the rate found; 1 by default. May be a schedule.
+      init_estim_sq_dist: at least 0, what d2 starts from; None (default): eps.
+      eps: at least 0, outside the root; 1e-4 by default.
+      weight_decay, mask: as `dog`.
+
+    State: `DoWGState(init_params, weighted_sq_norm_grads, estim_sq_dist)`, one tree and two
+      scalars.
+    Raises: ValueError in `update` if no parameters are given.
+    Differs from: `dog`.
+    Source: Khaled, Mishchenko & Jin 2023, algorithm 1, arXiv:2305.16284.
+    """
+    return chain(
+        _decay(weight_decay, mask),
+        _scale_by_dowg(eps if init_estim_sq_dist is None else init_estim_sq_dist, eps),
+        scale_by_learning_rate(learning_rate),
+    )
+
+
+# --- D-adaptation ----------------------------------------------------------------------------
+
+
+def _corrected_rate(count: Any, b1: Any, b2: Any) -> Any:
+    """sqrt(1 - b2^t) / (1 - b1^t), Adam's two corrections as one factor of the rate."""
+    weight = lambda b: -jnp.expm1(count * jnp.log(jnp.maximum(b, jnp.finfo(b.dtype).tiny)))
+    return jnp.sqrt(weight(b2)) / weight(b1)
+
+
+class DAdaptAdamWState(NamedTuple):
+    """State of `dadapt_adamw`."""
+
+    exp_avg: Any  # like the parameters, at least float32
+    exp_avg_sq: Any
+    grad_sum: Any
+    estim_lr: jax.Array  # float32 scalars
+    numerator_weighted: jax.Array
+    count: jax.Array  # int32 scalar: steps so far
+
+
+@as_pytree
+def dadapt_adamw(
+    learning_rate: Number = 1.0,
+    betas: Numbers = (0.9, 0.999),
+    eps: NonNegative = 1e-8,
+    estim_lr0: Positive = 1e-6,
+    weight_decay: Number = 0.0,
+) -> GradientTransformation:
+    """D-Adaptation: AdamW that estimates the distance to the solution, from below.
+
+        k = d learning_rate sqrt(1 - b2^t) / (1 - b1^t)            c = sqrt(b2)
+        r <- c r + (1 - c) k <g, s / (sqrt(v) + eps)>, of the s and v of before
+        m <- b1 m + (1 - b1) k g        v <- b2 v + (1 - b2) g^2        s <- c s + (1 - c) k g
+        u = -m / (sqrt(v) + eps) - weight_decay k p            d <- max(d, r / ((1 - c) |s|_1))
+
+    Args:
+      learning_rate: times the rate found; 1 by default. May be a schedule.
+      betas: b1 and b2, in [0, 1); 0.9 and 0.999 by default.
+      eps: at least 0, outside the roots; 1e-8 by default.
+      estim_lr0: above 0, what d starts from, below the solution's distance; 1e-6 by default.
+      weight_decay: decoupled; 0 by default.
+
+    State: `DAdaptAdamWState(exp_avg, exp_avg_sq, grad_sum, ...)`, three trees and three scalars.
+    Raises: ValueError in `update` if no parameters are given.
+    Differs from: `prodigy`, whose estimate grows faster.
+    Source: Defazio & Mishchenko 2023, algorithm 5, arXiv:2301.07733.
+    """
+    b1, b2 = betas
+    c = jnp.sqrt(b2)
+
+    def init(params: Any) -> Any:
+        zeros = lambda: jax.tree.map(jnp.zeros_like, params)
+        start = jnp.asarray(estim_lr0, float), jnp.zeros([], float), jnp.zeros([], jnp.int32)
+        return DAdaptAdamWState(zeros(), zeros(), zeros(), *start)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        m, v, s, d, r, count = expect(state, DAdaptAdamWState)
+        count = increment(count)
+        k = d * learning_rate * _corrected_rate(count, b1, b2)
+        scaled = leafwise(lambda s, v: quotient(s, safe_sqrt(v) + eps), s, v)
+        r = c * r + (1 - c) * k * _dot(updates, scaled)
+        m = leafwise(lambda g, m: b1 * m + (1 - b1) * k * g, updates, m, keep=True)
+        v = leafwise(lambda g, v: b2 * v + (1 - b2) * abs_square(g), updates, v, keep=True)
+        s = leafwise(lambda g, s: c * s + (1 - c) * k * g, updates, s, keep=True)
+        size = sum((jnp.sum(jnp.abs(x)) for x in jax.tree.leaves(s)), jnp.zeros([], float))
+        rule = lambda _, m, v, p: -quotient(m, safe_sqrt(v) + eps) - weight_decay * k * p
+        new_updates = leafwise(rule, updates, m, v, with_params(params))
+        d = jnp.maximum(d, quotient(r, (1 - c) * size))
+        return new_updates, DAdaptAdamWState(m, v, s, d, r, count)
+
+    return GradientTransformation(init, update)
+
+
+class ProdigyState(NamedTuple):
+    """State of `prodigy`."""
+
+    exp_avg: Any  # like the parameters, at least float32
+    exp_avg_sq: Any
+    grad_sum: Any
+    params0: Any  # the first parameters
+    estim_lr: jax.Array  # float32 scalars
+    numerator_weighted: jax.Array
+    count: jax.Array  # int32 scalar: steps so far
+
+
+@as_pytree
+def prodigy(
+    learning_rate: Number = 1.0,
+    betas: Numbers = (0.9, 0.999),
+    beta3: Fraction | None = None,
+    eps: NonNegative = 1e-8,
+    estim_lr0: Positive = 1e-6,
+    estim_lr_coef: Positive = 1.0,
+    weight_decay: Number = 0.0,
+    safeguard_warmup: bool = False,
+) -> GradientTransformation:
+    """Prodigy: Adam that estimates the distance to the solution, faster than D-Adaptation.
+
+        k = d learning_rate sqrt(1 - b2^t) / (1 - b1^t)
+        r <- b3 r + d / d0 k <g, p0 - p>            s <- b3 s + k d / d0 g
+        m <- b1 m + (1 - b1) d g            v <- b2 v + (1 - b2) (d g)^2
+        d' = max(d, estim_lr_coef r / |s|_1)
+        u = -k m / (sqrt(v) + d' eps) - weight_decay k p            d <- d'
+
+    Args:
+      learning_rate: times the rate found; 1 by default. May be a schedule.
+      betas: b1 and b2, in [0, 1); 0.9 and 0.999 by default.
+      beta3: in [0, 1]; None (default): the root of b2.
+      eps: at least 0, outside the root; 1e-8 by default.
+      estim_lr0: above 0, d0, what d starts from, below the solution's distance; 1e-6 by default.
+      estim_lr_coef: above 0, times the estimate; 1 by default.
+      weight_decay: decoupled; 0 by default.
+      safeguard_warmup: True takes d for k in s, so that a warm-up does not raise the estimate.
+
+    State: `ProdigyState(exp_avg, exp_avg_sq, grad_sum, params0, ...)`, four trees and three
+      scalars.
+    Raises: ValueError in `update` if no parameters are given.
+    Differs from: `dadapt_adamw`, which needs no p0.
+    Source: Mishchenko & Defazio 2024, algorithm 4, arXiv:2306.06101.
+    """
+    b1, b2 = betas
+    b3 = jnp.sqrt(b2) if beta3 is None else beta3
+
+    def init(params: Any) -> Any:
+        zeros = lambda: jax.tree.map(jnp.zeros_like, params)
+        first = jax.tree.map(jnp.copy, params)
+        start = jnp.asarray(estim_lr0, float), jnp.zeros([], float), jnp.zeros([], jnp.int32)
+        return ProdigyState(zeros(), zeros(), zeros(), first, *start)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        m, v, s, first, d, r, count = expect(state, ProdigyState)
+        count = increment(count)
+        k = d * learning_rate * _corrected_rate(count, b1, b2)
+        covered = _difference(first, with_params(params))
+        r = b3 * r + d / estim_lr0 * k * _dot(updates, covered)
+        weight = (d if safeguard_warmup else k) * d / estim_lr0
+        m = leafwise(lambda g, m: b1 * m + (1 - b1) * d * g, updates, m, keep=True)
+        v = leafwise(lambda g, v: b2 * v + (1 - b2) * abs_square(d * g), updates, v, keep=True)
+        s = leafwise(lambda g, s: b3 * s + weight * g, updates, s, keep=True)
+        size = sum((jnp.sum(jnp.abs(x)) for x in jax.tree.leaves(s)), jnp.zeros([], float))
+        d = jnp.maximum(d, quotient(estim_lr_coef * r, size))
+        decayed = lambda m, v, p: quotient(m, safe_sqrt(v) + d * eps) + weight_decay * p
+        rule = lambda _, m, v, p: -k * decayed(m, v, p)
+        new_updates = leafwise(rule, updates, m, v, params)
+        return new_updates, ProdigyState(m, v, s, first, d, r, count)
+
+    return GradientTransformation(init, update)
+
+
+# --- schedule-free ---------------------------------------------------------------------------
+
+
+def _warmed_up(learning_rate: Any, warmup_steps: Any) -> Any:
+    if warmup_steps is None:
+        return learning_rate
+    return warmup_constant_schedule(0.0, learning_rate, warmup_steps)
+
+
+@as_pytree
+def schedule_free_sgd(
+    learning_rate: Number = 1.0,
+    warmup_steps: Count | None = None,
+    b1: Decay = 0.9,
+    weight_decay: Number | None = None,
+    weight_lr_power: NonNegative = 2.0,
+    state_dtype: DTypeLike | None = None,
+) -> GradientTransformation:
+    """Schedule-free SGD: the iterate average of gradient descent, where no schedule is needed.
+
+        z <- z - learning_rate (g + weight_decay p)            x <- (1 - c) x + c z
+        u = (1 - b1) z + b1 x - p
+
+    Args:
+      learning_rate: the step, above 0 to descend; 1 by default.
+      warmup_steps: at least 0, of a linear warm-up from 0; None (default): none.
+      b1, weight_lr_power, state_dtype: as `schedule_free`, which also says what c is.
+      weight_decay: added to the gradient, at p; None (default): none.
+
+    State: `ScheduleFreeState(b1, weight_sum, step_count, max_lr, base_optimizer_state, z)`, one
+      tree and four scalars. Evaluate at `schedule_free_eval_params(state, params)`.
+    Raises: ValueError in `update` if no parameters are given.
+    Differs from: `schedule_free_adamw`.
+    Source: Defazio et al. 2024, equations 6 to 8, arXiv:2405.15682.
+    """
+    rate = _warmed_up(learning_rate, warmup_steps)
+    base = chain(_decay(weight_decay, None), scale_by_learning_rate(rate))
+    return schedule_free(base, rate, b1, weight_lr_power, state_dtype)
+
+
+@as_pytree
+def schedule_free_adamw(
+    learning_rate: Number = 0.0025,
+    warmup_steps: Count | None = None,
+    b1: Decay = 0.9,
+    b2: Decay = 0.999,
+    eps: NonNegative = 1e-8,
+    weight_decay: Number = 0.0,
+    weight_lr_power: NonNegative = 2.0,
+    state_dtype: DTypeLike | None = None,
+) -> GradientTransformation:
+    """Schedule-free AdamW: the iterate average of RMSProp, where no schedule is needed.
+
+        z <- z - learning_rate (g / (sqrt(v / (1 - b2^t)) + eps) + weight_decay p)
+        x <- (1 - c) x + c z            u = (1 - b1) z + b1 x - p
+
+    Args:
+      learning_rate: the step, above 0 to descend; 0.0025 by default.
+      warmup_steps: at least 0, of a linear warm-up from 0; None (default): none.
+      b1, weight_lr_power, state_dtype: as `schedule_free`, which also says what c is.
+      b2: in [0, 1), of the average square; 0.999 by default.
+      eps: at least 0, outside the root; 1e-8 by default.
+      weight_decay: decoupled, at p; 0 by default.
+
+    State: `ScheduleFreeState(..., base_optimizer_state, z)`, two trees (z and v) and six scalars.
+      Evaluate at `schedule_free_eval_params(state, params)`.
+    Raises: ValueError in `update` if no parameters are given.
+    Differs from: `adamw`, whose momentum is in place of the average.
+    Source: Defazio et al. 2024, algorithm 1, arXiv:2405.15682.
+    """
+    rate = _warmed_up(learning_rate, warmup_steps)
+    base = chain(
+        scale_by_rms(b2, eps, eps_in_sqrt=False, bias_correction=True),
+        add_decayed_weights(weight_decay),
+        scale_by_learning_rate(rate),
+    )
+    return schedule_free(base, rate, b1, weight_lr_power, state_dtype)

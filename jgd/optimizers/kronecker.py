@@ -1,0 +1,287 @@
+"""Shampoo and SOAP: second moments of the rows and of the columns of a matrix.
+
+Shampoo divides by roots of these moments; SOAP runs Adam in their eigenbases.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from optax import GradientTransformation
+
+from jgd.arguments import Count, Decay, Fraction, NonNegative, Number, Structure
+from jgd.combinators import (
+    abs_square,
+    expect,
+    increment,
+    quotient,
+    safe_sqrt,
+)
+from jgd.linear_algebra import eigenvectors, inverse_root, orthonormal
+from jgd.pytree import as_pytree
+from jgd.rules import per_leaf
+from jgd.transforms import (
+    chain,
+    identity,
+    named,
+    scale,
+    scale_by_learning_rate,
+    scale_by_momentum,
+)
+from jgd.words import BiasCorrectionState, weights
+
+__all__ = ["scale_by_shampoo", "scale_by_soap", "shampoo", "soap"]
+
+
+def _moment(g: Any, axis: int) -> Any:
+    """The matrix of products of slices along an axis."""
+    others = [a for a in range(g.ndim) if a != axis]
+    return jnp.tensordot(g, jnp.conj(g), (others, others))
+
+
+def _along(x: Any, axis: int, matrix: Any) -> Any:
+    """x with each vector along an axis multiplied by a matrix."""
+    return jnp.moveaxis(jnp.tensordot(matrix, x, (1, axis)), 0, axis)
+
+
+class ShampooState(NamedTuple):
+    """State of `scale_by_shampoo`."""
+
+    preconditioners: Any  # for each parameter array, a square matrix per axis that is short enough
+
+
+@as_pytree
+def scale_by_shampoo(
+    eps: NonNegative = 1e-4, *, max_precond_dim: Structure = 1024
+) -> GradientTransformation:
+    """u = g, multiplied along each axis by H^(-1 / 2k), for k axes: see `shampoo`.
+
+    State: `ShampooState(preconditioners)`, for each leaf a square matrix for each axis that is no
+      longer than `max_precond_dim`.
+    Source: Gupta, Koren & Singer 2018, algorithms 1 and 2, arXiv:1802.09568.
+    """
+
+    def short(x: Any) -> list[int]:
+        return [a for a, size in enumerate(x.shape or (1,)) if 0 < size <= max_precond_dim]
+
+    def start(p: Any) -> Any:
+        sizes = p.shape or (1,)
+        return tuple(eps * jnp.eye(sizes[axis], dtype=p.dtype) for axis in short(p))
+
+    def rule(g: Any, preconditioners: Any) -> tuple[Any, Any]:
+        u = x = jnp.atleast_1d(g)
+        moments = [_moment(x, axis) for axis in short(x)]
+        sums = tuple(h + m for h, m in zip(preconditioners, moments, strict=True))
+        for axis, h in zip(short(x), sums, strict=True):
+            u = _along(u, axis, inverse_root(h, 2 * len(sums)))
+        return u.reshape(g.shape), sums
+
+    return per_leaf(rule, ShampooState, preconditioners=start)
+
+
+@as_pytree
+def shampoo(
+    learning_rate: Number,
+    eps: NonNegative = 1e-4,
+    momentum: Fraction | None = None,
+    *,
+    max_precond_dim: Structure = 1024,
+) -> GradientTransformation:
+    """Shampoo: full-matrix AdaGrad of the rows and of the columns of a matrix.
+
+        L <- L + g g^T            R <- R + g^T g
+        u = -learning_rate L^(-1/4) g R^(-1/4), for a matrix; H^(-1/2k) for each of k axes
+
+    Args:
+      learning_rate: the step, above 0 to descend. May be a schedule.
+      eps: at least 0, what the diagonals of L and R start from; 1e-4 by default.
+      momentum: in [0, 1], of the preconditioned gradients, as `momentum`; None (default): none.
+      max_precond_dim: longer axes are left out, and k counts the others; 1024 by default.
+
+    State: `ShampooState(preconditioners)`, for each leaf a square matrix for each axis that is no
+      longer than `max_precond_dim`; one tree more with momentum.
+    Differs from: `soap`, which forgets, and decomposes only now and then; here each step has an
+      eigendecomposition of every preconditioner.
+    Source: Gupta, Koren & Singer 2018, algorithms 1 and 2, arXiv:1802.09568.
+    """
+    memory = identity() if momentum is None else scale_by_momentum(momentum)
+    return chain(
+        scale_by_shampoo(eps, max_precond_dim=max_precond_dim),
+        memory,
+        scale_by_learning_rate(learning_rate),
+    )
+
+
+# --- SOAP ------------------------------------------------------------------------------------
+
+
+class SoapState(NamedTuple):
+    """State of `scale_by_soap`."""
+
+    count: jax.Array  # int32 scalar: calls so far, of which the first only looks
+    mu: Any  # like the parameters, at least float32, in the bases below
+    nu: Any
+    preconditioners: Any  # for each parameter array, a square matrix per axis that is rotated
+    bases: Any  # their approximate eigenvectors
+    log_b1: jax.Array  # float32 scalars: means of log(b1) and log(b2)
+    log_b2: jax.Array
+
+
+class _SoapLeaves(NamedTuple):
+    mu: Any
+    nu: Any
+    preconditioners: Any
+    bases: Any
+
+
+class _CountState(NamedTuple):
+    count: jax.Array
+
+
+@as_pytree
+def scale_by_soap(
+    b1: Decay = 0.95,
+    b2: Decay = 0.95,
+    shampoo_beta: Decay | None = None,
+    eps: NonNegative = 1e-8,
+    precondition_frequency: Count = 10,
+    *,
+    max_precond_dim: Structure = 10_000,
+    precondition_1d: bool = False,
+) -> GradientTransformation:
+    """Adam in the eigenbases of Shampoo's preconditioners: see `soap`.
+
+    State: `SoapState(count, mu, nu, preconditioners, bases, log_b1, log_b2)`, two trees, three
+      scalars, and two square matrices for each axis that is rotated.
+    Source: Vyas et al. 2024, algorithm 3, arXiv:2409.11321.
+    """
+    beta = b2 if shampoo_beta is None else shampoo_beta
+
+    def rotated(x: Any) -> list[int]:
+        if x.ndim < 2 and not (precondition_1d and x.ndim):
+            return []
+        return [axis for axis, size in enumerate(x.shape) if 0 < size <= max_precond_dim]
+
+    def squares(p: Any) -> Any:
+        return tuple(jnp.zeros([p.shape[axis]] * 2, p.dtype) for axis in rotated(p))
+
+    def into(x: Any, bases: Any) -> Any:
+        for axis, basis in zip(rotated(x), bases, strict=True):
+            x = _along(x, axis, basis.conj().T)
+        return x
+
+    def out_of(x: Any, bases: Any) -> Any:
+        for axis, basis in zip(rotated(x), bases, strict=True):
+            x = _along(x, axis, basis)
+        return x
+
+    def refreshed(mu: Any, nu: Any, preconditioners: Any, bases: Any) -> tuple[Any, Any, Any]:
+        """One power iteration on each basis, its columns in the order of what they hold."""
+        new = []
+        for axis, h, basis in zip(rotated(mu), preconditioners, bases, strict=True):
+            held = jnp.real(jnp.diagonal(basis.conj().T @ h @ basis))
+            order = jnp.argsort(-held)
+            nu = jnp.take(nu, order, axis)
+            new.append(orthonormal(h @ jnp.take(basis, order, 1)))
+        return into(out_of(mu, bases), new), nu, tuple(new)
+
+    def one_step(count: Any, c1: Any, c2: Any) -> GradientTransformation:
+        first = count == 1
+        refresh = jnp.mod(count - 1, precondition_frequency) == 0
+
+        def rule(
+            g: Any, mu: Any, nu: Any, preconditioners: Any, bases: Any
+        ) -> tuple[Any, Any, Any, Any, Any]:
+            x = into(g, bases)
+            mu = jnp.where(first, mu, b1 * mu + (1 - b1) * x)
+            nu = jnp.where(first, nu, b2 * nu + (1 - b2) * abs_square(x))
+            u = out_of(quotient(mu, safe_sqrt(nu) + eps), bases) * (jnp.sqrt(c2) / c1)
+            moments = [_moment(g, axis) for axis in rotated(g)]
+            preconditioners = tuple(
+                beta * h + (1 - beta) * m for h, m in zip(preconditioners, moments, strict=True)
+            )
+            if bases:
+                start = lambda: (mu, nu, tuple(map(eigenvectors, preconditioners)))
+                follow = lambda: refreshed(mu, nu, preconditioners, bases)
+                stay = lambda: (mu, nu, bases)
+                turn = lambda: jax.lax.cond(first, start, follow)
+                mu, nu, bases = jax.lax.cond(refresh, turn, stay)
+            return jnp.where(first, 0, u), mu, nu, preconditioners, bases
+
+        return per_leaf(rule, _SoapLeaves, preconditioners=squares, bases=squares)
+
+    def init(params: Any) -> Any:
+        zero = jnp.zeros([], float)
+        leaves: Any = one_step(1, 1.0, 1.0).init(params)
+        count = jnp.zeros([], jnp.int32)
+        return SoapState(count, **leaves._asdict(), log_b1=zero, log_b2=zero)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        count, *memories, log_b1, log_b2 = expect(state, SoapState)
+        steps = jnp.maximum(count - 1, 0)
+        c1, _, (_, log_b1) = weights(b1, BiasCorrectionState(steps, log_b1))
+        c2, _, (_, log_b2) = weights(b2, BiasCorrectionState(steps, log_b2))
+        count = increment(count)
+        moved: Any = one_step(count, c1, c2).update(updates, _SoapLeaves(*memories), params)
+        updates, leaves = moved
+        return updates, SoapState(count, **leaves._asdict(), log_b1=log_b1, log_b2=log_b2)
+
+    return GradientTransformation(init, update)
+
+
+@as_pytree
+def soap(
+    learning_rate: Number,
+    b1: Decay = 0.95,
+    b2: Decay = 0.95,
+    shampoo_beta: Decay | None = None,
+    eps: NonNegative = 1e-8,
+    weight_decay: Number = 0.01,
+    precondition_frequency: Count = 10,
+    *,
+    max_precond_dim: Structure = 10_000,
+    precondition_1d: bool = False,
+) -> GradientTransformation:
+    """SOAP: Adam in the eigenbases of Shampoo's preconditioners.
+
+        L <- beta L + (1 - beta) g g^T, R alike for columns            U, V: their eigenvectors
+        m, v <- Adam's averages of U^T g V and its square, c = sqrt(1 - b2^t) / (1 - b1^t)
+        u = -learning_rate (c U (m / (sqrt(v) + eps)) V^T + weight_decay p)
+
+    Args:
+      learning_rate: the step, above 0 to descend. May be a schedule.
+      b1, b2: in [0, 1), of Adam's averages; 0.95 both by default.
+      shampoo_beta: in [0, 1), of L and R; None (default): b2.
+      eps: at least 0, outside the root, before the bias correction; 1e-8 by default.
+      weight_decay: decoupled, of the parameters after the step; 0.01 by default.
+      precondition_frequency: at least 1, steps between two refreshments of the bases, each one
+        power iteration and a QR; 10 by default.
+      max_precond_dim: longer axes are not rotated; 10,000 by default.
+      precondition_1d: True rotates vectors too.
+
+    State: `SoapState(count, mu, nu, preconditioners, bases, log_b1, log_b2)`, two trees, three
+      scalars, and two square matrices for each axis that is rotated. The first call looks only: its
+      update is 0.
+    Raises: ValueError in `update` if no parameters are given.
+    Differs from: `shampoo`, which has no memory of signs; `adam`, which it is for vectors. Under
+      `jax.vmap` the bases are computed at every step.
+    Source: Vyas et al. 2024, algorithm 3, arXiv:2409.11321, as in the authors' program.
+    """
+
+    def decay(g: Any, p: Any, t: Any) -> tuple[Any]:
+        return (g - jnp.where(t == 1, 0, learning_rate * weight_decay) * (p + g),)
+
+    tx = chain(
+        scale_by_soap(
+            b1,
+            b2,
+            shampoo_beta,
+            eps,
+            precondition_frequency,
+            max_precond_dim=max_precond_dim,
+            precondition_1d=precondition_1d,
+        ),
+        scale(-learning_rate),
+        per_leaf(decay, _CountState),
+    )
+    return named(tx, record=SoapState, slots=" ".join([*SoapState._fields, "count"]))

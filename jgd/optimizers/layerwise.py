@@ -1,0 +1,209 @@
+"""Optimizers that scale each parameter array as a whole.
+
+A layer's step is set against the size of its weights (LARS, LAMB, Fromage) or against the norm of
+its gradient (NovoGrad).
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import DTypeLike
+from optax import GradientTransformation
+
+from jgd.arguments import Decay, Fraction, NonNegative, Number
+from jgd.combinators import abs_square, quotient, safe_sqrt
+from jgd.norms import scale_by_trust_ratio
+from jgd.optimizers.adaptive import Mask
+from jgd.pytree import as_pytree
+from jgd.rules import per_leaf
+from jgd.transforms import (
+    add_decayed_weights,
+    chain,
+    named,
+    scale_by_adam,
+    scale_by_learning_rate,
+    scale_by_momentum,
+    trace,
+)
+
+__all__ = [
+    "fromage",
+    "lamb",
+    "lars",
+    "novograd",
+    "scale_by_novograd",
+]
+
+
+@as_pytree
+def lars(
+    learning_rate: Number,
+    weight_decay: Number = 0.0,
+    weight_decay_mask: Mask = True,
+    trust_coefficient: Number = 1e-3,
+    eps: NonNegative = 0.0,
+    trust_ratio_mask: Mask = True,
+    momentum: Fraction = 0.9,
+    nesterov: bool = False,
+) -> GradientTransformation:
+    """LARS: momentum, with each layer's step in proportion to its weights.
+
+        x = g + weight_decay p            r = trust_coefficient ||p|| / (||x|| + eps)
+        v <- momentum v - learning_rate r x            u = v
+
+    Args:
+      learning_rate: the step, above 0 to descend. May be a schedule.
+      weight_decay: inside the trust ratio; 0 by default. May be a schedule.
+      weight_decay_mask, trust_ratio_mask: a tree of bools like the parameters (or a prefix), or a
+        function from parameters to one: which leaves decay, which have a ratio. True: all.
+      trust_coefficient: above 0; 1e-3 by default.
+      eps: at least 0, added to ||x||; 0 by default.
+      momentum: in [0, 1]; 0.9 by default.
+      nesterov: look ahead.
+
+    State: `TraceState(trace)`, one tree.
+    Raises: ValueError in `update` if no parameters are given.
+    Differs from: `lamb`, whose direction is Adam's; the learning rate is inside the velocity.
+    Source: You, Gitman & Ginsburg 2017, algorithm 1, arXiv:1708.03888.
+    """
+    ratio = scale_by_trust_ratio(trust_coefficient=trust_coefficient, eps=eps)
+    return chain(
+        add_decayed_weights(weight_decay, weight_decay_mask),
+        optax.masked(ratio, trust_ratio_mask),
+        scale_by_learning_rate(learning_rate),
+        trace(momentum, nesterov),
+    )
+
+
+@as_pytree
+def lamb(
+    learning_rate: Number,
+    b1: Decay = 0.9,
+    b2: Decay = 0.999,
+    eps: NonNegative = 1e-6,
+    eps_root: NonNegative = 0.0,
+    weight_decay: Number = 0.0,
+    mask: Mask | None = None,
+) -> GradientTransformation:
+    """LAMB: Adam, with each layer's step in proportion to its weights.
+
+        x = m^ / (sqrt(v^ + eps_root) + eps) + weight_decay p
+        u = -learning_rate x ||p|| / ||x||
+
+    Args:
+      learning_rate, b1, b2, eps_root: as `adam`.
+      eps: at least 0, outside the root; 1e-6 by default.
+      weight_decay: inside the trust ratio; 0 by default. May be a schedule.
+      mask: which leaves decay, as in `adamw`.
+
+    State: `ScaleByAdamState(count, mu, nu, log_b1, log_b2)`, two trees and three scalars.
+    Raises: ValueError in `update` if no parameters are given.
+    Differs from: Keras, whose decay is outside the ratio.
+    Source: You et al. 2020, algorithm 2, arXiv:1904.00962, without a bound on ||p||.
+    """
+    return chain(
+        scale_by_adam(b1, b2, eps, eps_root),
+        add_decayed_weights(weight_decay, mask),
+        scale_by_trust_ratio(),
+        scale_by_learning_rate(learning_rate),
+    )
+
+
+@as_pytree
+def fromage(learning_rate: Number, min_norm: NonNegative = 1e-6) -> GradientTransformation:
+    """Fromage: each layer turns by a fixed relative amount, and shrinks as much as that adds.
+
+        c = 1 / sqrt(1 + learning_rate^2)
+        u = -c learning_rate g ||p|| / ||g|| + (c - 1) p
+
+    Args:
+      learning_rate: the relative change of each layer, 0.01 for example. May be a schedule.
+      min_norm: at least 0; norms below it count as it. 1e-6 by default.
+
+    State: none.
+    Raises: ValueError in `update` if no parameters are given.
+    Differs from: `lars`, which has no shrinkage and a momentum.
+    Source: Bernstein et al. 2020, algorithm 1, arXiv:2002.03432.
+    """
+    growth = jnp.sqrt(1 + learning_rate**2)
+    return chain(
+        scale_by_trust_ratio(min_norm),
+        scale_by_learning_rate(learning_rate / growth),
+        add_decayed_weights(-(learning_rate**2) / (growth * (1 + growth))),  # 1 / growth - 1
+    )
+
+
+class ScaleByNovogradState(NamedTuple):
+    """State of `scale_by_novograd`."""
+
+    count: jax.Array  # int32 scalar: steps so far
+    mu: Any  # like the parameters, at least float32
+    nu: Any  # one scalar for each parameter array
+
+
+class _LayerRmsState(NamedTuple):
+    count: jax.Array
+    nu: Any
+
+
+@as_pytree
+def scale_by_novograd(
+    b1: Fraction = 0.9,
+    b2: Decay = 0.25,
+    eps: NonNegative = 1e-8,
+    eps_root: NonNegative = 0.0,
+    weight_decay: Number = 0.0,
+    mu_dtype: DTypeLike | None = None,
+) -> GradientTransformation:
+    """Momentum of gradients over the norm of their layer's gradients: see `novograd`.
+
+    State: `ScaleByNovogradState(count, mu, nu)`, one tree, and one scalar for each leaf.
+    Source: Ginsburg et al. 2019, algorithm 1, arXiv:1905.11286.
+    """
+
+    def rule(g: Any, nu: Any, t: Any) -> tuple[Any, Any]:
+        square = jnp.sum(abs_square(g))
+        nu = jnp.where(t == 1, square, b2 * nu + (1 - b2) * square)
+        return quotient(g, safe_sqrt(nu + eps_root) + eps), nu
+
+    one_per_leaf = lambda p: jnp.zeros([], jnp.real(jnp.zeros([], p.dtype)).dtype)
+    tx = chain(
+        per_leaf(rule, _LayerRmsState, nu=one_per_leaf),
+        add_decayed_weights(weight_decay),
+        scale_by_momentum(b1, accumulator_dtype=mu_dtype),
+    )
+    return named(tx, record=ScaleByNovogradState, slots="count nu mu")
+
+
+@as_pytree
+def novograd(
+    learning_rate: Number,
+    b1: Fraction = 0.9,
+    b2: Decay = 0.25,
+    eps: NonNegative = 1e-6,
+    eps_root: NonNegative = 0.0,
+    weight_decay: Number = 0.0,
+) -> GradientTransformation:
+    """NovoGrad: momentum of gradients, each over the running norm of its layer.
+
+        v <- b2 v + (1 - b2) ||g||^2, for each layer, ||g||^2 at first
+        m <- b1 m + g / (sqrt(v + eps_root) + eps) + weight_decay p            u = -learning_rate m
+
+    Args:
+      learning_rate: the step, above 0 to descend. May be a schedule, as the others.
+      b1: in [0, 1], of the momentum; 0.9 by default.
+      b2: in [0, 1), of the average squared norm; 0.25 by default.
+      eps, eps_root: at least 0, outside and inside the root; 1e-6 and 0 by default.
+      weight_decay: inside the momentum; 0 by default.
+
+    State: `ScaleByNovogradState(count, mu, nu)`, one tree, and one scalar for each leaf.
+    Raises: ValueError in `update` if no parameters are given.
+    Differs from: `lars`, whose ratio has the weights' norm in it.
+    Source: Ginsburg et al. 2019, algorithm 1, arXiv:1905.11286.
+    """
+    return chain(
+        scale_by_novograd(b1, b2, eps, eps_root, weight_decay),
+        scale_by_learning_rate(learning_rate),
+    )

@@ -1,0 +1,180 @@
+"""Optimizers of optax's own, made pytrees of their numbers by `as_pytree`.
+
+The math, the defaults and the states are optax's, whatever they are; the numbers are leaves, so
+that a sweep runs them as lanes. `help` has the formula, optax's documentation the rest.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import optax
+import optax.contrib
+
+from jgd.pytree import as_pytree
+
+__all__ = [
+    "acprop",
+    "cocob",
+    "galore",
+    "momo",
+    "momo_adam",
+    "optimistic_adam",
+    "optimistic_adam_v2",
+    "optimistic_gradient_descent",
+    "scale_by_acprop",
+    "scale_by_cocob",
+    "scale_by_galore",
+    "scale_by_optimistic_gradient",
+    "scale_by_simplified_ademamix",
+    "simplified_ademamix",
+    "sophia",
+]
+
+
+def _lift(
+    factory: Callable[..., Any],
+    docstring: str,
+    structure: Iterable[str] = (),
+    numbers: Iterable[str] = (),
+) -> Callable[..., Any]:
+    lifted = as_pytree(factory, structure=structure, numbers=numbers)
+    lifted.__doc__, lifted.__module__ = docstring, __name__
+    return lifted
+
+
+scale_by_acprop = _lift(
+    optax.contrib.scale_by_acprop,
+    """Gradients over the spread of the step before: see `acprop`. Lifted from optax.""",
+)
+acprop = _lift(
+    optax.contrib.acprop,
+    """ACProp: the gradient over AdaBelief's magnitude of the step before. Lifted from optax.
+
+        u = -learning_rate g / (sqrt(s_old / (1 - b2^(t-1))) + eps), 1 below at first
+
+    State: `ScaleByBeliefState(count, mu, nu)`, two trees.
+    Differs from: `adabelief`, which divides an average, by the spread of now.
+    Source: Zhou et al. 2021, arXiv:2110.05454.
+    """,
+)
+scale_by_cocob = _lift(
+    optax.contrib.scale_by_cocob,
+    """Coin betting: see `cocob`. It descends by itself. Lifted from optax.""",
+)
+cocob = _lift(
+    optax.contrib.cocob,
+    """COCOB: bets on the sign of each gradient, and needs no learning rate. Lifted from optax.
+
+        u = p0 - p - G (1 + reward / L) / (L max(|g|_1 + L, alpha L)), by sums over the steps
+
+    State: `COCOBState(init_particles, cumulative_gradients, scale, subgradients, reward)`, five
+      trees.
+    Differs from: `dog`, which has one rate for the whole tree.
+    Source: Orabona & Tommasi 2017, algorithm 2, arXiv:1705.07795.
+    """,
+)
+scale_by_galore = _lift(
+    optax.contrib.scale_by_galore,
+    """An optimizer in a low-rank subspace of each matrix: see `galore`. Lifted from optax.""",
+    structure=["rank", "update_proj_gap"],
+)
+galore = _lift(
+    optax.contrib.galore,
+    """GaLore: Adam in a low-rank subspace of each matrix's gradient. Lifted from optax.
+
+        u = -learning_rate scale P adam(P^T g), for P the first singular vectors of a past g
+
+    State: `GaLoreState(count, base_optimizer_state, projector)`, Adam's state of projected shapes.
+    Differs from: `soap`, whose bases are complete.
+    Source: Zhao et al. 2024, algorithm 1, arXiv:2403.03507.
+    """,
+    structure=["rank", "update_proj_gap"],
+)
+momo = _lift(
+    optax.contrib.momo,
+    """MoMo: momentum with Polyak's step on a model of the loss. Lifted from optax.
+
+        u = -min(learning_rate, (f_model - lower_bound) / ||m||^2) m
+
+    State: `MomoState(exp_avg, barf, gamma, lb, count)`, one tree. `update` takes `value=loss`.
+    Differs from: `polyak_sgd`, which has no momentum.
+    Source: Schaipp et al. 2024, algorithm 1, arXiv:2305.07583.
+    """,
+)
+momo_adam = _lift(
+    optax.contrib.momo_adam,
+    """MoMo-Adam: Adam with Polyak's step on a model of the loss. Lifted from optax.
+
+        u = -min(learning_rate / (1 - b1^t), (f_model - lower_bound) / ||m||_D^2) m / D
+
+    State: `MomoAdamState(exp_avg, exp_avg_sq, barf, gamma, lb, count)`, two trees. `update` takes
+      `value=loss`.
+    Differs from: `momo`, whose norm is Euclidean.
+    Source: Schaipp et al. 2024, algorithm 2, arXiv:2305.07583.
+    """,
+)
+scale_by_optimistic_gradient = _lift(
+    optax.scale_by_optimistic_gradient,
+    """u = (alpha + beta) g - beta g_old. Lifted from optax.""",
+)
+optimistic_gradient_descent = _lift(
+    optax.optimistic_gradient_descent,
+    """Optimistic gradient descent: for games, where plain descent circles. Lifted from optax.
+
+        u = -learning_rate ((alpha + beta) g - beta g_old)
+
+    State: `ScaleByOptimisticGradientState(is_initial_step, previous_gradient)`, one tree.
+    Differs from: `nesterov`, which looks ahead along all gradients so far.
+    Source: Mokhtari, Ozdaglar & Pattathil 2020, arXiv:1901.08511.
+    """,
+)
+optimistic_adam = _lift(
+    optax.optimistic_adam,
+    """Optimistic Adam, in optax's first spelling, which it calls deprecated. Lifted from optax.
+
+        u = -((learning_rate + optimism) a - optimism a_old), for a the direction of NAdam
+
+    State: that of `adam` and one tree more.
+    Differs from: `optimistic_adam_v2`, whose learning rate may be a schedule.
+    Source: Daskalakis et al. 2018, algorithm 1, arXiv:1711.00141.
+    """,
+)
+optimistic_adam_v2 = _lift(
+    optax.optimistic_adam_v2,
+    """Optimistic Adam: for games, where Adam circles. Lifted from optax.
+
+        u = -learning_rate ((alpha + beta) a - beta a_old), for a the direction of NAdam
+
+    State: that of `adam` and one tree more.
+    Differs from: `nadam`, which looks ahead along m alone.
+    Source: Daskalakis et al. 2018, algorithm 1, arXiv:1711.00141.
+    """,
+    numbers=["alpha", "beta", "b1", "b2", "eps", "eps_root"],
+)
+scale_by_simplified_ademamix = _lift(
+    optax.contrib.scale_by_simplified_ademamix,
+    """A sum of gradients and the gradient, over Adam's magnitude. Lifted from optax.""",
+)
+simplified_ademamix = _lift(
+    optax.contrib.simplified_ademamix,
+    """Simplified AdEMAMix: one sum of gradients, and the gradient itself. Lifted from optax.
+
+        m <- b1 m + g            u = -learning_rate (m + alpha g) / (sqrt(v^) + eps)
+
+    State: `ScaleBySimplifiedAdEMAMixState(t, m, n)`, two trees.
+    Differs from: `ademamix`, which has two averages.
+    Source: Morwani et al. 2025, arXiv:2502.02431.
+    """,
+)
+sophia = _lift(
+    optax.contrib.sophia,
+    """Sophia: momentum over a running estimate of the Hessian's diagonal. Lifted from optax.
+
+        u = -learning_rate (clip(m / max(gamma h, eps), 1) + weight_decay p)
+
+    State: `SophiaState(count, mu, nu, hessian_fn_state)`, two trees. `update` takes
+      `obj_fn=params -> loss`.
+    Differs from: `adam`, whose magnitude is of gradients.
+    Source: Liu et al. 2024, algorithm 3, arXiv:2305.14342.
+    """,
+)

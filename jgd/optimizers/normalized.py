@@ -1,0 +1,232 @@
+"""Optimizers that divide each gradient by its magnitude before anything is averaged.
+
+LaProp is Adam in the other order, ADOPT divides by the magnitude of the step before, AdaDelta
+multiplies by that of past steps.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from optax import GradientTransformation
+
+from jgd.arguments import Decay, NonNegative, Number
+from jgd.combinators import abs_square, quotient, safe_sqrt
+from jgd.optimizers.adaptive import Mask
+from jgd.pytree import as_pytree
+from jgd.rules import per_leaf
+from jgd.transforms import (
+    ScaleByAdamState,
+    add_decayed_weights,
+    chain,
+    divide,
+    ema,
+    identity,
+    moving_average,
+    named,
+    rms,
+    scale_by_learning_rate,
+    with_nesterov,
+)
+
+__all__ = [
+    "adadelta",
+    "adopt",
+    "laprop",
+    "scale_by_adadelta",
+    "scale_by_adopt",
+    "scale_by_laprop",
+]
+
+
+@as_pytree
+def scale_by_laprop(
+    b1: Decay = 0.9, b2: Decay = 0.999, eps: NonNegative = 1e-15
+) -> GradientTransformation:
+    """v as Adam's, m <- b1 m + (1 - b1) g / (sqrt(v^) + eps), and u = m^.
+
+    State: `ScaleByAdamState(count, mu, nu, log_b1, log_b2)`, two trees and three scalars.
+    Source: Ziyin, Wang & Ueda 2020, algorithm 1, arXiv:2002.04839.
+    """
+    slots = "count nu log_b2 count mu log_b1"
+    tx = chain(divide(identity(), rms(b2, eps)), ema(b1))
+    return named(tx, record=ScaleByAdamState, slots=slots)
+
+
+@as_pytree
+def laprop(
+    learning_rate: Number,
+    b1: Decay = 0.9,
+    b2: Decay = 0.999,
+    eps: NonNegative = 1e-15,
+    weight_decay: Number = 0.0,
+    mask: Mask | None = None,
+) -> GradientTransformation:
+    """LaProp: momentum of normalised gradients, Adam in the other order.
+
+        v <- b2 v + (1 - b2) g^2            m <- b1 m + (1 - b1) g / (sqrt(v / (1 - b2^t)) + eps)
+        u = -learning_rate (m / (1 - b1^t) + weight_decay p)
+
+    Args:
+      learning_rate, b1, b2: as `adam`; here b1 and b2 may be any pair.
+      eps: at least 0, outside the root; 1e-15 by default.
+      weight_decay: decoupled; 0 by default. May be a schedule.
+      mask: which leaves decay, as in `adamw`.
+
+    State: `ScaleByAdamState(count, mu, nu, log_b1, log_b2)`, two trees and three scalars.
+    Differs from: `adam`, which divides the average, and not each gradient, by the magnitude of now.
+    Source: Ziyin, Wang & Ueda 2020, algorithm 1, arXiv:2002.04839.
+    """
+    return chain(
+        scale_by_laprop(b1, b2, eps),
+        add_decayed_weights(weight_decay, mask),
+        scale_by_learning_rate(learning_rate),
+    )
+
+
+class _AdoptState(NamedTuple):
+    count: jax.Array
+    nu: Any
+
+
+def _fourth_root(count: Any) -> Any:
+    return count**0.25
+
+
+@as_pytree
+def scale_by_adopt(
+    b1: Decay = 0.9,
+    b2: Decay = 0.9999,
+    eps: NonNegative = 1e-6,
+    mu_dtype: DTypeLike | None = None,
+    *,
+    nesterov: bool = False,
+    use_clipping: bool = True,
+    clip_value_fn: Callable[[Any], Any] = _fourth_root,
+) -> GradientTransformation:
+    """The average of g / max(sqrt(v), eps), for the v of the step before: see `adopt`.
+
+    State: `ScaleByAdoptState(count, mu, nu)`, two trees and one scalar.
+    Source: Taniguchi et al. 2024, algorithm 2, arXiv:2411.02853.
+    """
+
+    def rule(g: Any, nu: Any, t: Any) -> tuple[Any, Any]:
+        x = quotient(g, jnp.maximum(safe_sqrt(nu), eps))
+        if use_clipping:
+            bound = clip_value_fn(t - 1)
+            size = jnp.abs(x)
+            x = jnp.where(size > bound, quotient(bound * x, size), x)
+        first = t == 1  # nothing to divide by yet
+        return jnp.where(first, 0, x), jnp.where(first, 0, b2) * nu + jnp.where(
+            first, 1, 1 - b2
+        ) * abs_square(g)
+
+    average = moving_average(b1, accumulator_dtype=mu_dtype)
+    average = with_nesterov(average) if nesterov else average
+    tx = chain(per_leaf(rule, _AdoptState), average)
+    return named(tx, record=ScaleByAdoptState, slots="count nu mu")
+
+
+class ScaleByAdoptState(NamedTuple):
+    """State of `scale_by_adopt`."""
+
+    count: jax.Array  # int32 scalar: steps so far
+    mu: Any  # like the parameters, at least float32
+    nu: Any
+
+
+@as_pytree
+def adopt(
+    learning_rate: Number,
+    b1: Decay = 0.9,
+    b2: Decay = 0.9999,
+    eps: NonNegative = 1e-6,
+    mu_dtype: DTypeLike | None = None,
+    *,
+    nesterov: bool = False,
+    use_clipping: bool = True,
+    clip_value_fn: Callable[[Any], Any] = _fourth_root,
+) -> GradientTransformation:
+    """ADOPT: Adam that divides by the magnitude of before, and converges for any b2.
+
+        x = clip(g / max(sqrt(v_old), eps), t^(1/4))            v <- b2 v + (1 - b2) g^2
+        m <- b1 m + (1 - b1) x            u = -learning_rate m
+
+    Args:
+      learning_rate, b1, mu_dtype: as `adam`.
+      b2: in [0, 1), of the average square, which starts as the first g^2; 0.9999 by default.
+      eps: at least 0, the least magnitude; 1e-6 by default.
+      nesterov: True averages x into m a second time for the update.
+      use_clipping: False does not clip x.
+      clip_value_fn: the bound of |x|, as a function of the steps so far.
+
+    State: `ScaleByAdoptState(count, mu, nu)`, two trees and one scalar. The first update is 0.
+    Differs from: `laprop`, whose magnitude has seen the gradient it divides.
+    Source: Taniguchi et al. 2024, algorithm 2, arXiv:2411.02853.
+    """
+    direction = scale_by_adopt(
+        b1,
+        b2,
+        eps,
+        mu_dtype,
+        nesterov=nesterov,
+        use_clipping=use_clipping,
+        clip_value_fn=clip_value_fn,
+    )
+    return chain(direction, scale_by_learning_rate(learning_rate))
+
+
+class ScaleByAdaDeltaState(NamedTuple):
+    """State of `scale_by_adadelta`."""
+
+    e_g: Any  # like the parameters, at least float32: average squares of gradients and of steps
+    e_x: Any
+
+
+@as_pytree
+def scale_by_adadelta(rho: Decay = 0.9, eps: NonNegative = 1e-6) -> GradientTransformation:
+    """u = sqrt(e_x + eps) / sqrt(e_g + eps) g, for average squares of g and of u: see `adadelta`.
+
+    State: `ScaleByAdaDeltaState(e_g, e_x)`, two trees.
+    Source: Zeiler 2012, algorithm 1, arXiv:1212.5701.
+    """
+
+    def rule(g: Any, e_g: Any, e_x: Any) -> tuple[Any, Any, Any]:
+        e_g = rho * e_g + (1 - rho) * abs_square(g)
+        u = quotient(safe_sqrt(e_x + eps), safe_sqrt(e_g + eps)) * g
+        return u, e_g, rho * e_x + (1 - rho) * abs_square(u)
+
+    return per_leaf(rule, ScaleByAdaDeltaState)
+
+
+@as_pytree
+def adadelta(
+    learning_rate: Number | None = None,
+    rho: Decay = 0.9,
+    eps: NonNegative = 1e-6,
+    weight_decay: Number = 0.0,
+    weight_decay_mask: Mask | None = None,
+) -> GradientTransformation:
+    """AdaDelta: the gradient in units of the parameters, by the root mean square of past steps.
+
+        e_g <- rho e_g + (1 - rho) g^2            d = sqrt(e_x + eps) / sqrt(e_g + eps) g
+        e_x <- rho e_x + (1 - rho) d^2            u = -learning_rate d
+
+    Args:
+      learning_rate: above 0 to descend. None (default) is 1, as in the paper. May be a schedule.
+      rho: in [0, 1), of both averages; 0.9 by default.
+      eps: at least 0, inside both roots; 1e-6 by default. It sets the size of the first steps.
+      weight_decay: an L2 penalty: weight_decay p is added to the gradient. May be a schedule.
+      weight_decay_mask: which leaves decay, as in `adamw`.
+
+    State: `ScaleByAdaDeltaState(e_g, e_x)`, two trees.
+    Differs from: optax, which without a learning rate does not flip the sign and ascends.
+    Source: Zeiler 2012, algorithm 1, arXiv:1212.5701.
+    """
+    return chain(
+        add_decayed_weights(weight_decay, weight_decay_mask),
+        scale_by_adadelta(rho, eps),
+        scale_by_learning_rate(1.0 if learning_rate is None else learning_rate),
+    )

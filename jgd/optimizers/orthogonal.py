@@ -1,0 +1,269 @@
+"""Muon: the momentum of a weight matrix, replaced by the orthogonal matrix nearest to it."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import optax.contrib
+from jax.typing import DTypeLike
+from optax import GradientTransformation
+
+from jgd.arguments import Decay, NonNegative, Number, Numbers, Structure
+from jgd.combinators import (
+    aligned,
+    partition,
+    quotient,
+    safe_sqrt,
+    stateless,
+)
+from jgd.linear_algebra import orthogonalized
+from jgd.norms import norm
+from jgd.optimizers.adaptive import Mask
+from jgd.optimizers.classic import adamw
+from jgd.pytree import TreeError, as_pytree
+from jgd.transforms import (
+    add_decayed_weights,
+    chain,
+    ema,
+    named,
+    nesterov_ema,
+    scale_by_learning_rate,
+)
+
+__all__ = ["muon", "scale_by_muon"]
+
+
+_JORDAN = (3.4445, -4.7750, 2.0315)
+_PRESETS = {
+    "standard": _JORDAN,
+    "dion": (
+        (4.0848, -6.8946, 2.9270),
+        (3.9505, -6.3029, 2.6377),
+        (3.7418, -5.5913, 2.3037),
+        (2.8769, -3.1427, 1.2046),
+        (2.8366, -3.0525, 1.2012),
+    ),
+}
+Preconditioning = Literal["frobenius", "spectral", "aol", "schatten"]
+Dimensions = optax.contrib.MuonDimensionNumbers
+
+
+class MuonState(NamedTuple):
+    """State of `scale_by_muon`."""
+
+    count: jax.Array  # int32 scalar: steps so far
+    mu: Any  # like the parameters, at least float32
+    log_beta: jax.Array  # float32 scalar: mean of log(beta)
+
+
+def _coefficients(ns_coeffs: Any, ns_steps: int) -> list[Any]:
+    """One triple for each step."""
+    if isinstance(ns_coeffs, str):
+        if ns_coeffs not in _PRESETS:
+            raise ValueError(f"muon: ns_coeffs must be one of {list(_PRESETS)}, got {ns_coeffs!r}")
+        ns_coeffs = _PRESETS[ns_coeffs]
+    shape = jnp.shape(jnp.asarray(ns_coeffs))
+    if shape == (3,):
+        return [ns_coeffs] * ns_steps
+    if len(shape) != 2 or shape[1] != 3 or shape[0] > ns_steps:
+        raise ValueError(
+            f"muon: ns_coeffs must be 3 numbers, or up to ns_steps={ns_steps} rows of 3, got shape"
+            f" {shape}"
+        )
+    return list(ns_coeffs)
+
+
+def _normalized(x: Any, how: str, eps: Any) -> Any:
+    """A matrix with no more rows than columns, its singular values brought into (0, 1]."""
+    if how == "frobenius":
+        return quotient(x, norm(x) + eps)
+    if how == "spectral":
+        none = norm(x) == 0
+        largest = jnp.linalg.norm(jnp.where(none, jnp.eye(*x.shape), x), ord=2)
+        return quotient(x, jnp.where(none, 0, largest) + eps)
+    gram = x @ x.conj().T
+    if how == "aol":
+        return x / safe_sqrt(jnp.maximum(jnp.abs(gram).sum(-1, keepdims=True), eps))
+    return x / safe_sqrt(jnp.maximum(norm(gram), eps))
+
+
+def _axes(ndim: int, dimensions: Any) -> tuple[tuple[int, ...], ...]:
+    """The axes of a leaf that make the batch, the rows and the columns of its matrices."""
+    several = lambda axis: (axis,) if isinstance(axis, int) else tuple(axis)
+    rows, columns = (tuple(a % ndim for a in several(axis)) for axis in dimensions)
+    if set(rows) & set(columns):
+        raise ValueError(f"muon: an axis is both reduced and put out in {dimensions}")
+    return tuple(a for a in range(ndim) if a not in rows + columns), rows, columns
+
+
+def _as_matrices(f: Callable[[Any], Any], x: Any, dimensions: Any) -> Any:
+    """`f` on each matrix of a leaf, turned so that it has no more rows than columns."""
+    if dimensions is None:
+        raise TreeError(
+            f"muon is for matrices, got shape {x.shape}: give its weight_dimension_numbers"
+        )
+    groups = _axes(x.ndim, dimensions)
+    order = [axis for group in groups for axis in group]
+    sizes = [math.prod(x.shape[axis] for axis in group) for group in groups]
+    turned = x.transpose(order)
+    matrices = turned.reshape(sizes)
+    wide = lambda m: f(m.T).T if m.shape[0] > m.shape[1] else f(m)
+    result = jax.vmap(wide)(matrices).reshape(turned.shape)
+    return result.transpose([order.index(axis) for axis in range(x.ndim)])
+
+
+def _dimensions(given: Any, tree: Any) -> Any:
+    """For each leaf which axes make its matrix, None for leaves that are none."""
+    if given is None:
+        return jax.tree.map(lambda x: Dimensions() if x.ndim == 2 else None, tree)
+    is_one = lambda node: node is None or isinstance(node, Dimensions)
+    found = given(tree) if callable(given) else given
+    spread = lambda node, below: jax.tree.map(lambda _: node, below)
+    return jax.tree.map(spread, found, tree, is_leaf=is_one)
+
+
+def _each_matrix(f: Callable[[Any, Any], Any], updates: Any, given: Any) -> Any:
+    leaves, structure, (column,) = aligned(updates, _dimensions(given, updates))
+    pairs = zip(leaves, column, strict=True)
+    return structure.unflatten([None if x is None else f(x, d) for x, d in pairs])
+
+
+@as_pytree
+def scale_by_muon(
+    ns_coeffs: Numbers = _JORDAN,
+    ns_steps: Structure = 5,
+    beta: Decay = 0.95,
+    eps: NonNegative = 1e-8,
+    mu_dtype: DTypeLike | None = None,
+    *,
+    nesterov: bool = True,
+    adaptive: bool = False,
+    preconditioning: Preconditioning = "frobenius",
+    weight_dimension_numbers: Any = None,
+) -> GradientTransformation:
+    """The bias-corrected average of gradients, made orthogonal by Newton and Schulz: see `muon`.
+
+    State: `MuonState(count, mu, log_beta)`, one tree and two scalars.
+    Raises: ValueError in `update` for a leaf that is no matrix.
+    Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
+    """
+    coefficients = _coefficients(ns_coeffs, ns_steps)
+
+    def orthogonal(m: Any) -> Any:
+        o = orthogonalized(_normalized(m, preconditioning, eps), coefficients)
+        return jnp.sum(jnp.conj(m) * o) * o if adaptive else o
+
+    def update(updates: Any, params: Any = None) -> Any:
+        each = lambda x, dimensions: _as_matrices(orthogonal, x, dimensions)
+        return _each_matrix(each, updates, weight_dimension_numbers)
+
+    average = nesterov_ema if nesterov else ema
+    tx = chain(average(beta, accumulator_dtype=mu_dtype), stateless(update))
+    return named(tx, record=MuonState, slots="count mu log_beta")
+
+
+@as_pytree
+def muon(
+    learning_rate: Number,
+    ns_coeffs: Numbers = _JORDAN,
+    ns_steps: Structure = 5,
+    beta: Decay = 0.95,
+    eps: NonNegative = 1e-8,
+    weight_decay: Number = 0.0,
+    weight_decay_mask: Mask | None = None,
+    mu_dtype: DTypeLike | None = None,
+    *,
+    nesterov: bool = True,
+    adaptive: bool = False,
+    preconditioning: Preconditioning = "frobenius",
+    adam_b1: Decay = 0.9,
+    adam_b2: Decay = 0.999,
+    adam_eps_root: NonNegative = 0.0,
+    adam_weight_decay: Number = 0.0,
+    adam_learning_rate: Number | None = None,
+    muon_weight_dimension_numbers: Any = None,
+    consistent_rms: NonNegative | None = None,
+) -> GradientTransformation:
+    """Muon: momentum of each weight matrix, made orthogonal; AdamW for everything else.
+
+        m <- beta m + (1 - beta) g            O = the orthogonal matrix nearest to m^
+        u = -learning_rate (sqrt(max(1, columns / rows)) O + weight_decay p)
+
+    Args:
+      learning_rate: the step of both parts, above 0 to descend. May be a schedule.
+      ns_coeffs: three numbers for every step of Newton and Schulz, or up to ns_steps rows of three,
+        or "standard" or "dion". The default brings singular values near 1, not to it.
+      ns_steps: how many; 5 by default.
+      beta: in [0, 1), of the average; 0.95 by default.
+      eps: at least 0, added to the norm that m^ is divided by, and Adam's eps; 1e-8 by default.
+      weight_decay, adam_weight_decay: decoupled, for matrices and for the rest; 0 by default.
+      weight_decay_mask: which matrices decay, as in `adamw`.
+      mu_dtype: of the averages; None: float32 for 16-bit parameters, else theirs.
+      nesterov: True (default) looks ahead as NAdam does, in both parts.
+      adaptive: True multiplies O by its product with m^.
+      preconditioning: how singular values are brought into (0, 1] at first: by the "frobenius"
+        (default) or "spectral" norm, by row sums of m m^T ("aol"), by the norm of m m^T
+        ("schatten").
+      adam_b1, adam_b2, adam_eps_root: of `adamw` for the rest.
+      adam_learning_rate: the step of the rest; None (default): learning_rate.
+      muon_weight_dimension_numbers: a tree like the parameters (or a prefix, or a function to one)
+        with `optax.contrib.MuonDimensionNumbers` for leaves that hold matrices and None for others.
+        None (default): leaves with two axes are matrices, rows first.
+      consistent_rms: at least 0; if given, O is multiplied by consistent_rms sqrt(max(rows,
+        columns)) instead.
+
+    State: `MuonState(count, mu, log_beta)`, one tree for matrices, and that of `adamw`, two trees,
+      for the rest, each in an `optax.MaskedState`.
+    Differs from: Keras and PyTorch, whose momentum has no bias correction.
+    Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; Liu et al. 2025,
+      arXiv:2502.16982 for consistent_rms.
+    """
+
+    def factor(x: Any, dimensions: Any) -> Any:
+        _, rows, columns = (
+            math.prod(x.shape[axis] for axis in group) for group in _axes(x.ndim, dimensions)
+        )
+        if consistent_rms is None:
+            return x * math.sqrt(max(1, columns / rows))
+        return x * consistent_rms * math.sqrt(max(rows, columns))
+
+    def labels(params: Any) -> Any:
+        leaves, structure, (found,) = aligned(params, _dimensions(given, params))
+        return structure.unflatten(
+            [
+                None if x is None else ("adam" if d is None else "muon")
+                for x, d in zip(leaves, found, strict=True)
+            ]
+        )
+
+    given = muon_weight_dimension_numbers
+    matrices = chain(
+        scale_by_muon(
+            ns_coeffs,
+            ns_steps,
+            beta,
+            eps,
+            mu_dtype,
+            nesterov=nesterov,
+            adaptive=adaptive,
+            preconditioning=preconditioning,
+            weight_dimension_numbers=given,
+        ),
+        stateless(lambda updates, _: _each_matrix(factor, updates, given)),
+        add_decayed_weights(weight_decay, weight_decay_mask),
+        scale_by_learning_rate(learning_rate),
+    )
+    rest = adamw(
+        learning_rate if adam_learning_rate is None else adam_learning_rate,
+        adam_b1,
+        adam_b2,
+        eps,
+        adam_eps_root,
+        mu_dtype,
+        adam_weight_decay,
+        nesterov=nesterov,
+    )
+    return partition({"muon": matrices, "adam": rest}, labels)

@@ -1,0 +1,198 @@
+"""Optimizers that follow signs: every coordinate moves by the same amount, or by its own.
+
+Their steps do not shrink with the gradient, so that the learning rate has the unit of a parameter
+and has to be annealed.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from optax import GradientTransformation
+
+from jgd.arguments import Decay, Fraction, NonNegative, Number, Positive
+from jgd.optimizers.adaptive import Mask
+from jgd.pytree import as_pytree
+from jgd.rules import per_leaf, real
+from jgd.transforms import (
+    add_decayed_weights,
+    chain,
+    ema,
+    scale,
+    scale_by_learning_rate,
+    scale_by_sign,
+)
+
+__all__ = ["lion", "rprop", "scale_by_lion", "scale_by_rprop", "sign_sgd", "signum"]
+
+
+@as_pytree
+def sign_sgd(learning_rate: Number) -> GradientTransformation:
+    """Sign descent: every coordinate moves by the learning rate.
+
+        u = -learning_rate sign(g)
+
+    Args:
+      learning_rate: the step of every coordinate, above 0 to descend. May be a schedule.
+
+    State: none.
+    Differs from: `signum`, which takes the sign of an average.
+    Source: Bernstein et al. 2018, algorithm 1, arXiv:1802.04434.
+    """
+    return chain(scale_by_sign(), scale_by_learning_rate(learning_rate))
+
+
+@as_pytree
+def signum(
+    learning_rate: Number, beta: Decay = 0.9, accumulator_dtype: DTypeLike | None = None
+) -> GradientTransformation:
+    """Signum: sign descent along the average gradient.
+
+        m <- beta m + (1 - beta) g            u = -learning_rate sign(m)
+
+    Args:
+      learning_rate: the step of every coordinate, above 0 to descend. May be a schedule.
+      beta: in [0, 1), of the average; 0.9 by default. May be a schedule.
+      accumulator_dtype: of m; None: float32 for 16-bit parameters, else theirs.
+
+    State: `EmaState(count, ema, log_decay)`, one tree and two scalars.
+    Differs from: `lion`, which reads and writes its average with different decays.
+    Source: Bernstein et al. 2018, algorithm 2, arXiv:1802.04434.
+    """
+    average = ema(beta, debias=False, accumulator_dtype=accumulator_dtype)
+    return chain(average, scale_by_sign(), scale_by_learning_rate(learning_rate))
+
+
+class ScaleByLionState(NamedTuple):
+    """State of `scale_by_lion`."""
+
+    count: jax.Array  # int32 scalar: steps so far
+    mu: Any  # like the parameters, at least float32
+
+
+@as_pytree
+def scale_by_lion(
+    b1: Decay = 0.9,
+    b2: Decay = 0.99,
+    mu_dtype: DTypeLike | None = None,
+    *,
+    mode: Literal["hard", "smooth", "refined"] = "hard",
+    smooth_beta: Positive = 1.0,
+) -> GradientTransformation:
+    """u = sign(b1 m + (1 - b1) g), then m <- b2 m + (1 - b2) g: see `lion`.
+
+    Args:
+      b1, b2, mu_dtype: as `lion`.
+      mode: "hard" is the sign; "smooth" is tanh(smooth_beta x), "refined" x clipped to [-1, 1].
+      smooth_beta: above 0, the slope of "smooth" at 0.
+
+    State: `ScaleByLionState(count, mu)`, one tree and one scalar.
+    Source: Chen et al. 2023, algorithm 2, arXiv:2302.06675.
+    """
+    squash = {
+        "hard": jnp.sign,
+        "smooth": lambda x: jnp.tanh(smooth_beta * x),
+        "refined": lambda x: jnp.where(jnp.abs(x) < 1, x, jnp.sign(x)),
+    }[mode]
+
+    def rule(g: Any, mu: Any) -> tuple[Any, Any]:
+        return squash(b1 * mu + (1 - b1) * g), b2 * mu + (1 - b2) * g
+
+    return per_leaf(rule, ScaleByLionState, mu=lambda p: jnp.zeros_like(p, dtype=mu_dtype))
+
+
+@as_pytree
+def lion(
+    learning_rate: Number,
+    b1: Decay = 0.9,
+    b2: Decay = 0.99,
+    mu_dtype: DTypeLike | None = None,
+    weight_decay: Number = 1e-3,
+    mask: Mask | None = None,
+) -> GradientTransformation:
+    """Lion: sign descent along an average that is read with one decay and written with another.
+
+        u = -learning_rate (sign(b1 m + (1 - b1) g) + weight_decay p)
+        m <- b2 m + (1 - b2) g
+
+    Args:
+      learning_rate: the step of every coordinate; a third to a tenth of Adam's is usual. May be a
+        schedule, as the others.
+      b1: in [0, 1), to read; 0.9 by default.
+      b2: in [0, 1), to write; 0.99 by default.
+      mu_dtype: of m; None: float32 for 16-bit parameters, else theirs.
+      weight_decay: decoupled; 1e-3 by default.
+      mask: which leaves decay, as in `adamw`.
+
+    State: `ScaleByLionState(count, mu)`, one tree and one scalar.
+    Differs from: `signum`, for which b1 = b2.
+    Source: Chen et al. 2023, algorithm 2, arXiv:2302.06675.
+    """
+    return chain(
+        scale_by_lion(b1, b2, mu_dtype),
+        add_decayed_weights(weight_decay, mask),
+        scale_by_learning_rate(learning_rate),
+    )
+
+
+class ScaleByRpropState(NamedTuple):
+    """State of `scale_by_rprop`."""
+
+    step_sizes: Any  # like the parameters, at least float32
+    prev_updates: Any  # the last step, 0 where it turned back
+
+
+@as_pytree
+def scale_by_rprop(
+    learning_rate: Positive,
+    eta_minus: Fraction = 0.5,
+    eta_plus: Number = 1.2,
+    min_step_size: NonNegative = 1e-6,
+    max_step_size: NonNegative = 50.0,
+) -> GradientTransformation:
+    """u = s sign(g), for step sizes s that grow while the sign stays: see `rprop`.
+
+    State: `ScaleByRpropState(step_sizes, prev_updates)`, two trees.
+    Source: Riedmiller & Braun 1993, the variant without backtracking (Rprop-).
+    """
+
+    def rule(g: Any, step_sizes: Any, prev_updates: Any) -> tuple[Any, Any, Any]:
+        agreement = real(g) * jnp.sign(prev_updates)
+        factor = jnp.where(agreement > 0, eta_plus, eta_minus)
+        moved = jnp.clip(step_sizes * factor, min_step_size, max_step_size)
+        s = jnp.where(agreement == 0, step_sizes, moved)
+        u = jnp.where(agreement < 0, 0, s * jnp.sign(g))
+        return u, s, u
+
+    return per_leaf(rule, ScaleByRpropState, step_sizes=lambda p: jnp.full_like(p, learning_rate))
+
+
+@as_pytree
+def rprop(
+    learning_rate: Positive,
+    eta_minus: Fraction = 0.5,
+    eta_plus: Number = 1.2,
+    min_step_size: NonNegative = 1e-6,
+    max_step_size: NonNegative = 50.0,
+) -> GradientTransformation:
+    """Rprop: a step size per coordinate, longer while the sign stays, shorter when it turns.
+
+        s <- clip(s eta, min_step_size, max_step_size), eta by the sign of g g_old
+        u = -s sign(g), and 0 where the sign turned
+
+    Args:
+      learning_rate: above 0, what the step sizes start from.
+      eta_minus: in [0, 1], where the sign turned; 0.5 by default.
+      eta_plus: at least 1, where it stayed; 1.2 by default.
+      min_step_size, max_step_size: at least 0; 1e-6 and 50 by default.
+
+    State: `ScaleByRpropState(step_sizes, prev_updates)`, two trees.
+    Differs from: optax, which applies each step one call late; `sign_sgd`, whose steps are all
+      alike. For full batches: the signs of mini-batch gradients turn by noise.
+    Source: Riedmiller & Braun 1993, doi:10.1109/ICNN.1993.298623; as in PyTorch.
+    """
+    return chain(
+        scale_by_rprop(learning_rate, eta_minus, eta_plus, min_step_size, max_step_size),
+        scale(-1.0),
+    )

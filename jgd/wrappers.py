@@ -1,0 +1,334 @@
+"""What wraps a whole optimizer: `wrapper(inner, numbers)` is an optimizer again.
+
+    jgd.accumulate(jgd.cautious(jgd.adamw(1e-3)), every=4)
+
+Wrappers compose with one another, and their numbers are leaves beside those of what they wrap.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import DTypeLike
+from optax import GradientTransformation
+
+from jgd.arguments import Decay, Fraction, NonNegative, Numbers, Positive, spec_of
+from jgd.combinators import expect, increment, leafwise, quotient, with_params
+from jgd.pytree import as_pytree
+from jgd.words import BiasCorrectionState, weights
+
+__all__ = [
+    "accumulate",
+    "average_params",
+    "averaged_params",
+    "cautious",
+    "lookahead",
+    "schedule_free",
+    "schedule_free_eval_params",
+]
+
+
+def _only(state: Any, wanted: type) -> Any:
+    """The one state of a kind in a nest of states."""
+    is_wanted = lambda node: isinstance(node, wanted)
+    found = [node for node in jax.tree.leaves(state, is_leaf=is_wanted) if is_wanted(node)]
+    if len(found) != 1:
+        raise ValueError(f"one {wanted.__name__} wanted in the state, found {len(found)}")
+    return found[0]
+
+
+# --- when to step ----------------------------------------------------------------------------
+
+
+class AccumulateState(NamedTuple):
+    """State of `accumulate`."""
+
+    micro_step: jax.Array  # int32 scalar: gradients since the last step
+    average: Any  # like the parameters, at least float32: the mean of those gradients
+    inner: Any
+
+
+@as_pytree
+def _accumulate(inner: GradientTransformation, every: Positive) -> GradientTransformation:
+    tx = optax.with_extra_args_support(inner)
+
+    def init(params: Any) -> Any:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return AccumulateState(jnp.zeros([], jnp.int32), zeros, tx.init(params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        step, average, inner_state = expect(state, AccumulateState)
+        step = increment(step)
+        average = leafwise(lambda g, a: a + (g - a) / step, updates, average, keep=True)
+        mean = leafwise(lambda _, a: a, updates, average)
+
+        def go() -> Any:
+            new_updates, new_inner = tx.update(mean, inner_state, params, **extra)
+            zeros = jax.tree.map(jnp.zeros_like, average)
+            return new_updates, AccumulateState(jnp.zeros_like(step), zeros, new_inner)
+
+        def wait() -> Any:
+            still = jax.tree.map(jnp.zeros_like, mean)
+            return still, AccumulateState(step, average, inner_state)
+
+        return jax.lax.cond(step >= every, go, wait)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def accumulate(inner: GradientTransformation, every: Any) -> GradientTransformation:
+    """One step of `inner` with the mean of `every` gradients; between them the updates are 0.
+
+        a <- a + (g - a) / n at gradient n            u = inner(a) at n = every, and n <- 0; else 0
+
+    Args:
+      inner: the optimizer. It and its schedules see one call for `every` gradients.
+      every: above 0, gradients to a step; also traced, so that it can differ between lanes. A plain
+        1 gives `inner` itself, without a memory.
+
+    State: `AccumulateState(micro_step, average, inner)`, one tree and one scalar more than `inner`.
+    Differs from: `optax.MultiSteps`, whose number of steps is a Python integer or a function, and
+      which keeps its tree for 1 as well. Under `jax.vmap`, `inner` computes at every call.
+    """
+    if isinstance(every, int | float) and not isinstance(every, bool) and every == 1:
+        return inner
+    return _accumulate(inner, every)
+
+
+accumulate.__jgd_spec__ = spec_of(_accumulate)  # type: ignore[attr-defined]
+
+
+# --- which way to step -----------------------------------------------------------------------
+
+
+@as_pytree
+def cautious(inner: GradientTransformation) -> GradientTransformation:
+    """Steps only where `inner` goes down the gradient of now.
+
+        k = 1 where inner(g) g < 0, else 0            u = inner(g) k / max(mean(k), 1e-3)
+
+    Args:
+      inner: an optimizer that descends. Chain decoupled weight decay after it, as the paper does:
+        `chain(cautious(adam(rate)), add_decayed_weights(-rate * decay))`.
+
+    State: that of `inner`.
+    Source: Liang et al. 2024, algorithm 1, arXiv:2411.16085; the mean is over each leaf.
+    """
+    tx = optax.with_extra_args_support(inner)
+
+    def masked(u: Any, g: Any) -> Any:
+        keep = jnp.real(jnp.conj(g) * u) < 0
+        return jnp.where(keep, u, 0) / jnp.maximum(jnp.sum(keep) / max(u.size, 1), 1e-3)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        steps, state = tx.update(updates, state, params, **extra)
+        return leafwise(masked, steps, updates), state
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+# --- where to be -----------------------------------------------------------------------------
+
+
+class LookaheadState(NamedTuple):
+    """State of `lookahead`."""
+
+    fast_state: Any
+    steps_since_sync: jax.Array  # int32 scalar
+    slow: Any  # like the parameters; None where the caller keeps them in `optax.LookaheadParams`
+
+
+@as_pytree
+def lookahead(
+    fast_optimizer: GradientTransformation,
+    sync_period: Positive,
+    slow_step_size: Fraction,
+    reset_state: bool = False,
+) -> GradientTransformation:
+    """k steps forward, one step back: every `sync_period` steps, return part of the way.
+
+        fast <- fast + u_fast            every sync_period steps:
+        slow <- slow + slow_step_size (fast - slow)            fast <- slow
+
+    Args:
+      fast_optimizer: the optimizer of the parameters.
+      sync_period: above 0, its steps between two of the slow parameters; 5 in the paper.
+      slow_step_size: in [0, 1], how much of the way the slow parameters go; 0.5 in the paper.
+      reset_state: True starts `fast_optimizer` anew after each synchronisation.
+
+    State: `LookaheadState(fast_state, steps_since_sync, slow)`, one tree and one scalar more. If
+      the parameters come as `optax.LookaheadParams(fast, slow)`, so do the updates, and `slow` in
+      the state is None.
+    Raises: ValueError in `update` if no parameters are given.
+    Differs from: optax, which takes `LookaheadParams` only, and whose period cannot be traced;
+      `average_params`, which does not touch the training.
+    Source: Zhang et al. 2019, algorithm 1, arXiv:1907.08610.
+    """
+    tx = optax.with_extra_args_support(fast_optimizer)
+
+    def init(params: Any) -> Any:
+        own = not isinstance(params, optax.LookaheadParams)
+        fast = params if own else params.fast
+        slow = jax.tree.map(jnp.copy, params) if own else None
+        return LookaheadState(tx.init(fast), jnp.zeros([], jnp.int32), slow)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        inner, steps, kept = expect(state, LookaheadState)
+        own = kept is not None
+        fast, slow = (with_params(params), kept) if own else (params.fast, params.slow)
+        steps_ahead, inner = tx.update(updates, inner, fast, **extra)
+        sync = steps + 1 >= sync_period
+        gap = leafwise(lambda u, f, s: f + u - s, steps_ahead, fast, slow)
+        back = lambda u, d: u - jnp.where(sync, (1 - slow_step_size) * d, 0)
+        new_updates = leafwise(back, steps_ahead, gap)
+        along = leafwise(lambda d: jnp.where(sync, slow_step_size * d, 0), gap)
+        if reset_state:
+            fresh = tx.init(fast)
+            inner = jax.tree.map(lambda old, new: jnp.where(sync, new, old), inner, fresh)
+        steps = jnp.where(sync, 0, increment(steps))
+        if own:
+            kept = leafwise(lambda d, s: s + d, along, slow, keep=True)
+            return new_updates, LookaheadState(inner, steps, kept)
+        pair = optax.LookaheadParams(fast=new_updates, slow=along)
+        return pair, LookaheadState(inner, steps, None)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class AverageParamsState(NamedTuple):
+    """State of `average_params`."""
+
+    weight: BiasCorrectionState  # of the decay
+    average: Any  # like the parameters, at least float32
+    inner: Any
+
+
+@as_pytree
+def average_params(
+    inner: GradientTransformation, decay: Fraction = 0.999
+) -> GradientTransformation:
+    """Keeps an average of the parameters beside the training, which it leaves alone.
+
+        p' = p + inner(g)            a <- a + (1 - decay) / (1 - decay^t) (p' - a)
+
+    Args:
+      inner: the optimizer.
+      decay: in [0, 1], of the average, whose start has no bias; 0.999 by default. 1 is the plain
+        mean of all parameters so far (Polyak and Ruppert). May be a schedule.
+
+    State: `AverageParamsState(weight, average, inner)`, one tree and two scalars more than `inner`;
+      `averaged_params(state)` has the average, in float32 for 16-bit parameters. Before the first
+      step it is the parameters themselves.
+    Raises: ValueError in `update` if no parameters are given.
+    Differs from: `ema`, which averages updates; `schedule_free`, which trains at the average.
+    Source: Polyak & Juditsky 1992; Kingma & Ba 2015, section 7.2.
+    """
+    tx = optax.with_extra_args_support(inner)
+
+    def init(params: Any) -> Any:
+        start = BiasCorrectionState(jnp.zeros([], jnp.int32), jnp.zeros([], float))
+        return AverageParamsState(start, jax.tree.map(jnp.copy, params), tx.init(params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        weight, average, inner_state = expect(state, AverageParamsState)
+        new_updates, inner_state = tx.update(updates, inner_state, with_params(params), **extra)
+        total, _, weight = weights(decay, weight)
+        part = jnp.where(total > 0, (1 - decay) / jnp.where(total > 0, total, 1), 1 / weight.count)
+        move = lambda u, a, p: a + part * (p + u - a)
+        average = leafwise(move, new_updates, average, params, keep=True)
+        return new_updates, AverageParamsState(weight, average, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def averaged_params(state: Any) -> Any:
+    """The average that `average_params` keeps, from any optimizer state that holds one.
+
+    Raises: ValueError if the state holds none, or several.
+    """
+    return _only(state, AverageParamsState).average
+
+
+class ScheduleFreeState(NamedTuple):
+    """State of `schedule_free`."""
+
+    b1: jax.Array  # float32 scalars
+    weight_sum: jax.Array
+    step_count: jax.Array  # int32 scalar: 1 before the first step
+    max_lr: jax.Array
+    base_optimizer_state: Any
+    z: Any  # like the parameters, at least float32: where the base optimizer is
+
+
+@as_pytree
+def schedule_free(
+    base_optimizer: GradientTransformation,
+    learning_rate: Numbers,
+    b1: Decay = 0.9,
+    weight_lr_power: NonNegative = 2.0,
+    state_dtype: DTypeLike | None = None,
+) -> GradientTransformation:
+    """Schedule-free: the base optimizer moves z, gradients are taken between z and its average x.
+
+        z <- z + base(g)            w = max(learning_rate so far)^weight_lr_power, c = w / sum(w)
+        x <- (1 - c) x + c z            u = (1 - b1) z + b1 x - p
+
+    Args:
+      base_optimizer: an optimizer without momentum, with the same learning rate.
+      learning_rate: what the average is weighted by. A schedule is read from step 1 on.
+      b1: in [0, 1), above 0, how near to x the gradients are taken; 0.9 by default.
+      weight_lr_power: at least 0; 2 by default.
+      state_dtype: of z; None: float32 for 16-bit parameters, else theirs.
+
+    State: `ScheduleFreeState(b1, weight_sum, step_count, max_lr, base_optimizer_state, z)`, one
+      tree and four scalars beside those of the base. The parameters are those of the gradients;
+      evaluate at x: `schedule_free_eval_params(state, params)`.
+    Raises: ValueError in `update` if no parameters are given.
+    Differs from: `average_params`, whose gradients do not see the average.
+    Source: Defazio et al. 2024, algorithm 1, arXiv:2405.15682.
+    """
+    tx = optax.with_extra_args_support(base_optimizer)
+
+    def init(params: Any) -> Any:
+        return ScheduleFreeState(
+            b1=jnp.asarray(b1, float),
+            weight_sum=jnp.zeros([], float),
+            step_count=jnp.ones([], jnp.int32),
+            max_lr=jnp.zeros([], float),
+            base_optimizer_state=tx.init(params),
+            z=jax.tree.map(lambda p: jnp.array(p, dtype=state_dtype), params),
+        )
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        _, weight_sum, step, max_lr, base, z = expect(state, ScheduleFreeState)
+        rate: Any = learning_rate(step) if callable(learning_rate) else learning_rate
+        max_lr = jnp.maximum(max_lr, rate)
+        positive = max_lr > 0
+        weight = jnp.where(positive, jnp.where(positive, max_lr, 1) ** weight_lr_power, 0)
+        weight_sum = weight_sum + weight
+        c = quotient(weight, weight_sum)
+        steps, base = tx.update(updates, base, with_params(params), **extra)
+
+        # (1 - b1) z + b1 x - p with the terms that cancel left out
+        rule = lambda u, p, z: (1 - b1) * u + c * (b1 * u + z - p)
+        new_updates = leafwise(rule, steps, params, z)
+        z = leafwise(lambda u, z: z + u, steps, z, keep=True)
+        step = increment(step)
+        return new_updates, ScheduleFreeState(state.b1, weight_sum, step, max_lr, base, z)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def schedule_free_eval_params(state: Any, params: Any) -> Any:
+    """The average x of `schedule_free`, where its model is to be evaluated.
+
+    Args:
+      state: any optimizer state that holds one `ScheduleFreeState`.
+      params: the parameters that are trained.
+
+    Raises: ValueError if the state holds none, or several.
+    """
+    found = _only(state, ScheduleFreeState)
+    x = lambda p, z: (p - (1 - found.b1) * z) / found.b1  # as p = (1 - b1) z + b1 x
+    return jax.tree.map(lambda p, z: x(p, z).astype(p.dtype), params, found.z)
