@@ -54,7 +54,7 @@ def _errors(updates, truth):
     gaps = jax.tree.map(lambda u, t: np.asarray(u, np.float64) - t, updates, truth)
     sizes = largest(jax.tree.leaves(truth))
     usual = np.median(sizes)
-    return largest(jax.tree.leaves(gaps)) / np.where(sizes > 1e-5 * usual, sizes, usual)
+    return largest(jax.tree.leaves(gaps)) / np.where(sizes > 1e-4 * usual, sizes, usual)
 
 
 def _both(row, steps, dtype):
