@@ -76,7 +76,7 @@ cocob = _lift(
 scale_by_galore = _lift(
     optax.contrib.scale_by_galore,
     """An optimizer in a low-rank subspace of each matrix: see `galore`. Lifted from optax.""",
-    structure=["rank", "update_proj_gap"],
+    structure=["rank", "update_proj_gap", "weight_dimension_numbers"],
 )
 galore = _lift(
     optax.contrib.galore,
@@ -88,7 +88,7 @@ galore = _lift(
     Differs from: `soap`, whose bases are complete.
     Source: Zhao et al. 2024, algorithm 1, arXiv:2403.03507.
     """,
-    structure=["rank", "update_proj_gap"],
+    structure=["rank", "update_proj_gap", "weight_dimension_numbers"],
 )
 momo = _lift(
     optax.contrib.momo,
@@ -177,4 +177,5 @@ sophia = _lift(
     Differs from: `adam`, whose magnitude is of gradients.
     Source: Liu et al. 2024, algorithm 3, arXiv:2305.14342.
     """,
+    structure=["print_win_rate_every_n_steps"],
 )
