@@ -50,6 +50,7 @@ _MODULES = {
         piecewise_interpolate_schedule polynomial_schedule sgdr_schedule warmup_constant_schedule
         warmup_cosine_decay_schedule warmup_exponential_decay_schedule
         warmup_stable_decay_schedule""",
+    "jgd.catalog": "get",
     "jgd.training": "Run Task minibatches supervised train",
     "jgd.tuning.space": "choice grid loguniform random_search uniform",
     "jgd.tuning.sweep": "iter_sweep sweep",
@@ -59,6 +60,7 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names.sp
 __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
+    from jgd.catalog import get as get
     from jgd.groups import *  # noqa: F403
     from jgd.norms import *  # noqa: F403
     from jgd.optimizers.adaptive import *  # noqa: F403

@@ -75,8 +75,17 @@ def main() -> None:
         key: int = 0
         """Random key of the initial parameters."""
 
+    @dataclasses.dataclass
+    class Optimizers:
+        """Show the optimizers: formula, size of the state, numbers with defaults, paper."""
+
+        name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="NAME")] = None
+        """One optimizer, with all that is said of it. Default: the table of all."""
+
+    commands = {"sweep": Sweep, "optimizers": Optimizers}
     try:
-        _sweep(tyro.extras.subcommand_cli_from_dict({"sweep": Sweep}, prog="jgd"))
+        options = tyro.extras.subcommand_cli_from_dict(commands, prog="jgd")
+        _sweep(options) if isinstance(options, Sweep) else _optimizers(options.name)
     except UserError as error:
         _fail(str(error))
     except KeyboardInterrupt:
@@ -156,17 +165,15 @@ def _task(spec: str) -> Any:
 
 
 def _factory(spec: str) -> Callable[..., Any]:
-    import jgd.optimizers
-
     if ":" in spec:
         found = _load(spec, "optimizer")
         if not callable(found):
             raise UserError(f"optimizer {spec} is a {type(found).__name__}, not a function")
         return found if hasattr(found, "__jgd_spec__") else _lifted(found)
-    known = jgd.optimizers.__all__
-    if spec not in known:
-        raise UserError(f"no optimizer named {spec}{_nearest(spec, known)}")
-    return getattr(jgd, spec)
+    try:
+        return jgd.get(spec)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _lifted(factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -250,6 +257,26 @@ def _groups(optimizers: Iterable[str], sets: Iterable[str]) -> dict[str, Any]:
     for name in unused:
         raise UserError(f"--set {name}: no optimizer here has that argument{_nearest(name, known)}")
     return groups
+
+
+# --- the optimizers --------------------------------------------------------------------------
+
+
+def _optimizers(name: str | None) -> None:
+    from rich.console import Console
+
+    console = Console()
+    if name is not None:
+        factory = _factory(name)
+        signature = inspect.signature(factory)
+        plain = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+        call = signature.replace(parameters=plain, return_annotation=signature.empty)
+        console.print(f"jgd.{name}{call}\n", markup=False, highlight=False)
+        console.print(inspect.getdoc(factory), markup=False, highlight=False, soft_wrap=True)
+        return
+    from jgd.tuning import screen
+
+    screen.print_optimizers(console)
 
 
 # --- the sweep -------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import DTypeLike
 from optax import GradientTransformation
@@ -91,7 +92,7 @@ def accumulate(inner: GradientTransformation, every: Any) -> GradientTransformat
     Differs from: `optax.MultiSteps`, whose number of steps is a Python integer or a function, and
       which keeps its tree for 1 as well. Under `jax.vmap`, `inner` computes at every call.
     """
-    if isinstance(every, int | float) and not isinstance(every, bool) and every == 1:
+    if isinstance(every, int | float | np.number) and every is not True and every == 1:
         return inner
     return _accumulate(inner, every)
 

@@ -35,6 +35,7 @@ ORDER = [  # a module may import those before it
     "optimizers.free",
     "optimizers.lifted",
     "optimizers",
+    "catalog",
     "diagnosis",
     "training",
     "tuning.space",

@@ -8,12 +8,14 @@ import rich.box
 import rich.progress
 import rich.table
 from rich.console import Console
+from rich.markup import escape
 
+from jgd import catalog
 from jgd.tuning.driver import Report
 from jgd.tuning.plan import Plan
 from jgd.tuning.results import Result, ranked_by
 
-__all__ = ["Progress", "print_result"]
+__all__ = ["Progress", "print_optimizers", "print_result"]
 
 
 class Progress:
@@ -139,3 +141,14 @@ def _spread(row: dict[str, Any], metric: str) -> str:
     spread = row.get(f"{metric}_sd")
     digits = ".4f" if "acc" in metric else ".4g"
     return f"{row[metric]:{digits}}" + ("" if spread is None else f" ± {spread:{digits}}")
+
+
+def print_optimizers(console: Console) -> None:
+    """The table of all optimizers."""
+    table = rich.table.Table(box=rich.box.SIMPLE, padding=(0, 1), show_lines=True)
+    for column in catalog.HEADER:
+        table.add_column(column, justify="right" if column == "state" else "left")
+    for entry in catalog.entries():
+        table.add_row(*map(escape, catalog.cells(entry)))
+    console.print(table)
+    console.print("state: copies of a 1024 x 1024 matrix; `jgd optimizers NAME` says all of one")
