@@ -6,8 +6,9 @@ Every public function of jgd that bears the name of one of optax's takes its pla
 optax, so that optax's functions call it as well as the tests. What `jgd.optimizers.lifted` has from
 optax stays, and so does `optax.bias_correction`, a helper of another call than jgd's word.
 
-If IN_OPTAX_PLACE names a file, how each test ended and the names that it called are written there
-as JSON.
+If IN_OPTAX_PLACE names a file, how each test ended and the names that it reached are written there
+as JSON. A test reaches a name when it calls the function, or runs what the function made earlier,
+when its module was imported.
 """
 
 import functools
@@ -17,6 +18,7 @@ import os
 import pkgutil
 import sys
 import types
+import weakref
 from pathlib import Path
 
 import optax
@@ -26,17 +28,19 @@ import optax.transforms
 import pytest
 
 import jgd
+import jgd.pytree
 from jgd.optimizers import lifted
 
 APART = {"bias_correction", *lifted.__all__}
 HOMES = (optax, optax.contrib, optax.schedules, optax.transforms)
 
-_called = set()
+_reached = set()  # by the test that runs now
+_made = weakref.WeakKeyDictionary()  # the name for each call whose value a test or optax holds
 _tests = {}
 
 
 def _pairs():
-    """For each name that both have, the function of optax and that of jgd."""
+    """For each name that both have: it, the function of optax, and that of jgd."""
     for name in sorted(set(jgd.__all__) - APART):
         ours = getattr(jgd, name)
         theirs = next((vars(home)[name] for home in HOMES if name in vars(home)), None)
@@ -47,19 +51,32 @@ def _pairs():
 def _recorded(name, function):
     @functools.wraps(function)
     def call(*args, **kwargs):
-        _called.add(name)
-        return function(*args, **kwargs)
+        _reached.add(name)
+        value = function(*args, **kwargs)
+        if isinstance(value, jgd.Transformation | jgd.Schedule):
+            _made[value._call] = name
+        return value
 
     return call
 
 
+def _recorded_later(method, call_of):
+    @functools.wraps(method)
+    def run(self, *args, **kwargs):
+        name = _made.get(call_of(self))
+        if name is not None:
+            _reached.add(name)
+        return method(self, *args, **kwargs)
+
+    return run
+
+
 def _modules(package):
-    names = [n for n in sys.modules if n.split(".")[0] == package]
-    return [sys.modules[n] for n in sorted(names)]
+    return [module for name, module in sys.modules.items() if name.split(".")[0] == package]
 
 
 def _copies(modules):
-    """The modules as they are now, each with the copies of the others in place of them."""
+    """Each module as it is now, by its id; they refer to one another, not to the originals."""
     copies = {id(module): types.ModuleType(module.__name__) for module in modules}
     for module in modules:
         for name, value in vars(module).items():
@@ -67,21 +84,27 @@ def _copies(modules):
     return copies
 
 
-def replace():
-    """Put jgd's functions in optax's place, and leave jgd an optax of before. Returns the names."""
-    for found in pkgutil.walk_packages(jgd.__path__, "jgd."):
-        importlib.import_module(found.name)
-    table = {id(theirs): _recorded(name, ours) for name, theirs, ours in _pairs()}
-    before = _copies(_modules("optax"))
-    for module in _modules("jgd"):
-        for name, value in list(vars(module).items()):
-            if id(value) in before:
-                setattr(module, name, before[id(value)])
-    for module in _modules("optax"):
+def _exchange(modules, table):
+    """Replace in the modules each value whose id is in the table."""
+    for module in modules:
         for name, value in list(vars(module).items()):
             if id(value) in table:
                 setattr(module, name, table[id(value)])
-    return sorted(call.__name__ for call in table.values())
+
+
+def replace():
+    """Put jgd's functions in optax's place, and leave jgd an optax as it was. Returns the names."""
+    for found in pkgutil.walk_packages(jgd.__path__, "jgd."):
+        importlib.import_module(found.name)
+    pairs = list(_pairs())
+    _exchange(_modules("jgd"), _copies(_modules("optax")))
+    _exchange(_modules("optax"), {id(old): _recorded(name, new) for name, old, new in pairs})
+    call_class, schedule = jgd.pytree._Call, jgd.Schedule
+    for method in ("init", "update"):
+        later = _recorded_later(getattr(call_class, method), lambda call: call)
+        setattr(call_class, method, later)
+    schedule.__call__ = _recorded_later(schedule.__call__, lambda value: value._call)
+    return [name for name, _, _ in pairs]
 
 
 NAMES = replace()
@@ -89,21 +112,22 @@ NAMES = replace()
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    _called.clear()
+    _reached.clear()
     return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    if call.when == "call":  # user_properties come home from the workers of pytest-xdist
-        item.user_properties.append(("jgd", sorted(_called)))
+    # what is in the properties of a report comes home from the workers of pytest-xdist
+    item.user_properties[:] = [("jgd", sorted(_reached))]
     return (yield)
 
 
 def pytest_runtest_logreport(report):
-    if report.when == "call" or report.outcome != "passed":
-        properties = dict(report.user_properties)
-        _tests[report.nodeid] = dict(outcome=report.outcome, jgd=properties.get("jgd", []))
+    test = _tests.setdefault(report.nodeid, dict(outcome="passed", jgd=[]))
+    if report.outcome != "passed" and test["outcome"] != "failed":
+        test["outcome"] = report.outcome  # a failed subtest, setup or teardown fails the test
+    test["jgd"] = sorted({*test["jgd"], *dict(report.user_properties).get("jgd", [])})
 
 
 def pytest_sessionfinish(session):

@@ -115,7 +115,7 @@ def test_a_factory_of_optax(project, monkeypatch, capsys):
         (["--set", "learning_rate=log:1e-3:inf:4"], "log:LOW:HIGH:COUNT wanted"),
         (["mine:tusk"], "task: mine has no 'tusk'; did you mean task?"),
         (["mine:number"], "task mine:number is a int, not a jgd.Task or jgd.Run"),
-        (["--optimizer", "adm"], "no optimizer named adm; did you mean adam?"),
+        (["--optimizer", "adm"], "no optimizer named 'adm'; did you mean 'adam'?"),
         (["--optimizer", "optax:lyon"], "optimizer: optax has no 'lyon'; did you mean lion?"),
         (["--optimizer", "mine:build"], "optimizer mine:build: say what to vary with --set"),
         (["--set", "learning_rat=0.1"], "did you mean learning_rate?"),

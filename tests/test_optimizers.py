@@ -13,6 +13,7 @@ import optax
 import pytest
 from absl.testing import parameterized
 from conftest import run, stacked
+from problems import PROBLEMS, REACHED, reached
 from table import LABELS, ROWS, losses, noisy_gradients, own_optimizers, parameters
 
 import jgd
@@ -107,6 +108,15 @@ def _numbers(row):
     parameters = inspect.signature(row.oracle).parameters.values()
     defaults = {p.name: p.default for p in parameters if isinstance(p.default, float)}
     return {**defaults, **row.arguments}
+
+
+@pytest.mark.parametrize("name", own_optimizers())
+def test_reaches_what_it_reached(name, float64):
+    """On a badly scaled quadratic, Rosenbrock's valley and a logistic regression."""
+    factory = jgd.get(name)
+    rate = next(iter(inspect.signature(factory).parameters))
+    for problem, (best, loss) in zip(PROBLEMS, REACHED[name], strict=True):
+        assert jax.jit(reached, static_argnums=1)(factory(**{rate: best}), problem) <= 2 * loss
 
 
 # --- properties ------------------------------------------------------------------------------
