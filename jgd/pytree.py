@@ -248,7 +248,7 @@ class _Value:
 
 
 def _show(arg: Any) -> str:
-    if isinstance(arg, jax.core.Tracer) or (np.ndim(arg) > 0 and hasattr(arg, "dtype")):
+    if isinstance(arg, jax.core.Tracer) or (hasattr(arg, "dtype") and np.ndim(arg) > 0):
         return f"{arg.dtype}[{','.join(map(str, arg.shape))}]"  # type: ignore[union-attr]
     if isinstance(arg, np.number | np.ndarray | jax.Array):
         return repr(float(arg))

@@ -1,0 +1,82 @@
+"""optax's own tests, from its wheel, pass with jgd's functions in the place of optax's.
+
+`in_optax_place` puts them there. `DIFFERENCES` has every test that fails for it, and why.
+"""
+
+import fnmatch
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import optax
+import pytest
+
+OPTAX = Path(optax.__file__).parent
+HERE = Path(__file__).parent
+
+# Files in which no test reaches a function of jgd; all others are run, in whole.
+UNREACHED = [
+    "_src/linear_algebra_test.py",
+    "_src/numerics_test.py",
+    "_src/update_test.py",
+    "_src/utils_test.py",
+    "assignment/*",
+    "contrib/_mechanic_test.py",
+    "contrib/_privacy_test.py",
+    "contrib/_reduce_on_plateau_test.py",
+    "losses/*",
+    "microbatching/*",
+    "optax_test.py",
+    "perturbations/*",
+    "projections/*",
+    "transforms/_clipping_test.py",
+    "tree_utils/_[!s]*",
+]
+
+_16_BIT = "16-bit parameters have float32 memories, whose dtype optax takes from the parameters"
+_SCALARS = "Adam's state has two more scalars, so that its correction is right for moving decays"
+DIFFERENCES = {
+    "_src/alias_test.py::AliasTest::test_explicit_dtype9": _16_BIT,
+    "_src/alias_test.py::AliasTest::test_explicit_dtype1[01]": _16_BIT,
+    "_src/alias_test.py::AliasTest::test_optimizers_can_be_wrapped_in_inject_hyperparams18": (
+        "the key of `noisy_sgd` is structure and cannot be traced, as `inject_hyperparams` does"
+    ),
+    "_src/transform_test.py::TransformTest::test_lion_invalid_mode_raises": (
+        "an unknown mode raises its ValueError in the call, not in `update`"
+    ),
+    "contrib/_galore_test.py::GaLoreTest::test_mu_dtype_controls_moment_dtype": _16_BIT,
+    "contrib/_schedule_free_test.py::ScheduleFreeTest::test_explicit_dtype3": _16_BIT,
+    "tree_utils/_state_utils_test.py::StateUtilsTest::test_adam": _SCALARS,
+    "tree_utils/_state_utils_test.py::StateUtilsTest::test_map_non_params_to_none": (
+        "a scheduled number keeps its step around the state of the whole optimizer"
+    ),
+    "tree_utils/_state_utils_test.py::StateUtilsTest::test_tree_set": _SCALARS,
+}
+
+
+def _files():
+    files = sorted(path.relative_to(OPTAX).as_posix() for path in OPTAX.rglob("*_test.py"))
+    return [f for f in files if not any(fnmatch.fnmatch(f, pattern) for pattern in UNREACHED)]
+
+
+def _run(tests, report, *options):
+    """Run tests of optax with the plugin's options, and return what it reports."""
+    report.unlink(missing_ok=True)
+    workers = ["-n", "2", "--dist", "worksteal"] if importlib.util.find_spec("xdist") else []
+    quiet = ["-q", "--tb=short", "-p", "no:cacheprovider", "-W", "ignore", "-c", os.devnull]
+    root = [f"--rootdir={OPTAX}", "-p", "in_optax_place", *options]
+    command = [sys.executable, "-m", "pytest", *quiet, *root, *workers, *tests]
+    paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+    result = subprocess.run(
+        command,
+        cwd=OPTAX,
+        env=os.environ
+        | dict(PYTHONPATH=os.pathsep.join(filter(None, paths)), IN_OPTAX_PLACE=str(report)),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode in (0, 1), result.stdout + result.stderr
+    return json.loads(report.read_text())["tests"], result.stdout
