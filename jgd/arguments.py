@@ -24,12 +24,17 @@ __all__ = [
     "BoundariesAndScales",
     "Count",
     "Decay",
+    "Decays",
     "Fraction",
     "Kind",
     "Links",
+    "Mask",
+    "Mixing",
     "NonNegative",
     "Number",
+    "NumberOrSchedule",
     "Numbers",
+    "Period",
     "Positive",
     "Spec",
     "Static",
@@ -45,6 +50,7 @@ class Kind(NamedTuple):
     name: Literal["number", "numbers", "link", "links", "structure"]
     wanted: str = ""  # the range in words, for the error message
     accepts: Callable[[Any], Any] | None = None  # asked of concrete numbers, in the user's call
+    lazy: bool = False  # a schedule is handed to the factory as it is
 
     def __repr__(self) -> str:
         return f"{self.name} {self.wanted}".rstrip()
@@ -58,9 +64,20 @@ Positive = Annotated[Any, Kind("number", "above 0", lambda x: x > 0)]
 Fraction = Annotated[Any, Kind("number", "in [0, 1]", lambda x: 0 <= x <= 1)]
 Decay = Annotated[Any, Kind("number", "in [0, 1)", lambda x: 0 <= x < 1)]
 Count = Annotated[Any, Kind("number", "a step count, at least 0", lambda x: x >= 0)]
+Period = Annotated[Any, Kind("number", "a number of steps, at least 1", lambda x: x >= 1)]
+Mixing = Annotated[Any, Kind("number", "in (0, 1)", lambda x: 0 < x < 1)]
+NumberOrSchedule = Annotated[Any, Kind("number", lazy=True)]
 Numbers = Annotated[Any, Kind("numbers")]  # a list, tuple, dict or array of numbers or schedules
 Links = Annotated[Any, Kind("links")]  # a mapping from names to transformations, in its order
 Structure = Annotated[Any, Kind("structure")]  # what shapes the program
+Mask = Any | Callable[[Any], Any]  # a tree of bools, or a function from parameters to one
+
+
+def _is_pair_of_decays(pair: Any) -> bool:
+    return len(pair) == 2 and all(isinstance(x, np.floating) and 0 <= x < 1 for x in pair)
+
+
+Decays = Annotated[Any, Kind("numbers", "two numbers in [0, 1)", _is_pair_of_decays)]
 
 
 def _rising(steps: Any) -> bool:
@@ -156,7 +173,8 @@ def _static_key(value: Any) -> Any:
     # the word in front keeps unlike things from being compared: old tree structures refuse to be
     if isinstance(value, np.ndarray | jax.Array) and not isinstance(value, jax.core.Tracer):
         if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
-            value = jax.random.key_data(value)  # type: ignore[arg-type]
+            with jax.ensure_compile_time_eval():  # the values of a key are known inside jit too
+                value = np.asarray(jax.random.key_data(value))  # type: ignore[arg-type]
         return "array", value.shape, str(value.dtype), np.asarray(value).tobytes()
     leaves, structure = jax.tree.flatten(value)
     if not jax.tree_util.treedef_is_leaf(structure):
@@ -168,7 +186,7 @@ def _static_key(value: Any) -> Any:
     return "value", type(value), value
 
 
-class Named:
+class Named(Mapping[str, Any]):
     """Links by name: a mapping that keeps its order where JAX would sort a dict by its keys."""
 
     __slots__ = ("links", "names")
@@ -176,8 +194,14 @@ class Named:
     def __init__(self, names: Iterable[str], links: Iterable[Any]) -> None:
         self.names, self.links = tuple(names), tuple(links)
 
-    def items(self) -> Any:
-        return zip(self.names, self.links, strict=True)
+    def __getitem__(self, name: str) -> Any:
+        return dict(zip(self.names, self.links, strict=True))[name]
+
+    def __iter__(self) -> Any:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
     def __reduce__(self) -> Any:
         return Named, (self.names, self.links)
@@ -270,9 +294,9 @@ class Spec:
             admitted = tuple(self._link(name, link) for link in links)
             return admitted if several else admitted[0]
         if kind.name == "links":
-            if not isinstance(value, Mapping | Named):
+            if not isinstance(value, Mapping) or not all(isinstance(n, str) for n in value):
                 raise TypeError(f"{self.name}: {name} must be a dict of names, got {value!r}")
-            pairs = dict(value.items())
+            pairs = dict(value)
             return Named(pairs, [self._link(f"{name}[{n!r}]", link) for n, link in pairs.items()])
         if kind.name == "numbers":
             stored = jax.tree.map(lambda x: self._one_of(name, x), value, is_leaf=callable)
@@ -303,7 +327,10 @@ class Spec:
                 f"{self.name}: {name} shapes the program and cannot be traced, got {value!r}"
             )
         if not name.endswith("dtype") and not isinstance(value, np.dtype):
-            return value
+            whole = isinstance(value, np.integer | np.ndarray | jax.Array) and jnp.issubdtype(
+                jnp.result_type(value), jnp.integer
+            )
+            return int(value) if whole and np.ndim(value) == 0 else value
         if isinstance(value, bool):
             raise TypeError(f"{self.name}: {name} must be a dtype, got {value!r}")
         return jax.dtypes.canonicalize_dtype(value)
@@ -334,7 +361,13 @@ class Spec:
     def _resolve(self, name: str, arg: Any, step: Any) -> Any:
         kind = self.kinds[name].name
         if kind == "number" and arg is not None:
-            return _scalar(self.name, name, unwrap(arg)(step) if is_schedule(arg) else arg)
+            if is_schedule(arg):
+                return (
+                    unwrap(arg)
+                    if self.kinds[name].lazy
+                    else _scalar(self.name, name, unwrap(arg)(step))
+                )
+            return _scalar(self.name, name, arg)
         if kind == "numbers":
             number = lambda x: unwrap(x) if _is_one_of(x) else jnp.asarray(x, float)
             return jax.tree.map(number, arg, is_leaf=_is_one_of)

@@ -1,38 +1,51 @@
 """Other treatment for other parameters: groups, learning rates by path, learning rates by width.
 
 A pattern is a glob over the path of a parameter, its keys joined by slashes: "*/bias" is every
-bias, at the top as well, "embed/*" all below embed, "layers/0/*" all of the first layer.
+bias, at the top as well, "embed/*" all below embed, "layers/0/*" all of the first layer. The
+`value` that ends the paths of flax nnx does not count.
 """
 
 import fnmatch
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from optax import GradientTransformation
 
 from jgd.arguments import Links, Structure
-from jgd.combinators import aligned, partition, stateless
-from jgd.pytree import as_pytree
+from jgd.combinators import partition, stateless
+from jgd.pytree import TreeError, as_pytree
 from jgd.words import identity, scale
 
 __all__ = ["param_groups", "scale_by_path", "scale_by_width"]
 
-_REST = "the rest"
+_REST = "//the rest"  # no path begins with two slashes
+
+
+def _paths(tree: Any) -> tuple[list[str], Any]:
+    """The path of each leaf, None among them, and the structure."""
+    pairs, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    return [name(path).removesuffix("/value") for path, _ in pairs], structure
+
+
+def _matches(name: str, pattern: str) -> bool:
+    at_the_top = pattern.startswith("*/") and fnmatch.fnmatchcase(name, pattern[2:])
+    return at_the_top or fnmatch.fnmatchcase(name, pattern)
 
 
 def _labels(tree: Any, patterns: list[str]) -> Any:
     """For each leaf the first pattern that matches its path."""
-    is_none = lambda x: x is None
-    paths, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_none)
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
-    # a slash in front lets "*/bias" match "bias" too
-    match = lambda name, pattern: any(fnmatch.fnmatchcase(n, pattern) for n in (name, f"/{name}"))
-    found = [next((p for p in patterns if match(name, p)), _REST) for name in names]
-    for pattern in patterns:
-        if not any(match(name, pattern) for name in names):
+    names, structure = _paths(tree)
+    found = [next((p for p in patterns if _matches(name, p)), _REST) for name in names]
+    for pattern in patterns if names else []:
+        if pattern not in found:
+            taken = any(_matches(name, pattern) for name in names)
             known = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-            raise ValueError(f"no parameter matches {pattern!r}; there are: {known}")
+            why = "earlier patterns take all" if taken else f"there are: {known}"
+            raise TreeError(f"no parameter matches {pattern!r}; {why}")
     return structure.unflatten(found)
 
 
@@ -56,7 +69,7 @@ def param_groups(default: GradientTransformation, groups: Links) -> GradientTran
     return partition({_REST: default, **groups}, labels)
 
 
-def scale_by_path(factors: dict[str, Any]) -> GradientTransformation:
+def scale_by_path(factors: Mapping[str, Any]) -> GradientTransformation:
     """u = factor g, with the factor of the first pattern that matches the path, 1 if none does.
 
         chain(adamw(1e-3), scale_by_path({"embed/*": 0.1, "*/bias": 2.0}))
@@ -68,12 +81,13 @@ def scale_by_path(factors: dict[str, Any]) -> GradientTransformation:
     Raises: ValueError in `init` and `update` for a pattern that matches no parameter.
     Differs from: `param_groups`, of which it is the short form for learning rates.
     """
+    if not isinstance(factors, Mapping):
+        raise TypeError(f"scale_by_path: factors must be a dict of patterns, got {factors!r}")
     return param_groups(identity(), {pattern: scale(f) for pattern, f in factors.items()})
 
 
-@as_pytree
 def scale_by_width(
-    base: Structure, *, rule: Literal["adam", "sgd"] = "adam"
+    base: Any, *, rule: Literal["adam", "sgd"] = "adam", output_axis: int = -1
 ) -> GradientTransformation:
     """Learning rates by width (muP), so that the best rate of a narrow net is that of a wide one.
 
@@ -81,28 +95,50 @@ def scale_by_width(
 
     Args:
       base: the parameters of the net at the width where the rate was found, or their shapes: a tree
-        of arrays or `jax.ShapeDtypeStruct`s. The last axis of an array counts its outputs, the
-        others its inputs; vectors have one input.
+        of arrays or `jax.ShapeDtypeStruct`s with the same paths.
       rule: "adam" (default) for updates whose size does not follow the gradient's, "sgd" for those
         that are proportional to it.
+      output_axis: the axis of an array that counts its outputs, -1 (default) for kernels of flax, 0
+        for those of equinox and PyTorch; all others count its inputs, and vectors have one input.
+        Where outputs have several axes (heads of attention), say the factor by `scale_by_path`.
 
     State: `EmptyState`.
-    Raises: ValueError in `update` for a tree with other leaves than `base`.
+    Raises: ValueError in `update` for a parameter that `base` lacks, or has with other axes.
     Differs from: `scale_by_path`, whose factors are yours. The other half of muP is the
       initialisation: variance 1 / fan_in, and 1 / fan_in^2 (or zeros) for the last layer.
     Source: Yang et al. 2022, tables 3 and 8, arXiv:2203.03466.
     """
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), base)
+    names, _ = _paths(base)
+    shapes = [jnp.shape(x) for x in jax.tree.leaves(base, is_leaf=lambda x: x is None)]
+    pairs = tuple(zip(names, shapes, strict=True))
+    return _scale_by_width(pairs, rule=rule, output_axis=output_axis)
 
-    def factor(now: tuple[int, ...], then: tuple[int, ...]) -> float:
-        growth_in = math.prod(now[:-1]) / math.prod(then[:-1])
-        growth_out = math.prod(now[-1:]) / math.prod(then[-1:])
-        return (growth_out if rule == "sgd" else 1.0) / growth_in
+
+@as_pytree
+def _scale_by_width(
+    base: Structure, *, rule: Literal["adam", "sgd"], output_axis: Structure
+) -> GradientTransformation:
+    then = dict(base)
+
+    def fans(shape: tuple[int, ...]) -> tuple[int, int]:
+        outputs = shape[output_axis] if shape else 1
+        return max(math.prod(shape) // max(outputs, 1), 1), max(outputs, 1)
+
+    def scaled(name: str, g: Any) -> Any:
+        if g is None:
+            return None
+        if name not in then or len(then[name]) != g.ndim:
+            raise TreeError(
+                f"the parameter {name} of shape {g.shape} is not in base, or has other"
+                f" axes there: {then.get(name)}"
+            )
+        (inputs, outputs), (base_inputs, base_outputs) = fans(g.shape), fans(then[name])
+        growth = outputs / base_outputs if rule == "sgd" else 1.0
+        return g * (growth * base_inputs / inputs)
 
     def update(updates: Any, params: Any = None) -> Any:
-        leaves, structure, (column,) = aligned(updates, shapes)
-        pairs = zip(leaves, column, strict=True)
-        scaled = [None if g is None else g * factor(g.shape, b.shape) for g, b in pairs]
-        return structure.unflatten(scaled)
+        names, structure = _paths(updates)
+        leaves = structure.flatten_up_to(updates)
+        return structure.unflatten(map(scaled, names, leaves))
 
     return stateless(update)

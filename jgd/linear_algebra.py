@@ -17,31 +17,34 @@ def _adjoint(x: Any) -> Any:
     return x.conj().swapaxes(-1, -2)
 
 
-def _spectrum(h: Any) -> tuple[Any, Any]:
-    """Eigenvalues of a positive matrix, none below what rounding leaves of them, and vectors."""
+def _spectrum(h: Any) -> tuple[Any, Any, Any]:
+    """Eigenvalues of a positive matrix, none below what rounding leaves of them; their floor."""
     values, vectors = jnp.linalg.eigh(h)
     precision = jnp.finfo(values.dtype)
-    return jnp.maximum(values, precision.eps * jnp.max(values) + precision.tiny), vectors
+    floor = precision.eps * jnp.max(values, initial=0) + precision.tiny
+    return jnp.maximum(values, floor), vectors, floor
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def inverse_root(h: Any, order: int) -> Any:
     """h^(-1 / order) of a positive matrix."""
-    values, vectors = _spectrum(h)
+    values, vectors, _ = _spectrum(h)
     return (vectors * values ** (-1 / order)) @ _adjoint(vectors)
 
 
 @inverse_root.defjvp
 def _inverse_root_jvp(order: int, primals: Any, tangents: Any) -> tuple[Any, Any]:
     """Daleckii and Krein: the divided differences of the function, in the basis of h."""
-    values, vectors = _spectrum(*primals)
+    values, vectors, floor = _spectrum(*primals)
     power = -1 / order
     roots = values**power
     gaps = values[:, None] - values[None, :]
     middle = (values[:, None] + values[None, :]) / 2
     close = jnp.abs(gaps) <= middle * jnp.finfo(values.dtype).eps ** 0.5
     differences = (roots[:, None] - roots[None, :]) / jnp.where(close, 1, gaps)
-    weights = jnp.where(close, power * middle ** (power - 1), differences)
+    held = middle <= floor  # what rounding made of 0 stays still
+    slopes = power * roots[:, None] * jnp.where(held, 0, 1 / jnp.where(held, 1, middle))
+    weights = jnp.where(close, slopes, differences)
     turned = _adjoint(vectors) @ tangents[0] @ vectors
     tangent = vectors @ (weights * turned) @ _adjoint(vectors)
     return (vectors * roots) @ _adjoint(vectors), tangent

@@ -7,7 +7,7 @@ from optax import GradientTransformation
 
 from jgd.arguments import NonNegative, Number, Structure
 from jgd.combinators import abs_square, leafwise, quotient, safe_sqrt, stateless, with_params
-from jgd.pytree import as_pytree
+from jgd.pytree import TreeError, as_pytree
 from jgd.words import pointwise
 
 __all__ = [
@@ -46,10 +46,12 @@ def centralize(*, output_axis: Structure = 0) -> GradientTransformation:
     """
 
     def centred(g: Any) -> Any:
+        if not -g.ndim <= output_axis < g.ndim:
+            raise TreeError(f"centralize: output_axis {output_axis} of an array of {g.ndim} axes")
         axes = tuple(axis for axis in range(g.ndim) if axis != output_axis % g.ndim)
-        return g - g.mean(axes, keepdims=True) if axes else g
+        return g - g.mean(axes, keepdims=True)
 
-    return pointwise(lambda g: centred(g) if g.ndim else g)
+    return pointwise(lambda g: centred(g) if g.ndim > 1 else g)
 
 
 @as_pytree

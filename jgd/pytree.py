@@ -85,7 +85,7 @@ class _Call:
     def scheduled(self) -> bool:
         kinds = self.spec.kinds.values()
         return any(
-            kind.name == "number" and is_schedule(arg)
+            kind.name == "number" and not kind.lazy and is_schedule(arg)
             for kind, arg in zip(kinds, self.args, strict=True)
         )
 
@@ -97,10 +97,13 @@ class _Call:
 
     def init(self, params: Any) -> Any:
         params = jax.tree.map(_widen, params)
-        if not self.scheduled:
-            return self.transformation().init(params)
-        step = jnp.zeros([], jnp.int32)
-        inner = self.transformation(step).init(params)
+        step: Any = jnp.zeros([], jnp.int32) if self.scheduled else None
+        try:
+            inner = self.transformation(step).init(params)
+        except TreeError as error:
+            raise TreeError(error.detail, self.spec.name) from None
+        if step is None:
+            return inner
         counted = optax.tree.get_all_with_path(inner, "count")
         return (SteppedState if counted else ScheduledState)(step, inner)
 
@@ -120,7 +123,9 @@ class _Call:
             )
         except TreeError as error:
             raise TreeError(error.detail, self.spec.name) from None
-        new_updates = _map_if_alike(_narrow, new_updates, updates)
+        # updates that come in pairs, as the parameters of a lookahead, have the dtypes of those
+        like = updates if _alike(new_updates, updates) else params
+        new_updates = _map_if_alike(_narrow, new_updates, like)
         new_inner = _map_if_alike(_keep_dtype, new_inner, inner)
         if not self.scheduled:
             return new_updates, new_inner
@@ -182,9 +187,12 @@ def _keep_dtype(new: Any, old: Any) -> Any:
     return new if jnp.result_type(new) == dtype else jnp.asarray(new, dtype)
 
 
+def _alike(new: Any, old: Any) -> bool:
+    return jax.tree.structure(new) == jax.tree.structure(old)
+
+
 def _map_if_alike(f: Callable[[Any, Any], Any], new: Any, old: Any) -> Any:
-    alike = jax.tree.structure(new) == jax.tree.structure(old)
-    return jax.tree.map(f, new, old) if alike else new
+    return jax.tree.map(f, new, old) if _alike(new, old) else new
 
 
 class _Value:
@@ -274,7 +282,7 @@ class Transformation(_Value, optax.GradientTransformationExtraArgs):
         return self
 
     def _replace(self, **changes: Any) -> Any:  # type: ignore[override]
-        if {"init", "update"}.issuperset(changes):  # no longer a call of the factory
+        if changes and {"init", "update"}.issuperset(changes):  # no longer a call of the factory
             pair = optax.GradientTransformationExtraArgs(self.init, self.update)
             return pair._replace(**changes)
         return self._replaced(changes)

@@ -66,8 +66,10 @@ def per_leaf(
             given = dict(zip(trees, others, strict=True))
             for name, value in given.items():
                 wanted = jax.eval_shape(start[name], g) if name in start else g
-                if _shapes(value) != _shapes(wanted):
+                held, structure_of = jax.tree.leaves(value), jax.tree.structure(wanted)
+                if [jnp.shape(x) for x in held] != [x.shape for x in jax.tree.leaves(wanted)]:
                     raise misfit(updates, index, value)
+                given[name] = structure_of.unflatten(held)  # flax has containers of its own
             given["g"] = g
             if "t" in asked:
                 given["t"] = count["count"].astype(float)
@@ -85,10 +87,6 @@ def real(x: Any) -> Any:
     if jnp.iscomplexobj(x):
         raise TreeError("is for real parameters: wrap it in optax.contrib.split_real_and_imaginary")
     return x
-
-
-def _shapes(x: Any) -> Any:
-    return jax.tree.map(jnp.shape, x)
 
 
 class DifferenceState(NamedTuple):

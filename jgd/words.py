@@ -199,18 +199,21 @@ def add_decayed_weights(
 
 
 @as_pytree
-def add_noise(eta: NonNegative, gamma: Number, key: Any) -> GradientTransformation:
+def add_noise(
+    eta: NonNegative, gamma: Number, key: Any = None, *, seed: int | None = None
+) -> GradientTransformation:
     """u = g + N(0, eta / t^gamma): normal noise that falls with the step t, from 1.
 
     Args:
       eta: at least 0, the variance at the first step.
       gamma: any number, how fast it falls.
-      key: a random key or an int; structure.
+      key: a random key or an int, structure; None (default) is 0.
+      seed: optax's older name of key.
 
     State: `optax.AddNoiseState(count, rng_key)`, no tree.
     Source: Neelakantan et al. 2015, equation 1, arXiv:1511.06807.
     """
-    return optax.add_noise(eta, gamma, key)
+    return optax.add_noise(eta, gamma, next((k for k in (key, seed) if k is not None), 0))
 
 
 # --- memories --------------------------------------------------------------------------------
@@ -330,6 +333,12 @@ class BiasCorrectionState(NamedTuple):
     log_decay: jax.Array  # float32 scalar: the mean over the steps so far of log(decay)
 
 
+def below_one(decay: Any, count: Any, total: Any) -> Any:
+    """1 - exp(total), for total the sum of log(decay) over `count` steps."""
+    # expm1 is exact to rounding, but flat in a decay of 0, where the first step is not
+    return jnp.where(count == 1, 1 - decay, -jnp.expm1(total))
+
+
 def weights(
     decay: jax.Array, state: BiasCorrectionState
 ) -> tuple[jax.Array, jax.Array, BiasCorrectionState]:
@@ -344,8 +353,7 @@ def weights(
     count = optax.safe_increment(count)
     mean = mean + (log_decay - mean) / count
     total = count * mean
-    # expm1 is exact to rounding, but flat in a decay of 0, where the first step is not
-    now = jnp.where(count == 1, 1 - decay, -jnp.expm1(total))
+    now = below_one(decay, count, total)
     return now, -jnp.expm1(total + log_decay), BiasCorrectionState(count, mean)
 
 

@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 from jax.typing import DTypeLike
 from optax import GradientTransformation
 
-from jgd.arguments import Decay, Fraction, NonNegative, Numbers, Positive, spec_of
+from jgd.arguments import Fraction, Mixing, NonNegative, NumberOrSchedule, Period, spec_of
 from jgd.combinators import expect, increment, leafwise, quotient, with_params
-from jgd.pytree import as_pytree
+from jgd.pytree import TreeError, as_pytree
 from jgd.words import BiasCorrectionState, weights
 
 __all__ = [
@@ -30,12 +31,12 @@ __all__ = [
 ]
 
 
-def _only(state: Any, wanted: type) -> Any:
-    """The one state of a kind in a nest of states."""
+def _only(state: Any, *wanted: type) -> Any:
+    """The one state of a kind, or of either kind, in a nest of states."""
     is_wanted = lambda node: isinstance(node, wanted)
     found = [node for node in jax.tree.leaves(state, is_leaf=is_wanted) if is_wanted(node)]
     if len(found) != 1:
-        raise ValueError(f"one {wanted.__name__} wanted in the state, found {len(found)}")
+        raise ValueError(f"one {wanted[0].__name__} wanted in the state, found {len(found)}")
     return found[0]
 
 
@@ -51,7 +52,7 @@ class AccumulateState(NamedTuple):
 
 
 @as_pytree
-def _accumulate(inner: GradientTransformation, every: Positive) -> GradientTransformation:
+def _accumulate(inner: GradientTransformation, every: Period) -> GradientTransformation:
     tx = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> Any:
@@ -85,16 +86,16 @@ def accumulate(inner: GradientTransformation, every: Any) -> GradientTransformat
 
     Args:
       inner: the optimizer. It and its schedules see one call for `every` gradients.
-      every: above 0, gradients to a step; also traced, so that it can differ between lanes. A plain
-        1 gives `inner` itself, without a memory.
+      every: at least 1, gradients to a step; also traced, so that it can differ between lanes. A
+        plain 1 gives `inner` itself, without a memory. A schedule of it counts gradients.
 
     State: `AccumulateState(micro_step, average, inner)`, one tree and one scalar more than `inner`.
     Differs from: `optax.MultiSteps`, whose number of steps is a Python integer or a function, and
       which keeps its tree for 1 as well. Under `jax.vmap`, `inner` computes at every call.
     """
-    if isinstance(every, int | float | np.number) and every is not True and every == 1:
-        return inner
-    return _accumulate(inner, every)
+    accumulating = _accumulate(inner, every)
+    one = isinstance(every, int | float | np.number) and every == 1
+    return inner if one else accumulating
 
 
 accumulate.__jgd_spec__ = spec_of(_accumulate)  # type: ignore[attr-defined]
@@ -143,7 +144,7 @@ class LookaheadState(NamedTuple):
 @as_pytree
 def lookahead(
     fast_optimizer: GradientTransformation,
-    sync_period: Positive,
+    sync_period: Period,
     slow_step_size: Fraction,
     reset_state: bool = False,
 ) -> GradientTransformation:
@@ -154,7 +155,7 @@ def lookahead(
 
     Args:
       fast_optimizer: the optimizer of the parameters.
-      sync_period: above 0, its steps between two of the slow parameters; 5 in the paper.
+      sync_period: at least 1, its steps between two of the slow parameters; 5 in the paper.
       slow_step_size: in [0, 1], how much of the way the slow parameters go; 0.5 in the paper.
       reset_state: True starts `fast_optimizer` anew after each synchronisation.
 
@@ -177,6 +178,8 @@ def lookahead(
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         inner, steps, kept = expect(state, LookaheadState)
         own = kept is not None
+        if not own and not isinstance(params, optax.LookaheadParams):
+            raise TreeError("needs parameters as in init: optax.LookaheadParams(fast, slow)")
         fast, slow = (with_params(params), kept) if own else (params.fast, params.slow)
         steps_ahead, inner = tx.update(updates, inner, fast, **extra)
         sync = steps + 1 >= sync_period
@@ -200,7 +203,8 @@ def lookahead(
 class AverageParamsState(NamedTuple):
     """State of `average_params`."""
 
-    weight: BiasCorrectionState  # of the decay
+    steps: jax.Array  # int32 scalar: steps so far
+    log_decay: jax.Array  # float32 scalar: mean of log(decay)
     average: Any  # like the parameters, at least float32
     inner: Any
 
@@ -218,9 +222,9 @@ def average_params(
       decay: in [0, 1], of the average, whose start has no bias; 0.999 by default. 1 is the plain
         mean of all parameters so far (Polyak and Ruppert). May be a schedule.
 
-    State: `AverageParamsState(weight, average, inner)`, one tree and two scalars more than `inner`;
-      `averaged_params(state)` has the average, in float32 for 16-bit parameters. Before the first
-      step it is the parameters themselves.
+    State: `AverageParamsState(steps, log_decay, average, inner)`, one tree and two scalars more
+      than `inner`; `averaged_params(state)` has the average, in float32 for 16-bit parameters.
+      Before the first step it is the parameters themselves.
     Raises: ValueError in `update` if no parameters are given.
     Differs from: `ema`, which averages updates; `schedule_free`, which trains at the average.
     Source: Polyak & Juditsky 1992; Kingma & Ba 2015, section 7.2.
@@ -228,17 +232,18 @@ def average_params(
     tx = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> Any:
-        start = BiasCorrectionState(jnp.zeros([], jnp.int32), jnp.zeros([], float))
-        return AverageParamsState(start, jax.tree.map(jnp.copy, params), tx.init(params))
+        steps, log_decay = jnp.zeros([], jnp.int32), jnp.zeros([], float)
+        average = jax.tree.map(jnp.copy, params)
+        return AverageParamsState(steps, log_decay, average, tx.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        weight, average, inner_state = expect(state, AverageParamsState)
+        steps, log_decay, average, inner_state = expect(state, AverageParamsState)
         new_updates, inner_state = tx.update(updates, inner_state, with_params(params), **extra)
-        total, _, weight = weights(decay, weight)
-        part = jnp.where(total > 0, (1 - decay) / jnp.where(total > 0, total, 1), 1 / weight.count)
+        total, _, (steps, log_decay) = weights(decay, BiasCorrectionState(steps, log_decay))
+        part = jnp.where(total > 0, (1 - decay) / jnp.where(total > 0, total, 1), 1 / steps)
         move = lambda u, a, p: a + part * (p + u - a)
         average = leafwise(move, new_updates, average, params, keep=True)
-        return new_updates, AverageParamsState(weight, average, inner_state)
+        return new_updates, AverageParamsState(steps, log_decay, average, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -265,8 +270,8 @@ class ScheduleFreeState(NamedTuple):
 @as_pytree
 def schedule_free(
     base_optimizer: GradientTransformation,
-    learning_rate: Numbers,
-    b1: Decay = 0.9,
+    learning_rate: NumberOrSchedule,
+    b1: Mixing = 0.9,
     weight_lr_power: NonNegative = 2.0,
     state_dtype: DTypeLike | None = None,
 ) -> GradientTransformation:
@@ -278,7 +283,7 @@ def schedule_free(
     Args:
       base_optimizer: an optimizer without momentum, with the same learning rate.
       learning_rate: what the average is weighted by. A schedule is read from step 1 on.
-      b1: in [0, 1), above 0, how near to x the gradients are taken; 0.9 by default.
+      b1: in (0, 1), how near to x the gradients are taken; 0.9 by default.
       weight_lr_power: at least 0; 2 by default.
       state_dtype: of z; None: float32 for 16-bit parameters, else theirs.
 
@@ -330,6 +335,6 @@ def schedule_free_eval_params(state: Any, params: Any) -> Any:
 
     Raises: ValueError if the state holds none, or several.
     """
-    found = _only(state, ScheduleFreeState)
+    found = _only(state, ScheduleFreeState, optax.contrib.ScheduleFreeState)
     x = lambda p, z: (p - (1 - found.b1) * z) / found.b1  # as p = (1 - b1) z + b1 x
     return jax.tree.map(lambda p, z: x(p, z).astype(p.dtype), params, found.z)

@@ -6,9 +6,9 @@ Every public function of jgd that bears the name of one of optax's takes its pla
 optax, so that optax's functions call it as well as the tests. What `jgd.optimizers.lifted` has from
 optax stays, and so does `optax.bias_correction`, a helper of another call than jgd's word.
 
-If IN_OPTAX_PLACE names a file, how each test ended and the names that it reached are written there
-as JSON. A test reaches a name when it calls the function, or runs what the function made earlier,
-when its module was imported.
+If IN_OPTAX_PLACE names a file, the names that were reached, how many tests reached one, and how
+each test ended are written there as JSON. A test reaches a name when it calls the function, or runs
+what the function made when the module of the test was imported.
 """
 
 import functools
@@ -36,7 +36,7 @@ HOMES = (optax, optax.contrib, optax.schedules, optax.transforms)
 
 _reached = set()  # by the test that runs now
 _made = weakref.WeakKeyDictionary()  # the name for each call whose value a test or optax holds
-_tests = {}
+_names, _tests = [], {}
 
 
 def _pairs():
@@ -107,7 +107,13 @@ def replace():
     return [name for name, _, _ in pairs]
 
 
-NAMES = replace()
+def pytest_addoption(parser):
+    parser.addoption("--optax-itself", action="store_true", help="replace nothing, to compare")
+
+
+def pytest_configure(config):
+    if not config.getoption("--optax-itself"):
+        _names.extend(replace())
 
 
 @pytest.hookimpl(wrapper=True)
@@ -132,5 +138,13 @@ def pytest_runtest_logreport(report):
 
 def pytest_sessionfinish(session):
     to = os.environ.get("IN_OPTAX_PLACE")
-    if to and not hasattr(session.config, "workerinput"):
-        Path(to).write_text(json.dumps(dict(names=NAMES, tests=_tests), indent=1))
+    if not to or hasattr(session.config, "workerinput"):
+        return
+    reaching = [test["jgd"] for test in _tests.values() if test["jgd"]]
+    found = dict(
+        replaced=_names,
+        reached=sorted({name for names in reaching for name in names}),
+        tests_that_reach=len(reaching),
+        tests=_tests,
+    )
+    Path(to).write_text(json.dumps(found, indent=1))

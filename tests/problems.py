@@ -1,7 +1,7 @@
 """Three small problems and what each optimizer reaches on them, so that a weak rule shows.
 
 For each optimizer and problem: the rate that a grid of 33 found best over 120 steps, all other
-numbers at their defaults, and the loss it reached there (the worst within a thousandth of the rate).
+numbers at their defaults, and the loss reached there, the worst within 0.1 per cent of the rate.
 """
 
 from typing import Any

@@ -200,6 +200,26 @@ def test_state_keeps_structure_shapes_and_dtypes(row):
 
 
 @every_row
+def test_state_keeps_its_dtypes_under_x64(row, float64):
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float64):
+        params = {"w": jnp.ones((3, 3), dtype), "b": jnp.ones(3, dtype)}
+        tx = row.ours(**row.arguments)
+        state = jax.eval_shape(tx.init, params)
+        updates, after = jax.eval_shape(tx.update, params, state, params, value=1.0)
+        chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+        chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+
+
+@every_row
+def test_a_fresh_state_shares_no_buffers(row):
+    """It is donated to the training step together with the parameters."""
+    params = {"w": jnp.ones((3, 3)), "b": jnp.ones(3)}
+    held = jax.tree.leaves((params, row.ours(**row.arguments).init(params)))
+    arrays = [x for x in held if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
+    assert len({x.unsafe_buffer_pointer() for x in arrays}) == len(arrays)
+
+
+@every_row
 def test_a_float16_zero_gradient_gives_a_finite_step(row):
     params = {"w": jnp.ones(3, jnp.float16)}
     tx = row.ours(**row.arguments)
@@ -463,6 +483,39 @@ def test_zero_over_zero_is_zero_with_finite_derivatives():
             return jax.tree.reduce(jnp.add, jax.tree.map(jnp.sum, tx.update(g, tx.init(g), g)[0]))
 
         chex.assert_tree_all_finite(jax.grad(total, (0, 1))(tx, zero))
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e-19, 1e-25, 0.0])
+def test_hypergradients_are_finite_for_tiny_gradients(size):
+    """The square of a denominator leaves float32 long before the denominator does."""
+    tiny = {"w": jnp.full((4, 3), size)}
+
+    def total(tx):
+        state, params, seen = tx.init(tiny), tiny, 0.0
+        for _ in range(2):
+            updates, state = tx.update(tiny, state, params)
+            params = jax.tree.map(jnp.add, params, updates)
+            seen += jnp.sum(jnp.sin(updates["w"]))
+        return seen
+
+    for tx in (
+        jgd.adam(0.1, eps=0.0),
+        jgd.adafactor(0.1, 2),
+        jgd.dadapt_adamw(),
+        jgd.prodigy(),
+        jgd.adopt(0.1),
+        jgd.shampoo(0.1, eps=0.0),
+        jgd.lars(0.1),
+    ):
+        chex.assert_tree_all_finite(jax.jit(jax.grad(total))(tx))
+
+
+def test_typed_keys_are_structure_inside_jit_too():
+    params = {"w": jnp.ones(3)}
+    tx = jgd.noisy_sgd(0.1, key=jax.random.key(7))
+    updates, _ = jax.jit(tx.update)(params, jax.jit(tx.init)(params))
+    theirs = optax.noisy_sgd(0.1, key=jax.random.key(7))
+    chex.assert_trees_all_close(updates, theirs.update(params, theirs.init(params))[0], rtol=1e-6)
 
 
 def test_a_broken_memory_stays_broken():

@@ -100,7 +100,7 @@ def test_accumulating_one_gradient_costs_nothing():
     inner = jgd.adam(0.1)
     for one in (1, 1.0, np.float64(1), np.int64(1)):
         assert jgd.accumulate(inner, one) is inner
-    with pytest.raises(ValueError, match=r"accumulate: every must be above 0, got 0\.0"):
+    with pytest.raises(ValueError, match="accumulate: every must be a number of steps, at le"):
         jgd.accumulate(inner, 0)
 
 
@@ -119,6 +119,15 @@ def test_cautious_is_the_paper_s_formula():
 
 
 # --- lookahead -------------------------------------------------------------------------------
+
+
+def test_lookahead_of_16_bit_pairs():
+    pair = optax.LookaheadParams.init_synced({"w": jnp.ones(2, jnp.bfloat16)})
+    tx = jgd.lookahead(jgd.adam(0.1), 2, 0.5)
+    updates, _ = tx.update(pair.fast, tx.init(pair), pair)
+    chex.assert_trees_all_equal_dtypes(updates, pair)
+    with pytest.raises(ValueError, match="lookahead: needs parameters as in init"):
+        tx.update(pair.fast, tx.init(pair), pair.fast)
 
 
 @pytest.mark.parametrize("reset", [False, True])
@@ -162,6 +171,7 @@ def test_average_params_has_no_bias_and_does_not_touch_the_training(decay):
     weights = np.array([decay ** (7 - k) for k in range(8)])
     average = jax.tree.map(lambda *xs: np.average(np.stack(xs), axis=0, weights=weights), *seen)
     chex.assert_trees_all_close(jgd.averaged_params((state, "more")), average, rtol=1e-4, atol=1e-6)
+    assert optax.tree.get(jgd.average_params(jgd.adam(0.1)).init(params), "count") == 0
     with pytest.raises(ValueError, match="one AverageParamsState wanted in the state, found 0"):
         jgd.averaged_params(jgd.adam(0.1).init(params))
 
@@ -174,10 +184,12 @@ def test_schedule_free_equals_optax_under_a_schedule():
     params, gradients = _start(20)
     schedule = optax.linear_schedule(0.1, 0.01, 15)
     ours = jgd.schedule_free(jgd.sgd(schedule), schedule)
+    short = jgd.schedule_free_sgd(schedule)
     theirs = optax.contrib.schedule_free(optax.sgd(schedule), schedule)
     final = []
     for tx, evaluate in (
         (jgd.chain(ours), jgd.schedule_free_eval_params),
+        (short, jgd.schedule_free_eval_params),
         (theirs, optax.contrib.schedule_free_eval_params),
     ):
         p, state = params, tx.init(params)
@@ -185,7 +197,8 @@ def test_schedule_free_equals_optax_under_a_schedule():
             updates, state = tx.update(jgd.lane(gradients, index), state, p)
             p = optax.apply_updates(p, updates)
         final.append((p, evaluate(state, p)))
-    chex.assert_trees_all_close(*final, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(final[0], final[2], rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(final[1], final[2], rtol=1e-4, atol=1e-5)
 
 
 # --- groups ----------------------------------------------------------------------------------
@@ -229,8 +242,14 @@ def test_param_groups_by_path():
 
 def test_a_pattern_that_matches_nothing_raises():
     tx = jgd.param_groups(jgd.adam(1.0), {"*/scale": jgd.sgd(1.0)})
-    with pytest.raises(ValueError, match=r"no parameter matches '\*/scale'; there are: bias, emb"):
+    wanted = r"param_groups: no parameter matches '\*/scale'; there are: bias, embed/table"
+    with pytest.raises(ValueError, match=wanted):
         tx.init(NET)
+    shadowed = jgd.param_groups(
+        jgd.adam(1.0), {"layers/*": jgd.sgd(1.0), "layers/0/*": jgd.lion(1.0)}
+    )
+    with pytest.raises(ValueError, match="'layers/0/\\*'; earlier patterns take all"):
+        shadowed.init(NET)
     with pytest.raises(TypeError, match=r"param_groups: groups\['bias'\] must be a transformation"):
         jgd.param_groups(jgd.adam(1.0), {"bias": 0.1})
     with pytest.raises(TypeError, match="param_groups: groups must be a dict of names"):
@@ -319,5 +338,12 @@ def test_factors_by_width():
         tx = jgd.scale_by_width(base, rule=rule)
         updates, _ = tx.update(wide, tx.init(wide))
         assert {k: float(u.ravel()[0]) for k, u in updates.items()} == factors
+    transposed = jgd.scale_by_width({"w": jnp.ones((3, 2))}, output_axis=0)
+    updates, _ = transposed.update({"w": jnp.ones((12, 8))}, transposed.init(base))
+    assert float(updates["w"][0, 0]) == 0.25
     with pytest.raises(ValueError, match="scale_by_width: rule must be one of"):
         jgd.scale_by_width(base, rule="lion")
+    with pytest.raises(ValueError, match=r"scale_by_width: the parameter c of shape \(2,\) is"):
+        jgd.scale_by_width(base).update({"c": jnp.ones(2)}, optax.EmptyState())
+    masked = jgd.param_groups(jgd.scale_by_width(base), {"b": jgd.sgd(1.0)})
+    assert float(masked.update(wide, masked.init(wide))[0]["out"][0, 0]) == 0.25

@@ -3,7 +3,6 @@
 Each is `divide(direction, magnitude)` and reads as its formula.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from optax import GradientTransformation
 
-from jgd.arguments import Decay, NonNegative, Number
+from jgd.arguments import Decay, Fraction, Mask, NonNegative, Number
 from jgd.combinators import expect, leafwise, quotient, safe_sqrt
 from jgd.optimizers.classic import adamw
 from jgd.pytree import as_pytree
@@ -53,8 +52,6 @@ __all__ = [
     "yogi",
 ]
 
-Mask = Any | Callable[[Any], Any]
-
 
 @as_pytree
 def nadamw(
@@ -87,7 +84,7 @@ def nadamw(
 def adamaxw(
     learning_rate: Number,
     b1: Decay = 0.9,
-    b2: Decay = 0.999,
+    b2: Fraction = 0.999,
     eps: NonNegative = 1e-8,
     weight_decay: Number = 1e-4,
     mask: Mask | None = None,

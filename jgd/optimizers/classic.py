@@ -124,8 +124,7 @@ def noisy_sgd(
     Differs from: `sgd`, whose noise is that of the batches.
     Source: Neelakantan et al. 2015, equation 1, arXiv:1511.06807.
     """
-    first = next((k for k in (key, seed) if k is not None), 0)
-    return chain(add_noise(eta, gamma, first), scale_by_learning_rate(learning_rate))
+    return chain(add_noise(eta, gamma, key, seed=seed), scale_by_learning_rate(learning_rate))
 
 
 @as_pytree

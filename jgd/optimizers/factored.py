@@ -13,10 +13,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from optax import GradientTransformation
 
-from jgd.arguments import Decay, Fraction, NonNegative, Number, Positive, Structure
+from jgd.arguments import Decay, Fraction, Mask, NonNegative, Number, Positive, Structure
 from jgd.combinators import abs_square, quotient, safe_sqrt
 from jgd.norms import rms_norm, scale_by_param_block_rms
-from jgd.optimizers.adaptive import Mask
 from jgd.pytree import as_pytree
 from jgd.rules import per_leaf
 from jgd.transforms import (

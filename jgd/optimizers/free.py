@@ -4,7 +4,7 @@ Polyak's step divides by the squared norm of the gradient what is left of the lo
 estimate how far the parameters have to go. Norms are over the whole tree.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,20 @@ import optax
 from jax.typing import DTypeLike
 from optax import GradientTransformation
 
-from jgd.arguments import Count, Decay, Fraction, NonNegative, Number, Numbers, Positive
+from jgd.arguments import (
+    Count,
+    Decay,
+    Decays,
+    Fraction,
+    Kind,
+    Mask,
+    Mixing,
+    NonNegative,
+    Number,
+    NumberOrSchedule,
+    Positive,
+    unwrap,
+)
 from jgd.combinators import (
     abs_square,
     expect,
@@ -23,7 +36,6 @@ from jgd.combinators import (
     safe_sqrt,
     with_params,
 )
-from jgd.optimizers.adaptive import Mask
 from jgd.optimizers.classic import sgd
 from jgd.pytree import as_pytree
 from jgd.schedules import warmup_constant_schedule
@@ -34,6 +46,7 @@ from jgd.transforms import (
     scale_by_learning_rate,
     scale_by_rms,
 )
+from jgd.words import below_one
 from jgd.wrappers import schedule_free
 
 __all__ = [
@@ -120,13 +133,33 @@ def polyak_sgd(
     State: none. `update` takes the loss: `update(grads, state, params, value=loss)`.
     Raises: TypeError in `update` if no `value` is given.
     Differs from: `sgd`; this one needs the loss, and to know its least value.
-    Source: Loizou et al. 2021, equation 4, arXiv:2002.10542; Polyak 1964.
+    Source: Loizou et al. 2021, equation 4, arXiv:2002.10542; Polyak 1969.
     """
     step = scale_by_polyak(f_min, max_learning_rate, eps, variant)
     return chain(sgd(scaling), step)
 
 
 # --- distance over gradients -----------------------------------------------------------------
+
+
+def _is_first_step(pair: Any) -> bool:
+    words = ("distance", "learning_rate", "heuristic")
+    return (
+        isinstance(pair, tuple | list)
+        and len(pair) == 2
+        and unwrap(pair[0]) in words
+        and pair[1] >= 0
+    )
+
+
+InitStep = Annotated[
+    Any,
+    Kind(
+        "numbers",
+        "'distance', 'learning_rate' or 'heuristic' and a number, at least 0",
+        _is_first_step,
+    ),
+]
 
 
 class DoGState(NamedTuple):
@@ -139,13 +172,8 @@ class DoGState(NamedTuple):
 
 
 @as_pytree
-def _scale_by_dog(init_step: Numbers, eps: NonNegative) -> GradientTransformation:
+def _scale_by_dog(init_step: InitStep, eps: NonNegative) -> GradientTransformation:
     kind, value = init_step
-    if kind not in ("distance", "learning_rate", "heuristic"):
-        raise ValueError(
-            "dog: init_step must be a pair of 'distance', 'learning_rate' or 'heuristic' and a"
-            f" number, got {kind!r}"
-        )
 
     def init(params: Any) -> Any:
         reach = {
@@ -173,7 +201,7 @@ def _scale_by_dog(init_step: Numbers, eps: NonNegative) -> GradientTransformatio
 @as_pytree
 def dog(
     learning_rate: Number = 1.0,
-    init_step: Numbers = ("heuristic", 1e-6),
+    init_step: InitStep = ("heuristic", 1e-6),
     eps: NonNegative = 1e-8,
     weight_decay: Number | None = None,
     mask: Mask | None = None,
@@ -266,7 +294,8 @@ def dowg(
 
 def _corrected_rate(count: Any, b1: Any, b2: Any) -> Any:
     """sqrt(1 - b2^t) / (1 - b1^t), Adam's two corrections as one factor of the rate."""
-    weight = lambda b: -jnp.expm1(count * jnp.log(jnp.maximum(b, jnp.finfo(b.dtype).tiny)))
+    log = lambda b: jnp.log(jnp.maximum(b, jnp.finfo(b.dtype).tiny))
+    weight = lambda b: below_one(b, count, count * log(b))
     return jnp.sqrt(weight(b2)) / weight(b1)
 
 
@@ -284,7 +313,7 @@ class DAdaptAdamWState(NamedTuple):
 @as_pytree
 def dadapt_adamw(
     learning_rate: Number = 1.0,
-    betas: Numbers = (0.9, 0.999),
+    betas: Decays = (0.9, 0.999),
     eps: NonNegative = 1e-8,
     estim_lr0: Positive = 1e-6,
     weight_decay: Number = 0.0,
@@ -349,7 +378,7 @@ class ProdigyState(NamedTuple):
 @as_pytree
 def prodigy(
     learning_rate: Number = 1.0,
-    betas: Numbers = (0.9, 0.999),
+    betas: Decays = (0.9, 0.999),
     beta3: Fraction | None = None,
     eps: NonNegative = 1e-8,
     estim_lr0: Positive = 1e-6,
@@ -416,14 +445,17 @@ def prodigy(
 def _warmed_up(learning_rate: Any, warmup_steps: Any) -> Any:
     if warmup_steps is None:
         return learning_rate
+    if callable(learning_rate):
+        ramp = warmup_constant_schedule(0.0, 1.0, warmup_steps)
+        return lambda step: ramp(step) * learning_rate(step)
     return warmup_constant_schedule(0.0, learning_rate, warmup_steps)
 
 
 @as_pytree
 def schedule_free_sgd(
-    learning_rate: Number = 1.0,
+    learning_rate: NumberOrSchedule = 1.0,
     warmup_steps: Count | None = None,
-    b1: Decay = 0.9,
+    b1: Mixing = 0.9,
     weight_decay: Number | None = None,
     weight_lr_power: NonNegative = 2.0,
     state_dtype: DTypeLike | None = None,
@@ -434,7 +466,7 @@ def schedule_free_sgd(
         u = (1 - b1) z + b1 x - p
 
     Args:
-      learning_rate: the step, above 0 to descend; 1 by default.
+      learning_rate: the step, above 0 to descend; 1 by default. May be a schedule.
       warmup_steps: at least 0, of a linear warm-up from 0; None (default): none.
       b1, weight_lr_power, state_dtype: as `schedule_free`, which also says what c is.
       weight_decay: added to the gradient, at p; None (default): none.
@@ -452,9 +484,9 @@ def schedule_free_sgd(
 
 @as_pytree
 def schedule_free_adamw(
-    learning_rate: Number = 0.0025,
+    learning_rate: NumberOrSchedule = 0.0025,
     warmup_steps: Count | None = None,
-    b1: Decay = 0.9,
+    b1: Mixing = 0.9,
     b2: Decay = 0.999,
     eps: NonNegative = 1e-8,
     weight_decay: Number = 0.0,
@@ -467,7 +499,7 @@ def schedule_free_adamw(
         x <- (1 - c) x + c z            u = (1 - b1) z + b1 x - p
 
     Args:
-      learning_rate: the step, above 0 to descend; 0.0025 by default.
+      learning_rate: the step, above 0 to descend; 0.0025 by default. May be a schedule.
       warmup_steps: at least 0, of a linear warm-up from 0; None (default): none.
       b1, weight_lr_power, state_dtype: as `schedule_free`, which also says what c is.
       b2: in [0, 1), of the average square; 0.999 by default.

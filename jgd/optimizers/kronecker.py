@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from optax import GradientTransformation
 
-from jgd.arguments import Count, Decay, Fraction, NonNegative, Number, Structure
+from jgd.arguments import Decay, Fraction, NonNegative, Number, Period, Structure
 from jgd.combinators import (
     abs_square,
     expect,
@@ -144,7 +144,7 @@ def scale_by_soap(
     b2: Decay = 0.95,
     shampoo_beta: Decay | None = None,
     eps: NonNegative = 1e-8,
-    precondition_frequency: Count = 10,
+    precondition_frequency: Period = 10,
     *,
     max_precond_dim: Structure = 10_000,
     precondition_1d: bool = False,
@@ -193,12 +193,14 @@ def scale_by_soap(
             g: Any, mu: Any, nu: Any, preconditioners: Any, bases: Any
         ) -> tuple[Any, Any, Any, Any, Any]:
             x = into(g, bases)
-            mu = jnp.where(first, mu, b1 * mu + (1 - b1) * x)
-            nu = jnp.where(first, nu, b2 * nu + (1 - b2) * abs_square(x))
+            keep = lambda new, old: new.astype(old.dtype)
+            mu = keep(jnp.where(first, mu, b1 * mu + (1 - b1) * x), mu)
+            nu = keep(jnp.where(first, nu, b2 * nu + (1 - b2) * abs_square(x)), nu)
             u = out_of(quotient(mu, safe_sqrt(nu) + eps), bases) * (jnp.sqrt(c2) / c1)
             moments = [_moment(g, axis) for axis in rotated(g)]
             preconditioners = tuple(
-                beta * h + (1 - beta) * m for h, m in zip(preconditioners, moments, strict=True)
+                keep(beta * h + (1 - beta) * m, h)
+                for h, m in zip(preconditioners, moments, strict=True)
             )
             if bases:
                 start = lambda: (mu, nu, tuple(map(eigenvectors, preconditioners)))
@@ -211,10 +213,10 @@ def scale_by_soap(
         return per_leaf(rule, _SoapLeaves, preconditioners=squares, bases=squares)
 
     def init(params: Any) -> Any:
-        zero = jnp.zeros([], float)
+        zeros = lambda: jnp.zeros([], float)  # each its own buffer
         leaves: Any = one_step(1, 1.0, 1.0).init(params)
         count = jnp.zeros([], jnp.int32)
-        return SoapState(count, **leaves._asdict(), log_b1=zero, log_b2=zero)
+        return SoapState(count, **leaves._asdict(), log_b1=zeros(), log_b2=zeros())
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         count, *memories, log_b1, log_b2 = expect(state, SoapState)
@@ -237,7 +239,7 @@ def soap(
     shampoo_beta: Decay | None = None,
     eps: NonNegative = 1e-8,
     weight_decay: Number = 0.01,
-    precondition_frequency: Count = 10,
+    precondition_frequency: Period = 10,
     *,
     max_precond_dim: Structure = 10_000,
     precondition_1d: bool = False,

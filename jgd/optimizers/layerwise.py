@@ -12,10 +12,9 @@ import optax
 from jax.typing import DTypeLike
 from optax import GradientTransformation
 
-from jgd.arguments import Decay, Fraction, NonNegative, Number
+from jgd.arguments import Decay, Fraction, Mask, NonNegative, Number
 from jgd.combinators import abs_square, quotient, safe_sqrt
 from jgd.norms import scale_by_trust_ratio
-from jgd.optimizers.adaptive import Mask
 from jgd.pytree import as_pytree
 from jgd.rules import per_leaf
 from jgd.transforms import (

@@ -54,7 +54,7 @@ acprop = _lift(
 
     State: `ScaleByBeliefState(count, mu, nu)`, two trees.
     Differs from: `adabelief`, which divides an average, by the spread of now.
-    Source: Zhou et al. 2021, arXiv:2110.05454.
+    Source: Zhuang et al. 2021, arXiv:2110.05454.
     """,
 )
 scale_by_cocob = _lift(
@@ -65,7 +65,7 @@ cocob = _lift(
     optax.contrib.cocob,
     """COCOB: bets on the sign of each gradient, and needs no learning rate. Lifted from optax.
 
-        u = p0 - p - G (1 + reward / L) / (L max(|g|_1 + L, alpha L)), by sums over the steps
+        u = p0 - p - G (1 + reward / L) / max(|g|_1 + L, alpha L), by sums over the steps
 
     State: `COCOBState(init_particles, cumulative_gradients, scale, subgradients, reward)`, five
       trees.
@@ -84,7 +84,8 @@ galore = _lift(
 
         u = -learning_rate scale P adam(P^T g), for P the first singular vectors of a past g
 
-    State: `GaLoreState(count, base_optimizer_state, projector)`, Adam's state of projected shapes.
+    State: `GaLoreState(count, base_optimizer_state, projector)`, Adam's state
+      and the projector, in the shapes of the subspace.
     Differs from: `soap`, whose bases are complete.
     Source: Zhao et al. 2024, algorithm 1, arXiv:2403.03507.
     """,

@@ -12,9 +12,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from optax import GradientTransformation
 
-from jgd.arguments import Decay, NonNegative, Number
+from jgd.arguments import Decay, Mask, NonNegative, Number
 from jgd.combinators import abs_square, quotient, safe_sqrt
-from jgd.optimizers.adaptive import Mask
 from jgd.pytree import as_pytree
 from jgd.rules import per_leaf
 from jgd.transforms import (

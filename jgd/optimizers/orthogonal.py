@@ -11,7 +11,7 @@ import optax.contrib
 from jax.typing import DTypeLike
 from optax import GradientTransformation
 
-from jgd.arguments import Decay, NonNegative, Number, Numbers, Structure
+from jgd.arguments import Decay, Mask, NonNegative, Number, Numbers, Structure
 from jgd.combinators import (
     aligned,
     partition,
@@ -21,7 +21,6 @@ from jgd.combinators import (
 )
 from jgd.linear_algebra import orthogonalized
 from jgd.norms import norm
-from jgd.optimizers.adaptive import Mask
 from jgd.optimizers.classic import adamw
 from jgd.pytree import TreeError, as_pytree
 from jgd.transforms import (
@@ -106,6 +105,8 @@ def _as_matrices(f: Callable[[Any], Any], x: Any, dimensions: Any) -> Any:
             f"muon is for matrices, got shape {x.shape}: give its weight_dimension_numbers"
         )
     groups = _axes(x.ndim, dimensions)
+    if x.size == 0:
+        return x
     order = [axis for group in groups for axis in group]
     sizes = [math.prod(x.shape[axis] for axis in group) for group in groups]
     turned = x.transpose(order)
@@ -227,7 +228,7 @@ def muon(
             math.prod(x.shape[axis] for axis in group) for group in _axes(x.ndim, dimensions)
         )
         if consistent_rms is None:
-            return x * math.sqrt(max(1, columns / rows))
+            return x * math.sqrt(max(1, columns / max(rows, 1)))
         return x * consistent_rms * math.sqrt(max(rows, columns))
 
     def labels(params: Any) -> Any:

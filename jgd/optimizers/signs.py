@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from optax import GradientTransformation
 
-from jgd.arguments import Decay, Fraction, NonNegative, Number, Positive
-from jgd.optimizers.adaptive import Mask
+from jgd.arguments import Decay, Fraction, Mask, NonNegative, Number, Positive
 from jgd.pytree import as_pytree
 from jgd.rules import per_leaf, real
 from jgd.transforms import (
