@@ -16,10 +16,6 @@ results.csv in the folder gets a row as soon as an optimizer has finished a task
 
 import os
 
-# One thread: batches of eigendecompositions wait for each other for ever in jaxlib 0.10 on few cores
-# (Shampoo and SOAP in lanes), and threads inside LAPACK make those of 64 rows slower.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
-os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import argparse
 import csv

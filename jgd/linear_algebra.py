@@ -17,9 +17,23 @@ def _adjoint(x: Any) -> Any:
     return x.conj().swapaxes(-1, -2)
 
 
+# one matrix after the other in a batch of lanes: on CPUs, batched decompositions of two programs that
+# run at once wait for each other's threads for ever
+@jax.custom_batching.sequential_vmap
+def _eigh(h: Any) -> tuple[Any, Any]:
+    values, vectors = jnp.linalg.eigh(h)
+    return values, vectors
+
+
+@jax.custom_batching.sequential_vmap
+def _qr(a: Any) -> tuple[Any, Any]:
+    q, r = jnp.linalg.qr(a)
+    return q, r
+
+
 def _spectrum(h: Any) -> tuple[Any, Any, Any]:
     """Eigenvalues of a positive matrix, none below what rounding leaves of them; their floor."""
-    values, vectors = jnp.linalg.eigh(h)
+    values, vectors = _eigh(h)
     precision = jnp.finfo(values.dtype)
     floor = precision.eps * jnp.max(values, initial=0) + precision.tiny
     return jnp.maximum(values, floor), vectors, floor
@@ -53,12 +67,12 @@ def _inverse_root_jvp(order: int, primals: Any, tangents: Any) -> tuple[Any, Any
 @jax.custom_jvp
 def eigenvectors(h: Any) -> Any:
     """Orthonormal eigenvectors of a positive matrix as columns, largest eigenvalue first."""
-    return jnp.linalg.eigh(h)[1][:, ::-1]
+    return _eigh(h)[1][:, ::-1]
 
 
 @eigenvectors.defjvp
 def _eigenvectors_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
-    values, vectors = jnp.linalg.eigh(*primals)
+    values, vectors = _eigh(*primals)
     values, vectors = values[::-1], vectors[:, ::-1]
     gaps = values[None, :] - values[:, None]
     close = jnp.abs(gaps) <= jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values))
@@ -70,12 +84,12 @@ def _eigenvectors_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
 @jax.custom_jvp
 def orthonormal(a: Any) -> Any:
     """The orthonormal factor of a square matrix (QR)."""
-    return jnp.linalg.qr(a)[0]
+    return _qr(a)[0]
 
 
 @orthonormal.defjvp
 def _orthonormal_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
-    q, r = jnp.linalg.qr(*primals)
+    q, r = _qr(*primals)
     diagonal = jnp.abs(jnp.diagonal(r))
     lost = diagonal <= jnp.finfo(diagonal.dtype).eps * jnp.max(diagonal, initial=0)
     change = jax.scipy.linalg.solve_triangular(
