@@ -35,6 +35,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import matplotlib.figure
+import matplotlib.lines
+import matplotlib.ticker
 import numpy as np
 import optax
 import scipy.stats
@@ -67,7 +69,7 @@ class Problem(NamedTuple):
     title: str
     measure: str  # what "test" is
     target: float
-    untrained: float  # about what it is at first
+    edge: float  # of the picture; what is worse is drawn there
     log: bool  # whether to draw it so
     digits: int  # after the point, in the table
 
@@ -240,18 +242,11 @@ def regression(size: int = 48, rows: int = 128, condition: float = 1e4) -> jgd.T
 
 
 PROBLEMS = {
-    "digits": Problem(digits, 150, "digits", "test error", 0.06, 0.9, True, 3),
+    "digits": Problem(digits, 150, "digits", "test error", 0.06, 0.12, True, 3),
     "sparse": Problem(sparse, 1000, "sparse features", "excess test loss", 0.25, 0.36, False, 3),
-    "recall": Problem(recall, 200, "recall", "test cross-entropy", 0.3, math.log(16), True, 3),
+    "recall": Problem(recall, 200, "recall", "test cross-entropy", 0.3, 3.0, True, 3),
     "regression": Problem(
-        regression,
-        500,
-        "ill-conditioned regression",
-        "log10 of the error left",
-        -3.0,
-        0.0,
-        False,
-        2,
+        regression, 500, "ill-conditioned regression", "log10 of error left", -3.0, 0.0, False, 2
     ),
 }
 
@@ -487,42 +482,71 @@ def table(rows: Rows, tasks: Sequence[str]) -> str:
     )
 
 
-# Okabe and Ito's colours, which colour-blind readers tell apart
-COLORS = {
-    "classic": "#000000",
-    "adaptive": "#0072B2",
-    "normalized": "#56B4E9",
-    "signs": "#D55E00",
-    "layerwise": "#E69F00",
-    "factored": "#999999",
-    "orthogonal": "#CC79A7",
-    "kronecker": "#CC79A7",
-    "dual": "#F0E442",
-    "free": "#009E73",
+# colour and shape both tell families apart: Okabe and Ito's colours, and one of Tol's
+FAMILIES = {
+    "classic": ("classic", "#000000", "o"),
+    "adaptive": ("Adam's relatives", "#0072B2", "s"),
+    "normalized": ("normalized first", "#56B4E9", "D"),
+    "signs": ("signs", "#D55E00", "^"),
+    "layerwise": ("by layer", "#E69F00", "v"),
+    "factored": ("factored", "#999999", "P"),
+    "orthogonal": ("matrices", "#CC79A7", "*"),
+    "kronecker": ("matrices", "#CC79A7", "*"),
+    "dual": ("follow the leader", "#882255", "X"),
+    "free": ("own rate", "#009E73", "p"),
 }
 
 
 def draw(rows: Rows, tasks: Sequence[str]) -> Any:
-    """A panel per task, a line per optimizer: each seed a dot, their mean a bar."""
+    """A panel per task, a line per optimizer: a small mark for each seed, a large one for the mean.
+
+    What lies beyond the right edge is drawn there, hollow.
+    """
     ranks, rooms = mean_ranks(rows, tasks), own_optimizers()
     figure = matplotlib.figure.Figure(
-        figsize=(2 + 2.6 * len(tasks), 1.6 + 0.23 * len(rows)), layout="constrained"
+        figsize=(2.4 + 2.4 * len(tasks), 1.5 + 0.215 * len(ranks)), layout="constrained"
     )
     panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
     for panel, task in zip(panels, tasks, strict=True):
         problem = PROBLEMS[task]
+        for place in range(0, len(ranks), 2):
+            panel.axhspan(place - 0.5, place + 0.5, color="#f3f3f3", linewidth=0, zorder=0)
+        if "sgd" in ranks and math.isfinite(level := rows["sgd"][task].mean):
+            panel.axvline(min(level, problem.edge), color="black", linewidth=0.8, linestyle=":")
         for place, name in enumerate(ranks):
-            row, color = rows[name][task], COLORS[rooms[name]]
-            test = np.nan_to_num(np.minimum(row.test, problem.untrained), nan=problem.untrained)
-            panel.plot(test, [place] * len(test), ".", color=color, alpha=0.4, markersize=5)
-            mean = min(row.mean, problem.untrained)
-            panel.plot([mean], [place], "|", color=color, markersize=9, markeredgewidth=2.5)
-        panel.set_title(problem.title)
-        panel.set_xlabel(problem.measure)
+            row = rows[name][task]
+            _, color, shape = FAMILIES[rooms[name]]
+            inside = [x for x in row.test if x <= problem.edge]
+            look = dict(color=color, linestyle="none", clip_on=False)
+            panel.plot(inside, [place] * len(inside), "|", markersize=5, alpha=0.45, **look)
+            beyond = not row.mean <= problem.edge
+            look |= dict(markerfacecolor="white") if beyond else dict(markeredgecolor="white")
+            size = 10 if shape == "*" else 6.5
+            mean = problem.edge if beyond else row.mean
+            panel.plot(mean, place, shape, markersize=size, markeredgewidth=0.7, zorder=4, **look)
         if problem.log:
             panel.set_xscale("log")
-    panels[0].set_yticks(range(len(ranks)), [f"{n} {r:.1f}" for n, r in ranks.items()])
+            panel.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+            panel.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        panel.set_xlim(right=problem.edge)
+        panel.set_title(problem.title, fontsize=11)
+        panel.set_xlabel(problem.measure)
+        panel.grid(axis="x", alpha=0.25)
+        panel.tick_params(axis="y", length=0)
+        panel.spines[["top", "right", "left"]].set_visible(False)
+    panels[0].set_yticks(range(len(ranks)), ranks)
     panels[0].set_ylim(len(ranks) - 0.5, -0.5)
+    right = panels[-1].secondary_yaxis("right")
+    right.set_yticks(range(len(ranks)), [f"{rank:.1f}" for rank in ranks.values()])
+    right.tick_params(length=0)
+    right.spines["right"].set_visible(False)
+    right.set_ylabel("mean rank", rotation=270, labelpad=14)
+    shown = dict.fromkeys(FAMILIES[rooms[name]] for name in ranks)
+    handles = [
+        matplotlib.lines.Line2D([], [], color=color, marker=shape, linestyle="none", label=label)
+        for label, color, shape in shown
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=5, frameon=False, fontsize=9)
     return figure
 
 
