@@ -17,8 +17,8 @@ def _adjoint(x: Any) -> Any:
     return x.conj().swapaxes(-1, -2)
 
 
-# one matrix after the other in a batch of lanes: on CPUs, batched decompositions of two programs that
-# run at once wait for each other's threads for ever
+# One matrix after the other in a batch of lanes: on CPUs, batched decompositions of two programs
+# that run at once can wait for each other's threads for ever.
 @jax.custom_batching.sequential_vmap
 def _eigh(h: Any) -> tuple[Any, Any]:
     values, vectors = jnp.linalg.eigh(h)
