@@ -14,13 +14,6 @@ seed is the same to all optimizers, so that differences are paired.
 results.csv in the folder gets a row as soon as an optimizer has finished a task.
 """
 
-import os
-
-# jaxlib 0.10 has as many threads as cores; batches of eigendecompositions (Shampoo's and SOAP's
-# lanes) hold one each while they wait for another, and where they hold all, they wait for ever.
-os.environ["NPROC"] = "32"
-os.environ["OPENBLAS_NUM_THREADS"] = "1"  # those of LAPACK make eigenvectors of 64 rows slower
-
 import argparse
 import csv
 import functools

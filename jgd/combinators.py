@@ -209,7 +209,9 @@ def stateless(f: Callable[[Any, Any], Any]) -> GradientTransformation:
     """`f(updates, params)` as a transformation without memory."""
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        return f(updates, params), expect(state, optax.EmptyState)
+        if isinstance(state, tuple) and jax.tree.leaves(state):  # else it is ignored, as by optax
+            expect(state, optax.EmptyState)
+        return f(updates, params), state
 
     return GradientTransformation(optax.init_empty_state, update)
 

@@ -42,6 +42,10 @@ class ScaleBySM3State(NamedTuple):
     nu: Any  # like the parameters, at least float32
 
 
+def _real_dtype(p: Any) -> Any:
+    return jnp.real(jnp.zeros([], p.dtype)).dtype
+
+
 class _CoverState(NamedTuple):
     mu: Any
 
@@ -83,7 +87,10 @@ def scale_by_sm3(
         magnitude = jnp.where(bound > 0, safe_sqrt(bound + eps), 0)
         return quotient(g, magnitude), _maxima(jnp.broadcast_to(bound, g.shape))
 
-    zeros = lambda p: _maxima(jnp.zeros_like(jnp.real(p)))
+    def zeros(p: Any) -> list[Any]:
+        lengths = [[n] for n in p.shape] if p.ndim > 1 else [p.shape]
+        return [jnp.zeros(shape, _real_dtype(p)) for shape in lengths]
+
     tx = chain(per_leaf(rule, _CoverState, mu=zeros), moving_average(b1))
     return named(tx, record=ScaleBySM3State, slots="mu nu")
 
@@ -158,10 +165,12 @@ def scale_by_factored_rms(
     def axes(x: Any) -> tuple[int, int] | None:
         return _factored_axes(x.shape, factored, min_dim_size_to_factor)
 
-    unused = lambda p: jnp.zeros([1], jnp.real(jnp.zeros([], p.dtype)).dtype)
+    unused = lambda p: jnp.zeros([1], _real_dtype(p))
 
     def mean_over(which: int) -> Callable[[Any], Any]:
-        return lambda p: jnp.zeros_like(jnp.real(p)).mean(a[which]) if (a := axes(p)) else unused(p)
+        kept = lambda p, axis: [n for a, n in enumerate(p.shape) if a != axis]
+        zeros = lambda p, found: jnp.zeros(kept(p, found[which]), _real_dtype(p))
+        return lambda p: zeros(p, found) if (found := axes(p)) else unused(p)
 
     def rule(g: Any, v_row: Any, v_col: Any, v: Any, t: Any) -> tuple[Any, ...]:
         steps = t - step_offset
@@ -183,7 +192,7 @@ def scale_by_factored_rms(
     start = dict(
         v_row=mean_over(1),
         v_col=mean_over(0),
-        v=lambda p: unused(p) if axes(p) else jnp.zeros_like(jnp.real(p)),
+        v=lambda p: unused(p) if axes(p) else jnp.zeros_like(p, dtype=_real_dtype(p)),
     )
     return per_leaf(rule, FactoredState, **start)
 
@@ -197,7 +206,7 @@ def adafactor(
     multiply_by_parameter_scale: bool = True,
     clipping_threshold: Positive | None = 1.0,
     momentum: Fraction | None = None,
-    dtype_momentum: DTypeLike = jnp.float32,
+    dtype_momentum: DTypeLike = "float32",
     weight_decay_rate: Number | None = None,
     eps: NonNegative = 1e-30,
     factored: bool = True,

@@ -147,7 +147,8 @@ def print_optimizers(console: Console) -> None:
     """The table of all optimizers."""
     table = rich.table.Table(box=rich.box.SIMPLE, padding=(0, 1), show_lines=True)
     for column in catalog.HEADER:
-        table.add_column(column, justify="right" if column == "state" else "left")
+        justify = "right" if column == "state" else "left"
+        table.add_column(column, justify=justify, overflow="fold")
     for entry in catalog.entries():
         table.add_row(*map(escape, catalog.cells(entry)))
     console.print(table)
