@@ -14,6 +14,10 @@ seed is the same to all optimizers, so that differences are paired.
 results.csv in the folder gets a row as soon as an optimizer has finished a task.
 """
 
+import os
+
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # two make eigenvectors of 64 rows ten times slower
+
 import argparse
 import csv
 import functools
@@ -41,11 +45,11 @@ import jgd.tuning.tasks
 
 HELD_OUT = ("validation", "test")
 RATES = np.geomspace(1e-5, 1e2, 22)  # three to a decade
-TUNING_SEEDS, SEEDS = 2, 10
+TUNING_SEEDS, SEEDS = 4, 10
 TUNING_KEY, KEY = 0, 1
-WIDTH = 11  # lanes in a tile: four tiles of 22 rates x 2 seeds, and one program for both sweeps
+WIDTH = 11  # lanes in a tile: eight of 22 rates x 4 seeds, and one program for both sweeps
 REPORTS = 50  # of each final training: the resolution of the steps to the target
-ROUNDS = 5  # of the clock
+ROUNDS = 15  # of the clock
 
 HERE = Path(__file__).resolve().parent
 README, PICTURE = HERE / "README.md", HERE.parent / ".github" / "comparison.png"
@@ -90,9 +94,9 @@ def digits() -> jgd.Task:
     def evaluate(validation: Any, test: Any, params: Any) -> dict[str, Any]:
         seen, unseen = (network.evaluate.func(*data, params) for data in (validation, test))
         return {
-            "validation": 1 - seen["accuracy"],
+            "validation": 100 * (1 - seen["accuracy"]),
             "loss": seen["loss"],
-            "test": 1 - unseen["accuracy"],
+            "test": 100 * (1 - unseen["accuracy"]),
         }
 
     return jgd.Task(
@@ -214,7 +218,7 @@ def regression(size: int = 48, rows: int = 128, condition: float = 1e4) -> jgd.T
         normal = jax.random.normal(key, (size + 3 * rows + 1, size))
         turn = jnp.linalg.qr(normal[:size])[0]
         # orthonormal columns: the condition number is exact for each of the three sets
-        white = jnp.linalg.qr(normal[size:-1].reshape(3, rows, size))[0] * math.sqrt(rows)
+        white = jnp.linalg.qr(normal[size:-1].reshape(3, rows, size) @ turn)[0] * math.sqrt(rows)
         features = white * spectrum @ turn.T
         solution = normal[-1]
         return {"weight": 0.1 * jnp.roll(solution, 1)}, (features, features @ solution)
@@ -235,7 +239,7 @@ def regression(size: int = 48, rows: int = 128, condition: float = 1e4) -> jgd.T
 
 
 PROBLEMS = {
-    "digits": Problem(digits, 150, "digits", "test error", 0.06, 0.12, True, 3),
+    "digits": Problem(digits, 150, "digits", "test error, %", 6.0, 12.0, False, 1),
     "sparse": Problem(sparse, 1000, "sparse features", "excess test loss", 0.25, 0.36, False, 3),
     "recall": Problem(recall, 200, "recall", "test cross-entropy", 0.3, 3.0, True, 3),
     "regression": Problem(
@@ -345,8 +349,9 @@ def beside_sgd(task: str) -> Callable[[jgd.Run, Any, int], float]:
     def relative_time(run: jgd.Run, tx: Any, steps: int) -> float:
         plain = made(task), jgd.sgd(RATES[0]), steps
         seconds(*plain), seconds(run, tx, steps)  # compiled
-        turns = [seconds(run, tx, steps) / seconds(*plain) for _ in range(ROUNDS)]
-        return statistics.median(turns)
+        turns = [(seconds(run, tx, steps), seconds(*plain)) for _ in range(ROUNDS)]
+        ours, plain_ones = zip(*turns, strict=True)
+        return min(ours) / min(plain_ones)  # the least: others use this machine too
 
     return relative_time
 
