@@ -11,7 +11,7 @@ data choose; `SEEDS` fresh seeds are trained at the chosen rate, and the test da
 seed is an initial point with batches of its own, and on the regression a problem of its own; one
 seed is the same to all optimizers, so that differences are paired.
 
-results.csv in the folder gets a row as soon as an optimizer has finished a task.
+results.jsonl in the folder gets a row as soon as an optimizer has finished a task.
 """
 
 import os
@@ -19,9 +19,9 @@ import os
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # two make eigenvectors of 64 rows ten times slower
 
 import argparse
-import csv
 import functools
 import inspect
+import json
 import math
 import statistics
 import time
@@ -35,15 +35,12 @@ import matplotlib.figure
 import matplotlib.lines
 import matplotlib.ticker
 import numpy as np
-import optax
 import scipy.stats
-import sklearn.datasets
+from problems import PROBLEMS
 
 import jgd
 import jgd.optimizers
-import jgd.tuning.tasks
 
-HELD_OUT = ("validation", "test")
 RATES = np.geomspace(1e-5, 1e2, 22)  # three to a decade
 TUNING_SEEDS, SEEDS = 4, 10
 TUNING_KEY, KEY = 0, 1
@@ -55,203 +52,11 @@ HERE = Path(__file__).resolve().parent
 README, PICTURE = HERE / "README.md", HERE.parent / ".github" / "comparison.png"
 BEGIN, END = "<!-- comparison: begin -->", "<!-- comparison: end -->"
 
-# --- the tasks -------------------------------------------------------------------------------
-
-
-class Problem(NamedTuple):
-    """A task whose `evaluate` reports "validation" and "test", both better if lower."""
-
-    make: Callable[[], jgd.Task]
-    steps: int
-    title: str
-    measure: str  # what "test" is
-    target: float
-    edge: float  # of the picture; what is worse is drawn there
-    log: bool  # whether to draw it so
-    digits: int  # after the point, in the table
-
-
-def digits() -> jgd.Task:
-    """scikit-learn's digits: 897 to train on, 400 to choose the rate by, 500 to report.
-
-    The 64-64-10 network of `jgd sweep`, batches of 64 drawn with replacement; the error, and the
-    cross-entropy where two rates have the same.
-    """
-    network = jgd.tuning.tasks.digits()
-    images, labels = sklearn.datasets.load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(labels))
-    images = jnp.asarray(images / 16, jnp.float32)[order]
-    labels = jnp.asarray(labels, jnp.int32)[order]
-    split = lambda begin, end: (images[begin:end], labels[begin:end])
-    validation, test, train = split(0, 400), split(400, 900), split(900, None)
-
-    def loss(
-        data: Any, params: Any, _: Any, batch: Any, key: jax.Array, setting: Any
-    ) -> tuple[Any, Any]:
-        rows = jax.random.bits(key, (64,)) % len(data[1])
-        return network.loss(params, (data[0][rows], data[1][rows])), ({}, None)
-
-    def evaluate(validation: Any, test: Any, params: Any) -> dict[str, Any]:
-        seen, unseen = (network.evaluate.func(*data, params) for data in (validation, test))
-        return {
-            "validation": 100 * (1 - seen["accuracy"]),
-            "loss": seen["loss"],
-            "test": 100 * (1 - unseen["accuracy"]),
-        }
-
-    return jgd.Task(
-        init=lambda key: (network.init(key), None),
-        loss=jax.tree_util.Partial(loss, train),
-        batch=lambda step: (),
-        evaluate=jax.tree_util.Partial(evaluate, validation, test),
-    )
-
-
-def sparse(words: int = 2000, length: int = 20) -> jgd.Task:
-    """Logistic regression on bags of words, where rare words say more.
-
-    20 words of 2,000, word j with a frequency of 1 / j; a teacher whose weights grow like sqrt(j)
-    draws the labels. Every batch of 8 is new. What the loss exceeds the teacher's by, on 2,000
-    bags.
-    """
-    rank = np.arange(1, words + 1)
-    weights = np.random.default_rng(0).normal(size=words) * 2 * np.sqrt(rank / words)
-    teacher = {"weight": jnp.asarray(weights, jnp.float32), "bias": jnp.zeros(())}
-
-    def bags(key: jax.Array, n: int) -> jax.Array:
-        uniform = jax.random.uniform(key, (n, length))
-        return jnp.exp(uniform * math.log(words + 1)).astype(jnp.int32) - 1  # the quantile of 1 / j
-
-    def logits(params: Any, bag: jax.Array) -> jax.Array:
-        return params["weight"][bag].sum(-1) + params["bias"]
-
-    def init(key: jax.Array) -> tuple[Any, None]:
-        return {"weight": 0.01 * jax.random.normal(key, (words,)), "bias": jnp.zeros(())}, None
-
-    def loss(
-        teacher: Any, params: Any, _: Any, batch: Any, key: jax.Array, setting: Any
-    ) -> tuple[Any, Any]:
-        draws, coins = jax.random.split(key)
-        bag = bags(draws, 8)
-        labels = jax.random.uniform(coins, (8,)) < jax.nn.sigmoid(logits(teacher, bag))
-        losses = optax.sigmoid_binary_cross_entropy(logits(params, bag), labels)
-        return losses.mean(), ({}, None)
-
-    def evaluate(teacher: Any, held_out: dict[str, jax.Array], params: Any) -> dict[str, Any]:
-        def excess(bag: jax.Array) -> jax.Array:
-            expected = jax.nn.sigmoid(logits(teacher, bag))
-            of = lambda p: optax.sigmoid_binary_cross_entropy(logits(p, bag), expected).mean()
-            return of(params) - of(teacher)
-
-        return {name: excess(bag) for name, bag in held_out.items()}
-
-    held_out = {name: bags(jax.random.key(i), 2000) for i, name in enumerate(HELD_OUT)}
-    return jgd.Task(
-        init=init,
-        loss=jax.tree_util.Partial(loss, teacher),
-        batch=lambda step: (),
-        evaluate=jax.tree_util.Partial(evaluate, teacher, held_out),
-    )
-
-
-def recall(words: int = 32, values: int = 16, pairs: int = 12, width: int = 24) -> jgd.Task:
-    """A sequence of pairs of a word and its value, then one of the words: which value was it?
-
-    One block of attention, 3,840 parameters. Every batch of 32 sequences is new; cross-entropy on
-    500 sequences.
-    """
-    shapes = {
-        "word": (words, width),
-        "value": (values, width),
-        "query": (width, width),
-        "key": (width, width),
-        "read": (width, width),
-        "write": (width, width),
-        "head": (width, values),
-    }
-
-    def sequences(key: jax.Array, n: int) -> tuple[jax.Array, ...]:
-        uniform = jax.random.uniform(key, (n, words + pairs + 1))
-        shown = jnp.argsort(uniform[:, :words], axis=-1)[:, :pairs]  # no word twice
-        held = (uniform[:, words:-1] * values).astype(jnp.int32)
-        asked = (uniform[:, -1:] * pairs).astype(jnp.int32)
-        at = lambda x: jnp.take_along_axis(x, asked, axis=1)[:, 0]
-        return shown, held, at(shown), at(held)
-
-    def init(key: jax.Array) -> tuple[Any, None]:
-        sizes = [math.prod(shape) for shape in shapes.values()]
-        flat = jax.random.normal(key, (sum(sizes),)) / math.sqrt(width)
-        parts = np.split(flat, np.cumsum(sizes)[:-1])
-        pairs = zip(shapes.items(), parts, strict=True)
-        return {name: part.reshape(shape) for (name, shape), part in pairs}, None
-
-    def cross_entropy(params: Any, data: tuple[jax.Array, ...]) -> jax.Array:
-        shown, held, asked, answer = data
-        pair, word = params["word"][shown] + params["value"][held], params["word"][asked]
-        scores = jnp.einsum("nd,npd->np", word @ params["query"], pair @ params["key"])
-        attention = jax.nn.softmax(scores / math.sqrt(width))
-        found = jnp.einsum("np,npd->nd", attention, pair @ params["read"])
-        hidden = word + found @ params["write"]
-        hidden = hidden * jax.lax.rsqrt((hidden**2).mean(-1, keepdims=True) + 1e-6)
-        logits = hidden @ params["head"]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, answer).mean()
-
-    def loss(params: Any, _: Any, batch: Any, key: jax.Array, setting: Any) -> tuple[Any, Any]:
-        return cross_entropy(params, sequences(key, 32)), ({}, None)
-
-    def evaluate(held_out: dict[str, Any], params: Any) -> dict[str, Any]:
-        return {name: cross_entropy(params, data) for name, data in held_out.items()}
-
-    held_out = {name: sequences(jax.random.key(i), 500) for i, name in enumerate(HELD_OUT)}
-    return jgd.Task(init, loss, lambda step: (), jax.tree_util.Partial(evaluate, held_out))
-
-
-def regression(size: int = 48, rows: int = 128, condition: float = 1e4) -> jgd.Task:
-    """Linear least squares with a condition number of 10,000, full batch, no noise.
-
-    Each seed has features of its own, turned at random, so that no coordinate is an eigenvector.
-    The logarithm (base 10) of what is left of the squared error on other rows.
-    """
-    spectrum = jnp.geomspace(1, condition**-0.5, size)
-
-    def init(key: jax.Array) -> tuple[Any, Any]:
-        normal = jax.random.normal(key, (size + 3 * rows + 1, size))
-        turn = jnp.linalg.qr(normal[:size])[0]
-        # orthonormal columns: the condition number is exact for each of the three sets
-        white = jnp.linalg.qr(normal[size:-1].reshape(3, rows, size) @ turn)[0] * math.sqrt(rows)
-        features = white * spectrum @ turn.T
-        solution = normal[-1]
-        return {"weight": 0.1 * jnp.roll(solution, 1)}, (features, features @ solution)
-
-    def error(params: Any, data: Any, part: int) -> jax.Array:
-        features, targets = data
-        return jnp.mean((features[part] @ params["weight"] - targets[part]) ** 2) / 2
-
-    def loss(params: Any, data: Any, batch: Any, key: jax.Array, setting: Any) -> tuple[Any, Any]:
-        return error(params, data, 0), ({}, data)
-
-    def evaluate(params: Any, data: Any) -> dict[str, Any]:
-        zero = jax.tree.map(jnp.zeros_like, params)
-        left = lambda part: jnp.log10(error(params, data, part) / error(zero, data, part))
-        return {"validation": left(1), "test": left(2)}
-
-    return jgd.Task(init, loss, lambda step: (), evaluate)
-
-
-PROBLEMS = {
-    "digits": Problem(digits, 150, "digits", "test error, %", 6.0, 12.0, False, 1),
-    "sparse": Problem(sparse, 1000, "sparse features", "excess test loss", 0.25, 0.36, False, 3),
-    "recall": Problem(recall, 200, "recall", "test cross-entropy", 0.3, 3.0, True, 3),
-    "regression": Problem(
-        regression, 500, "ill-conditioned regression", "log10 of error left", -3.0, 0.0, False, 2
-    ),
-}
-
 # --- one optimizer on one task ---------------------------------------------------------------
 
 
 class Row(NamedTuple):
-    """What one optimizer did on one task; a line of results.csv."""
+    """What one optimizer did on one task; a line of results.jsonl."""
 
     task: str
     optimizer: str
@@ -361,36 +166,14 @@ def beside_sgd(task: str) -> Callable[[jgd.Run, Any, int], float]:
 
 def append(path: Path, row: Row) -> None:
     """Add a line; it is on disk when this returns."""
-    new = not path.exists()
-    plain = lambda x: " ".join(f"{v:.7g}" for v in x) if isinstance(x, list) else x
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            writer.writerow(Row._fields)
-        writer.writerow(map(plain, row))
+    with path.open("a") as file:
+        file.write(json.dumps(row._asdict()) + "\n")
 
 
 def kept(path: Path) -> list[Row]:
     """The rows of a file that may not be there yet."""
-    if not path.exists():
-        return []
-    many = lambda text: [float(x) for x in text.split()]
-    with path.open(newline="") as file:
-        return [
-            Row(
-                task=line["task"],
-                optimizer=line["optimizer"],
-                steps=int(line["steps"]),
-                rate=float(line["rate"]),
-                edge=line["edge"] == "True",
-                test=many(line["test"]),
-                reached=many(line["reached"]),
-                time=float(line["time"]),
-                state=float(line["state"]),
-                tuning=many(line["tuning"]),
-            )
-            for line in csv.DictReader(file)
-        ]
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [Row(**json.loads(line)) for line in lines]
 
 
 # --- table and picture -----------------------------------------------------------------------
@@ -412,16 +195,16 @@ def mean_ranks(rows: Rows, tasks: Sequence[str]) -> dict[str, float]:
 
 
 def among_the_best(rows: Rows, task: str) -> set[str]:
-    """Those that a paired t-test at 5 per cent does not tell from the best mean."""
+    """Those that a paired rank test (Wilcoxon's) at 5 per cent does not tell from the best mean."""
     best = min((row[task] for row in rows.values()), key=lambda row: row.mean)
-    found = {best.optimizer}
-    for name, row in rows.items():
-        if math.isfinite(row[task].mean):
-            gaps = np.subtract(row[task].test, best.test)
-            error = gaps.std(ddof=1) / math.sqrt(len(gaps))
-            if gaps.mean() <= error * scipy.stats.t.ppf(0.975, len(gaps) - 1):
-                found.add(name)
-    return found
+
+    def worse(test: list[float]) -> bool:
+        if test == best.test:
+            return False
+        found = scipy.stats.wilcoxon(test, best.test, alternative="greater")
+        return not math.isfinite(sum(test)) or found.pvalue < 0.05  # type: ignore[attr-defined]
+
+    return {name for name, row in rows.items() if not worse(row[task].test)}
 
 
 def table(rows: Rows, tasks: Sequence[str]) -> str:
@@ -507,6 +290,7 @@ def draw(rows: Rows, tasks: Sequence[str]) -> Any:
     panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
     for panel, task in zip(panels, tasks, strict=True):
         problem = PROBLEMS[task]
+        floor = 1e-5 if problem.log else -math.inf
         for place in range(0, len(ranks), 2):
             panel.axhspan(place - 0.5, place + 0.5, color="#f3f3f3", linewidth=0, zorder=0)
         if "sgd" in ranks and math.isfinite(level := rows["sgd"][task].mean):
@@ -514,14 +298,14 @@ def draw(rows: Rows, tasks: Sequence[str]) -> Any:
         for place, name in enumerate(ranks):
             row = rows[name][task]
             _, color, shape = FAMILIES[rooms[name]]
-            inside = [x for x in row.test if x <= problem.edge]
-            look = dict(color=color, linestyle="none", clip_on=False)
+            inside = [max(x, floor) for x in row.test if x <= problem.edge]
+            look = dict(color=color, linestyle="none")
             panel.plot(inside, [place] * len(inside), "|", markersize=5, alpha=0.45, **look)
             beyond = not row.mean <= problem.edge
             look |= dict(markerfacecolor="white") if beyond else dict(markeredgecolor="white")
             size = 10 if shape == "*" else 6.5
-            mean = problem.edge if beyond else row.mean
-            panel.plot(mean, place, shape, markersize=size, markeredgewidth=0.7, zorder=4, **look)
+            look |= dict(markersize=size, markeredgewidth=0.7, zorder=4, clip_on=False)
+            panel.plot(problem.edge if beyond else max(row.mean, floor), place, shape, **look)
         if problem.log:
             panel.set_xscale("log")
             panel.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
@@ -534,11 +318,9 @@ def draw(rows: Rows, tasks: Sequence[str]) -> Any:
         panel.spines[["top", "right", "left"]].set_visible(False)
     panels[0].set_yticks(range(len(ranks)), ranks)
     panels[0].set_ylim(len(ranks) - 0.5, -0.5)
-    right = panels[-1].secondary_yaxis("right")
-    right.set_yticks(range(len(ranks)), [f"{rank:.1f}" for rank in ranks.values()])
-    right.tick_params(length=0)
-    right.spines["right"].set_visible(False)
-    right.set_ylabel("mean rank", rotation=270, labelpad=14)
+    beside = dict(transform=panels[-1].get_yaxis_transform(), va="center", ha="right", fontsize=9)
+    for place, rank in enumerate(["rank", *(f"{rank:.1f}" for rank in ranks.values())], -1):
+        panels[-1].text(1.16, place, rank, **beside)
     shown = dict.fromkeys(FAMILIES[rooms[name]] for name in ranks)
     handles = [
         matplotlib.lines.Line2D([], [], color=color, marker=shape, linestyle="none", label=label)
@@ -565,7 +347,7 @@ def main() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
-    path = options.out / "results.csv"
+    path = options.out / "results.jsonl"
     rows: Rows = {name: {} for name in options.optimizers}
     steps = {task: options.steps or PROBLEMS[task].steps for task in options.tasks}
     for row in kept(path):
@@ -581,13 +363,14 @@ def main() -> None:
                 took = time.perf_counter() - started
                 print(f"{task:11} {name:20} {row.mean:8.4f} at {row.rate:.1e} ({took:.0f} s)")
     text, figure = table(rows, options.tasks), draw(rows, options.tasks)
+    look: Any = dict(dpi=130, bbox_inches="tight")
     (options.out / "table.md").write_text(text + "\n")
-    figure.savefig(options.out / "comparison.png", dpi=130)
+    figure.savefig(options.out / "comparison.png", **look)
     if options.publish:
         before, _, rest = README.read_text().partition(BEGIN)
         after = rest.partition(END)[2]
         README.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
-        figure.savefig(PICTURE, dpi=130)
+        figure.savefig(PICTURE, **look)
     print(text)
 
 
