@@ -55,6 +55,7 @@ _MODULES = {
     "jgd.tuning.space": "choice grid loguniform random_search uniform",
     "jgd.tuning.sweep": "iter_sweep sweep",
 }
+_SUBMODULES = ("compat", "regularization", "stopping")
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
@@ -85,6 +86,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"jgd.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'jgd' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)
@@ -93,4 +96,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *_HOME, *_SUBMODULES})

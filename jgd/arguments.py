@@ -74,7 +74,8 @@ Mask = Any | Callable[[Any], Any]  # a tree of bools, or a function from paramet
 
 
 def _is_pair_of_decays(pair: Any) -> bool:
-    return len(pair) == 2 and all(isinstance(x, np.floating) and 0 <= x < 1 for x in pair)
+    numbers = [x for x in pair if isinstance(x, np.floating)]  # the others are schedules
+    return len(pair) == 2 and all(0 <= x < 1 for x in numbers)
 
 
 Decays = Annotated[Any, Kind("numbers", "two numbers in [0, 1)", _is_pair_of_decays)]
@@ -127,13 +128,13 @@ def _kind(parameter: inspect.Parameter, hint: Any) -> Kind:
     numeric = Any not in members and any(c in NUMERIC for c in classes)
     if default is None or (default is empty and hint not in (empty, Any)):
         return Kind("number" if numeric else "structure")
-    if default is empty or _is_number(default):
+    if default is empty or is_number(default):
         return Kind("number")
-    several = isinstance(default, tuple | list) and all(map(_is_number, default))
+    several = isinstance(default, tuple | list) and all(map(is_number, default))
     return Kind("numbers" if several else "structure")
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     if isinstance(value, bool | np.bool_ | complex | np.complexfloating):
         return False
     if isinstance(value, np.ndarray | jax.Array):
@@ -336,7 +337,7 @@ class Spec:
         return jax.dtypes.canonicalize_dtype(value)
 
     def _number(self, name: str, kind: Kind, value: Any) -> Any:
-        if not _is_number(value):
+        if not is_number(value):
             raise TypeError(f"{self.name}: {name} must be a number or a schedule, got {value!r}")
         if isinstance(value, jax.Array):  # tracers too: float32, one trace for all of them
             return jnp.asarray(value, float)
@@ -345,16 +346,24 @@ class Spec:
             raise ValueError(f"{self.name}: {name} must be {kind.wanted}, got {float(value)!r}")
         return value
 
-    def call(self, args: tuple[Any, ...], step: Any = None) -> Any:
-        """The factory itself, called with float scalars; schedules take their value at `step`."""
-        return self._apply(args, lambda name, arg: self._resolve(name, arg, step))
+    def call(self, args: tuple[Any, ...], step: Any = None, *, exact: bool = False) -> Any:
+        """The factory itself, called with float scalars; schedules take their value at `step`.
+
+        With `exact` concrete numbers are handed on as they are, in float64.
+        """
+
+        def prepare(name: str, arg: Any) -> Any:
+            as_it_is = exact and isinstance(arg, np.float64)
+            return arg if as_it_is else self._resolve(name, arg, step)
+
+        return self._apply(args, prepare)
 
     def validate(self, args: tuple[Any, ...]) -> None:
         """Call the factory with the numbers as they are, for the checks in its body."""
 
         def as_they_are(name: str, arg: Any) -> Any:
             several = self.kinds[name].name == "numbers"
-            return jax.tree.map(unwrap, arg, is_leaf=_is_one_of) if several else unwrap(arg)
+            return jax.tree.map(unwrap, arg, is_leaf=is_one_of) if several else unwrap(arg)
 
         self._apply(args, as_they_are)
 
@@ -365,12 +374,18 @@ class Spec:
                 return (
                     unwrap(arg)
                     if self.kinds[name].lazy
-                    else _scalar(self.name, name, unwrap(arg)(step))
+                    else scalar(self.name, name, unwrap(arg)(step))
                 )
-            return _scalar(self.name, name, arg)
+            return scalar(self.name, name, arg)
         if kind == "numbers":
-            number = lambda x: unwrap(x) if _is_one_of(x) else jnp.asarray(x, float)
-            return jax.tree.map(number, arg, is_leaf=_is_one_of)
+            lazy = self.kinds[name].lazy or step is None
+
+            def number(x: Any) -> Any:
+                if is_schedule(x) and not lazy:
+                    return scalar(self.name, name, unwrap(x)(step))
+                return unwrap(x) if is_one_of(x) else jnp.asarray(x, float)
+
+            return jax.tree.map(number, arg, is_leaf=is_one_of)
         if kind == "links":
             return {name: unwrap(link) for name, link in arg.items()}  # type: ignore[union-attr]
         return unwrap(arg)
@@ -405,7 +420,7 @@ def is_schedule(arg: Any) -> bool:
     return callable(unwrap(arg)) and not isinstance(arg, type)
 
 
-def _is_one_of(arg: Any) -> bool:
+def is_one_of(arg: Any) -> bool:
     return isinstance(arg, Static) or is_schedule(arg)
 
 
@@ -413,7 +428,7 @@ def unwrap(arg: Any) -> Any:
     return arg.value if isinstance(arg, Static) else arg
 
 
-def _scalar(factory: str, name: str, value: Any) -> jax.Array:
+def scalar(factory: str, name: str, value: Any) -> jax.Array:
     """A float32 scalar (float64 under x64), so that no 16-bit leaf ever rounds a number."""
     number = jnp.asarray(value, float)
     if number.ndim:

@@ -24,7 +24,7 @@ __all__ = ["param_groups", "scale_by_path", "scale_by_width"]
 _REST = "//the rest"  # no path begins with two slashes
 
 
-def _paths(tree: Any) -> tuple[list[str], Any]:
+def paths(tree: Any) -> tuple[list[str], Any]:
     """The path of each leaf, None among them, and the structure."""
     pairs, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
     name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
@@ -38,7 +38,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 def _labels(tree: Any, patterns: list[str]) -> Any:
     """For each leaf the first pattern that matches its path."""
-    names, structure = _paths(tree)
+    names, structure = paths(tree)
     found = [next((p for p in patterns if _matches(name, p)), _REST) for name in names]
     for pattern in patterns if names else []:
         if pattern not in found:
@@ -47,6 +47,11 @@ def _labels(tree: Any, patterns: list[str]) -> Any:
             why = "earlier patterns take all" if taken else f"there are: {known}"
             raise TreeError(f"no parameter matches {pattern!r}; {why}")
     return structure.unflatten(found)
+
+
+def matching(tree: Any, pattern: str) -> list[bool]:
+    """For each leaf whether its path matches; raises TreeError if none does."""
+    return [label == pattern for label in jax.tree.leaves(_labels(tree, [pattern]))]
 
 
 @as_pytree
@@ -108,7 +113,7 @@ def scale_by_width(
       initialisation: variance 1 / fan_in, and 1 / fan_in^2 (or zeros) for the last layer.
     Source: Yang et al. 2022, tables 3 and 8, arXiv:2203.03466.
     """
-    names, _ = _paths(base)
+    names, _ = paths(base)
     shapes = [jnp.shape(x) for x in jax.tree.leaves(base, is_leaf=lambda x: x is None)]
     pairs = tuple(zip(names, shapes, strict=True))
     return _scale_by_width(pairs, rule=rule, output_axis=output_axis)
@@ -137,7 +142,7 @@ def _scale_by_width(
         return g * (growth * base_inputs / inputs)
 
     def update(updates: Any, params: Any = None) -> Any:
-        names, structure = _paths(updates)
+        names, structure = paths(updates)
         leaves = structure.flatten_up_to(updates)
         return structure.unflatten(map(scaled, names, leaves))
 

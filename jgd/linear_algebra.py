@@ -99,7 +99,7 @@ def _orthonormal_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
     return q, q @ (below - _adjoint(below))
 
 
-def orthogonalized(x: Any, coefficients: Any) -> Any:
+def orthogonalized(x: Any, coefficients: Any, rounded: Any = lambda x: x) -> Any:
     """Newton and Schulz: singular values of x in (0, 1] are driven towards 1.
 
         x <- a x + (b x x^T + c (x x^T)^2) x            for each (a, b, c)
@@ -107,8 +107,9 @@ def orthogonalized(x: Any, coefficients: Any) -> Any:
     Args:
       x: a matrix with no more rows than columns.
       coefficients: a sequence of triples.
+      rounded: what happens to each matrix that another product is made of.
     """
     for a, b, c in coefficients:
-        gram = x @ _adjoint(x)
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        gram = rounded(x @ _adjoint(x))
+        x = rounded(a * x + rounded(b * gram + c * gram @ gram) @ x)
     return x

@@ -11,7 +11,7 @@ the numbers of the call, everything else is structure.
     jax.grad(final_loss)(tx)                    # hypergradients, shaped like the optimizer
 
 Schedules are values in the same way, callables that are pytrees of their numbers, and any number
-of an optimizer may be one.
+of an optimizer may be one. So are monitors, pairs `(init, update)` over a metric.
 """
 
 import collections.abc
@@ -27,9 +27,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jgd.arguments import NUMERIC, Spec, Static, is_schedule, unwrap
+from jgd.arguments import NUMERIC, Spec, Static, is_one_of, is_schedule, scalar, unwrap
 
 __all__ = [
+    "Monitor",
+    "MonitorPair",
     "Schedule",
     "ScheduledState",
     "SteppedState",
@@ -83,10 +85,12 @@ class _Call:
 
     @property
     def scheduled(self) -> bool:
-        kinds = self.spec.kinds.values()
+        """Whether a number, alone or among several, follows a schedule."""
         return any(
-            kind.name == "number" and not kind.lazy and is_schedule(arg)
-            for kind, arg in zip(kinds, self.args, strict=True)
+            is_schedule(number)
+            for kind, arg in zip(self.spec.kinds.values(), self.args, strict=True)
+            if kind.name in ("number", "numbers") and not kind.lazy
+            for number in jax.tree.leaves(arg, is_leaf=is_one_of)
         )
 
     def transformation(self, step: Any = None) -> optax.GradientTransformationExtraArgs:
@@ -305,6 +309,46 @@ class Schedule(_Value):
         return self._replaced(changes)
 
 
+class MonitorPair(NamedTuple):
+    """What decides from one number after another, such as a loss: a monitor's factory makes it."""
+
+    init: Callable[..., Any]  # what to start from, such as a learning rate -> state
+    update: Callable[[Any, Any], tuple[Any, Any]]  # (metric, state) -> (decision, state)
+
+
+class Monitor(_Value, MonitorPair):
+    """A pair over a metric that is a pytree of its numbers: what jgd's callbacks return."""
+
+    @classmethod
+    def _of(cls, spec: Spec, args: Iterable[Any]) -> "Monitor":
+        call = _Call(spec, tuple(args))
+
+        def number(name: str, x: Any) -> Any:
+            # outside jit decimals keep their digits until they are compared
+            return x if isinstance(x, np.float64) else scalar(spec.name, name, x)
+
+        def pair() -> MonitorPair:
+            return spec.call(call.args, exact=True)
+
+        def init(*start: Any, **named: Any) -> Any:
+            named = {name: scalar(spec.name, name, x) for name, x in named.items()}
+            return pair().init(*(scalar(spec.name, "the start", x) for x in start), **named)
+
+        def update(metric: Any, state: Any) -> tuple[Any, Any]:
+            metric = np.float64(metric) if isinstance(metric, float | int | np.number) else metric
+            try:
+                return pair().update(number("metric", metric), state)
+            except TreeError as error:
+                raise TreeError(error.detail, spec.name) from None
+
+        self = tuple.__new__(cls, (init, update))
+        self._call = call
+        return self
+
+    def _replace(self, **changes: Any) -> Any:  # type: ignore[override]
+        return self._replaced(changes)
+
+
 def _flatten(value: Any) -> tuple[tuple[Any, ...], Spec]:
     return value._call.args, value._call.spec
 
@@ -315,7 +359,7 @@ def _flatten_with_keys(value: Any) -> Any:
     return tuple(zip(keys, args, strict=True)), spec
 
 
-for _class in (Transformation, Schedule):
+for _class in (Transformation, Schedule, Monitor):
     jax.tree_util.register_pytree_with_keys(_class, _flatten_with_keys, _class._of, _flatten)
 
 
@@ -340,8 +384,8 @@ def as_pytree(
         adafactor = jgd.as_pytree(optax.adafactor, structure=["min_dim_size_to_factor"])
 
     Args:
-      factory: a function that returns an optax transformation, a pair `(init, update)` or a
-        schedule (a function of the step).
+      factory: a function that returns an optax transformation, a pair `(init, update)`, a
+        schedule (a function of the step) or, annotated as such, a `MonitorPair`.
         Which of its parameters are numbers is read from their annotations (jgd's own kinds, or
         optax's), their defaults and positions: bools, strings, dtypes, masks, random keys, required
         functions and everything after `*` are structure, what else comes before `*` are numbers.
@@ -350,13 +394,13 @@ def as_pytree(
       numbers: names of parameters after `*` that are numbers all the same.
 
     Returns:
-      A function with the signature and docstring of `factory`. Called, it gives a `Transformation`
-      or a `Schedule`. Python and NumPy scalars are kept as `np.float64`, arrays and tracers as
-      float32; inside `init` and `update` each is a float32 scalar (all float64 under x64). Step
-      counts given as integers become floats as well, exact up to 2^24. 16-bit and integer leaves of
-      updates and parameters are handed to the factory as float32, and the updates come back in the
-      precision of the gradients. A number may be a schedule: then the state carries one step
-      counter.
+      A function with the signature and docstring of `factory`. Called, it gives a `Transformation`,
+      a `Schedule` or a `Monitor`. Python and NumPy scalars are kept as `np.float64`, arrays and
+      tracers as float32; inside `init` and `update` each is a float32 scalar (all float64 under
+      x64). Step counts given as integers become floats as well, exact up to 2^24. 16-bit and
+      integer leaves of updates and parameters are handed to the factory as float32, and the updates
+      come back in the precision of the gradients. A number of a transformation may be a schedule:
+      then the state carries one step counter.
 
     Raises:
       TypeError: in the call, for an argument of another kind (`adam("0.1")`, `adam(True)`,
@@ -370,7 +414,7 @@ def as_pytree(
     if factory is None:
         return functools.partial(as_pytree, structure=structure, numbers=numbers)
     spec = Spec(factory, structure, numbers)
-    value_class: list[type[Transformation] | type[Schedule]] = []
+    value_class: list[type[Any]] = []
 
     @functools.wraps(factory)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -383,8 +427,8 @@ def as_pytree(
         if not value_class:
             value_class.append(_returns(spec, admitted))
         value = value_class[0]._of(spec, admitted)
-        if isinstance(value, Schedule):
-            _check_schedule(value)
+        if isinstance(value, Schedule | Monitor):
+            _check(value)
         return value
 
     spec.decorated = call
@@ -392,19 +436,24 @@ def as_pytree(
     return call
 
 
-def _check_schedule(value: "Schedule") -> None:
-    """The checks in the body of a schedule, in the user's call, on concrete numbers."""
+def _check(value: Schedule | Monitor) -> None:
+    """The checks in the body of such a value, in the user's call, on concrete numbers."""
     call = value._call
-    if call.scheduled:
-        raise TypeError(f"{call.spec.name}: a number of a schedule cannot be a schedule itself")
+    kinds = call.spec.kinds.values()
+    pairs = zip(kinds, call.args, strict=True)
+    if any(kind.name == "number" and is_schedule(arg) for kind, arg in pairs):
+        what = type(value).__name__.lower()
+        raise TypeError(f"{call.spec.name}: a number of a {what} cannot be a schedule itself")
     if not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(call.args)):
         call.spec.validate(call.args)
 
 
-def _returns(spec: Spec, args: tuple[Any, ...]) -> type[Transformation] | type[Schedule]:
+def _returns(spec: Spec, args: tuple[Any, ...]) -> type[Any]:
     """What the factory gives: by its annotation, or by trying."""
     if isinstance(spec.returns, type) and issubclass(spec.returns, optax.GradientTransformation):
         return Transformation
+    if spec.returns is MonitorPair:
+        return Monitor
     if typing.get_origin(spec.returns) is collections.abc.Callable:
         return Schedule
     first = lambda x: jnp.ravel(x)[0] if isinstance(x, np.ndarray | jax.Array) else x

@@ -135,7 +135,9 @@ def polynomial_schedule(
     """
 
     def value(step: Any) -> Any:
-        rest = 1 - _ramp(step, jnp.maximum(transition_begin, 0), transition_steps)
+        # counted from the end, which is then exact: roots are steep there
+        left = jnp.maximum(transition_begin, 0) + transition_steps - _float(step)
+        rest = jnp.where(transition_steps > 0, _ramp(left, 0, transition_steps), 1)
         return end_value + (init_value - end_value) * _power(rest, power)
 
     return value

@@ -23,6 +23,8 @@ ORDER = [  # a module may import those before it
     "schedules",
     "wrappers",
     "groups",
+    "stopping",
+    "regularization",
     "optimizers.classic",
     "optimizers.adaptive",
     "optimizers.normalized",
@@ -35,6 +37,21 @@ ORDER = [  # a module may import those before it
     "optimizers.free",
     "optimizers.lifted",
     "optimizers",
+    "compat.words",
+    "compat.moving",
+    "compat.keras.options",
+    "compat.keras.optimizers",
+    "compat.keras.schedules",
+    "compat.keras.callbacks",
+    "compat.keras.state",
+    "compat.keras",
+    "compat.torch.optimizers",
+    "compat.torch.schedules",
+    "compat.torch.callbacks",
+    "compat.torch.state",
+    "compat.torch",
+    "compat.textbook",
+    "compat",
     "catalog",
     "diagnosis",
     "training",
@@ -50,7 +67,18 @@ ORDER = [  # a module may import those before it
     "tuning",
     "cli",
 ]
-EXTRAS = {"sklearn", "rich", "tyro", "matplotlib", "orbax", "optuna", "flax", "equinox"}
+EXTRAS = {
+    "keras",
+    "torch",
+    "sklearn",
+    "rich",
+    "tyro",
+    "matplotlib",
+    "orbax",
+    "optuna",
+    "flax",
+    "equinox",
+}
 
 
 def _modules():

@@ -113,23 +113,31 @@ def adamaxw(
 # --- rectified -------------------------------------------------------------------------------
 
 
+def rectification(decay: Any, count: Any, corrected: Any, threshold: Any) -> tuple[Any, Any]:
+    """Whether the variance of the magnitude has an estimate yet, and RAdam's r(t).
+
+    Args:
+      corrected: 1 - decay^count.
+    """
+    # lengths of the simple averages with as many degrees of freedom: in the limit, and now
+    limit = (1 + decay) / (1 - decay)
+    length = limit - 2 * count * (1 - corrected) / corrected
+    tractable = length >= threshold
+    length = jnp.where(tractable, length, limit)
+    r = safe_sqrt(quotient((length - 4) * (length - 2) * limit, (limit - 4) * (limit - 2) * length))
+    return tractable, r
+
+
 @as_pytree
 def _rectified(decay: Decay, threshold: Number) -> GradientTransformation:
-    """A magnitude x / r(t), and 1 while the variance of x has no estimate: RAdam's gate."""
+    """A magnitude x / r(t), and 1 while its variance has no estimate: RAdam's gate."""
 
     def init(params: Any) -> Any:
         return BiasCorrectionState(jnp.zeros([], jnp.int32), jnp.zeros([], float))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         corrected, _, state = weights(decay, expect(state, BiasCorrectionState))
-        # lengths of the simple averages with as many degrees of freedom: in the limit, and now
-        limit = (1 + decay) / (1 - decay)
-        length = limit - 2 * state.count * (1 - corrected) / corrected
-        tractable = length >= threshold
-        length = jnp.where(tractable, length, limit)
-        r = safe_sqrt(
-            quotient((length - 4) * (length - 2) * limit, (limit - 4) * (limit - 2) * length)
-        )
+        tractable, r = rectification(decay, state.count, corrected, threshold)
         return leafwise(lambda x: jnp.where(tractable, quotient(x, r), 1), updates), state
 
     return GradientTransformation(init, update)

@@ -1,0 +1,13 @@
+"""Recipes of other frameworks, exact: `keras`, `torch` and the `textbook`.
+
+    import jgd.compat.torch as jt       # not `torch`: the real one stays visible
+    tx = jt.sgd(jt.multi_step_lr(0.1, milestones=[30, 60]), momentum=0.9)
+
+The names are mechanical: an optimizer is the framework's class in lower case, a schedule or a
+callback its class in snake case, and the arguments bear the framework's own names and defaults. All
+are pytrees of their numbers. Neither framework is imported.
+"""
+
+from jgd.compat import keras as keras
+from jgd.compat import textbook as textbook
+from jgd.compat import torch as torch

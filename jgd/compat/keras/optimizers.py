@@ -1,0 +1,495 @@
+"""Keras's optimizers under its names, with its arguments and defaults.
+
+Common to all. `learning_rate` may be a schedule, which counts from 0. Beside their own arguments
+they have those of `DecayOptions`: weight_decay, clipnorm, clipvalue, global_clipnorm, use_ema,
+ema_momentum, ema_overwrite_frequency, loss_scale_factor, gradient_accumulation_steps. Weight decay
+is decoupled and times the learning rate, for every optimizer. Memories are float32 for 16-bit
+parameters, where Keras keeps 16 bits. In the formulas t counts steps from 1.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, Unpack
+
+import jax.numpy as jnp
+from optax import GradientTransformation
+
+import jgd.optimizers
+from jgd.arguments import Count, Decay, Fraction, Mixing, NonNegative, Number, Positive, Structure
+from jgd.combinators import partition
+from jgd.compat.keras.options import DecayOptions, Options, optimizer, with_options
+from jgd.compat.words import (
+    AdamState,
+    after_decay,
+    average,
+    factored_descent,
+    magnitude,
+    scale_by_nadam,
+    scale_by_uncorrected_adam,
+)
+from jgd.groups import paths
+from jgd.linear_algebra import orthogonalized
+from jgd.norms import norm, scale_by_trust_ratio
+from jgd.schedules import linear_schedule
+from jgd.transforms import (
+    chain,
+    decayed_max,
+    divide,
+    identity,
+    named,
+    scale,
+    scale_by_learning_rate,
+    scale_by_momentum,
+    with_nesterov,
+)
+from jgd.words import pointwise
+from jgd.wrappers import schedule_free
+
+__all__ = [
+    "adadelta",
+    "adafactor",
+    "adagrad",
+    "adam",
+    "adamax",
+    "adamw",
+    "ftrl",
+    "lamb",
+    "lion",
+    "muon",
+    "nadam",
+    "rmsprop",
+    "schedule_free_adamw",
+    "sgd",
+]
+
+
+@optimizer
+def sgd(
+    learning_rate: Number = 0.01,
+    momentum: Fraction = 0.0,
+    nesterov: bool = False,
+    **options: Unpack[DecayOptions],
+) -> GradientTransformation:
+    """Gradient descent whose velocity holds the learning rate.
+
+        v <- momentum v - learning_rate g            u = v, or momentum v - learning_rate g
+
+    Args:
+      learning_rate: 0.01 by default.
+      momentum: in [0, 1]; 0 (default) is plain descent.
+      nesterov: True gives the second u.
+
+    State: `TraceState(trace)`, one tree.
+    Differs from: `jgd.sgd` and PyTorch under a schedule, where the rate of now multiplies all of v.
+    """
+    memory = scale_by_momentum(momentum)
+    velocity = with_nesterov(memory) if nesterov else memory
+    rule = chain(scale_by_learning_rate(learning_rate), velocity)
+    return with_options(rule, learning_rate, **options)
+
+
+@optimizer
+def rmsprop(
+    learning_rate: Number = 0.001,
+    rho: Decay = 0.9,
+    momentum: Fraction = 0.0,
+    epsilon: NonNegative = 1e-7,
+    centered: bool = False,
+    **options: Unpack[DecayOptions],
+) -> GradientTransformation:
+    """RMSProp, epsilon inside the root: `jgd.rmsprop`.
+
+        v <- rho v + (1 - rho) g^2            b <- momentum b + learning_rate g / sqrt(v + epsilon)
+        u = -b
+
+    Args:
+      learning_rate: 0.001 by default.
+      rho: in [0, 1), 0.9 by default.
+      momentum: in [0, 1]; 0 by default.
+      epsilon: at least 0, 1e-7 by default.
+      centered: True takes the square of the average gradient from v.
+
+    State: that of `jgd.rmsprop` with momentum, two trees; three if centred.
+    Differs from: PyTorch, whose eps is outside the root and whose b is without the rate.
+    """
+    rule = jgd.optimizers.rmsprop(learning_rate, rho, epsilon, centered=centered, momentum=momentum)
+    return with_options(rule, learning_rate, **options)
+
+
+@optimizer
+def adagrad(
+    learning_rate: Number = 0.001,
+    initial_accumulator_value: NonNegative = 0.1,
+    epsilon: NonNegative = 1e-7,
+    **options: Unpack[DecayOptions],
+) -> GradientTransformation:
+    """AdaGrad, epsilon inside the root: `jgd.adagrad`.
+
+        s <- s + g^2            u = -learning_rate g / sqrt(s + epsilon)
+
+    Args:
+      learning_rate: 0.001 by default.
+      initial_accumulator_value: at least 0, what s starts from; 0.1 by default.
+      epsilon: at least 0, 1e-7 by default.
+
+    State: `ScaleByRssState(sum_of_squares)`, one tree.
+    """
+    rule = jgd.optimizers.adagrad(learning_rate, initial_accumulator_value, epsilon)
+    return with_options(rule, learning_rate, **options)
+
+
+@optimizer
+def adadelta(
+    learning_rate: Number = 0.001,
+    rho: Decay = 0.95,
+    epsilon: NonNegative = 1e-7,
+    **options: Unpack[DecayOptions],
+) -> GradientTransformation:
+    """AdaDelta: `jgd.adadelta`, where the formula stands.
+
+    Args:
+      learning_rate: 0.001 by default (1 in the paper).
+      rho: in [0, 1), 0.95 by default.
+      epsilon: at least 0, 1e-7 by default.
+
+    State: `ScaleByAdaDeltaState(e_g, e_x)`, two trees.
+    """
+    rule = jgd.optimizers.adadelta(learning_rate, rho, epsilon)
+    return with_options(rule, learning_rate, **options)
+
+
+@optimizer
+def adam(
+    learning_rate: Number = 0.001,
+    beta_1: Decay = 0.9,
+    beta_2: Decay = 0.999,
+    epsilon: NonNegative = 1e-7,
+    amsgrad: bool = False,
+    **options: Unpack[DecayOptions],
+) -> GradientTransformation:
+    """Adam, epsilon beside the root before the bias correction ("epsilon hat").
+
+        m <- beta_1 m + (1 - beta_1) g            v <- beta_2 v + (1 - beta_2) g^2
+        u = -learning_rate sqrt(1 - beta_2^t) / (1 - beta_1^t) m / (sqrt(v) + epsilon)
+
+    Args:
+      learning_rate: 0.001 by default.
+      beta_1, beta_2: in [0, 1); 0.9 and 0.999 by default.
+      epsilon: at least 0, 1e-7 by default: as much as epsilon / sqrt(1 - beta_2^t) in `jgd.adam`.
+      amsgrad: True puts the largest v so far in the place of v.
+
+    State: `AdamState(count, mu, nu)`, two trees; `AmsgradState(count, mu, nu, nu_max)`, three.
+    Source: Kingma & Ba 2015, the form before section 2.1, arXiv:1412.6980.
+    """
+    quotients = scale_by_uncorrected_adam(beta_1, beta_2, epsilon, amsgrad=amsgrad)
+    rule = chain(quotients, scale_by_learning_rate(learning_rate))
+    return with_options(rule, learning_rate, **options)
+
+
+@optimizer
+def adamw(
+    learning_rate: Number = 0.001,
+    weight_decay: NonNegative | None = 0.004,
+    beta_1: Decay = 0.9,
+    beta_2: Decay = 0.999,
+    epsilon: NonNegative = 1e-7,
+    amsgrad: bool = False,
+    **options: Unpack[Options],
+) -> GradientTransformation:
+    """Adam with weight decay: `adam`, whose `weight_decay` is 0.004 by default.
+
+    Args, State: as `adam`.
+    Raises: ValueError in `update` if no parameters are given.
+    """
+    quotients = scale_by_uncorrected_adam(beta_1, beta_2, epsilon, amsgrad=amsgrad)
+    rule = chain(quotients, scale_by_learning_rate(learning_rate))
+    return with_options(rule, learning_rate, weight_decay=weight_decay, **options)
+
+
+@optimizer
+def adamax(
+    learning_rate: Number = 0.001,
+    beta_1: Decay = 0.9,
+    beta_2: Fraction = 0.999,
+    epsilon: NonNegative = 1e-7,
+    **options: Unpack[DecayOptions],
+) -> GradientTransformation:
+    """AdaMax, epsilon outside the maximum.
+
+        x <- max(beta_2 x, |g|)            u = -learning_rate m / (1 - beta_1^t) / (x + epsilon)
+
+    Args: as `adam`.
+    State: `AdamState(count, mu, nu)`, two trees.
+    Differs from: `jgd.adamax` and PyTorch, whose eps is inside the maximum.
+    """
+    largest = chain(decayed_max(beta_2), pointwise(lambda x: x + epsilon))
+    quotients = named(divide(average(beta_1), largest), record=AdamState, slots="mu count nu")
+    rule = chain(quotients, scale_by_learning_rate(learning_rate))
+    return with_options(rule, learning_rate, **options)
+
+
+@optimizer
+def nadam(
+    learning_rate: Number = 0.001,
+    beta_1: Decay = 0.9,
+    beta_2: Decay = 0.999,
+    epsilon: NonNegative = 1e-7,
+    **options: Unpack[DecayOptions],
+) -> GradientTransformation:
+    """NAdam, whose momentum follows the paper's schedule, 0.96^t.
+
+        d_t = beta_1 (1 - 0.96^t / 2)            D = d_1 d_2 ... d_t
+        m^ = d_(t+1) m / (1 - D d_(t+1)) + (1 - d_t) g / (1 - D)
+        u = -learning_rate m^ / (sqrt(v / (1 - beta_2^t)) + epsilon)
+
+    Args: as `adam`.
+    State: `NadamState(count, mu, nu, mu_product)`, two trees.
+    Differs from: `jgd.nadam`, whose momentum does not move; PyTorch, where it is 0.96^(t / 250).
+    Source: Dozat 2016, algorithm 2.
+    """
+    quotients = scale_by_nadam(beta_1, beta_2, epsilon, 1.0)
+    rule = chain(quotients, scale_by_learning_rate(learning_rate))
+    return with_options(rule, learning_rate, **options)
+
+
+@optimizer
+def ftrl(
+    learning_rate: Positive = 0.001,
+    learning_rate_power: Number = -0.5,
+    initial_accumulator_value: NonNegative = 0.1,
+    l1_regularization_strength: NonNegative = 0.0,
+    l2_regularization_strength: NonNegative = 0.0,
+    l2_shrinkage_regularization_strength: NonNegative = 0.0,
+    beta: NonNegative = 0.0,
+    **options: Unpack[DecayOptions],
+) -> GradientTransformation:
+    """FTRL-Proximal: `jgd.ftrl`, where the formula stands.
+
+    Args:
+      learning_rate: above 0, 0.001 by default.
+      learning_rate_power: at most 0, -0.5 by default.
+      initial_accumulator_value: at least 0, 0.1 by default.
+      l1_regularization_strength, l2_regularization_strength, l2_shrinkage_regularization_strength,
+        beta: at least 0, 0 by default.
+
+    State: `FtrlState(sum_of_squares, linear)`, two trees.
+    Raises: ValueError in `update` if no parameters are given.
+    """
+    rule = jgd.optimizers.ftrl(
+        learning_rate,
+        learning_rate_power,
+        initial_accumulator_value,
+        l1_regularization_strength,
+        l2_regularization_strength,
+        l2_shrinkage_regularization_strength,
+        beta,
+    )
+    return with_options(rule, learning_rate, **options)
+
+
+@optimizer
+def lion(
+    learning_rate: Number = 0.001,
+    beta_1: Fraction = 0.9,
+    beta_2: Fraction = 0.99,
+    **options: Unpack[DecayOptions],
+) -> GradientTransformation:
+    """Lion: `jgd.lion` without its default weight decay.
+
+        u = -learning_rate sign(beta_1 m + (1 - beta_1) g)            m <- beta_2 m + (1 - beta_2) g
+
+    Args:
+      learning_rate: 0.001 by default.
+      beta_1, beta_2: in [0, 1]; 0.9 and 0.99 by default.
+
+    State: `ScaleByLionState`, one tree.
+    Source: Chen et al. 2023, algorithm 2, arXiv:2302.06675.
+    """
+    direction = jgd.optimizers.scale_by_lion(beta_1, beta_2)
+    rule = chain(direction, scale_by_learning_rate(learning_rate))
+    return with_options(rule, learning_rate, **options)
+
+
+@optimizer
+def lamb(
+    learning_rate: Number = 0.001,
+    beta_1: Decay = 0.9,
+    beta_2: Decay = 0.999,
+    epsilon: NonNegative = 1e-7,
+    **options: Unpack[DecayOptions],
+) -> GradientTransformation:
+    """LAMB: Adam's quotient x, for each leaf times the norm of p over that of x.
+
+        x = m / (1 - beta_1^t) / (sqrt(v / (1 - beta_2^t)) + epsilon)
+        u = -learning_rate ||p|| / ||x|| x, and -learning_rate x where a norm is 0
+
+    Args: as `adam`.
+    State: `AdamState(count, mu, nu)`, two trees.
+    Raises: ValueError in `update` if no parameters are given.
+    Differs from: `jgd.lamb`, whose weight decay is inside the ratio, where the paper has it.
+    Source: You et al. 2020, algorithm 2, arXiv:1904.00962.
+    """
+    quotients = divide(average(beta_1), magnitude(beta_2, epsilon))
+    rule = chain(
+        named(quotients, record=AdamState, slots="mu count nu count"),
+        scale_by_trust_ratio(),
+        scale_by_learning_rate(learning_rate),
+    )
+    return with_options(rule, learning_rate, **options)
+
+
+@optimizer
+def adafactor(
+    learning_rate: Number = 0.001,
+    beta_2_decay: Number = -0.8,
+    epsilon_1: NonNegative = 1e-30,
+    epsilon_2: NonNegative = 0.001,
+    clip_threshold: Positive = 1.0,
+    relative_step: bool = True,
+    **options: Unpack[DecayOptions],
+) -> GradientTransformation:
+    """Adafactor over the last two axes, with a step relative to the parameters.
+
+        w = t^beta_2_decay            row, column <- averages of g^2 + epsilon_1 with weight w
+        x = g / sqrt(row column / mean(row))            x <- x / max(1, rms(x) / clip_threshold)
+        u = -max(epsilon_2, rms(p)) min(learning_rate, 1 / sqrt(t)) x
+
+    Args:
+      learning_rate: an upper bound of the relative step, 0.001 by default.
+      beta_2_decay: below 0, -0.8 by default.
+      epsilon_1: at least 0, added to each square.
+      epsilon_2: at least 0, the scale of small parameters.
+      clip_threshold: above 0, of the root mean square of x.
+      relative_step: without effect, as in Keras: the bound 1 / sqrt(t) holds either way.
+
+    State: `FactorsState(count, row, column, v)`: a row and a column for each matrix.
+    Raises: ValueError in `update` if no parameters are given.
+    Differs from: `jgd.adafactor`, which factors long axes only and has no 1 / sqrt(t); PyTorch,
+      whose floors stand elsewhere.
+    Source: Shazeer & Stern 2018, algorithms 4 and 6, arXiv:1804.04235.
+    """
+    rule = factored_descent(
+        learning_rate, beta_2_decay, epsilon_1, epsilon_2, clip_threshold, floor=0.0
+    )
+    return with_options(rule, learning_rate, **options)
+
+
+@optimizer
+def muon(
+    learning_rate: Number = 0.001,
+    adam_beta_1: Decay = 0.9,
+    adam_beta_2: Decay = 0.999,
+    adam_weight_decay: NonNegative | None = 0.004,
+    epsilon: NonNegative = 1e-7,
+    weight_decay: NonNegative | None = 0.004,
+    *,
+    exclude_layers: Sequence[str] | None = None,
+    exclude_embeddings: bool = True,
+    muon_a: Number = 3.4445,
+    muon_b: Number = -4.7750,
+    muon_c: Number = 2.0315,
+    adam_lr_ratio: Number = 1.0,
+    momentum: Fraction = 0.95,
+    ns_steps: Structure = 5,
+    nesterov: bool = True,
+    rms_rate: Number | None = 0.2,
+    **options: Unpack[Options],
+) -> GradientTransformation:
+    """Muon for matrices, `adam` for everything else.
+
+        m <- momentum m + g            x = g + momentum m, or m without nesterov
+        u = -learning_rate rms_rate sqrt(max(rows, columns)) orthogonal(x)
+
+    orthogonal(x) takes `ns_steps` times x <- a x + (b x x' + c (x x')^2) x from x / (||x|| + 1e-7).
+
+    Args:
+      learning_rate: 0.001 by default; times `adam_lr_ratio` for the others.
+      adam_beta_1, adam_beta_2, epsilon: of the others, as in `adam`.
+      weight_decay, adam_weight_decay: of matrices and of the others, 0.004 by default; the latter
+        is times `learning_rate` without the ratio.
+      exclude_layers: regular expressions; a matrix whose path has one belongs to the others.
+      exclude_embeddings: True counts a matrix with "embedding" in its path among the others.
+      muon_a, muon_b, muon_c: the coefficients a, b, c.
+      momentum: in [0, 1], 0.95 by default.
+      ns_steps: how often, structure; 5 by default.
+      nesterov: look ahead.
+      rms_rate: None leaves the last two factors out.
+
+    State: one tree for matrices, `AdamState` for the others.
+    Raises: ValueError in `update` if no parameters are given and something decays.
+    Differs from: `jgd.muon`, whose scale is another one and whose average is corrected.
+    Source: Jordan et al. 2024; Liu et al. 2025, arXiv:2502.16982.
+    """
+
+    def orthogonal(x: Any) -> Any:
+        wide = x.T if x.shape[0] > x.shape[1] else x
+        coefficients = [(muon_a, muon_b, muon_c)] * ns_steps
+        result = orthogonalized(wide / (norm(wide) + 1e-7), coefficients)
+        result = result.T if x.shape[0] > x.shape[1] else result
+        return result if rms_rate is None else result * rms_rate * math.sqrt(max(x.shape))
+
+    def labels(tree: Any) -> Any:
+        names, structure = paths(tree)
+        leaves = structure.flatten_up_to(tree)
+        pairs = zip(names, leaves, strict=True)
+        return structure.unflatten(
+            ["matrix" if _is_matrix(name, x) else "other" for name, x in pairs]
+        )
+
+    def _is_matrix(name: str, x: Any) -> bool:
+        embedding = exclude_embeddings and "embedding" in name.lower()
+        excluded = embedding or any(re.search(word, name) for word in exclude_layers or ())
+        return jnp.ndim(x) == 2 and not excluded
+
+    def decayed(rule: GradientTransformation, decay: Any) -> GradientTransformation:
+        return rule if decay is None else after_decay(rule, learning_rate * decay)
+
+    memory = scale_by_momentum(momentum)
+    direction = chain(with_nesterov(memory) if nesterov else memory, pointwise(orthogonal))
+    matrices = chain(direction, scale_by_learning_rate(learning_rate))
+    others = chain(
+        scale_by_uncorrected_adam(adam_beta_1, adam_beta_2, epsilon),
+        scale_by_learning_rate(learning_rate * adam_lr_ratio),
+    )
+    parts = {
+        "matrix": decayed(matrices, weight_decay),
+        "other": decayed(others, adam_weight_decay),
+    }
+    return with_options(partition(parts, labels), learning_rate, **options)
+
+
+@optimizer
+def schedule_free_adamw(
+    learning_rate: Number = 0.0025,
+    beta_1: Mixing = 0.9,
+    beta_2: Decay = 0.999,
+    epsilon: NonNegative = 1e-8,
+    warmup_steps: Count = 0,
+    **options: Unpack[DecayOptions],
+) -> GradientTransformation:
+    """Schedule-free Adam: RMSProp moves z, gradients are taken between z and its plain average x.
+
+        z <- z - learning_rate min(t / warmup_steps, 1) g / (sqrt(v / (1 - beta_2^t)) + epsilon)
+        x <- (1 - 1/t) x + z / t            u = (1 - beta_1) z + beta_1 x - p
+
+    Args:
+      learning_rate: 0.0025 by default.
+      beta_1: in (0, 1), how near to x the gradients are taken; 0.9 by default.
+      beta_2: in [0, 1), 0.999 by default.
+      epsilon: at least 0, 1e-8 by default.
+      warmup_steps: at least 0, 0 by default.
+
+    State: `ScheduleFreeState`, two trees. Evaluate at `jgd.schedule_free_eval_params(state, p)`.
+    Raises: ValueError in `update` if no parameters are given.
+    Differs from: `jgd.schedule_free_adamw`, whose x weighs z by the squared learning rate.
+    Source: Defazio et al. 2024, arXiv:2405.15682.
+    """
+    warmup = jnp.maximum(warmup_steps, 1)
+    base = chain(
+        divide(identity(), magnitude(beta_2, epsilon)),
+        scale(linear_schedule(1 / warmup, 1.0, warmup - 1)),
+        scale_by_learning_rate(learning_rate),
+    )
+    rule = schedule_free(base, 1.0, beta_1, weight_lr_power=0.0)
+    return with_options(rule, learning_rate, **options)

@@ -1,0 +1,181 @@
+"""What every Keras optimizer does around its rule: clipping, decay, accumulation, averaging."""
+
+import inspect
+import typing
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec, TypedDict
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax import GradientTransformation
+
+from jgd.arguments import Fraction, NonNegative, Period, Positive
+from jgd.combinators import expect, increment, leafwise, quotient, stateless, with_params
+from jgd.compat.words import after_decay
+from jgd.norms import norm
+from jgd.pytree import as_pytree
+from jgd.transforms import chain, scale
+from jgd.words import pointwise
+from jgd.wrappers import accumulate
+
+__all__ = [
+    "AverageState",
+    "DecayOptions",
+    "Options",
+    "averaged_params",
+    "optimizer",
+    "with_options",
+]
+
+P = ParamSpec("P")
+
+
+class Options(TypedDict, total=False):
+    """The arguments that every Keras optimizer has. None, where it is the default, is off."""
+
+    clipnorm: Positive | None
+    """Each leaf whose norm is greater is shortened to it."""
+    clipvalue: Positive | None
+    """Each entry is clipped to [-clipvalue, clipvalue]."""
+    global_clipnorm: Positive | None
+    """All leaves are shortened alike if their common norm is greater; all are NaN if it is not
+    finite. At most one of the three may be given."""
+    use_ema: bool
+    """Keep an average of the parameters: `averaged_params(state)`."""
+    ema_momentum: Fraction
+    """Its decay, 0.99 by default. It starts as the parameters after the first step."""
+    ema_overwrite_frequency: Period | None
+    """After so many steps the parameters become their average."""
+    loss_scale_factor: Positive | None
+    """What the caller multiplied the loss by: gradients are divided by it."""
+    gradient_accumulation_steps: Period | None
+    """A step is made of the mean of so many gradients. A schedule of the learning rate goes on
+    counting the gradients."""
+
+
+class DecayOptions(Options, total=False):
+    """Those of optimizers that have no weight decay of their own, too."""
+
+    weight_decay: NonNegative | None
+    """p <- p - weight_decay learning_rate p before the rule."""
+
+
+_DEFAULTS: dict[str, Any] = {"use_ema": False, "ema_momentum": 0.99}
+
+
+def optimizer(rule: Callable[P, GradientTransformation]) -> Callable[P, GradientTransformation]:
+    """`as_pytree`, with real parameters in the place of `**options: Unpack[Options]`."""
+    signature = inspect.signature(rule)
+    *own, rest = signature.parameters.values()
+    (kind,) = typing.get_args(rest.annotation)
+    options = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=_DEFAULTS.get(name), annotation=hint
+        )
+        for name, hint in typing.get_type_hints(kind, include_extras=True).items()
+    ]
+    rule.__signature__ = signature.replace(parameters=own + options)  # type: ignore[attr-defined]
+    return as_pytree(rule)
+
+
+def with_options(
+    rule: GradientTransformation,
+    learning_rate: Any,
+    *,
+    weight_decay: Any = None,
+    clipnorm: Any = None,
+    clipvalue: Any = None,
+    global_clipnorm: Any = None,
+    use_ema: bool = False,
+    ema_momentum: Any = 0.99,
+    ema_overwrite_frequency: Any = None,
+    loss_scale_factor: Any = None,
+    gradient_accumulation_steps: Any = None,
+) -> GradientTransformation:
+    """The rule in the order of Keras: accumulate, unscale, clip, decay, rule, average."""
+    clips = {
+        "clipnorm": (clipnorm, _clip_each),
+        "clipvalue": (clipvalue, optax.clip),
+        "global_clipnorm": (global_clipnorm, _clip_all),
+    }
+    given = [name for name, (bound, _) in clips.items() if bound is not None]
+    if len(given) > 1:
+        raise ValueError(f"only one of {', '.join(clips)} may be given, got {', '.join(given)}")
+    tx = rule if weight_decay is None else after_decay(rule, learning_rate * weight_decay)
+    for name in given:
+        bound, clip = clips[name]
+        tx = chain(clip(bound), tx)
+    if loss_scale_factor is not None:
+        tx = chain(scale(1 / loss_scale_factor), tx)
+    if gradient_accumulation_steps is not None:
+        tx = accumulate(tx, gradient_accumulation_steps)
+    if use_ema:
+        every = 1 if gradient_accumulation_steps is None else gradient_accumulation_steps
+        tx = _with_average(tx, ema_momentum, every, ema_overwrite_frequency)
+    return tx
+
+
+def _clip_each(bound: Any) -> GradientTransformation:
+    return pointwise(lambda g: quotient(g * bound, jnp.maximum(norm(g), bound)))
+
+
+def _clip_all(bound: Any) -> GradientTransformation:
+    def clip(updates: Any, _: Any) -> Any:
+        total = optax.tree.norm(updates)
+        factor = jnp.where(jnp.isfinite(total), bound / jnp.maximum(total, bound), jnp.nan)
+        return leafwise(lambda g: g * factor, updates)
+
+    return stateless(clip)
+
+
+# --- the average of the parameters -----------------------------------------------------------
+
+
+class AverageState(NamedTuple):
+    """State around an optimizer with `use_ema`."""
+
+    steps: jax.Array  # int32 scalar: gradients so far
+    average: Any  # like the parameters, at least float32
+    inner: Any
+
+
+@as_pytree
+def _with_average(
+    inner: GradientTransformation,
+    momentum: Fraction,
+    every: Period,
+    overwrite: Period | None = None,
+) -> GradientTransformation:
+    """a <- momentum a + (1 - momentum) p at each gradient, a = p during the first step."""
+    tx = optax.with_extra_args_support(inner)
+
+    def init(params: Any) -> Any:
+        average = jax.tree.map(jnp.zeros_like, params)
+        return AverageState(jnp.zeros([], jnp.int32), average, tx.init(params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        steps, average, inner_state = expect(state, AverageState)
+        updates, inner_state = tx.update(updates, inner_state, with_params(params), **extra)
+        done = steps // every.astype(int)
+        kept = jnp.where(done == 0, 0, momentum)
+        mix = lambda u, a, p: kept * a + (1 - kept) * (p + u)
+        average = leafwise(mix, updates, average, params, keep=True)
+        if overwrite is not None:
+            now = (done + 1) % overwrite.astype(int) == 0
+            updates = leafwise(lambda u, a, p: jnp.where(now, a - p, u), updates, average, params)
+        return updates, AverageState(increment(steps), average, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def averaged_params(state: Any) -> Any:
+    """The average that `use_ema` keeps: what Keras's `finalize_variable_values` would set.
+
+    Raises: ValueError if the state holds none.
+    """
+    is_one = lambda node: isinstance(node, AverageState)
+    found = [node for node in jax.tree.leaves(state, is_leaf=is_one) if is_one(node)]
+    if not found:
+        raise ValueError("averaged_params: this state has no average, use_ema=True keeps one")
+    return found[0].average

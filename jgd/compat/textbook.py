@@ -1,0 +1,163 @@
+"""The textbook chapter's own forms, with the defaults of its classes.
+
+They differ from jgd's optimizers of the same names in three things: momentum may be an average,
+whose steps are 1 - momentum times as long; the velocity holds the learning rate; and epsilon, 1e-7
+here, stands outside the root. With eps=0, eps_root=1e-7 it stands inside, as in other chapters.
+"""
+
+from optax import GradientTransformation
+
+from jgd.arguments import Decay, Fraction, NonNegative, Number
+from jgd.compat.words import scale_by_uncorrected_adam
+from jgd.pytree import as_pytree
+from jgd.transforms import (
+    ScaleByRmsState,
+    ScaleByRssState,
+    chain,
+    divide,
+    identity,
+    moving_average,
+    named,
+    root,
+    running_sum,
+    scale_by_learning_rate,
+    scale_by_momentum,
+    square,
+    with_nesterov,
+)
+
+__all__ = ["adagrad", "adam", "momentum", "momentum_average", "nesterov", "rmsprop", "sgd"]
+
+
+@as_pytree
+def sgd(learning_rate: Number = 0.01) -> GradientTransformation:
+    """Gradient descent: u = -learning_rate g.
+
+    Args:
+      learning_rate: 0.01 by default. May be a schedule.
+
+    State: none.
+    """
+    return scale_by_learning_rate(learning_rate)
+
+
+@as_pytree
+def momentum(learning_rate: Number = 0.01, momentum: Fraction = 0.9) -> GradientTransformation:
+    """Momentum as a velocity: v <- momentum v - learning_rate g, and u = v.
+
+    From 1 on p^2 / 2 at a rate of 0.1 the first two steps are 0.1 and 0.18.
+
+    Args:
+      learning_rate: 0.01 by default. May be a schedule.
+      momentum: in [0, 1], 0.9 by default. May be a schedule.
+
+    State: `TraceState(trace)`, one tree, the velocity.
+    Differs from: `jgd.momentum` under a schedule, whose velocity is without the rate.
+    """
+    return chain(scale_by_learning_rate(learning_rate), scale_by_momentum(momentum))
+
+
+@as_pytree
+def momentum_average(
+    learning_rate: Number = 0.01, momentum: Fraction = 0.9
+) -> GradientTransformation:
+    """Momentum as an average: v <- momentum v + (1 - momentum) g, and u = -learning_rate v.
+
+    Args, as `momentum`.
+    State: `MovingAverageState(average)`, one tree.
+    Differs from: `momentum`, whose steps are 1 / (1 - momentum) times as long, 10 times at 0.9.
+    """
+    return chain(moving_average(momentum), scale_by_learning_rate(learning_rate))
+
+
+@as_pytree
+def nesterov(learning_rate: Number = 0.01, momentum: Fraction = 0.9) -> GradientTransformation:
+    """Nesterov's momentum as a velocity, in the form that needs the gradient at p only.
+
+        v' = momentum v - learning_rate g
+        u = momentum v' - learning_rate g = momentum^2 v - (1 + momentum) learning_rate g
+
+    A tutorial's code has v' for v on the right: momentum^3 v - (1 + momentum + momentum^2)
+    learning_rate g, another trajectory from the first step on (2.71 instead of 1.9 rates at 0.9).
+
+    Args, State: as `momentum`.
+    Differs from: `jgd.nesterov` under a schedule, whose velocity is without the rate.
+    Source: Bengio, Boulanger-Lewandowski & Pascanu 2013, equation 7, arXiv:1212.0901.
+    """
+    velocity = with_nesterov(scale_by_momentum(momentum))
+    return chain(scale_by_learning_rate(learning_rate), velocity)
+
+
+@as_pytree
+def adagrad(
+    learning_rate: Number = 0.01,
+    eps: NonNegative = 1e-7,
+    eps_root: NonNegative = 0.0,
+    initial_accumulator_value: NonNegative = 0.0,
+) -> GradientTransformation:
+    """AdaGrad: s <- s + g^2, and u = -learning_rate g / (sqrt(s + eps_root) + eps).
+
+    Args:
+      learning_rate: 0.01 by default. May be a schedule.
+      eps, eps_root: at least 0, outside and inside the root; 1e-7 and 0 by default.
+      initial_accumulator_value: at least 0, what s starts from; 0 by default.
+
+    State: `ScaleByRssState(sum_of_squares)`, one tree.
+    Differs from: `jgd.adagrad` and Keras, which start from 0.1 with eps inside.
+    """
+    total = chain(square(), running_sum(initial_accumulator_value), root(eps, eps_root))
+    quotients = named(divide(identity(), total), record=ScaleByRssState, slots="sum_of_squares")
+    return chain(quotients, scale_by_learning_rate(learning_rate))
+
+
+@as_pytree
+def rmsprop(
+    learning_rate: Number = 0.01,
+    decay: Decay = 0.99,
+    eps: NonNegative = 1e-7,
+    eps_root: NonNegative = 0.0,
+) -> GradientTransformation:
+    """RMSProp, eps outside the root.
+
+        v <- decay v + (1 - decay) g^2            u = -learning_rate g / (sqrt(v + eps_root) + eps)
+
+    Args:
+      learning_rate: 0.01 by default. May be a schedule.
+      decay: in [0, 1), 0.99 by default. May be a schedule.
+      eps, eps_root: at least 0, outside and inside the root; 1e-7 and 0 by default.
+
+    State: `ScaleByRmsState(nu)`, one tree.
+    Differs from: `jgd.rmsprop`, whose decay is 0.9 and whose eps is inside.
+    """
+    magnitude = chain(square(), moving_average(decay), root(eps, eps_root))
+    quotients = named(divide(identity(), magnitude), record=ScaleByRmsState, slots="nu")
+    return chain(quotients, scale_by_learning_rate(learning_rate))
+
+
+@as_pytree
+def adam(
+    learning_rate: Number = 0.001,
+    b1: Decay = 0.9,
+    b2: Decay = 0.999,
+    eps: NonNegative = 1e-7,
+    eps_root: NonNegative = 0.0,
+) -> GradientTransformation:
+    """Adam, whose epsilon stands beside the root of the uncorrected average.
+
+        m <- b1 m + (1 - b1) g            v <- b2 v + (1 - b2) g^2
+        u = -learning_rate sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v + eps_root) + eps)
+
+    A tutorial prints m / sqrt(1 - b1^t) over an uncorrected root: its first step is 10 times the
+    learning rate at the default decays, and the next thousands are too long as well.
+
+    Args:
+      learning_rate: 0.001 by default. May be a schedule.
+      b1, b2: in [0, 1); 0.9 and 0.999 by default.
+      eps, eps_root: at least 0, outside and inside the root; 1e-7 and 0 by default.
+
+    State: `AdamState(count, mu, nu)`, two trees.
+    Differs from: `jgd.adam`, the paper's algorithm 1, whose eps is added after the correction.
+    Source: Kingma & Ba 2015, the form before section 2.1, arXiv:1412.6980.
+    """
+    quotients = scale_by_uncorrected_adam(b1, b2, eps, eps_root)
+    return chain(quotients, scale_by_learning_rate(learning_rate))

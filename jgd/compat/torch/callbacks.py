@@ -1,0 +1,92 @@
+"""PyTorch's scheduler that decides from a metric: a pure pair with its arguments and counting."""
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jgd.arguments import Count, NonNegative, Number
+from jgd.combinators import expect
+from jgd.pytree import MonitorPair, as_pytree
+from jgd.stopping import BelowOne, worst
+
+__all__ = ["ReduceLROnPlateauState", "reduce_lr_on_plateau"]
+
+
+class ReduceLROnPlateauState(NamedTuple):
+    """State of `reduce_lr_on_plateau`: scalars, or a lane axis of them."""
+
+    learning_rate: jax.Array  # float
+    best: jax.Array  # float
+    num_bad_epochs: jax.Array  # int32
+    cooldown_counter: jax.Array  # int32, epochs left of the cooldown
+
+
+@as_pytree
+def reduce_lr_on_plateau(
+    mode: Literal["min", "max"] = "min",
+    factor: BelowOne = 0.1,
+    patience: Count = 10,
+    threshold: Number = 1e-4,
+    threshold_mode: Literal["rel", "abs"] = "rel",
+    cooldown: Count = 0,
+    min_lr: NonNegative = 0,
+    eps: NonNegative = 1e-8,
+) -> MonitorPair:
+    """PyTorch's ReduceLROnPlateau: a smaller learning rate where a metric stops improving.
+
+        better: metric < best (1 - threshold) for "min", > best (1 + threshold) for "max";
+                with "abs" metric < best - threshold, > best + threshold
+        where better:              best <- metric, bad <- 0; elsewhere bad <- bad + 1
+        in the cooldown:           cooldown_counter <- cooldown_counter - 1, bad <- 0
+        where bad > patience:      new = max(factor learning_rate, min_lr),
+                                   learning_rate <- new if learning_rate - new > eps,
+                                   cooldown_counter <- cooldown, bad <- 0
+
+    `init(learning_rate) -> state`, `update(metric, state) -> (learning_rate, state)`, one call per
+    epoch. The learning rate may be traced. NaN is never better; the best begins at infinity, which
+    an infinite metric does not improve.
+
+    Args:
+      mode: "min" (default) for a metric that should fall, "max" for one that should rise.
+      factor: below 1, of the learning rate at a reduction; 0.1.
+      patience: at least 0, epochs without improvement that are let pass; 10. The next one reduces.
+      threshold: the least improvement that counts; 1e-4.
+      threshold_mode: "rel" (default), as a part of the best, or "abs".
+      cooldown: at least 0, epochs after a reduction that count as nothing bad; 0.
+      min_lr: at least 0, where the reductions end; 0. One number: there are no groups here.
+      eps: at least 0, the least reduction that is made; 1e-8.
+
+    State: `ReduceLROnPlateauState(learning_rate, best, num_bad_epochs, cooldown_counter)`. The
+      counters begin anew also where nothing was reduced.
+    Raises: ValueError for a factor of 1 or more or an unknown mode.
+    Differs from: PyTorch in float32, whose own numbers are float64: exact under x64.
+      `jgd.compat.keras.reduce_lr_on_plateau`, one epoch less patient, with an absolute threshold.
+    """
+    up, relative = mode == "max", threshold_mode == "rel"
+
+    def bar(best: Any) -> Any:
+        if relative:
+            return best * (1 + threshold if up else 1 - threshold)
+        return best + threshold if up else best - threshold
+
+    def init(learning_rate: Any) -> ReduceLROnPlateauState:
+        none = jnp.zeros([], jnp.int32)
+        return ReduceLROnPlateauState(learning_rate, worst(mode), none, none)
+
+    def update(metric: Any, state: Any) -> tuple[Any, ReduceLROnPlateauState]:
+        rate, best, bad, cooling = expect(state, ReduceLROnPlateauState)
+        better = metric > bar(best) if up else metric < bar(best)
+        bad = jnp.where(better | (cooling > 0), 0, bad + 1)
+        over = bad > patience
+        lower = jnp.maximum(rate * factor, min_lr)
+        pause = jnp.where(over, jnp.ceil(cooldown), cooling - 1)
+        new = ReduceLROnPlateauState(
+            learning_rate=jnp.where(over & (rate - lower > eps), lower, rate),
+            best=jnp.where(better, metric, best),
+            num_bad_epochs=jnp.where(over, 0, bad),
+            cooldown_counter=jnp.maximum(pause, 0).astype(jnp.int32),
+        )
+        return new.learning_rate, new
+
+    return MonitorPair(init, update)

@@ -1,0 +1,515 @@
+"""PyTorch's optimizers under its names, with its arguments and defaults.
+
+Common to all. `lr` may be a schedule, and so may every other number, `betas` included. `maximize`
+negates the gradient before anything else, so that weight decay still pulls towards 0. Weight decay
+is L2, added to the gradient, unless it is said to be decoupled: times lr, off the parameters. All
+but Rprop need the parameters in `update`. In the formulas g holds what was added, t counts steps
+from 1. Switches of PyTorch's that choose an implementation (foreach, fused, capturable,
+differentiable) have no counterpart.
+"""
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax import GradientTransformation
+
+import jgd.optimizers
+from jgd.arguments import Decay, Decays, Fraction, NonNegative, Number, Numbers, Positive, Structure
+from jgd.combinators import increment, leafwise, stateless
+from jgd.compat.words import (
+    AdamState,
+    AmsgradState,
+    CountState,
+    average,
+    correct,
+    correction,
+    factored_descent,
+    magnitude,
+    scale_by_nadam,
+)
+from jgd.linear_algebra import orthogonalized
+from jgd.norms import norm
+from jgd.optimizers.adaptive import rectification
+from jgd.optimizers.normalized import scale_by_adadelta
+from jgd.pytree import TreeError, as_pytree
+from jgd.rules import per_leaf
+from jgd.schedules import inverse_time_decay
+from jgd.transforms import (
+    ScaleByRssState,
+    add_decayed_weights,
+    chain,
+    decayed_max,
+    divide,
+    identity,
+    moving_average,
+    named,
+    root,
+    running_max,
+    running_sum,
+    scale,
+    scale_by_learning_rate,
+    scale_by_momentum,
+    scale_by_rms,
+    scale_by_stddev,
+    square,
+    with_nesterov,
+)
+from jgd.words import pointwise
+
+__all__ = [
+    "adadelta",
+    "adafactor",
+    "adagrad",
+    "adam",
+    "adamax",
+    "adamw",
+    "clip_grad_norm",
+    "muon",
+    "nadam",
+    "radam",
+    "rmsprop",
+    "rprop",
+    "sgd",
+]
+
+
+def _descent(
+    rule: GradientTransformation,
+    lr: Any,
+    weight_decay: Any,
+    maximize: bool,
+    decoupled: bool = False,
+) -> GradientTransformation:
+    """The rule with the decay on one side of it or the other, times -lr."""
+    signed = scale(-1.0) if maximize else identity()
+    decay = add_decayed_weights(weight_decay)
+    order = (rule, decay) if decoupled else (decay, rule)
+    return chain(signed, *order, scale_by_learning_rate(lr))
+
+
+@as_pytree
+def clip_grad_norm(max_norm: Positive) -> GradientTransformation:
+    """u = g min(1, max_norm / (N + 1e-6)), for N the norm of all gradients together.
+
+    Args:
+      max_norm: above 0.
+
+    State: `EmptyState`.
+    Differs from: `optax.clip_by_global_norm`, which has no 1e-6 and leaves what is below the bound.
+    """
+
+    def clip(updates: Any, _: Any) -> Any:
+        factor = jnp.minimum(1, max_norm / (optax.tree.norm(updates) + 1e-6))
+        return leafwise(lambda g: g * factor, updates)
+
+    return stateless(clip)
+
+
+# --- gradient descent ------------------------------------------------------------------------
+
+
+class SgdState(NamedTuple):
+    """State of `sgd`."""
+
+    count: jax.Array  # int32 scalar: steps so far
+    momentum_buffer: Any  # like the parameters, at least float32
+
+
+@as_pytree
+def sgd(
+    lr: Number = 1e-3,
+    momentum: Fraction = 0,
+    dampening: Number = 0,
+    weight_decay: NonNegative = 0,
+    nesterov: bool = False,
+    *,
+    maximize: bool = False,
+) -> GradientTransformation:
+    """Gradient descent whose velocity is without the learning rate.
+
+        b <- momentum b + (1 - dampening) g, b = g at the first step
+        u = -lr b, or -lr (g + momentum b) with nesterov, or -lr g if momentum is 0
+
+    Args:
+      lr: 0.001 by default.
+      momentum: in [0, 1]; 0 by default.
+      dampening: any number, 0 by default; nesterov wants 0.
+      weight_decay: at least 0, L2.
+      nesterov, maximize: True or False.
+
+    State: `SgdState(count, momentum_buffer)`, one tree, without momentum too.
+    Differs from: `jgd.sgd` in dampening only; Keras under a schedule, whose velocity has the rate.
+    """
+    plain = momentum == 0
+
+    def rule(g: Any, momentum_buffer: Any, t: Any) -> tuple[Any, Any]:
+        weight = jnp.where(plain | (t == 1), 1, 1 - dampening)
+        buffer = momentum * momentum_buffer + weight * g
+        return (g + momentum * buffer if nesterov else buffer), buffer
+
+    return _descent(per_leaf(rule, SgdState), lr, weight_decay, maximize)
+
+
+@as_pytree
+def rprop(
+    lr: Positive = 1e-2,
+    etas: Numbers = (0.5, 1.2),
+    step_sizes: Numbers = (1e-6, 50),
+    *,
+    maximize: bool = False,
+) -> GradientTransformation:
+    """Rprop: `jgd.rprop`, where the formula stands.
+
+    Args:
+      lr: above 0, what the step sizes start from; 0.01 by default.
+      etas: the factors of the step size where the sign turns and where it stays.
+      step_sizes: their bounds.
+      maximize: True or False.
+
+    State: `ScaleByRpropState`, two trees.
+    """
+    rule = jgd.optimizers.rprop(jnp.clip(lr, *step_sizes), *etas, *step_sizes)
+    return chain(scale(-1.0), rule) if maximize else rule
+
+
+# --- adaptive --------------------------------------------------------------------------------
+
+
+@as_pytree
+def adagrad(
+    lr: Number = 1e-2,
+    lr_decay: NonNegative = 0,
+    weight_decay: NonNegative = 0,
+    initial_accumulator_value: NonNegative = 0,
+    eps: NonNegative = 1e-10,
+    *,
+    maximize: bool = False,
+) -> GradientTransformation:
+    """AdaGrad, eps outside the root, with a 1/t decay of the rate.
+
+        s <- s + g^2            u = -lr / (1 + (t - 1) lr_decay) g / (sqrt(s) + eps)
+
+    Args:
+      lr: 0.01 by default.
+      lr_decay: at least 0, 0 by default.
+      weight_decay: at least 0, L2.
+      initial_accumulator_value: at least 0, what s starts from; 0 by default.
+      eps: at least 0, 1e-10 by default.
+      maximize: True or False.
+
+    State: `ScaleByRssState(sum_of_squares)`, one tree, and a count.
+    Differs from: `jgd.adagrad` and Keras, whose eps is inside the root and whose s starts at 0.1.
+    """
+    total = chain(square(), running_sum(initial_accumulator_value), root(eps))
+    quotients = named(divide(identity(), total), record=ScaleByRssState, slots="sum_of_squares")
+    decay = scale(inverse_time_decay(1.0, 1.0, lr_decay))
+    return _descent(chain(quotients, decay), lr, weight_decay, maximize)
+
+
+@as_pytree
+def rmsprop(
+    lr: Number = 1e-2,
+    alpha: Decay = 0.99,
+    eps: NonNegative = 1e-8,
+    weight_decay: NonNegative = 0,
+    momentum: Fraction = 0,
+    centered: bool = False,
+    *,
+    maximize: bool = False,
+) -> GradientTransformation:
+    """RMSProp, eps outside the root, whose velocity is without the learning rate.
+
+        v <- alpha v + (1 - alpha) g^2            b <- momentum b + g / (sqrt(v) + eps)
+        u = -lr b
+
+    Args:
+      lr: 0.01 by default.
+      alpha: in [0, 1), 0.99 by default.
+      eps: at least 0, 1e-8 by default.
+      weight_decay: at least 0, L2.
+      momentum: in [0, 1]; 0 by default.
+      centered: True takes the square of the average gradient from v; where rounding makes that
+        negative (NaN in PyTorch) the root is 0.
+      maximize: True or False.
+
+    State: `ScaleByRmsState(nu)` or, centred, `ScaleByRStdDevState(mu, nu)`, and `TraceState`.
+    Differs from: `jgd.rmsprop` and Keras in both respects.
+    """
+    scaled = scale_by_stddev if centered else scale_by_rms
+    rule = chain(scaled(alpha, eps, eps_in_sqrt=False), scale_by_momentum(momentum))
+    return _descent(rule, lr, weight_decay, maximize)
+
+
+@as_pytree
+def adadelta(
+    lr: Number = 1.0,
+    rho: Decay = 0.9,
+    eps: NonNegative = 1e-6,
+    weight_decay: NonNegative = 0,
+    *,
+    maximize: bool = False,
+) -> GradientTransformation:
+    """AdaDelta: `jgd.adadelta`, where the formula stands, after L2.
+
+    Args:
+      lr: 1 by default.
+      rho: in [0, 1), 0.9 by default.
+      eps: at least 0, 1e-6 by default.
+      weight_decay: at least 0, L2.
+      maximize: True or False.
+
+    State: `ScaleByAdaDeltaState(e_g, e_x)`, two trees.
+    """
+    return _descent(scale_by_adadelta(rho, eps), lr, weight_decay, maximize)
+
+
+def _adam(betas: Any, eps: Any, amsgrad: bool) -> GradientTransformation:
+    b1, b2 = betas
+    if not amsgrad:
+        quotients = divide(average(b1), magnitude(b2, eps))
+        return named(quotients, record=AdamState, slots="mu count nu count")
+    largest = chain(square(), moving_average(b2), running_max(), correct(b2), root(eps))
+    quotients = divide(average(b1), largest)
+    return named(quotients, record=AmsgradState, slots="mu count nu nu_max count")
+
+
+@as_pytree
+def adam(
+    lr: Number = 1e-3,
+    betas: Decays = (0.9, 0.999),
+    eps: NonNegative = 1e-8,
+    weight_decay: NonNegative = 0,
+    amsgrad: bool = False,
+    *,
+    maximize: bool = False,
+    decoupled_weight_decay: bool = False,
+) -> GradientTransformation:
+    """Adam: `jgd.adam`, with L2.
+
+        m <- b1 m + (1 - b1) g            v <- b2 v + (1 - b2) g^2
+        u = -lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
+
+    Args:
+      lr: 0.001 by default.
+      betas: (b1, b2), in [0, 1); (0.9, 0.999) by default.
+      eps: at least 0, 1e-8 by default.
+      weight_decay: at least 0, L2; decoupled if `decoupled_weight_decay`.
+      amsgrad: True puts the largest v so far in the place of v, before its correction.
+      maximize: True or False.
+
+    State: `AdamState(count, mu, nu)`, two trees; `AmsgradState(count, mu, nu, nu_max)`, three.
+    Differs from: `jgd.amsgrad`, whose maximum is over corrected v; `jgd.adam` where b1 moves, whose
+      correction is the product of all b1 so far.
+    """
+    rule = _adam(betas, eps, amsgrad)
+    return _descent(rule, lr, weight_decay, maximize, decoupled_weight_decay)
+
+
+@as_pytree
+def adamw(
+    lr: Number = 1e-3,
+    betas: Decays = (0.9, 0.999),
+    eps: NonNegative = 1e-8,
+    weight_decay: NonNegative = 1e-2,
+    amsgrad: bool = False,
+    *,
+    maximize: bool = False,
+) -> GradientTransformation:
+    """Adam with decoupled weight decay: u = -lr (Adam's quotient + weight_decay p).
+
+    Args, State: as `adam`; weight_decay is 0.01 by default.
+    Differs from: `jgd.adamw`, whose weight decay is 1e-4 by default.
+    """
+    return _descent(_adam(betas, eps, amsgrad), lr, weight_decay, maximize, decoupled=True)
+
+
+@as_pytree
+def adamax(
+    lr: Number = 2e-3,
+    betas: Decays = (0.9, 0.999),
+    eps: NonNegative = 1e-8,
+    weight_decay: NonNegative = 0,
+    *,
+    maximize: bool = False,
+) -> GradientTransformation:
+    """AdaMax: `jgd.adamax`, with L2.
+
+        x <- max(b2 x, |g| + eps)            u = -lr m / (1 - b1^t) / x
+
+    Args: as `adam`; lr is 0.002 by default.
+    State: `AdamState(count, mu, nu)`, two trees.
+    """
+    b1, b2 = betas
+    quotients = divide(average(b1), decayed_max(b2, eps))
+    rule = named(quotients, record=AdamState, slots="mu count nu")
+    return _descent(rule, lr, weight_decay, maximize)
+
+
+@as_pytree
+def nadam(
+    lr: Number = 2e-3,
+    betas: Decays = (0.9, 0.999),
+    eps: NonNegative = 1e-8,
+    weight_decay: NonNegative = 0,
+    momentum_decay: NonNegative = 4e-3,
+    decoupled_weight_decay: bool = False,
+    *,
+    maximize: bool = False,
+) -> GradientTransformation:
+    """NAdam, whose momentum follows a schedule, 0.96^(t momentum_decay).
+
+        d_t = b1 (1 - 0.96^(t momentum_decay) / 2)            D = d_1 d_2 ... d_t
+        m^ = d_(t+1) m / (1 - D d_(t+1)) + (1 - d_t) g / (1 - D)
+        u = -lr m^ / (sqrt(v / (1 - b2^t)) + eps)
+
+    Args: as `adam`; lr is 0.002 by default.
+      momentum_decay: at least 0, 0.004 by default.
+
+    State: `NadamState(count, mu, nu, mu_product)`, two trees.
+    Differs from: Keras, whose schedule is 250 times as fast; `jgd.nadam`, which has none.
+    Source: Dozat 2016, algorithm 2.
+    """
+    b1, b2 = betas
+    rule = scale_by_nadam(b1, b2, eps, momentum_decay)
+    return _descent(rule, lr, weight_decay, maximize, decoupled_weight_decay)
+
+
+@as_pytree
+def _rectified(decay: Decay) -> GradientTransformation:
+    """A magnitude x / r(t), and 1 while its variance has no estimate: RAdam's gate."""
+    init = lambda params: CountState(jnp.zeros([], jnp.int32))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        count = increment(state.count)
+        tractable, r = rectification(decay, count, correction(decay, count.astype(float)), 5.0)
+        return leafwise(lambda x: jnp.where(tractable, x / r, 1), updates), CountState(count)
+
+    return GradientTransformation(init, update)
+
+
+@as_pytree
+def radam(
+    lr: Number = 1e-3,
+    betas: Decays = (0.9, 0.999),
+    eps: NonNegative = 1e-8,
+    weight_decay: NonNegative = 0,
+    decoupled_weight_decay: bool = False,
+    *,
+    maximize: bool = False,
+) -> GradientTransformation:
+    """RAdam: `jgd.radam` with eps beside the root of the uncorrected average.
+
+        l = l_inf - 2 t b2^t / (1 - b2^t), r as in `jgd.radam`
+        u = -lr m^ r sqrt(1 - b2^t) / (sqrt(v) + eps), or -lr m^ if l is not above 5
+
+    Args: as `adam`.
+    State: `AdamState(count, mu, nu)`, two trees.
+    Source: Liu et al. 2020, algorithm 2, arXiv:1908.03265.
+    """
+    b1, b2 = betas
+    roots = chain(square(), moving_average(b2), root(eps), correct(b2, power=-0.5))
+    quotients = divide(average(b1), chain(roots, _rectified(b2)))
+    rule = named(quotients, record=AdamState, slots="mu count nu count count")
+    return _descent(rule, lr, weight_decay, maximize, decoupled_weight_decay)
+
+
+# --- matrices --------------------------------------------------------------------------------
+
+
+@as_pytree
+def adafactor(
+    lr: Number = 1e-2,
+    beta2_decay: Number = -0.8,
+    eps: Numbers = (None, 1e-3),
+    d: Positive = 1.0,
+    weight_decay: NonNegative = 0.0,
+    *,
+    maximize: bool = False,
+) -> GradientTransformation:
+    """Adafactor over the last two axes, with a step relative to the parameters.
+
+        w = t^beta2_decay            row, column <- averages of g^2 with weight w
+        v = max(row column / max(mean(row), eps_1), eps_1^2)
+        x = g / sqrt(v)            x <- x / max(1, rms(x) / d)
+        u = -max(eps_2, rms(p)) min(lr, 1 / sqrt(t)) x - lr weight_decay p
+
+    Args:
+      lr: an upper bound of the relative step, 0.01 by default.
+      beta2_decay: below 0, -0.8 by default.
+      eps: (eps_1, eps_2); (None, 0.001) by default, where None is the dtype's epsilon (that of
+        float32 for 16-bit parameters).
+      d: above 0, the bound of the root mean square of x; 1 by default.
+      weight_decay: at least 0, decoupled.
+      maximize: True or False.
+
+    State: `FactorsState(count, row, column, v)`: a row and a column for each matrix.
+    Differs from: `jgd.adafactor`, which factors long axes only and has no 1 / sqrt(t); Keras, whose
+      eps_1 is added to each square.
+    Source: Shazeer & Stern 2018, algorithms 4 and 6, arXiv:1804.04235.
+    """
+    floor, least_scale = eps
+    rule = factored_descent(lr, beta2_decay, 0.0, least_scale, d, floor)
+    signed = scale(-1.0) if maximize else identity()
+    return chain(signed, rule, add_decayed_weights(-lr * weight_decay))
+
+
+@as_pytree
+def muon(
+    lr: Number = 1e-3,
+    weight_decay: NonNegative = 0.1,
+    momentum: Fraction = 0.95,
+    nesterov: bool = True,
+    ns_coefficients: Numbers = (3.4445, -4.7750, 2.0315),
+    eps: NonNegative = 1e-7,
+    ns_steps: Structure = 5,
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = None,
+) -> GradientTransformation:
+    """Muon for matrices, whose iteration runs in bfloat16.
+
+        m <- momentum m + (1 - momentum) g            x = momentum m + (1 - momentum) g, or m
+        u = -lr (scale orthogonal(x) + weight_decay p)
+
+    orthogonal(x) starts at x / max(||x||, eps) and takes `ns_steps` times
+    x <- a x + (b x x' + c (x x')^2) x.
+
+    Args:
+      lr: 0.001 by default.
+      weight_decay: at least 0, decoupled; 0.1 by default.
+      momentum: in [0, 1], 0.95 by default.
+      nesterov: look ahead.
+      ns_coefficients: (a, b, c).
+      eps: at least 0, 1e-7 by default.
+      ns_steps: how often, structure; 5 by default.
+      adjust_lr_fn: "original" (as None), scale = sqrt(max(1, rows / columns)), or
+        "match_rms_adamw", scale = 0.2 sqrt(max(rows, columns)).
+
+    State: `MovingAverageState(average)`, one tree.
+    Raises: `TreeError` in `update` for a leaf that is no matrix: see `jgd.param_groups`.
+    Differs from: `jgd.muon`, whose iteration has the dtype of the parameters and whose scale is
+      sqrt(max(1, columns / rows)), as kernels of flax lie.
+    Source: Jordan et al. 2024; Liu et al. 2025, arXiv:2502.16982.
+    """
+
+    def rounded(x: Any) -> Any:
+        """To bfloat16 and back."""
+        return jax.lax.reduce_precision(jnp.asarray(x, jnp.float32), 8, 7)
+
+    def orthogonal(x: Any) -> Any:
+        if x.ndim != 2:
+            raise TreeError(f"is for matrices, got shape {x.shape}")
+        rows, columns = x.shape
+        # products of bfloat16 numbers are exact in float32, where PyTorch adds them up
+        wide = rounded((x.T if rows > columns else x).astype(jnp.float32))
+        wide = rounded(wide / jnp.maximum(rounded(norm(wide)), rounded(eps)))
+        triple = [jnp.asarray(c, jnp.float32) for c in ns_coefficients]
+        result = orthogonalized(wide, [triple] * ns_steps, rounded).astype(x.dtype)
+        matched = adjust_lr_fn == "match_rms_adamw"
+        factor = 0.2 * math.sqrt(max(x.shape)) if matched else math.sqrt(max(1, rows / columns))
+        return factor * (result.T if rows > columns else result)
+
+    memory = moving_average(momentum)
+    rule = chain(with_nesterov(memory) if nesterov else memory, pointwise(orthogonal))
+    return _descent(rule, lr, weight_decay, maximize=False, decoupled=True)

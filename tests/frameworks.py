@@ -1,0 +1,94 @@
+"""Keras and PyTorch at work beside jgd: paths of parameters, and how far two of them part."""
+
+import os
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+import optax
+import torch
+
+SHAPES = {
+    "scalar": (),
+    "vector": (5,),
+    "matrix": (6, 4),
+    "wide": (3, 7),
+    "kernel": (2, 3, 4, 5),
+}
+STEPS = 200
+PULL = 0.05  # of the parameters themselves: gradients depend on where the path has led
+
+
+def problem(shapes=None, steps=STEPS, seed=0):
+    """Parameters and stacked gradients between 1e-5 and 1e2 in size, with exact zeros."""
+    rng = np.random.default_rng(seed)
+    shapes = SHAPES if shapes is None else shapes
+    params = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    noise = {}
+    for name, shape in shapes.items():
+        size = 10 ** rng.uniform(-5, 2, size=shape)
+        drawn = size * rng.normal(size=(steps, *shape))
+        noise[name] = drawn * (rng.uniform(size=drawn.shape) > 0.05)
+    return params, noise
+
+
+def jgd_path(tx, params, noise):
+    def step(carry, drawn):
+        params, state = carry
+        grads = jax.tree.map(lambda n, p: n + PULL * p, drawn, params)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, state), params
+
+    params = jax.tree.map(jnp.asarray, params)
+    return jax.jit(lambda noise: jax.lax.scan(step, (params, tx.init(params)), noise)[1])(noise)
+
+
+def keras_path(optimizer, params, noise):
+    names = list(params)
+    variables = [keras.Variable(params[n], dtype="float64", name=n) for n in names]
+    optimizer.build(variables)
+
+    def step(carry, drawn):
+        values, slots = carry
+        grads = [drawn[n] + PULL * p for n, p in zip(names, values, strict=True)]
+        values, slots = optimizer.stateless_apply(slots, grads, values)
+        return (values, slots), dict(zip(names, values, strict=True))
+
+    start = [v.value for v in variables], [v.value for v in optimizer.variables]
+    return jax.jit(lambda noise: jax.lax.scan(step, start, noise)[1])(noise)
+
+
+def torch_path(make, params, noise, schedulers=(), clip=None):
+    """`make` gives the optimizer of a list of parameters, `schedulers` its schedulers."""
+    names = list(params)
+    tensors = [torch.nn.Parameter(torch.tensor(params[n])) for n in names]
+    optimizer = make(tensors)
+    running = [scheduler(optimizer) for scheduler in schedulers]
+    path = []
+    for k in range(len(noise[names[0]])):
+        for n, p in zip(names, tensors, strict=True):
+            p.grad = torch.tensor(noise[n][k]) + PULL * p.detach()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(tensors, clip)
+        optimizer.step()
+        for scheduler in running:
+            scheduler.step()
+        path.append([p.detach().numpy().copy() for p in tensors])
+    return {n: np.stack(values) for n, values in zip(names, zip(*path, strict=True), strict=True)}
+
+
+def parted(ours, theirs, params):
+    """The largest distance between two paths, for each coordinate in units of its path so far."""
+    worst = 0.0
+    for name, start in params.items():
+        mine, other = np.asarray(ours[name]), np.asarray(theirs[name])
+        steps = np.abs(np.diff(other, axis=0, prepend=np.asarray(start)[None]))
+        length = np.cumsum(steps, axis=0)
+        gap = np.abs(mine - other) / np.maximum(length, 1e-12)
+        assert np.isfinite(gap).all(), name
+        worst = max(worst, float(gap.max()))
+    return worst

@@ -1,0 +1,466 @@
+"""The optimizers of Keras and PyTorch beside the real ones, in float64, over 200 steps."""
+
+import inspect
+
+import frameworks
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+import optax
+import pytest
+import torch
+from frameworks import PULL, jgd_path, keras_path, parted, problem, torch_path
+
+import jgd
+import jgd.compat.keras as jk
+import jgd.compat.keras.optimizers
+import jgd.compat.textbook
+import jgd.compat.torch as jt
+import jgd.compat.torch.optimizers
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+CLASSES = {
+    "schedule_free_adamw": "ScheduleFreeAdamW",
+    "nadam": "NAdam",
+    "radam": "RAdam",
+    "rmsprop": "RMSprop",
+    "adamw": "AdamW",
+    "sgd": "SGD",
+}
+MATRICES = {"tall": (9, 4), "wide": (4, 9), "square": (6, 6)}
+
+
+def of_keras(name):
+    return getattr(keras.optimizers, name.capitalize() if name == "nadam" else _class(name))
+
+
+def of_torch(name):
+    return getattr(torch.optim, _class(name))
+
+
+def _class(name):
+    return CLASSES.get(name, name.capitalize())
+
+
+# Keras keeps its learning rate in float32, so that two paths part by 6e-8 of their length.
+# 2e-5 where it computes more than that in float32: the means of Adafactor, the norm of Muon.
+KERAS = [
+    ("sgd", {}),
+    ("sgd", dict(learning_rate=0.03, momentum=0.9, nesterov=True, clipvalue=0.5)),
+    ("sgd", dict(momentum=0.9, weight_decay=0.1, use_ema=True, ema_overwrite_frequency=7)),
+    ("rmsprop", {}),
+    ("rmsprop", dict(rho=0.8, momentum=0.9, centered=True, global_clipnorm=3.0)),
+    ("adam", {}),
+    ("adam", dict(amsgrad=True, epsilon=1e-3, clipnorm=1.0, gradient_accumulation_steps=4)),
+    (
+        "adam",
+        dict(
+            learning_rate=0.1,
+            weight_decay=0.1,
+            gradient_accumulation_steps=3,
+            loss_scale_factor=8.0,
+            use_ema=True,
+            ema_momentum=0.9,
+            ema_overwrite_frequency=5,
+        ),
+    ),
+    ("adamw", {}),
+    ("adamw", dict(weight_decay=0.05, beta_1=0.8, beta_2=0.95, amsgrad=True)),
+    ("adadelta", {}),
+    ("adadelta", dict(learning_rate=1.0, rho=0.8, epsilon=1e-4, weight_decay=0.01)),
+    ("adagrad", {}),
+    ("adagrad", dict(learning_rate=0.5, initial_accumulator_value=0.0, clipnorm=0.1)),
+    ("adamax", {}),
+    ("adamax", dict(learning_rate=0.1, beta_1=0.5, epsilon=0.1)),
+    ("adafactor", {}),
+    ("adafactor", dict(learning_rate=0.5, clip_threshold=0.5, epsilon_2=0.1, weight_decay=0.01)),
+    ("nadam", {}),
+    ("nadam", dict(beta_1=0.8, gradient_accumulation_steps=4)),
+    ("ftrl", {}),
+    (
+        "ftrl",
+        dict(
+            learning_rate=0.05,
+            learning_rate_power=-0.6,
+            l1_regularization_strength=0.1,
+            l2_regularization_strength=0.2,
+            l2_shrinkage_regularization_strength=0.1,
+            beta=0.3,
+            weight_decay=0.1,
+        ),
+    ),
+    ("lion", {}),
+    ("lion", dict(beta_1=0.5, beta_2=0.9, weight_decay=0.1)),
+    ("lamb", {}),
+    ("lamb", dict(weight_decay=0.1, clipnorm=1.0)),
+    ("muon", {}),
+    ("muon", dict(exclude_layers=["wid"], nesterov=False, rms_rate=None, adam_lr_ratio=0.3)),
+    ("schedule_free_adamw", {}),
+    ("schedule_free_adamw", dict(warmup_steps=20, weight_decay=0.1, beta_1=0.7)),
+]
+FLOAT32_INSIDE = ("adafactor", "muon")
+
+
+@pytest.mark.parametrize(("name", "numbers"), KERAS)
+def test_keras(name, numbers):
+    params, noise = problem()
+    ours = jgd_path(getattr(jk, name)(**numbers), params, noise)
+    theirs = keras_path(of_keras(name)(**numbers), params, noise)
+    assert parted(ours, theirs, params) < (2e-5 if name in FLOAT32_INSIDE else 1e-6)
+
+
+TORCH = [
+    ("sgd", {}),
+    ("sgd", dict(momentum=0.9, nesterov=True, weight_decay=0.1)),
+    ("sgd", dict(momentum=0.9, dampening=0.3, maximize=True, weight_decay=0.1)),
+    ("sgd", dict(dampening=0.3)),
+    ("rmsprop", {}),
+    ("rmsprop", dict(alpha=0.9, momentum=0.9, centered=True, weight_decay=0.1)),
+    ("adam", {}),
+    ("adam", dict(betas=(0.8, 0.95), amsgrad=True, eps=1e-3)),
+    ("adam", dict(weight_decay=0.1, maximize=True)),
+    ("adam", dict(weight_decay=0.1, decoupled_weight_decay=True)),
+    ("adamw", {}),
+    ("adamw", dict(weight_decay=0.05, amsgrad=True, maximize=True)),
+    ("adadelta", {}),
+    ("adadelta", dict(lr=0.3, rho=0.8, eps=1e-3, weight_decay=0.1, maximize=True)),
+    ("adagrad", {}),
+    ("adagrad", dict(lr_decay=0.1, initial_accumulator_value=0.3, eps=1e-3, weight_decay=0.1)),
+    ("adamax", {}),
+    ("adamax", dict(betas=(0.5, 0.9), eps=0.1, weight_decay=0.1, maximize=True)),
+    ("adafactor", {}),
+    ("adafactor", dict(lr=0.5, beta2_decay=-0.6, eps=(1e-8, 0.01), d=1.5, weight_decay=0.1)),
+    ("nadam", {}),
+    ("nadam", dict(momentum_decay=0.1, weight_decay=0.1, decoupled_weight_decay=True)),
+    ("nadam", dict(weight_decay=0.1, maximize=True)),
+    ("radam", {}),
+    ("radam", dict(betas=(0.9, 0.9), weight_decay=0.1, decoupled_weight_decay=True)),
+    ("rprop", {}),
+    ("rprop", dict(etas=(0.3, 1.5), step_sizes=(1e-4, 5e-3), maximize=True)),
+    ("muon", dict(lr=0.02)),
+    ("muon", dict(lr=0.02, nesterov=False, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")),
+]
+
+
+@pytest.mark.parametrize(("name", "numbers"), TORCH)
+def test_torch(name, numbers):
+    params, noise = problem(MATRICES if name == "muon" else None)
+    ours = jgd_path(getattr(jt, name)(**numbers), params, noise)
+    theirs = torch_path(lambda ps: of_torch(name)(ps, **numbers), params, noise)
+    # PyTorch keeps NAdam's product of momenta in float32. Muon's iteration is in bfloat16: where a
+    # sum lies between two of its numbers, the order of addition decides
+    tolerance = {"nadam": 1e-7, "muon": 1e-3}.get(name, 1e-9)
+    assert parted(ours, theirs, params) < tolerance
+
+
+def test_every_optimizer_has_a_row():
+    assert {name for name, _ in KERAS} == set(jgd.compat.keras.optimizers.__all__)
+    extra = {"clip_grad_norm"}
+    assert {name for name, _ in TORCH} | extra == set(jgd.compat.torch.optimizers.__all__)
+    theirs = {name for name in dir(keras.optimizers) if name[0].isupper()}
+    wrappers = {"Optimizer", "OptimizerMap", "MultiOptimizer", "LossScaleOptimizer"}
+    assert {_class(n).lower() for n, _ in KERAS} == {n.lower() for n in theirs - wrappers}
+    theirs = {name for name in dir(torch.optim) if name[0].isupper()}
+    # ASGD averages, L-BFGS searches along lines, SparseAdam wants sparse gradients
+    others = {"Optimizer", "ASGD", "LBFGS", "SparseAdam"}
+    assert {_class(n).lower() for n, _ in TORCH} == {n.lower() for n in theirs - others}
+
+
+@pytest.mark.parametrize("name", [name for name, numbers in KERAS if not numbers])
+def test_names_and_defaults_are_those_of_keras(name):
+    theirs = inspect.signature(of_keras(name).__init__).parameters
+    unlike = {"self", "name", "kwargs"}
+    _same_defaults(getattr(jk, name), {n: p for n, p in theirs.items() if n not in unlike})
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in TORCH}))
+def test_names_and_defaults_are_those_of_torch(name):
+    theirs = inspect.signature(of_torch(name).__init__).parameters
+    unlike = {"self", "params", "foreach", "fused", "capturable", "differentiable"}
+    _same_defaults(getattr(jt, name), {n: p for n, p in theirs.items() if n not in unlike})
+
+
+def _same_defaults(factory, theirs):
+    ours = inspect.signature(factory).parameters
+    assert {n: p.default for n, p in ours.items()} == {n: p.default for n, p in theirs.items()}
+    positional = [n for n, p in ours.items() if p.kind is not p.KEYWORD_ONLY]
+    assert positional == list(theirs)[: len(positional)]
+
+
+# --- schedules at work -----------------------------------------------------------------------
+
+
+def test_a_keras_schedule_counts_gradients_even_where_steps_are_fewer():
+    params, noise = problem()
+    options = dict(momentum=0.9, nesterov=True, weight_decay=0.1, gradient_accumulation_steps=4)
+    decay = dict(initial_learning_rate=0.1, decay_steps=20, decay_rate=0.8)
+    ours = jgd_path(jk.sgd(jk.exponential_decay(**decay), **options), params, noise)
+    schedule = keras.optimizers.schedules.ExponentialDecay(**decay)
+    theirs = keras_path(keras.optimizers.SGD(schedule, **options), params, noise)
+    assert parted(ours, theirs, params) < 1e-6
+
+
+def test_torch_schedules_drive_the_rate_and_the_momentum():
+    params, noise = problem()
+    cycle = dict(max_lr=0.1, total_steps=210)
+    rate, momentum = jt.one_cycle_lr(**cycle), jt.one_cycle_momentum(**cycle)
+    schedulers = [lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, **cycle)]
+    for tx, make in (
+        (jt.sgd(rate, momentum=momentum), lambda ps: torch.optim.SGD(ps, momentum=0.9)),
+        (jt.adam(rate, betas=(momentum, 0.99)), lambda ps: torch.optim.Adam(ps, betas=(0.9, 0.99))),
+    ):
+        theirs = torch_path(make, params, noise, schedulers)
+        assert parted(jgd_path(tx, params, noise), theirs, params) < 1e-9
+
+
+def test_clip_grad_norm():
+    params, noise = problem()
+    tx = jgd.chain(jt.clip_grad_norm(2.0), jt.sgd(0.1, momentum=0.9))
+    make = lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9)
+    theirs = torch_path(make, params, noise, clip=2.0)
+    assert parted(jgd_path(tx, params, noise), theirs, params) < 1e-9
+
+
+# --- Keras's options at their edges ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["clipnorm", "clipvalue", "global_clipnorm"])
+def test_clipping_of_what_is_not_finite_is_keras_s(option):
+    params = {"a": np.ones(3), "b": np.ones(2)}
+    for bad in (np.inf, -np.inf, np.nan, 0.0):
+        noise = {"a": np.array([[1.0, bad, 0.0]]), "b": np.array([[0.0, 0.0]])}
+        ours = jgd_path(jk.sgd(0.1, **{option: 0.5}), params, noise)
+        theirs = keras_path(keras.optimizers.SGD(0.1, **{option: 0.5}), params, noise)
+        for name in params:
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-6)
+
+
+def test_the_average_is_what_keras_ends_with():
+    params, noise = problem({"matrix": (6, 4), "vector": (5,)}, steps=10)
+    options = dict(use_ema=True, ema_momentum=0.9, gradient_accumulation_steps=4)
+    tx = jk.adam(0.1, **options)
+    state = tx.init(params)
+    now = jax.tree.map(jnp.asarray, params)
+    optimizer = keras.optimizers.Adam(0.1, **options)
+    variables = [keras.Variable(p, dtype="float64", name=n) for n, p in params.items()]
+    step = jax.jit(tx.update)
+    for k in range(10):
+        grads = {name: noise[name][k] for name in params}
+        optimizer.apply(list(grads.values()), variables)
+        updates, state = step(grads, state, now)
+        now = jax.tree.map(jnp.add, now, updates)
+    optimizer.finalize_variable_values(variables)
+    averages = jk.averaged_params(state)
+    for name, variable in zip(params, variables, strict=True):
+        np.testing.assert_allclose(averages[name], variable, rtol=1e-6)
+    with pytest.raises(ValueError, match="use_ema=True keeps one"):
+        jk.averaged_params(jk.adam().init(params))
+
+
+def test_two_clippings_are_refused():
+    with pytest.raises(ValueError, match=r"only one of .* got clipnorm, clipvalue"):
+        jk.adam(clipnorm=1.0, clipvalue=1.0).init({"w": jnp.ones(2)})
+
+
+# --- pytrees of their numbers ----------------------------------------------------------------
+
+FACTORIES = {
+    **{f"keras.{name}": getattr(jk, name) for name in jgd.compat.keras.optimizers.__all__},
+    **{f"torch.{name}": getattr(jt, name) for name in {n for n, _ in TORCH}},
+    **{
+        f"textbook.{name}": getattr(jgd.compat.textbook, name)
+        for name in jgd.compat.textbook.__all__
+    },
+}
+
+
+@pytest.mark.parametrize("name", sorted(FACTORIES))
+def test_numbers_are_lanes_of_one_program(name):
+    params, noise = problem({"m": (4, 3)}, steps=5)
+    tx = FACTORIES[name]()
+    if name.startswith("keras."):
+        tx = tx._replace(weight_decay=0.01, clipnorm=1.0, gradient_accumulation_steps=2)
+        tx = tx._replace(use_ema=True, ema_overwrite_frequency=3, loss_scale_factor=2.0)
+    traces = []
+
+    def path(tx):
+        traces.append(name)
+        return jgd_path(tx, params, noise)["m"]
+
+    other = jax.tree.map(lambda x: x * 0.999, tx)
+    alone = jax.jit(path)
+    one, two = alone(tx), alone(other)
+    assert len(traces) == 1
+    assert jax.tree.leaves(tx)
+    assert not np.array_equal(one, two)
+    lanes = jax.jit(jax.vmap(path))(jgd.stack([tx, other]))
+    np.testing.assert_allclose(lanes, jnp.stack([one, two]), rtol=1e-9, atol=1e-12)
+
+
+# --- moving house ----------------------------------------------------------------------------
+
+
+def _rest(tx, state, params, noise):
+    def step(carry, drawn):
+        params, state = carry
+        grads = jax.tree.map(lambda n, p: n + PULL * p, drawn, params)
+        updates, state = tx.update(grads, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        return (params, state), params
+
+    go = lambda noise: jax.lax.scan(step, (params, state), noise)[1]
+    return jax.jit(go)(noise)
+
+
+def _torch_halves(make, params, noise, half):
+    """The optimizer and the parameters after `half` steps, and the path from there."""
+    names = list(params)
+    tensors = [torch.nn.Parameter(torch.tensor(params[n])) for n in names]
+    optimizer = make(tensors)
+    path = []
+    for k in range(len(noise[names[0]])):
+        if k == half:
+            kept = optimizer.state_dict()
+            moved = {n: jnp.array(p.detach()) for n, p in zip(names, tensors, strict=True)}
+            yield kept, moved
+        for n, p in zip(names, tensors, strict=True):
+            p.grad = torch.tensor(noise[n][k]) + PULL * p.detach()
+        optimizer.step()
+        path.append([p.detach().numpy().copy() for p in tensors])
+    rows = zip(names, zip(*path, strict=True), strict=True)
+    yield {n: np.stack(values)[half:] for n, values in rows}
+
+
+MOVED = [
+    ("sgd", dict(momentum=0.9, dampening=0.2)),
+    ("rmsprop", dict(momentum=0.9, centered=True)),
+    ("adam", dict(amsgrad=True, weight_decay=0.1)),
+    ("adagrad", dict(lr_decay=0.1)),
+    *[(name, {}) for name in sorted({name for name, _ in TORCH})],
+]
+
+
+@pytest.mark.parametrize(("name", "numbers"), MOVED)
+def test_half_the_way_there_and_half_here_torch(name, numbers):
+    params, noise = problem(MATRICES if name == "muon" else None)
+    halves = _torch_halves(lambda ps: of_torch(name)(ps, **numbers), params, noise, 100)
+    kept, moved = next(halves)
+    tx, state = jt.state_from(kept, moved)
+    ours = _rest(tx, state, moved, {n: x[100:] for n, x in noise.items()})
+    tolerance = {"nadam": 1e-7, "muon": 1e-3}.get(name, 1e-9)  # as above
+    assert parted(ours, next(halves), moved) < tolerance
+
+
+KERAS_MOVED = [
+    ("sgd", dict(momentum=0.9, nesterov=True)),
+    ("rmsprop", dict(momentum=0.9, centered=True)),
+    (
+        "adam",
+        dict(
+            amsgrad=True,
+            gradient_accumulation_steps=4,
+            loss_scale_factor=8.0,
+            use_ema=True,
+            ema_overwrite_frequency=5,
+            weight_decay=0.1,
+        ),
+    ),
+    ("schedule_free_adamw", dict(warmup_steps=150)),
+    *[(name, {}) for name in jgd.compat.keras.optimizers.__all__],
+]
+
+
+@pytest.mark.parametrize(("name", "numbers"), KERAS_MOVED)
+def test_half_the_way_there_and_half_here_keras(name, numbers):
+    half = 102  # two gradients are waiting where four make a step
+    params, noise = problem()
+    names = list(params)
+    if name in ("sgd", "adam"):
+        rate = keras.optimizers.schedules.ExponentialDecay(0.1, 50, 0.9)
+        numbers = dict(numbers, learning_rate=rate)
+    optimizer = of_keras(name)(**numbers)
+    variables = [keras.Variable(params[n], dtype="float64", name=n) for n in names]
+    optimizer.build(variables)
+
+    def step(carry, drawn):
+        values, slots = carry
+        grads = [drawn[n] + PULL * p for n, p in zip(names, values, strict=True)]
+        values, slots = optimizer.stateless_apply(slots, grads, values)
+        return (values, slots), dict(zip(names, values, strict=True))
+
+    start = [v.value for v in variables], [v.value for v in optimizer.variables]
+    go = jax.jit(lambda start, noise: jax.lax.scan(step, start, noise))
+    (values, slots), _ = go(start, {n: x[:half] for n, x in noise.items()})
+    rest = {n: x[half:] for n, x in noise.items()}
+    _, theirs = go((values, slots), rest)
+    for variable, value in zip([*variables, *optimizer.variables], [*values, *slots], strict=True):
+        variable.assign(value)
+    moved = dict(zip(names, values, strict=True))
+    tx, state = jk.state_from(optimizer, moved)
+    ours = _rest(tx, state, moved, rest)
+    assert parted(ours, theirs, moved) < (2e-5 if name in FLOAT32_INSIDE else 1e-6)
+
+
+def _stepped(optimizer, tensors):
+    for tensor in tensors:
+        tensor.grad = torch.ones_like(tensor)
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+def test_a_schedule_goes_on_where_the_checkpoint_stopped():
+    tensors = [torch.nn.Parameter(torch.ones(3))]
+    kept = _stepped(torch.optim.Adam(tensors, lr=0.5), tensors)
+    params = [jnp.ones(3)]
+    tx, state = jt.state_from(kept, params, lr=jt.exponential_lr(1.0, gamma=0.5))
+    updates, _ = tx.update([jnp.ones(3)], state, params)
+    np.testing.assert_allclose(updates[0], -0.5, rtol=1e-6)
+    kept = _stepped(torch.optim.SGD(tensors, lr=0.5), tensors)
+    tx, state = jt.state_from(kept, params, lr=jt.exponential_lr(1.0, gamma=0.5), step=1)
+    np.testing.assert_allclose(tx.update([jnp.ones(3)], state, params)[0][0], -0.5)
+
+
+def test_what_does_not_fit_is_refused_by_name():
+    square = [torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
+    kept = _stepped(torch.optim.Adam(square), square)
+    eye = jnp.eye(2)
+    with pytest.raises(ValueError, match=r"more than one order; give the names.* a, b"):
+        jt.state_from(kept, {"b": eye, "a": eye})
+    jt.state_from(kept, {"b": eye, "a": eye}, names=["b", "a"])
+    jt.state_from(kept, {"a": eye, "b": eye})
+    with pytest.raises(ValueError, match="1 parameters here, 2 in the state"):
+        jt.state_from(kept, [eye])
+    with pytest.raises(ValueError, match=r"0 has shape \(3,\), that of the state has \(2, 2\)"):
+        jt.state_from(kept, [jnp.ones(3), eye])
+    groups = torch.optim.Adam([{"params": square[:1]}, {"params": square[1:], "lr": 0.1}])
+    with pytest.raises(ValueError, match=r"groups have lr=0\.001 and 0\.1"):
+        jt.state_from(_stepped(groups, square), [eye, eye])
+    with pytest.raises(ValueError, match="no optimizer here has the numbers lr, lambd"):
+        jt.state_from(_stepped(torch.optim.ASGD(square), square), [eye, eye])
+    with pytest.raises(ValueError, match="this Adam has no state: build it"):
+        jk.state_from(keras.optimizers.Adam(), [eye])
+    named = torch.optim.Adam([("w.10", square[0]), ("w.2", square[1])])
+    kept = _stepped(named, square)
+    kept["state"][0]["exp_avg"] = torch.zeros(2, 2)
+    _, state = jt.state_from(kept, {"w": {"2": eye, "10": eye}})
+    assert float(jnp.sum(jnp.abs(optax.tree.get(state, "mu")["w"]["10"]))) == 0
+
+
+def test_a_layer_of_ten_and_more_is_not_taken_for_another():
+    """Keys sort as text, "10" before "2", where the other framework counts."""
+    tensors = [torch.nn.Parameter(torch.ones(2)) for _ in range(11)]
+    kept = _stepped(torch.optim.Adam(tensors), tensors)
+    with pytest.raises(ValueError, match="more than one order"):
+        jt.state_from(kept, {str(i): jnp.ones(2) for i in sorted(map(str, range(11)))})
+
+
+def test_the_frameworks_are_not_imported():
+    assert frameworks.keras is keras
+    import subprocess
+    import sys
+
+    program = "import sys, jgd.compat; print(*{'keras', 'torch', 'tensorflow'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "", done

@@ -1,0 +1,211 @@
+"""The textbook chapter: every snippet that runs, with Keras beside it, ends in the same number."""
+
+import os
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+import optax
+import pytest
+from conftest import run
+
+import jgd
+import jgd.compat.keras as jk
+from jgd.compat import textbook
+
+# --- one step on var^2 / 2, from 1 -----------------------------------------------------------
+
+
+def _steps(tx, count=1):
+    """Where each step leads, from 1 on var^2 / 2, whose gradient is var."""
+    var, path = jnp.float32(1.0), []
+    state = tx.init(var)
+    for _ in range(count):
+        updates, state = tx.update(var, state, var)
+        var = var + updates
+        path.append(float(var))
+    return path
+
+
+SNIPPETS = [
+    ("sgd", "SGD", {}, 0.9),
+    ("sgd", "SGD", dict(momentum=0.9), 0.9),
+    ("adagrad", "Adagrad", dict(initial_accumulator_value=0.1, epsilon=1e-7), 0.90465),
+    ("rmsprop", "RMSprop", {}, 0.68377),
+    ("adam", "Adam", {}, 0.9),
+]
+
+
+@pytest.mark.parametrize(("ours", "theirs", "numbers", "printed"), SNIPPETS)
+def test_one_step(ours, theirs, numbers, printed):
+    (after,) = _steps(getattr(jk, ours)(0.1, **numbers))
+    variable = keras.Variable(1.0)
+    optimizer = getattr(keras.optimizers, theirs)(0.1, **numbers)
+    optimizer.apply([variable.value], [variable])
+    assert after == pytest.approx(float(variable.value), rel=2e-6)
+    assert after == pytest.approx(printed, abs=6e-6)
+
+
+def test_momentum_steps_a_tenth_and_then_eighteen_hundredths():
+    for tx in (jk.sgd(0.1, momentum=0.9), textbook.momentum(0.1), jgd.momentum(0.1)):
+        first, second = _steps(tx, 2)
+        assert 1 - first == pytest.approx(0.1)
+        assert first - second == pytest.approx(0.18)
+
+
+# --- the textbook's forms against its formulas, in float64 -----------------------------------
+
+
+def _textbook_rules():
+    """The formulas of the chapter, right where it is wrong, on NumPy arrays."""
+    zero = lambda g: 0 * g
+
+    def momentum(g, s, t, eta=0.01, a=0.9):
+        v = a * s.get("v", zero(g)) - eta * g
+        return v, {"v": v}
+
+    def momentum_average(g, s, t, eta=0.01, b=0.9):
+        v = b * s.get("v", zero(g)) + (1 - b) * g
+        return -eta * v, {"v": v}
+
+    def nesterov(g, s, t, eta=0.01, mu=0.9):
+        old = s.get("v", zero(g))
+        return mu**2 * old - (1 + mu) * eta * g, {"v": mu * old - eta * g}
+
+    def adagrad(g, s, t, eta=0.01, eps=1e-7):
+        h = s.get("h", zero(g)) + g**2
+        return -eta * g / (np.sqrt(h) + eps), {"h": h}
+
+    def rmsprop(g, s, t, eta=0.01, rho=0.99, eps=1e-7):
+        h = rho * s.get("h", zero(g)) + (1 - rho) * g**2
+        return -eta * g / (np.sqrt(h) + eps), {"h": h}
+
+    def adam(g, s, t, eta=0.001, b1=0.9, b2=0.999, eps=1e-7):
+        m = b1 * s.get("m", zero(g)) + (1 - b1) * g
+        v = b2 * s.get("v", zero(g)) + (1 - b2) * g**2
+        rate = eta * np.sqrt(1 - b2**t) / (1 - b1**t)
+        return -rate * m / (np.sqrt(v) + eps), {"m": m, "v": v}
+
+    return dict(
+        sgd=lambda g, s, t: (-0.01 * g, s),
+        momentum=momentum,
+        momentum_average=momentum_average,
+        nesterov=nesterov,
+        adagrad=adagrad,
+        rmsprop=rmsprop,
+        adam=adam,
+    )
+
+
+@pytest.mark.parametrize("name", textbook.__all__)
+def test_defaults_are_the_formulas_of_the_chapter(name, float64):
+    gradients = np.random.default_rng(0).normal(size=(50, 6)) * 10.0 ** np.arange(-3, 3)
+    ours = run(getattr(textbook, name)(), jnp.asarray(gradients), jnp.ones(6))
+    rule, state = _textbook_rules()[name], {}
+    for t, g in enumerate(gradients, 1):
+        wanted, state = rule(g, state, t)
+        np.testing.assert_allclose(ours[t - 1], wanted, rtol=1e-9)
+
+
+def test_epsilon_inside_the_root(float64):
+    gradients = jnp.asarray(np.random.default_rng(0).normal(size=(20, 4)) * 1e-3)
+    squares = np.cumsum(np.asarray(gradients) ** 2, axis=0)
+    inside = textbook.adagrad(0.1, eps=0.0, eps_root=1e-6)
+    wanted = -0.1 * gradients / np.sqrt(squares + 1e-6)
+    np.testing.assert_allclose(run(inside, gradients, jnp.ones(4)), wanted, rtol=1e-9)
+
+
+def test_misprints_are_what_the_docstrings_say(float64):
+    """Adam without the second correction and with the root of the first; Nesterov with v'."""
+    g = 0.5
+    m, v = 0.1 * g, 0.001 * g**2
+    printed = m / np.sqrt(1 - 0.9) / np.sqrt(v)
+    assert printed == pytest.approx(10, rel=1e-6)
+    right = run(textbook.adam(1.0, eps=0.0), jnp.array([g]), jnp.ones([]))
+    np.testing.assert_allclose(right, -1.0)
+    first = run(textbook.nesterov(1.0, 0.9), jnp.array([1.0]), jnp.ones([]))
+    np.testing.assert_allclose(first, -1.9)
+
+
+# --- the line y = 3 x + 2, and the net that diverges -----------------------------------------
+
+
+def _fit_keras(x, y, weights, stages, epochs=100, batch_size=32, callbacks=()):
+    """The loss of each epoch of each stage, which has an optimizer of its own."""
+    model = keras.Sequential([keras.Input(x.shape[1:]), keras.layers.Dense(weights.shape[1])])
+    model.layers[0].set_weights([weights, np.zeros(weights.shape[1])])
+    losses = []
+    for optimizer in stages:
+        model.compile(optimizer, "mse")
+        options = dict(batch_size=batch_size, shuffle=False, verbose=0, callbacks=list(callbacks))
+        losses.append(model.fit(x, y, epochs=epochs, **options).history["loss"])
+    return losses
+
+
+def _fit(x, y, weights, stages, epochs=100, batch_size=32):
+    """The same with jgd: the mean over the examples of an epoch, each loss before its step."""
+    params = {"w": jnp.asarray(weights, jnp.float32), "b": jnp.zeros(weights.shape[1])}
+    parts = [slice(i, i + batch_size) for i in range(0, len(x), batch_size)]
+
+    def loss(p, x, y):
+        return jnp.mean((x @ p["w"] + p["b"] - y) ** 2)
+
+    @jax.jit
+    def stage(tx, params):
+        def epoch(carry, _):
+            params, state = carry
+            total = 0.0
+            for part in parts:
+                value, grads = jax.value_and_grad(loss)(params, x[part], y[part])
+                updates, state = tx.update(grads, state, params)
+                params = optax.apply_updates(params, updates)
+                total += value * len(x[part])
+            return (params, state), total / len(x)
+
+        (params, _), losses = jax.lax.scan(epoch, (params, tx.init(params)), length=epochs)
+        return params, losses
+
+    losses = []
+    for tx in stages:
+        params, of_stage = stage(tx, params)
+        losses.append(of_stage)
+    return losses
+
+
+def test_the_line():
+    """The tutorial compiles a second time and so goes on; from the start Adam has no chance."""
+    x = np.random.RandomState(0).rand(100, 1).astype("float32")
+    y, start = 3 * x + 2, np.full((1, 1), 0.4, "float32")
+    optimizers = keras.optimizers
+    there = _fit_keras(x, y, start, [optimizers.SGD(0.01), optimizers.Adam(0.001)])
+    here = _fit(x, y, start, [jk.sgd(0.01), jk.adam(0.001)])
+    np.testing.assert_allclose(here, there, rtol=2e-4)
+    assert here[0][-1] == pytest.approx(0.042, abs=0.005)
+    assert here[1][-1] == pytest.approx(0.013, abs=0.005)
+    (alone,) = _fit(x, y, start, [jk.adam(0.001)])
+    np.testing.assert_allclose(
+        alone, _fit_keras(x, y, start, [optimizers.Adam(0.001)])[0], rtol=2e-4
+    )
+    assert 7 < alone[-1] < 9  # 400 steps of a thousandth cannot reach 3 and 2
+
+
+def test_the_net_that_diverges_stops_after_four_epochs():
+    """Five rows of twenty numbers up to 99: the loss is NaN before long, and nothing beats that."""
+    x = np.arange(100, dtype="float32").reshape(5, 20)
+    y = np.zeros((5, 1), "float32")
+    start = np.random.RandomState(0).uniform(-0.4, 0.4, (20, 10)).astype("float32")
+    callback = keras.callbacks.EarlyStopping(monitor="loss", patience=3)
+    sgd = keras.optimizers.SGD()
+    (there,) = _fit_keras(x, y, start, [sgd], epochs=10, batch_size=1, callbacks=[callback])
+    (here,) = _fit(x, y, start, [jk.sgd()], epochs=10, batch_size=1)
+    init, update = jk.early_stopping(monitor="loss", patience=3)
+    state, epochs = init(), 0
+    for value in here:
+        stop, state = update(value, state)
+        epochs += 1
+        if stop:
+            break
+    assert epochs == len(there) == 4
