@@ -52,6 +52,7 @@ _MODULES = {
         warmup_stable_decay_schedule""",
     "jgd.catalog": "get",
     "jgd.training": "Run Task minibatches supervised train",
+    "jgd.tuning.prune": "hyperband successive_halving",
     "jgd.tuning.space": "choice grid loguniform random_search uniform",
     "jgd.tuning.sweep": "iter_sweep sweep",
 }
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
     from jgd.schedules import *  # noqa: F403
     from jgd.training import *  # noqa: F403
     from jgd.transforms import *  # noqa: F403
+    from jgd.tuning.prune import *  # noqa: F403
     from jgd.tuning.space import *  # noqa: F403
     from jgd.tuning.sweep import *  # noqa: F403
     from jgd.wrappers import *  # noqa: F403

@@ -222,9 +222,13 @@ class Spec:
     """A factory and what is known of its parameters: the structure of its values."""
 
     def __init__(
-        self, factory: Callable[..., Any], structure: Iterable[str], numbers: Iterable[str] = ()
+        self,
+        factory: Callable[..., Any],
+        structure: Iterable[str],
+        numbers: Iterable[str] = (),
+        check: Callable[[Any], None] | None = None,
     ) -> None:
-        self.factory = factory
+        self.factory, self.check = factory, check
         self.name = getattr(factory, "__name__", repr(factory)).lstrip("_")
         self.structure, self.numbers = (
             frozenset([names] if isinstance(names, str) else names)
@@ -300,6 +304,7 @@ class Spec:
             pairs = dict(value)
             return Named(pairs, [self._link(f"{name}[{n!r}]", link) for n, link in pairs.items()])
         if kind.name == "numbers":
+            value = tuple(value) if type(value) is list else value
             stored = jax.tree.map(lambda x: self._one_of(name, x), value, is_leaf=callable)
             concrete = not any(isinstance(x, jax.Array) for x in jax.tree.leaves(stored))
             if kind.accepts is not None and concrete and not kind.accepts(stored):

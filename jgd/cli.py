@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import inspect
 import itertools
+import json
 import math
 import os
 import pkgutil
@@ -70,10 +71,31 @@ def main() -> None:
         """A new folder for table, pictures and journal. Default: runs/ and the time of day."""
         top: int = 20
         """Rows of the table to print; all are in results.csv."""
+        halving: float | None = None
+        """Successive halving: at each rung one setting in so many goes on, as 2 or 3. Default: all
+        settings run to their end."""
+        hyperband: float | None = None
+        """Likewise, in brackets from bold to cautious."""
+        min_steps: int | None = None
+        """Steps to the first rung. Default: an eta-cubed-th of all."""
+        within: Literal["sweep", "group"] = "sweep"
+        """What is ranked together at a rung."""
+        patience: int | None = None
+        """Early stopping: reports without an improvement after which a lane ends."""
+        drop_diverged: bool = False
+        """End lanes whose training loss is not finite."""
+        budget: int | None = None
+        """Lane-steps after which nothing is begun."""
+        seconds: float | None = None
+        """Seconds after which nothing is begun."""
         width: int | None = None
-        """Lanes that step together. Default: 64, or all of an optimizer with fewer."""
+        """Lanes that step together. Default: found by a probe."""
         key: int = 0
         """Random key of the initial parameters."""
+        resume: Path | None = None
+        """Go on with the sweep in this folder; all other options are those it was begun with."""
+        checkpoint_every: float = 30.0
+        """Seconds between checkpoints: what a crash can lose."""
 
     @dataclasses.dataclass
     class Optimizers:
@@ -82,10 +104,24 @@ def main() -> None:
         name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="NAME")] = None
         """One optimizer, with all that is said of it. Default: the table of all."""
 
-    commands = {"sweep": Sweep, "optimizers": Optimizers}
+    @dataclasses.dataclass
+    class Report:
+        """Show the table of a sweep again, and draw its pictures anew."""
+
+        folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
+        """The folder of the sweep."""
+        top: int = 20
+        """Rows of the table to print."""
+
+    commands = {"sweep": Sweep, "report": Report, "optimizers": Optimizers}
     try:
         options = tyro.extras.subcommand_cli_from_dict(commands, prog="jgd")
-        _sweep(options) if isinstance(options, Sweep) else _optimizers(options.name)
+        if isinstance(options, Sweep):
+            _sweep(options)
+        elif isinstance(options, Report):
+            _report(options.folder, options.top)
+        else:
+            _optimizers(options.name)
     except UserError as error:
         _fail(str(error))
     except KeyboardInterrupt:
@@ -287,14 +323,21 @@ def _sweep(options: Any) -> None:
     _keep_compiled_programs()
     from rich.console import Console
 
-    from jgd.tuning import plots, screen, sweep
+    from jgd.tuning import screen, sweep
+    from jgd.tuning.store import Folder
 
     console = Console()
-    task = _task(options.task)
+    resume = options.resume is not None
+    if resume:
+        options = _command(options)
     out = options.out or _new_folder(Path("runs") / time.strftime("%Y-%m-%d-%H%M%S"))
+    task = _task(options.task)
     groups = _groups(options.optimizer or TEXTBOOK, options.set)
-    progress = screen.Progress(console, options.metric, options.mode)
+    progress = screen.Progress(console)
+    interrupted = False
     try:
+        if not resume:
+            Folder(out).write_json("command.json", _told(options))
         with progress:
             result = sweep.sweep(
                 task,
@@ -305,26 +348,82 @@ def _sweep(options: Any) -> None:
                 width=options.width,
                 metric=options.metric,
                 mode=options.mode,
+                halving=_halving(options),
+                stop=options.patience,
+                drop_diverged=options.drop_diverged,
+                budget=options.budget,
+                seconds=options.seconds,
                 folder=out,
+                resume=resume,
+                checkpoint_every=options.checkpoint_every,
                 on_report=progress,
             )
+    except sweep.Interrupted as error:
+        result, interrupted = error.result, True
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
     except Exception as error:  # of the user's task, inside the program
         raise UserError(f"task {options.task}: {_where(error)}") from error
-    except KeyboardInterrupt:
-        known = f"; {out / 'journal.jsonl'} has the reports so far" if progress.done else ""
-        raise UserError(f"interrupted{known}") from None
-    screen.print_result(console, result, options.top)
+    _show(console, result, out, options.top)
     seconds = time.perf_counter() - started
-    rate = result.plan.lane_steps / progress.seconds
-    pictures = plots.save_plots(result, out)
+    rate = progress.done / max(progress.seconds, 1e-9)
     console.print(
-        f"{result.plan.lane_steps:,} lane-steps in {progress.seconds:.1f} s: "
+        f"{progress.done:,} lane-steps in {progress.seconds:.1f} s: "
         f"[bold]{rate:,.0f} lane-steps per second[/bold]; {seconds:.1f} s in all"
     )
-    files = ", ".join(["results.csv", "results.json", *(path.name for path in pictures)])
-    console.print(f"in {out}: {files}")
+    if interrupted:
+        raise UserError(f"interrupted; go on with: jgd sweep --resume {out}")
+
+
+def _show(console: Any, result: Any, out: Path, top: int) -> None:
+    from jgd.tuning import plots, screen
+
+    screen.print_result(console, result, top)
+    pictures = plots.save_plots(result, out)
+    files = ["results.csv", "results.json", "curves.npz", *(path.name for path in pictures)]
+    console.print(f"in {out}: {', '.join(files)}")
+
+
+def _report(folder: Path, top: int) -> None:
+    from rich.console import Console
+
+    from jgd.tuning.store import read_result
+
+    try:
+        _show(Console(), read_result(folder), folder, top)
+    except OSError as error:
+        raise UserError(str(error)) from error
+
+
+def _halving(options: Any) -> Any:
+    """What --halving and --hyperband ask for."""
+    if options.halving is not None and options.hyperband is not None:
+        raise UserError("one of --halving and --hyperband, not both")
+    for make, eta in (
+        (jgd.successive_halving, options.halving),
+        (jgd.hyperband, options.hyperband),
+    ):
+        if eta is not None:
+            return make(eta, options.min_steps, within=options.within)
+    if options.min_steps is not None:
+        raise UserError("--min-steps wants --halving or --hyperband")
+    return None
+
+
+def _told(options: Any) -> dict[str, Any]:
+    """What the command line said, for the folder."""
+    plain = lambda x: str(x) if isinstance(x, Path) else x
+    return {name: plain(x) for name, x in dataclasses.asdict(options).items()}
+
+
+def _command(options: Any) -> Any:
+    """The options that the sweep in a folder was begun with."""
+    path = options.resume / "command.json"
+    if not path.exists():
+        raise UserError(f"{options.resume} holds no sweep of the command line: no command.json")
+    told = json.loads(path.read_text())
+    told |= {"out": options.resume, "resume": options.resume, "top": options.top}
+    return type(options)(**told)
 
 
 def _new_folder(path: Path) -> Path:

@@ -252,7 +252,10 @@ class _Value:
             spec.admit(name, changes[name]) if name in changes else arg
             for name, arg in zip(spec.names, self._call.args, strict=True)
         )
-        return self._of(spec, args)
+        new = self._of(spec, args)
+        if spec.check is not None:
+            spec.check(new)
+        return new
 
     @classmethod
     def _of(cls, spec: Spec, args: Iterable[Any]) -> Any:
@@ -264,8 +267,10 @@ def _show(arg: Any) -> str:
         return f"{arg.dtype}[{','.join(map(str, arg.shape))}]"  # type: ignore[union-attr]
     if isinstance(arg, np.number | np.ndarray | jax.Array):
         return repr(float(arg))
-    if type(arg) in (tuple, list):
+    if type(arg) is list:
         return f"[{', '.join(map(_show, arg))}]"
+    if type(arg) is tuple:
+        return f"({', '.join(map(_show, arg))}{',' * (len(arg) == 1)})"
     if isinstance(arg, dict):
         return "{" + ", ".join(f"{key!r}: {_show(item)}" for key, item in arg.items()) + "}"
     return repr(arg)
@@ -368,14 +373,25 @@ for _class in (Transformation, Schedule, Monitor):
 
 @overload
 def as_pytree(
-    factory: Callable[P, Any], *, structure: Iterable[str] = (), numbers: Iterable[str] = ()
+    factory: Callable[P, Any],
+    *,
+    structure: Iterable[str] = (),
+    numbers: Iterable[str] = (),
+    check: Callable[[Any], None] | None = None,
 ) -> Callable[P, Any]: ...
 @overload
 def as_pytree(
-    *, structure: Iterable[str] = (), numbers: Iterable[str] = ()
+    *,
+    structure: Iterable[str] = (),
+    numbers: Iterable[str] = (),
+    check: Callable[[Any], None] | None = None,
 ) -> Callable[[Callable[P, Any]], Callable[P, Any]]: ...
 def as_pytree(
-    factory: Any = None, *, structure: Iterable[str] = (), numbers: Iterable[str] = ()
+    factory: Any = None,
+    *,
+    structure: Iterable[str] = (),
+    numbers: Iterable[str] = (),
+    check: Callable[[Any], None] | None = None,
 ) -> Any:
     """Make the results of a factory pytrees of their numbers.
 
@@ -392,6 +408,8 @@ def as_pytree(
       structure: names of parameters that are structure all the same, for example an int that
         decides about shapes, or a number on which the factory branches in Python.
       numbers: names of parameters after `*` that are numbers all the same.
+      check: called with each value in the user's call; raises for arguments that do not go
+        together. Numbers may be traced there.
 
     Returns:
       A function with the signature and docstring of `factory`. Called, it gives a `Transformation`,
@@ -412,8 +430,8 @@ def as_pytree(
     `optax.chain` hides the leaves of what it holds; `jgd.chain` keeps them.
     """
     if factory is None:
-        return functools.partial(as_pytree, structure=structure, numbers=numbers)
-    spec = Spec(factory, structure, numbers)
+        return functools.partial(as_pytree, structure=structure, numbers=numbers, check=check)
+    spec = Spec(factory, structure, numbers, check)
     value_class: list[type[Any]] = []
 
     @functools.wraps(factory)
@@ -429,6 +447,8 @@ def as_pytree(
         value = value_class[0]._of(spec, admitted)
         if isinstance(value, Schedule | Monitor):
             _check(value)
+        if check is not None:
+            check(value)
         return value
 
     spec.decorated = call

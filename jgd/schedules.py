@@ -135,9 +135,11 @@ def polynomial_schedule(
     """
 
     def value(step: Any) -> Any:
-        # counted from the end, which is then exact: roots are steep there
-        left = jnp.maximum(transition_begin, 0) + transition_steps - _float(step)
-        rest = jnp.where(transition_steps > 0, _ramp(left, 0, transition_steps), 1)
+        begin = jnp.maximum(transition_begin, 0)
+        passed = _ramp(step, begin, transition_steps)
+        # the second half is counted from the end, which is exact then too: roots are steep there
+        left = _ramp(begin + transition_steps - _float(step), 0, transition_steps)
+        rest = jnp.where(passed < 0.5, 1 - passed, left)
         return end_value + (init_value - end_value) * _power(rest, power)
 
     return value

@@ -39,11 +39,11 @@ def improves(mode: str, metric: Any, reference: Any, min_delta: Any) -> Any:
     metric + |min_delta| < reference for "min", metric - |min_delta| > reference for "max": strict,
     false for NaN, and compared in float32 whatever the precision of the sum.
     """
-    single = lambda x: jnp.asarray(x, jnp.float32)
-    delta = jnp.abs(min_delta)
+    rounded = lambda x: jnp.asarray(x, jnp.float32)
+    delta = abs(min_delta)  # that of jax.numpy would round what is exact
     if mode == "max":
-        return single(metric - delta) > single(reference)
-    return single(metric + delta) < single(reference)
+        return rounded(metric - delta) > rounded(reference)
+    return rounded(metric + delta) < rounded(reference)
 
 
 def worst(mode: str) -> jax.Array:

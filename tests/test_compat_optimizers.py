@@ -171,19 +171,24 @@ def test_every_optimizer_has_a_row():
 @pytest.mark.parametrize("name", [name for name, numbers in KERAS if not numbers])
 def test_names_and_defaults_are_those_of_keras(name):
     theirs = inspect.signature(of_keras(name).__init__).parameters
-    unlike = {"self", "name", "kwargs"}
+    unlike = {"self", "kwargs"}
     _same_defaults(getattr(jk, name), {n: p for n, p in theirs.items() if n not in unlike})
+    optimizer = of_keras(name)(0.1)
+    assert float(getattr(jk, name)(**optimizer.get_config()).learning_rate) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in TORCH}))
 def test_names_and_defaults_are_those_of_torch(name):
     theirs = inspect.signature(of_torch(name).__init__).parameters
-    unlike = {"self", "params", "foreach", "fused", "capturable", "differentiable"}
-    _same_defaults(getattr(jt, name), {n: p for n, p in theirs.items() if n not in unlike})
+    switches = {"foreach", "fused", "capturable", "differentiable"}
+    wanted = {n: p for n, p in theirs.items() if n not in {"self", "params", *switches}}
+    _same_defaults(getattr(jt, name), wanted, switches)
+    getattr(jt, name)(**dict.fromkeys(switches))
 
 
-def _same_defaults(factory, theirs):
+def _same_defaults(factory, theirs, more=()):
     ours = inspect.signature(factory).parameters
+    ours = {name: p for name, p in ours.items() if name not in more}
     assert {n: p.default for n, p in ours.items()} == {n: p.default for n, p in theirs.items()}
     positional = [n for n, p in ours.items() if p.kind is not p.KEYWORD_ONLY]
     assert positional == list(theirs)[: len(positional)]
@@ -259,9 +264,35 @@ def test_the_average_is_what_keras_ends_with():
         jk.averaged_params(jk.adam().init(params))
 
 
-def test_two_clippings_are_refused():
+def test_what_does_not_go_together_is_refused_in_the_call():
+    with pytest.raises(ValueError, match=r"adam: only one of .* got clipnorm, clipvalue"):
+        jk.adam(clipnorm=1.0, clipvalue=1.0)
     with pytest.raises(ValueError, match=r"only one of .* got clipnorm, clipvalue"):
-        jk.adam(clipnorm=1.0, clipvalue=1.0).init({"w": jnp.ones(2)})
+        jk.adam(clipnorm=1.0)._replace(clipvalue=1.0)
+    for wrong in (dict(), dict(momentum=0.9, dampening=0.1)):
+        with pytest.raises(ValueError, match="sgd: nesterov wants a momentum above 0"):
+            jt.sgd(nesterov=True, **wrong)
+    with pytest.raises(ValueError, match="sgd: lr must be at least 0"):
+        jt.sgd(-0.1)
+    jax.vmap(lambda m: jt.sgd(0.1, momentum=m, nesterov=True))(jnp.array([0.0, 0.9]))
+
+
+@pytest.mark.parametrize("option", ["clipnorm", "clipvalue", "global_clipnorm"])
+def test_clipping_to_zero_is_off(option):
+    params, noise = problem({"m": (4, 3)}, steps=5)
+    off = jgd_path(jk.sgd(**{option: 0.0}), params, noise)
+    np.testing.assert_array_equal(off["m"], jgd_path(jk.sgd(), params, noise)["m"])
+
+
+def test_loss_scale_optimizer():
+    params, noise = problem({"m": (4, 3), "v": (3,)}, steps=25)
+    noise["v"][[4, 11, 12]] = np.inf
+    noise["m"][17] = np.nan
+    options = dict(initial_scale=8.0, dynamic_growth_steps=3)
+    ours = jgd_path(jk.loss_scale_optimizer(jk.adam(0.1), **options), params, noise)
+    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.1), **options)
+    theirs = keras_path(optimizer, params, noise)
+    assert parted(ours, theirs, params) < 1e-6
 
 
 # --- pytrees of their numbers ----------------------------------------------------------------
@@ -426,10 +457,8 @@ def test_what_does_not_fit_is_refused_by_name():
     square = [torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
     kept = _stepped(torch.optim.Adam(square), square)
     eye = jnp.eye(2)
-    with pytest.raises(ValueError, match=r"more than one order; give the names.* a, b"):
-        jt.state_from(kept, {"b": eye, "a": eye})
-    jt.state_from(kept, {"b": eye, "a": eye}, names=["b", "a"])
-    jt.state_from(kept, {"a": eye, "b": eye})
+    with pytest.raises(ValueError, match="the state_dict of an optimizer wanted"):
+        jt.state_from({"model": {}, "optimizer": kept}, [eye, eye])
     with pytest.raises(ValueError, match="1 parameters here, 2 in the state"):
         jt.state_from(kept, [eye])
     with pytest.raises(ValueError, match=r"0 has shape \(3,\), that of the state has \(2, 2\)"):
@@ -448,12 +477,46 @@ def test_what_does_not_fit_is_refused_by_name():
     assert float(jnp.sum(jnp.abs(optax.tree.get(state, "mu")["w"]["10"]))) == 0
 
 
-def test_a_layer_of_ten_and_more_is_not_taken_for_another():
+def test_parameters_are_found_by_name_or_in_the_order_they_were_written():
     """Keys sort as text, "10" before "2", where the other framework counts."""
     tensors = [torch.nn.Parameter(torch.ones(2)) for _ in range(11)]
-    kept = _stepped(torch.optim.Adam(tensors), tensors)
-    with pytest.raises(ValueError, match="more than one order"):
-        jt.state_from(kept, {str(i): jnp.ones(2) for i in sorted(map(str, range(11)))})
+    for k, tensor in enumerate(tensors):
+        tensor.grad = torch.full((2,), float(k + 1))
+    optimizer = torch.optim.SGD(tensors, momentum=0.9)
+    optimizer.step()
+    kept = optimizer.state_dict()
+
+    def buffers(params, **options):
+        _, state = jt.state_from(kept, params, **options)
+        found = optax.tree.get(state, "momentum_buffer")
+        return [int(leaf[0]) - 1 for leaf in jax.tree.leaves(found)]
+
+    one, names = jnp.ones(2), [str(k) for k in range(11)]
+    assert buffers([one] * 11) == list(range(11))
+    counted = [int(name) for name in sorted(names)]  # where each of jax's leaves is
+    assert buffers(dict.fromkeys(names, one)) == counted
+    assert buffers({n: {"w": one} for n in names}) == counted
+    with pytest.raises(ValueError, match="may be in the order of the other framework or not"):
+        buffers(dict.fromkeys(sorted(names), one))
+    full = [f"model.{name}" for name in names]
+    assert buffers(dict.fromkeys(sorted(names), one), names=full) == counted
+
+
+def test_a_schedule_without_a_step_is_refused():
+    tensors = [torch.nn.Parameter(torch.ones(3))]
+    kept = _stepped(torch.optim.SGD(tensors, lr=0.5, momentum=0.9), tensors)
+    with pytest.raises(ValueError, match="sgd keeps no step to begin the schedule at"):
+        jt.state_from(kept, [jnp.ones(3)], lr=jt.exponential_lr(1.0, gamma=0.5))
+
+
+def test_keras_muon_wants_the_paths_that_it_goes_by():
+    variables = [keras.Variable(np.ones((3, 2)), name=n) for n in ("embedding", "kernel")]
+    optimizer = keras.optimizers.Muon()
+    optimizer.build(variables)
+    params = [jnp.ones((3, 2))] * 2
+    with pytest.raises(ValueError, match="'0' does not say that it is 'embedding'"):
+        jk.state_from(optimizer, params)
+    jk.state_from(optimizer, dict(zip(("embedding", "kernel"), params, strict=True)))
 
 
 def test_the_frameworks_are_not_imported():

@@ -412,7 +412,7 @@ def test_bad_arguments_are_named():
         [0.1, 0.2],
     )
     refused(
-        r"piecewise_constant_decay: boundaries must be in rising order, got \[2, 1\]",
+        r"piecewise_constant_decay: boundaries must be in rising order, got \(2, 1\)",
         jk.piecewise_constant_decay,
         [2, 1],
         [3, 2, 1],
@@ -422,7 +422,7 @@ def test_bad_arguments_are_named():
     refused("step_lr: step_size must be a number of steps, at least 1, got 0", jt.step_lr, 0.1, 0)
     refused(r"linear_lr: start_factor must be in \(0, 1\], got 0.0", jt.linear_lr, 0.1, 0.0)
     refused(
-        r"multi_step_lr: milestones must be at least 0, got \[-1\]", jt.multi_step_lr, 0.1, [-1]
+        r"multi_step_lr: milestones must be at least 0, got \(-1,\)", jt.multi_step_lr, 0.1, [-1]
     )
     refused(
         r"one_cycle_lr: anneal_strategy must be one of \('cos', 'linear'\), got 'cosine'",

@@ -13,7 +13,7 @@ import pytest
 from test_training import _line
 
 import jgd
-from jgd.tuning import driver, store
+from jgd.tuning import driver, programs, store
 from jgd.tuning.tasks import digits
 
 
@@ -103,15 +103,14 @@ def test_axes_of_a_plain_batch_are_the_leaves_that_differ():
 
 def test_the_plan_is_plain_data():
     lanes = jgd.grid(jgd.adam, learning_rate=np.logspace(-3, -1, 7))
-    plan, _, _ = driver.prepare(_line(), {"adam": lanes}, 50, seeds=3, width=8, report_every=20)
+    plan = driver.prepare(_line(), {"adam": lanes}, 50, seeds=3, width=8, report_every=20).plan
     assert plan.reports == [20, 40, 50]
-    assert [len(tile.lanes) for tile in plan.tiles] == [8, 8, 5]
+    assert plan.groups[0].menu == [8, 4, 2, 1]
     assert plan.lane_steps == 7 * 3 * 50
     assert json.loads(json.dumps(plan.as_json())) == plan.as_json()
-    again, _, _ = driver.prepare(_line(), {"adam": lanes}, 50, seeds=3, width=8, report_every=20)
-    assert again == plan
-    other, _, _ = driver.prepare(_line(batch_size=3), {"adam": lanes}, 50)
-    assert other.task != plan.task
+    again = driver.prepare(_line(), {"adam": lanes}, 50, seeds=3, width=8, report_every=20)
+    assert again.plan == plan
+    assert driver.prepare(_line(batch_size=3), {"adam": lanes}, 50).plan.task != plan.task
 
 
 @pytest.mark.parametrize("wrong", [dict(seeds=0), dict(width=0), dict(report_every=0)])
@@ -169,11 +168,11 @@ def test_a_lane_is_the_setting_alone():
 
 
 class _Spy:
-    """Stands in for jax.jit in the driver, and keeps the text of what is compiled."""
+    """Stands in for jax.jit in the programs, and keeps the text of what is compiled."""
 
     def __init__(self, monkeypatch):
         self.texts, self.jit = [], jax.jit
-        monkeypatch.setattr(driver.jax, "jit", self)
+        monkeypatch.setattr(programs.jax, "jit", self)
 
     def __call__(self, *args, **kwargs):
         self.jitted = self.jit(*args, **kwargs)
@@ -287,9 +286,9 @@ def test_data_are_arguments_of_the_program(monkeypatch):
 
 def test_full_batches_are_not_copied_ahead():
     task = _line(batch_size=None)
-    batches = driver._Batches(task.batch, [10, 20])
+    batches = programs.Batches(task.batch, [10, 20])
     assert not batches.ahead
-    assert driver._Batches(_line().batch, [10, 20]).ahead
+    assert programs.Batches(_line().batch, [10, 20]).ahead
     curves = jgd.sweep(task, jgd.grid(jgd.sgd, learning_rate=[0.1]), 20).curves["sgd"]
     assert (np.diff(curves.train_loss[0]) < 0).all()
 
@@ -377,6 +376,9 @@ def test_a_folder_holds_plan_journal_and_results(tmp_path):
         "journal.jsonl",
         "results.csv",
         "results.json",
+        "curves.npz",
+        "manifest.json",
+        "states",
     }
     for name in ("plan.json", "journal.jsonl", "results.csv", "results.json"):
         assert (folder / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
@@ -385,12 +387,12 @@ def test_a_folder_holds_plan_journal_and_results(tmp_path):
     plain = json.loads((folder / "results.json").read_text())
     assert plain["rows"][1]["final_loss"] is None  # not finite, and JSON has no word for it
     assert plain["rows"][1]["verdict"] == "diverged"
-    lines = list(store.read_journal(folder))
+    lines = list(store.Folder(folder, resume=True).read_journal())
     assert [line["step"] for line in lines] == result.plan.reports
     with pytest.raises(FileExistsError, match="is not empty"):
         jgd.sweep(_line(), {"sgd": lanes}, 20, folder=folder)
     (folder / "journal.jsonl").write_text('{"tile": 0}\n{"til')
-    assert list(store.read_journal(folder)) == [{"tile": 0}]
+    assert list(store.Folder(folder, resume=True).read_journal()) == [{"tile": 0}]
 
 
 def test_callbacks_see_every_report():

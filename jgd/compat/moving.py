@@ -20,52 +20,75 @@ def in_place(
 ) -> list[int]:
     """For each leaf of `params` the number of the parameter over there.
 
-    By name, if the names over there are the paths here ("." and "/" are the same); else by order:
-    that of the leaves, of the keys of a flat dict, or of their names with numbers as numbers,
-    whichever fits the shapes.
+    By name, if each path here ends one name over there ("." and "/" are the same); else by order:
+    that in which dicts were written. A dict that jax has sorted, and whose names count further than
+    9, may be the other framework's order or not: it is refused where both fit.
 
-    Raises: ValueError if none fits, or several do.
+    Raises: ValueError if no order fits, or it is not clear which one.
     """
-    here, _ = paths(params)
+    here = [name.replace("/", ".") for name in paths(params)[0]]
     sizes = [np.shape(leaf) for leaf in jax.tree.leaves(params)]
     if len(sizes) != len(shapes):
         raise ValueError(f"state_from: {len(sizes)} parameters here, {len(shapes)} in the state")
-    plain = [name.replace("/", ".") for name in here]
-    there = [name.replace("/", ".") for name in names or ()]
-    if sorted(there) == sorted(plain):
-        orders = [[there.index(name) for name in plain]]
-    else:
-        orders = _orders(params, plain)
     fits = lambda order: all(sizes[i] == shapes[k] for i, k in enumerate(order))
-    found = [order for order in orders if fits(order)]
-    if not found:
-        i, k = next((i, k) for i, k in enumerate(orders[0]) if sizes[i] != shapes[k])
+    by_name = _by_name(here, [name.replace("/", ".") for name in names or ()])
+    if by_name is not None and fits(by_name):
+        return by_name
+    written, counted = _as_written(params), _as_counted(here)
+    if not fits(written):
+        if fits(counted):
+            return counted
+        i, k = next((i, k) for i, k in enumerate(written) if sizes[i] != shapes[k])
         raise ValueError(
             f"state_from: {here[i] or 'the parameter'} has shape {sizes[i]}, that of the state has"
             f" {shapes[k]}: parameters must come in the order and the layout of the other framework"
         )
-    if len(found) > 1:
+    if written == list(range(len(here))) != counted and fits(counted):
         raise ValueError(
-            "state_from: the shapes fit in more than one order; give the names in the order of the"
-            f" other framework, out of {', '.join(here)}"
+            "state_from: these may be in the order of the other framework or not; give their names"
+            f" in that order, out of {', '.join(here)}"
         )
-    return found[0]
+    return written
 
 
-def _orders(params: Any, names: list[str]) -> list[list[int]]:
-    """Places of the leaves, as they lie, as they were written, and as their names are counted."""
-    count = len(names)
-    found = [list(range(count))]
-    if isinstance(params, Mapping) and len(params) == count:
-        written = [str(key) for key in params]
-        found.append([written.index(name) for name in names])
+def _by_name(here: list[str], there: list[str]) -> list[int] | None:
+    """Where each path is the end of exactly one name, and each name has one."""
+    ends = lambda name, path: name == path or name.endswith("." + path)
+    found = [[k for k, name in enumerate(there) if ends(name, path)] for path in here]
+    if any(len(ks) != 1 for ks in found) or len({ks[0] for ks in found}) < len(here):
+        return None
+    return [ks[0] for ks in found]
+
+
+def _as_written(params: Any) -> list[int]:
+    """For each leaf its place where dicts keep their order; jax sorts them by their keys."""
+    numbered = iter(range(len(jax.tree.leaves(params))))
+    place: dict[int, int] = {}
+
+    def visit(node: Any, index: Any) -> None:
+        if isinstance(node, Mapping):
+            for key in node:
+                visit(node[key], index[key])
+        elif isinstance(node, list | tuple):
+            for child, below in zip(node, index, strict=True):
+                visit(child, below)
+        else:
+            for leaf in jax.tree.leaves(index):
+                place[leaf] = next(numbered)
+
+    leaves, structure = jax.tree.flatten(params)
+    visit(params, structure.unflatten(range(len(leaves))))
+    return [place[i] for i in range(len(leaves))]
+
+
+def _as_counted(names: list[str]) -> list[int]:
+    """For each name its place where numbers in names are counted: 2 before 10."""
     pieces = lambda i: [
         (0, int(part), "") if part.isdigit() else (1, 0, part)
         for part in re.split(r"(\d+)", names[i])
     ]
-    counted = sorted(range(count), key=pieces)
-    found.append([counted.index(i) for i in range(count)])
-    return [order for i, order in enumerate(found) if order not in found[:i]]
+    counted = sorted(range(len(names)), key=pieces)
+    return [counted.index(i) for i in range(len(names))]
 
 
 def _is_hidden(node: Any) -> bool:

@@ -4,7 +4,11 @@ Keras and PyTorch correct with the decay of now, 1 - decay^t, where jgd's words 
 all decays so far. For a decay that does not move the two are one.
 """
 
-from typing import Any, NamedTuple
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, ParamSpec
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +53,38 @@ __all__ = [
     "magnitude",
     "scale_by_nadam",
     "scale_by_uncorrected_adam",
+    "with_parameters_of_options",
 ]
+
+
+P = ParamSpec("P")
+
+
+def with_parameters_of_options(
+    rule: Callable[P, Any], defaults: Mapping[str, Any], *, keyword_only: bool = False
+) -> Callable[P, Any]:
+    """The rule with real parameters in the place of its `**options: Unpack[SomeTypedDict]`.
+
+    They come before those of the rule that are for keywords only. A default not named is None.
+    """
+    signature = inspect.signature(rule)
+    *own, rest = signature.parameters.values()
+    (kind,) = typing.get_args(rest.annotation)
+    how = rest.KEYWORD_ONLY if keyword_only else rest.POSITIONAL_OR_KEYWORD
+    options = [
+        inspect.Parameter(name, how, default=defaults.get(name), annotation=hint)
+        for name, hint in typing.get_type_hints(kind, include_extras=True).items()
+    ]
+    front = [p for p in own if p.kind is not p.KEYWORD_ONLY]
+    parameters = [*front, *options, *own[len(front) :]]
+    expanded = signature.replace(parameters=parameters)
+
+    @functools.wraps(rule)
+    def factory(*args: Any, **kwargs: Any) -> Any:
+        return rule(**expanded.bind(*args, **kwargs).arguments)  # type: ignore[call-arg]
+
+    factory.__signature__ = expanded  # type: ignore[attr-defined]
+    return factory
 
 
 class CountState(NamedTuple):

@@ -1,41 +1,38 @@
 """The loop of a sweep: a generator of reports.
 
-One program is compiled for each group. A tile runs from its first step to its last in chunks; each
-is one call of the program, a loop over the steps to the next report. The host reads the report of
-a chunk while the next one runs.
+A sweep is a list of works, lanes of a group at a step. The loop takes the first one, runs it to the
+next report as one call of a compiled program, and puts what goes on back. Lanes that ended are left
+out as soon as the others fit narrower programs; at a rung all lanes meet on the host, some are cut,
+and the others are dealt out anew. The caller looks at a report while the next chunk runs.
 """
 
+import dataclasses
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from jgd import diagnosis
+from jgd.pytree import Monitor
+from jgd.stopping import early_stopping
 from jgd.training import Run, Task, supervised
-from jgd.tuning.plan import Plan, Tile, fingerprint, make_plan
+from jgd.tuning.plan import Plan, fingerprint, make_plan, ranked_by
+from jgd.tuning.programs import Batches, Lane, Program
+from jgd.tuning.prune import CUT, FINISHED, NOT_RUN, OUT, Board, Halving, cover
 from jgd.tuning.space import Lanes, lanes_of
+from jgd.tuning.widths import choose_widths
 
-__all__ = ["Report", "iter_plan", "prepare"]
+__all__ = ["Cut", "Report", "Snapshot", "Sweep", "prepare"]
 
-BATCHES_AT_ONCE = 64 * 2**20  # bytes of batches made ahead for a chunk
 # columns of the table and the journal, which no metric may be called
 RESERVED = (
-    *("rank", "optimizer", "final_loss", "verdict", "seeds"),
-    *("tile", "group", "step", "lanes", "train_loss"),
+    *("rank", "optimizer", "final_loss", "verdict", "seeds", "ended", "at"),
+    *("tile", "group", "step", "lanes", "train_loss", "seen"),
 )
-
-
-class Lane(NamedTuple):
-    """What a tile holds, each leaf with a leading axis of its width."""
-
-    setting: Any
-    state: Any
-    seen: diagnosis.LossStatistics
-    loss: Any  # sum of the training loss since the last report
 
 
 class Report(NamedTuple):
@@ -47,8 +44,74 @@ class Report(NamedTuple):
     lanes: np.ndarray  # ids: setting * seeds + seed
     loss: np.ndarray  # mean training loss since the last report
     metrics: dict[str, np.ndarray]  # of `evaluate`, now
-    seen: diagnosis.LossStatistics | None  # after the last step
-    state: Any  # after the last step: of the run, on the device, rows beyond `lanes` are filling
+    ended: np.ndarray  # for each lane a place in `prune.ENDINGS`; 0: it goes on
+    seen: diagnosis.LossStatistics | None  # if any lane ended
+    state: Any  # of the run, a row for each lane that ended, on the device; None if none did
+    alive: int  # lanes of the whole sweep that go on or are to begin
+    snapshot: "Snapshot | None" = None  # of the sweep just after this report, if it was wanted
+
+
+class Cut(NamedTuple):
+    """Lanes that do not go on, as decided at a rung or when a budget is used up."""
+
+    step: int | None  # of the rung; None: the budget
+    lanes: dict[str, list[int]]  # by group
+
+
+class Work(NamedTuple):
+    """Lanes that step together next."""
+
+    tile: int
+    group: int
+    lanes: list[int]
+    step: int
+    width: int
+    state: Lane | None  # None: to be started, or fetched from those that wait
+
+
+class Part(NamedTuple):
+    """Lanes on the host that came together, under a name that no other part ever has."""
+
+    name: str
+    ids: np.ndarray
+    rows: Lane
+
+
+class Waiting:
+    """Lanes of a group on the host, between two rungs."""
+
+    def __init__(self, group: int) -> None:
+        self.group, self.made = group, 0
+        self.parts: list[Part] = []
+
+    def add(self, ids: np.ndarray, rows: Lane) -> None:
+        self.made += 1
+        self.parts.append(Part(f"waiting-{self.group}-{self.made}", ids, rows))
+
+    def drop(self, lanes: Any) -> None:
+        """Forget some lanes."""
+        parts, self.parts = self.parts, []
+        for part in parts:
+            keep = ~np.isin(part.ids, lanes)
+            if keep.all():
+                self.parts.append(part)
+            elif keep.any():
+                self.add(part.ids[keep], jax.tree.map(lambda x, keep=keep: x[keep], part.rows))
+
+    def take(self, lanes: list[int]) -> Lane:
+        """Some lanes, in their order."""
+        found = [(part, np.isin(part.ids, lanes)) for part in self.parts]
+        ids = np.concatenate([part.ids[mine] for part, mine in found])
+        order = np.argsort(ids)[np.searchsorted(np.sort(ids), lanes)]
+        chosen = [jax.tree.map(lambda x, mine=mine: x[mine], p.rows) for p, mine in found]
+        return jax.tree.map(lambda *xs: np.concatenate(xs)[order], *chosen)
+
+
+class Snapshot(NamedTuple):
+    """A sweep between two chunks: plain data, and the states that they name."""
+
+    meta: dict[str, Any]
+    states: dict[str, Any]  # by name, on the host
 
 
 def prepare(
@@ -60,8 +123,20 @@ def prepare(
     key: int = 0,
     width: int | None = None,
     report_every: int | None = None,
-) -> tuple[Plan, dict[str, Lanes], Run]:
-    """The plan of a sweep, its groups, and the training run; refuses what could not be reported."""
+    metric: str | None = None,
+    mode: Any = None,
+    halving: Halving | None = None,
+    stop: Monitor | int | None = None,
+    drop_diverged: bool = False,
+    budget: int | None = None,
+    seconds: float | None = None,
+    written: Mapping[str, Any] | None = None,
+) -> "Sweep":
+    """A sweep that is planned but not begun; refuses what could not be reported.
+
+    Args, beside those of `jgd.sweep`:
+      written: the plan of a sweep to go on with, as it was written.
+    """
     run = task if isinstance(task, Run) else supervised(task)
     groups = _groups(settings)
     if not groups:
@@ -74,7 +149,8 @@ def prepare(
     for name in columns.intersection(metrics):
         raise ValueError(f"sweep: evaluate's {name} has the name of a column of the table")
     made = start.params if isinstance(task, Task) else start
-    digest = fingerprint(batch, made)
+    metric, mode = ranked_by(metrics, metric, mode)
+    monitor = early_stopping(patience=stop, mode=mode) if isinstance(stop, int) else stop
     plan = make_plan(
         groups,
         steps,
@@ -82,10 +158,36 @@ def prepare(
         key=key,
         width=width,
         report_every=report_every,
-        task=digest,
+        metric=metric,
+        mode=mode,
+        halving=halving,
+        stop=monitor,
+        drop_diverged=drop_diverged,
+        budget=budget,
+        seconds=seconds,
+        task=fingerprint(batch, made),
         metrics=metrics,
     )
-    return plan, groups, run
+    batches = Batches(run.batch, plan.reports)
+    programs = [
+        Program(
+            run,
+            groups[group.name].settings,
+            batches,
+            seeds=plan.seeds,
+            key=plan.key,
+            steps=plan.steps,
+            metric=plan.metric,
+            stop=monitor,
+            drop_diverged=drop_diverged,
+        )
+        for group in plan.groups
+    ]
+    if written is not None:
+        plan = _adopted(plan, written)
+    elif width is None:
+        plan = choose_widths(plan, programs)
+    return Sweep(plan, groups, programs, halving)
 
 
 def _metrics(run: Run, setting: Any, state: Any, batch: Any) -> list[str]:
@@ -129,169 +231,283 @@ def _name_of(settings: Any) -> str:
     return repr(inner).partition("(")[0] if known else "setting"
 
 
-def iter_plan(plan: Plan, groups: Mapping[str, Lanes], run: Run) -> Iterator[Report]:
-    """Carry out a plan."""
-    batches = _Batches(run.batch, plan.reports)
-    programs: dict[int, _Program] = {}
-    pending: Callable[[], Report] | None = None
-    for index, tile in enumerate(plan.tiles):
-        name = plan.groups[tile.group].name
-        if tile.group not in programs:
-            programs = {tile.group: _Program(run, plan, batches)}  # tiles come group by group
-        program = programs[tile.group]
-        lanes = program.start(groups[name].settings, tile, plan.groups[tile.group].width)
-        begin = 0
-        for end in plan.reports:
-            lanes, loss, metrics = program.chunk(lanes, begin, end)
-            if pending is not None:
-                yield pending()
-            last = lanes if end == plan.steps else None
-            pending = _reporter(index, name, tile, (begin, end), loss, metrics, last)
-            begin = end
-    if pending is not None:
-        yield pending()
+class Sweep:
+    """A sweep at work: what is to be done next, and who waits for it.
 
+    Attributes:
+      plan: what decides about the numbers.
+      board: the last word of every lane.
+      executed: lane-steps done so far, those that fill up tiles included.
+    """
 
-def _reporter(
-    index: int,
-    name: str,
-    tile: Tile,
-    span: tuple[int, int],
-    loss: Any,
-    metrics: Any,
-    lanes: Lane | None,
-) -> Callable[[], Report]:
-    """The report of a chunk that is still running: made when it is asked for."""
+    def __init__(
+        self,
+        plan: Plan,
+        groups: Mapping[str, Lanes],
+        programs: list[Program],
+        halving: Halving | None,
+    ) -> None:
+        self.plan, self.groups, self.programs, self.halving = plan, groups, programs, halving
+        sizes = {g.name: g.settings * plan.seeds for g in plan.groups}
+        self.board = Board(sizes, plan.seeds, plan.metric, plan.mode)
+        self.waiting = [Waiting(group) for group in range(len(plan.groups))]
+        self.round = 0
+        self.tiles = 0
+        self.executed = 0
+        self.queue: list[Work] = self._first_round()
+        self.elapsed = 0.0  # seconds
+        self.wanted = False  # whether the next report is to bring a snapshot
 
-    def make() -> Report:
-        begin, end = span
-        n = len(tile.lanes)
+    def __iter__(self) -> Iterator[Report | Cut]:
+        """Carry out what is left of the plan."""
+        self._began = time.perf_counter() - self.elapsed
+        unread: Report | None = None
+        while not self._over():
+            if self.queue:
+                work = self.queue.pop(0)
+                running = self._dispatch(work)
+                if unread is not None:
+                    yield unread  # while the chunk runs
+                unread = self._settle(work, *running)
+                if self.wanted:
+                    unread, self.wanted = unread._replace(snapshot=self.snapshot()), False
+                continue
+            if unread is not None:
+                yield unread
+                unread = None
+            yield self._next_round()
+        if unread is not None:
+            yield unread
+        if left := self._out_of_budget():
+            yield left
+
+    def _over(self) -> bool:
+        plan = self.plan
+        self.elapsed = time.perf_counter() - self._began
+        late = plan.seconds is not None and self.elapsed > plan.seconds
+        spent = plan.budget is not None and self.executed >= plan.budget
+        return late or spent or (not self.queue and self.round + 1 == len(plan.rounds))
+
+    # --- a chunk -----------------------------------------------------------------------------
+
+    def _dispatch(self, work: Work) -> tuple[int, Any]:
+        """Begin the chunk of a work: where it ends, and its results to come."""
+        program = self.programs[work.group]
+        state = work.state
+        if state is None and work.step == 0:
+            state = program.start(work.lanes, work.width)
+        elif state is None:
+            waiting = self.waiting[work.group]
+            state = program.filled(waiting.take(work.lanes), work.width)
+            waiting.drop(work.lanes)
+        end = min(step for step in self.plan.reports if step > work.step)
+        self.executed += (end - work.step) * work.width
+        return end, program.chunk(state, work.step, end)
+
+    def _settle(self, work: Work, end: int, results: Any) -> Report:
+        """Read the results of a chunk, and decide who goes on."""
+        lanes, loss, metrics, ending = results
+        plan, name = self.plan, self.plan.groups[work.group].name
+        ids, n = np.array(work.lanes), len(work.lanes)
         host = lambda tree: jax.tree.map(lambda x: np.asarray(x)[:n], tree)
-        return Report(
-            tile=index,
+        loss, metrics, ending = host(loss) / (end - work.step), host(metrics), host(ending)
+        # those that ended in this tile before, but did not make room yet, have no more say
+        fresh = self.board.alive[name][ids]
+        if end == plan.steps:
+            ending = np.where(ending == 0, FINISHED, ending)
+        self.board.add(name, ids[fresh], end, {k: v[fresh] for k, v in metrics.items()})
+        over = fresh & (ending > 0)
+        self.board.end(name, ids[over], ending[over])
+        report = Report(
+            tile=work.tile,
             group=name,
             step=end,
-            lanes=np.array(tile.lanes),
-            loss=host(loss) / (end - begin),
-            metrics=host(metrics),
-            seen=None if lanes is None else host(lanes.seen),
-            state=None if lanes is None else lanes.state,
+            lanes=ids[fresh],
+            loss=loss[fresh],
+            metrics={k: v[fresh] for k, v in metrics.items()},
+            ended=np.where(over, ending, 0)[fresh],
+            seen=jax.tree.map(lambda x: x[fresh], host(lanes.seen)) if over.any() else None,
+            state=self._states(work.group, lanes, over) if over.any() else None,
+            alive=sum(int(alive.sum()) for alive in self.board.alive.values()),
         )
+        on = fresh & ~over
+        if not on.any():
+            pass
+        elif end == plan.rounds[self.round]:
+            self.waiting[work.group].add(ids[on], jax.tree.map(lambda x: x[on], host(lanes)))
+        else:
+            self.queue[:0] = self._going_on(work, end, lanes, on)
+        return report
 
-    return make
+    def _states(self, group: int, lanes: Lane, over: np.ndarray) -> Any:
+        """The states of the lanes that ended; the others' are given to the next chunk."""
+        state = self.programs[group].unpacked(lanes).state
+        return state if over.all() else jax.tree.map(lambda x: x[np.flatnonzero(over)], state)
+
+    def _going_on(self, work: Work, end: int, lanes: Lane, on: np.ndarray) -> list[Work]:
+        """The works that follow: the same tile, or narrower ones if that is cheaper."""
+        group = self.plan.groups[work.group]
+        cost = dict(zip(group.menu, group.costs, strict=True))
+        widths = cover(int(on.sum()), group.menu, group.costs)
+        if on.all() or sum(cost[w] for w in widths) > 0.9 * cost[work.width]:
+            return [work._replace(step=end, state=lanes)]
+        rows, works = np.flatnonzero(on), []
+        for width in widths:
+            mine, rows = rows[:width], rows[width:]
+            kept = jax.tree.map(lambda x, mine=mine: np.asarray(x)[mine], lanes)
+            state = self.programs[work.group].filled(kept, width)
+            ids = [work.lanes[row] for row in mine]
+            works.append(self._work(work.group, ids, end, width, state))
+        return works
+
+    def _work(
+        self, group: int, lanes: list[int], step: int, width: int, state: Lane | None = None
+    ) -> Work:
+        self.tiles += 1
+        return Work(self.tiles - 1, group, lanes, step, width, state)
+
+    # --- rounds ------------------------------------------------------------------------------
+
+    def _first_round(self) -> list[Work]:
+        works = []
+        for index, group in enumerate(self.plan.groups):
+            ids = list(range(group.settings * self.plan.seeds))
+            tiles = [ids[i : i + group.width] for i in range(0, len(ids), group.width)]
+            works += [self._work(index, tile, 0, group.width) for tile in tiles]
+        return works
+
+    def _next_round(self) -> Cut:
+        """Cut at a rung, and deal out the others."""
+        step = self.plan.rounds[self.round]
+        lost = self._cut_at(step)
+        self.end(lost, CUT)
+        self.round += 1
+        for index, group in enumerate(self.plan.groups):
+            self.waiting[index].drop(lost.get(group.name, []))
+            ids = self.board.waiting(group.name).tolist()
+            for width in cover(len(ids), group.menu, group.costs) if ids else []:
+                mine, ids = ids[:width], ids[width:]
+                self.queue.append(self._work(index, mine, step, width))
+        return Cut(step, lost)
+
+    def _cut_at(self, step: int) -> dict[str, list[int]]:
+        """The lanes that a rung cuts: those of settings with none of their seeds ended yet."""
+        assert self.halving is not None
+        plan, board = self.plan, self.board
+        rungs = self.halving.brackets(plan.steps)
+        pools: dict[Any, list[tuple[str, int]]] = {}
+        first = 0
+        for group in plan.groups:
+            shares = plan.brackets[first : first + group.settings]
+            first += group.settings
+            for setting, bracket in enumerate(shares):
+                if step in rungs[bracket]:
+                    pool = bracket, group.name if self.halving.within == "group" else None
+                    pools.setdefault(pool, []).append((group.name, setting))
+        lost: dict[str, list[int]] = {}
+        for (bracket, _), members in pools.items():
+            keep = self.halving.kept(len(members), rungs[bracket].index(step) + 1)
+            ranked = sorted(members, key=lambda member: board.key(*member))
+            for name, setting in ranked[keep:]:
+                lanes = np.arange(plan.seeds) + setting * plan.seeds
+                lost.setdefault(name, []).extend(lanes[board.alive[name][lanes]].tolist())
+        return {name: sorted(lanes) for name, lanes in lost.items() if lanes}
+
+    def _out_of_budget(self) -> Cut | None:
+        """End all that is left; what never began is not run."""
+        left = {g.name: self.board.waiting(g.name) for g in self.plan.groups}
+        self.end(left, OUT)
+        self.queue = []
+        lost = {name: lanes.tolist() for name, lanes in left.items() if len(lanes)}
+        return Cut(None, lost) if lost else None
+
+    def end(self, lanes: Mapping[str, Any], ending: int) -> None:
+        """Lanes that do not go on; those that never began are not run."""
+        for name, ids in lanes.items():
+            ids = np.asarray(ids, int)
+            self.board.end(name, ids, ending)
+            self.board.ending[name][ids[self.board.step[name][ids] == 0]] = NOT_RUN
+
+    def stop(self) -> None:
+        """End all that is left, as if a budget were used up."""
+        self._out_of_budget()
+
+    # --- snapshots ---------------------------------------------------------------------------
+
+    def snapshot(self) -> Snapshot:
+        """Where the sweep is, between two chunks."""
+        states: dict[str, Any] = {}
+        queue = []
+        for work in self.queue:
+            entry = work._asdict() | {"state": None}
+            if work.state is not None:
+                entry["state"] = name = f"tile-{work.tile}-{work.step}"
+                states[name] = jax.tree.map(np.asarray, work.state)
+            queue.append(entry)
+        waiting = []
+        for group in self.waiting:
+            waiting.append([{"name": p.name, "lanes": p.ids.tolist()} for p in group.parts])
+            states |= {part.name: part.rows for part in group.parts}
+        meta = {
+            "round": self.round,
+            "tiles": self.tiles,
+            "executed": self.executed,
+            "elapsed": self.elapsed,
+            "parts": [group.made for group in self.waiting],
+            "queue": queue,
+            "waiting": waiting,
+        }
+        return Snapshot(meta, states)
+
+    def restore(self, meta: Mapping[str, Any], load: Callable[[str, Any], Any]) -> None:
+        """Go back to a snapshot; `load(name, shapes)` gives the states that it names."""
+        self.round, self.tiles = meta["round"], meta["tiles"]
+        self.executed, self.elapsed = meta["executed"], meta["elapsed"]
+        self.queue = []
+        for entry in meta["queue"]:
+            work = Work(**entry | {"state": None})
+            if entry["state"] is not None:
+                rows = load(entry["state"], self.programs[work.group].shapes(work.width))
+                work = work._replace(state=jax.tree.map(jnp.asarray, rows))
+            self.queue.append(work)
+        for group, parts in zip(self.waiting, meta["waiting"], strict=True):
+            group.made = meta["parts"][group.group]
+            group.parts = [
+                Part(
+                    part["name"],
+                    np.array(part["lanes"]),
+                    load(part["name"], self.programs[group.group].shapes(len(part["lanes"]))),
+                )
+                for part in parts
+            ]
 
 
-class _Batches:
-    """The batches of each chunk: made once, shared by all tiles and groups."""
+def _adopted(plan: Plan, written: Mapping[str, Any]) -> Plan:
+    """The plan that a sweep was begun with; its widths are not probed again.
 
-    def __init__(self, batch: Callable[[Any], Any], reports: list[int]) -> None:
-        self.size = max(np.diff([0, *reports]))
-        closed, shape = jax.make_jaxpr(batch, return_shape=True)(jnp.int32(0))
-        bytes_of = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shape))
-        used = {id(v) for eqn in closed.jaxpr.eqns for v in eqn.invars}
-        # a full batch does not depend on the step: nothing to make ahead
-        moves = id(closed.jaxpr.invars[0]) in used
-        self.ahead = moves and bytes_of * self.size <= BATCHES_AT_ONCE
-        self.keep = bytes_of * self.size * len(reports) <= 4 * BATCHES_AT_ONCE
-        self.made: dict[int, Any] = {}
-        self.batch = batch
-        many = lambda begin: jax.vmap(batch)(begin + jnp.arange(self.size))
-        self.make = _with_constants_as_arguments(many, jnp.int32(0))
-
-    def of(self, begin: int) -> Any:
-        """The batches of the chunk from this step on, where they are made ahead."""
-        if not self.ahead:
-            return ()
-        if begin not in self.made:
-            if not self.keep:
-                self.made.clear()
-            self.made[begin] = self.make(jnp.int32(begin))
-        return self.made[begin]
-
-    def at(self, batches: Any, begin: Any, offset: Any) -> Any:
-        """One batch, inside the program."""
-        if not self.ahead:
-            return self.batch(begin + offset)
-        pick = lambda x: jax.lax.dynamic_index_in_dim(x, offset, keepdims=False)
-        return jax.tree.map(pick, batches)
-
-
-class _Program:
-    """The compiled parts of a group: start and chunk."""
-
-    def __init__(self, run: Run, plan: Plan, batches: _Batches) -> None:
-        self.run, self.batches = run, batches
-        self.seeds = plan.seeds
-        root = jax.random.key(plan.key)
-        self.keys = jax.vmap(lambda seed: jax.random.fold_in(root, seed))(jnp.arange(plan.seeds))
-        self.steps = plan.steps
-        self._dtypes: Any = None
-        self._start: Callable[..., Lane] | None = None
-        self._chunk: Callable[..., tuple[Lane, Any, Any]] | None = None
-
-    def start(self, settings: Any, tile: Tile, width: int) -> Lane:
-        """The lanes of a tile at step 0; the last lane fills up to the width."""
-        ids = np.array(tile.lanes + tile.lanes[-1:] * (width - len(tile.lanes)))
-        chosen = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[ids // self.seeds]), settings)
-        keys = self.keys[ids % self.seeds]
-
-        def begin(setting: Any, key: jax.Array) -> Lane:
-            state = self.run.init(setting, key)
-            return Lane(setting, state, diagnosis.statistics(), jnp.zeros([], float))
-
-        if self._start is None:
-            self._start = _with_constants_as_arguments(jax.vmap(begin), chosen, keys)
-        lanes = self._start(chosen, keys)
-        if self._dtypes is None:  # those of a step: a state may begin as a Python number
-            batch = jax.eval_shape(self.run.batch, 0)
-            after = jax.eval_shape(jax.vmap(self._step, (0, None, None)), lanes, batch, 0)
-            self._dtypes = jax.tree.map(lambda x: x.dtype, after)
-        return jax.tree.map(_as_dtype, lanes, self._dtypes)
-
-    def chunk(self, lanes: Lane, begin: int, end: int) -> tuple[Lane, Any, Any]:
-        """The lanes at step `end`, their losses since `begin` and their metrics now."""
-        batches = self.batches.of(begin)
-        arguments = (lanes, batches, jnp.int32(begin), jnp.int32(end))
-        if self._chunk is None:
-            self._chunk = _with_constants_as_arguments(self._steps, *arguments, donate=True)
-        return self._chunk(*arguments)
-
-    def _step(self, lane: Lane, batch: Any, index: Any) -> Lane:
-        state, metrics = self.run.update(lane.setting, lane.state, batch)
-        loss, stride = metrics["loss"], metrics.get("stride", jnp.nan)
-        seen = diagnosis.observe(lane.seen, loss, stride, index, self.steps)
-        return Lane(lane.setting, state, seen, lane.loss + loss)
-
-    def _steps(self, lanes: Lane, batches: Any, begin: Any, end: Any) -> tuple[Lane, Any, Any]:
-        def body(offset: Any, lanes: Lane) -> Lane:
-            batch = self.batches.at(batches, begin, offset)
-            # the step is one scalar for the tile: one in each lane would map the batch
-            return jax.vmap(self._step, (0, None, None))(lanes, batch, begin + offset)
-
-        lanes = jax.lax.fori_loop(0, end - begin, body, lanes)
-        metrics = jax.vmap(self.run.evaluate)(lanes.setting, lanes.state)
-        return lanes._replace(loss=jnp.zeros_like(lanes.loss)), lanes.loss, metrics
-
-
-def _as_dtype(x: jax.Array, dtype: Any) -> jax.Array:
-    return x if x.dtype == dtype else x.astype(dtype)
-
-
-def _with_constants_as_arguments(
-    f: Callable[..., Any], *examples: Any, donate: bool = False
-) -> Callable[..., Any]:
-    """`f` compiled for arguments like the examples, the arrays it closes over among them.
-
-    Data in a program are constants to the compiler, which then takes seconds to look at them.
+    Raises: ValueError, naming the difference, if it is the plan of another sweep.
     """
-    closed, shape = jax.make_jaxpr(f, return_shape=True)(*examples)
-    structure = jax.tree.structure(shape)
+    widths = ("width", "menu", "costs")
+    for name, value in plan.as_json().items():
+        was = written.get(name)
+        if name == "groups":
+            value, was = ([_without(g, widths) for g in groups] for groups in (value, was or []))
+        if value != was:
+            raise ValueError(
+                f"resume: this is another sweep: its {name} was {_short(was)} and is now"
+                f" {_short(value)}"
+            )
+    groups = [
+        dataclasses.replace(group, **{name: old[name] for name in widths})
+        for group, old in zip(plan.groups, written["groups"], strict=True)
+    ]
+    return dataclasses.replace(plan, groups=groups)
 
-    def flat(constants: Any, *arguments: Any) -> Any:
-        leaves = jax.core.eval_jaxpr(closed.jaxpr, constants, *jax.tree.leaves(arguments))
-        return jax.tree.unflatten(structure, leaves)
 
-    constants = [jnp.asarray(x) for x in closed.consts]
-    program = jax.jit(flat, donate_argnums=1 if donate else ())
-    compiled = program.lower(constants, *examples).compile()
-    return lambda *arguments: compiled(constants, *arguments)
+def _without(group: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name not in names}
+
+
+def _short(x: Any) -> str:
+    text = repr(x)
+    return text if len(text) < 200 else text[:200] + "..."

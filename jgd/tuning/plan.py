@@ -1,18 +1,20 @@
 """The plan of a sweep, written before step 0: pure data, and all that decides about its numbers.
 
-    groups      one structure each, and so one compiled program
+    groups      one structure each, and so one compiled program for each width in its menu
     lanes       settings x seeds of a group; lane id = setting * seeds + seed
-    tiles       lanes that step together, `width` of them, in the order they are run
+    tiles       lanes that step together, `width` of them, in the order of their ids
     reports     the steps at which a tile reports; a chunk of the program lies between two
+    rounds      the steps at which all tiles have met: the rungs of a halving, and the last step
 
 Two sweeps of one plan agree bit for bit; at equal width a lane does not depend on its neighbours.
 """
 
 import dataclasses
 import hashlib
+import math
 import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +22,12 @@ import jaxlib.version
 import numpy as np
 
 import jgd
+from jgd.tuning.prune import Halving
 
-__all__ = ["Group", "Plan", "Tile", "fingerprint", "make_plan"]
+__all__ = ["Group", "Plan", "fingerprint", "make_plan", "plain", "ranked_by"]
 
 WIDTH = 64  # lanes of a small network then fit the cache of two cores
+OVERHEAD = 8.0  # of a step, in lanes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,15 +39,21 @@ class Group:
     axes: Mapping[str, list[float]]  # name -> a value for each setting
     fixed: Mapping[str, str]  # structural values that all share
     settings: int
-    width: int  # lanes in a tile
+    width: int  # lanes in a tile; the last one of a group is filled up
+    menu: list[int]  # widths of tiles whose lanes have become fewer
+    costs: list[float]  # the time of a step at each, in any unit
 
-
-@dataclasses.dataclass(frozen=True)
-class Tile:
-    """Lanes of a group that step together; the last one of a group is filled up to its width."""
-
-    group: int
-    lanes: list[int]
+    def at_width(self, width: int, seconds: Mapping[int, float] | None = None) -> "Group":
+        """With this width and the menu below it; costs as measured, or as is usual."""
+        menu = [width]
+        while menu[-1] > 1:
+            menu.append(menu[-1] // 2)
+        overhead, slope = OVERHEAD, 1.0
+        if seconds is not None and len(seconds) > 1:
+            slope, overhead = np.polyfit(list(seconds), list(seconds.values()), 1)
+            slope, overhead = max(slope, 1e-9), max(overhead, 0.0)
+        costs = [float(overhead + slope * w) for w in menu]
+        return dataclasses.replace(self, width=width, menu=menu, costs=costs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,19 +64,41 @@ class Plan:
     seeds: int
     key: int
     reports: list[int]
+    rounds: list[int]
     groups: list[Group]
-    tiles: list[Tile]
+    brackets: list[int]  # of each setting of all groups: which rungs are its own
     metrics: list[str]  # what `evaluate` reports, in its order
+    metric: str  # the one to rank by
+    mode: Literal["min", "max"]
+    halving: Mapping[str, Any] | None
+    stop: str | None
+    drop_diverged: bool
+    budget: int | None  # lane-steps
+    seconds: float | None
     task: str  # a digest of its first batch and initial parameters
     versions: Mapping[str, str]
     device: str
 
     @property
     def lane_steps(self) -> int:
-        return self.steps * sum(len(tile.lanes) for tile in self.tiles)
+        """Those of a sweep in which lanes end at rungs and at the last step only."""
+        counts = np.bincount(self.brackets).tolist()
+        if self.halving is None:
+            return self.steps * self.seeds * sum(counts)
+        halving = Halving(**self.halving)
+        total = 0
+        for settings, rungs in zip(counts, halving.brackets(self.steps), strict=False):
+            left = [halving.kept(settings, cuts) for cuts in range(len(rungs) + 1)]
+            total += int(np.dot(left, np.diff([0, *rungs, self.steps])))
+        return self.seeds * total
+
+    @classmethod
+    def of_json(cls, written: Mapping[str, Any]) -> "Plan":
+        """The plan that was written."""
+        return cls(**{**written, "groups": [Group(**group) for group in written["groups"]]})
 
     def as_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return plain(dataclasses.asdict(self))
 
 
 def make_plan(
@@ -77,10 +109,17 @@ def make_plan(
     key: int,
     width: int | None,
     report_every: int | None,
+    metric: str,
+    mode: Literal["min", "max"],
+    halving: Halving | None,
+    stop: Any,
+    drop_diverged: bool,
+    budget: int | None,
+    seconds: float | None,
     task: str,
     metrics: list[str],
 ) -> Plan:
-    """The plan of a sweep over groups of `Lanes`.
+    """The plan of a sweep over groups of `Lanes`, at the usual width if none is given.
 
     Raises: ValueError for a count that is not positive.
     """
@@ -93,30 +132,39 @@ def make_plan(
     steps, seeds, every = counts["steps"], counts["seeds"], counts["report_every"]
     if steps < 4:
         raise ValueError(f"sweep: a verdict needs at least 4 steps, got {steps}")
-    planned, tiles = [], []
-    for index, (name, lanes) in enumerate(groups.items()):
-        total = len(lanes) * seeds
-        planned.append(
+    for name, bound in {"budget": budget, "seconds": seconds}.items():
+        if bound is not None and not bound > 0:
+            raise ValueError(f"sweep: {name} must be above 0, got {bound}")
+    settings = sum(map(len, groups.values()))
+    rungs = sorted({rung for rungs in halving.brackets(steps) for rung in rungs}) if halving else []
+    return Plan(
+        steps=steps,
+        seeds=seeds,
+        key=operator.index(key),
+        reports=sorted({*range(every, steps, every), *rungs, steps}),
+        rounds=[*rungs, steps],
+        groups=[
             Group(
                 name=name,
                 setting=repr(lanes.settings),
                 axes={axis: [float(x) for x in values] for axis, values in lanes.axes.items()},
                 fixed={axis: repr(value) for axis, value in lanes.fixed.items()},
                 settings=len(lanes),
-                width=counts["width"] or min(WIDTH, total),
-            )
-        )
-        step = planned[-1].width
-        ids = list(range(total))
-        tiles += [Tile(index, ids[first : first + step]) for first in range(0, total, step)]
-    return Plan(
-        steps=steps,
-        seeds=seeds,
-        key=operator.index(key),
-        reports=sorted({*range(every, steps, every), steps}),
-        groups=planned,
-        tiles=tiles,
+                width=0,
+                menu=[],
+                costs=[],
+            ).at_width(counts["width"] or min(WIDTH, len(lanes) * seeds))
+            for name, lanes in groups.items()
+        ],
+        brackets=halving.shares(settings, steps).tolist() if halving else [0] * settings,
         metrics=metrics,
+        metric=metric,
+        mode=mode,
+        halving=halving._asdict() if halving else None,
+        stop=None if stop is None else repr(stop),
+        drop_diverged=drop_diverged,
+        budget=budget,
+        seconds=seconds,
         task=task,
         versions={
             "jgd": jgd.__version__,
@@ -125,6 +173,19 @@ def make_plan(
         },
         device=jax.devices()[0].device_kind,
     )
+
+
+def ranked_by(
+    metrics: list[str], metric: str | None, mode: Literal["min", "max"] | None
+) -> tuple[str, Literal["min", "max"]]:
+    """The metric to rank by and which end is best, with the defaults that `sweep` documents."""
+    if mode not in (None, "min", "max"):
+        raise ValueError(f"sweep: mode must be 'min' or 'max', got {mode!r}")
+    if metric not in (None, *metrics):
+        raise ValueError(f"sweep: metric must be one of {', '.join(metrics)}, got {metric!r}")
+    usual = [name for name in ("accuracy", "loss") if name in metrics]
+    chosen = metric or (usual or metrics)[0]
+    return chosen, mode or ("max" if "acc" in chosen else "min")
 
 
 def fingerprint(*trees: Any) -> str:
@@ -137,3 +198,14 @@ def fingerprint(*trees: Any) -> str:
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()[:16]
+
+
+def plain(x: Any) -> Any:
+    """As JSON knows it: no arrays, and null for what is not finite."""
+    if isinstance(x, np.ndarray | np.generic):
+        x = x.tolist()
+    if isinstance(x, list | tuple):
+        return [plain(item) for item in x]
+    if isinstance(x, dict):
+        return {name: plain(item) for name, item in x.items()}
+    return None if isinstance(x, float) and not math.isfinite(x) else x

@@ -1,29 +1,28 @@
 """What a sweep found: a ranked table of settings, their curves, and the best one to go on with.
 
-A row is a setting: its score is the mean of the metric over seeds, and a seed whose metric is not
-finite ranks it below all settings whose seeds are. Ties go to the lower held-out loss, then to the
-setting that came first.
+A row is a setting, ranked as `jgd.tuning.prune` says: by the mean of the metric over its seeds,
+those that went to their end before those that were cut, and those before what was not run.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
 from jgd import diagnosis
-from jgd.tuning.driver import Report
+from jgd.tuning.driver import Report, Sweep
 from jgd.tuning.plan import Plan
-from jgd.tuning.space import Lanes
+from jgd.tuning.prune import CUT, DIVERGED, ENDINGS, FINISHED, OUT
 
-__all__ = ["Best", "Collector", "Curves", "Result", "ranked_by"]
+__all__ = ["Best", "Collector", "Curves", "Result"]
 
 
 class Curves(NamedTuple):
     """One value per report, for all lanes of a group; row setting * seeds + seed."""
 
-    step: np.ndarray  # (reports,): steps done
+    step: np.ndarray  # (reports,): steps done; NaN below for a lane that had ended before
     train_loss: np.ndarray  # (lanes, reports): means since the report before
     metrics: dict[str, np.ndarray]  # of `evaluate`, each (lanes, reports)
 
@@ -33,7 +32,7 @@ class Best(NamedTuple):
 
     row: dict[str, Any]
     setting: Any  # without a lane axis
-    state: Any  # of the run after the last step, for its best seed
+    state: Any  # of the run after its last step, for its best seed; None if no setting ended
 
     @property
     def params(self) -> Any:
@@ -55,134 +54,168 @@ class Result(NamedTuple):
         return f"<{len(self.rows)} settings, best: {self.best.row}>"
 
 
-def ranked_by(
-    plan: Plan, metric: str | None, mode: Literal["min", "max"] | None
-) -> tuple[str, Literal["min", "max"]]:
-    """The metric to rank by and which end is best, with the defaults that `sweep` documents.
-
-    Raises: ValueError for a metric that is not reported, or another mode.
-    """
-    if mode not in (None, "min", "max"):
-        raise ValueError(f"sweep: mode must be 'min' or 'max', got {mode!r}")
-    if metric not in (None, *plan.metrics):
-        known = ", ".join(plan.metrics)
-        raise ValueError(f"sweep: metric must be one of {known}, got {metric!r}")
-    usual = [name for name in ("accuracy", "loss") if name in plan.metrics]
-    chosen = metric or (usual or plan.metrics)[0]
-    return chosen, mode or ("max" if "acc" in chosen else "min")
-
-
 class Collector:
     """Takes the reports of a sweep as they come, and makes the result of them."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        groups: Mapping[str, Lanes],
-        metric: str | None = None,
-        mode: Literal["min", "max"] | None = None,
-    ) -> None:
-        self.plan, self.groups = plan, groups
-        self.metric: str
-        self.mode: Literal["min", "max"]
-        self.metric, self.mode = ranked_by(plan, metric, mode)
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep = sweep
+        self.plan, self.groups, self.board = sweep.plan, sweep.groups, sweep.board
         self.curves: dict[str, Curves] = {}
         self.seen: dict[str, diagnosis.LossStatistics] = {}
-        self.best: tuple[tuple, str, int, Any] | None = None
-        self.open: dict[tuple[str, int], list[Any]] = {}  # states of settings with seeds to come
+        for group in self.plan.groups:
+            lanes, reports = group.settings * self.plan.seeds, len(self.plan.reports)
+            empty = lambda lanes=lanes, reports=reports: np.full((lanes, reports), np.nan)
+            metrics = {name: empty() for name in self.plan.metrics}
+            self.curves[group.name] = Curves(np.array(self.plan.reports), empty(), metrics)
+        self.best: tuple[tuple, str, int, dict[int, Any]] | None = None
+        self.open: dict[tuple[str, int], dict[int, Any]] = {}  # states of settings, by seed
 
     def add(self, report: Report) -> None:
-        group = next(g for g in self.plan.groups if g.name == report.group)
-        lanes, reports = group.settings * self.plan.seeds, len(self.plan.reports)
-        if report.group not in self.curves:
-            empty = lambda: np.full((lanes, reports), np.nan)
-            metrics = {name: empty() for name in report.metrics}
-            self.curves[report.group] = Curves(np.array(self.plan.reports), empty(), metrics)
         curves = self.curves[report.group]
         column = self.plan.reports.index(report.step)
         curves.train_loss[report.lanes, column] = report.loss
         for name, values in report.metrics.items():
             curves.metrics[name][report.lanes, column] = values
         if report.seen is not None:
-            self._finish(report, lanes)
+            self._finish(report)
 
-    def _finish(self, report: Report, lanes: int) -> None:
-        """Keep the statistics, and the states if a setting of this tile is the best so far."""
-        assert report.seen is not None
-        if report.group not in self.seen:
-            empty = lambda x: np.zeros(lanes, x.dtype)
-            self.seen[report.group] = jax.tree.map(empty, report.seen)
-        for kept, new in zip(self.seen[report.group], report.seen, strict=True):
-            kept[report.lanes] = new
-        rows: dict[int, list[int]] = {}
-        for row, lane in enumerate(report.lanes):
-            rows.setdefault(int(lane) // self.plan.seeds, []).append(row)
-        for setting, members in rows.items():
-            waiting = self.open.pop((report.group, setting), [])
-            if len(waiting) + len(members) < self.plan.seeds:  # the rest is in the next tile
-                states = [jax.tree.map(lambda x, r=r: x[r], report.state) for r in members]
-                self.open[report.group, setting] = waiting + states
-                continue
-            rank = self._rank(report.group, setting)
+    def replay(self, line: dict[str, Any]) -> None:
+        """A line of the journal, as if it happened now; states come from a checkpoint."""
+        if "cut" in line:
+            ending = OUT if line["cut"] is None else CUT
+            self.sweep.end(line["lanes"], ending)
+            return
+        group, lanes, step = line["group"], np.array(line["lanes"], int), line["step"]
+        metrics = {name: np.array(line[name], np.float64) for name in self.plan.metrics}
+        self.board.add(group, lanes, step, metrics)
+        ended = np.array(line.get("ended", np.zeros(len(lanes))), np.int8)
+        self.board.end(group, lanes[ended > 0], ended[ended > 0])
+        seen = None
+        if "seen" in line:
+            like = diagnosis.statistics()
+            values = {k: np.array(v, like._asdict()[k].dtype) for k, v in line["seen"].items()}
+            seen = diagnosis.LossStatistics(**values)
+        loss = np.array(line["train_loss"], np.float64)
+        self.add(Report(line["tile"], group, step, lanes, loss, metrics, ended, seen, None, 0))
+
+    def states(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """What a checkpoint keeps of the settings that ended: their names, and the states."""
+        held = dict(self.open)
+        if self.best is not None:
+            _, group, setting, states = self.best
+            held[group, setting] = states
+        names, found = [], {}
+        for (group, setting), states in held.items():
+            for seed, state in states.items():
+                name = f"ended-{[g.name for g in self.plan.groups].index(group)}-{setting}-{seed}"
+                names.append({"name": name, "group": group, "setting": setting, "seed": seed})
+                found[name] = state
+        return names, found
+
+    def restore(self, names: list[dict[str, Any]], load: Callable[[str, Any], Any]) -> None:
+        """Take the states of a checkpoint back, after the journal was replayed."""
+        self.open, self.best = {}, None
+        for entry in names:
+            group, setting = entry["group"], entry["setting"]
+            program = self.sweep.programs[[g.name for g in self.plan.groups].index(group)]
+            state = load(entry["name"], program.state_shape())
+            self._keep(group, setting, entry["seed"], state)
+
+    def _keep(self, group: str, setting: int, seed: int, state: Any) -> None:
+        """The state of a lane that ended; of settings that are whole only the best is kept."""
+        states = self.open.setdefault((group, setting), {})
+        states[seed] = state
+        if len(states) == self.plan.seeds:
+            del self.open[group, setting]
+            rank = self.board.key(group, setting)
             if self.best is None or rank < self.best[0]:
-                states = [jax.tree.map(lambda x, r=r: x[r], report.state) for r in members]
-                self.best = rank, report.group, setting, waiting + states
+                self.best = rank, group, setting, states
+
+    def _finish(self, report: Report) -> None:
+        """Keep the statistics, and the states if a setting that ended is the best so far."""
+        assert report.seen is not None
+        group, ended = report.group, np.flatnonzero(report.ended)
+        if group not in self.seen:
+            lanes = len(self.board.value[group])
+            self.seen[group] = jax.tree.map(lambda x: np.zeros(lanes, x.dtype), report.seen)
+        for kept, new in zip(self.seen[group], report.seen, strict=True):
+            kept[report.lanes[ended]] = new[ended]
+        for row, lane in enumerate(report.lanes[ended] if report.state is not None else ()):
+            setting, seed = divmod(int(lane), self.plan.seeds)
+            state = jax.tree.map(lambda x, row=row: x[row], report.state)
+            self._keep(group, setting, seed, state)
 
     def _last(self, group: str, name: str, setting: int) -> np.ndarray:
         """The last values of a metric for the seeds of a setting."""
-        seeds = slice(setting * self.plan.seeds, (setting + 1) * self.plan.seeds)
-        return self.curves[group].metrics[name][seeds, -1].astype(np.float64)
+        rows = np.arange(self.plan.seeds) + setting * self.plan.seeds
+        columns = np.searchsorted(self.plan.reports, self.board.step[group][rows])
+        values = self.curves[group].metrics[name][
+            rows, np.minimum(columns, len(self.plan.reports) - 1)
+        ]
+        return np.where(self.board.step[group][rows] > 0, values, np.nan).astype(np.float64)
 
-    @np.errstate(invalid="ignore")
-    def _rank(self, group: str, setting: int) -> tuple:
-        """Sorts settings, best first."""
-        values = self._last(group, self.metric, setting)
-        score = values.mean() if np.isfinite(values).all() else math.inf
-        if math.isfinite(score) and self.mode == "max":
-            score = -score
-        loss = math.inf
-        if "loss" in self.curves[group].metrics:
-            loss = float(self._last(group, "loss", setting).mean())
-        order = [g.name for g in self.plan.groups].index(group)
-        return float(score), loss if math.isfinite(loss) else math.inf, order, setting
+    def _verdicts(self, group: str) -> tuple[np.ndarray, np.ndarray]:
+        """The verdict, which wants all the steps, and the final training loss of each lane."""
+        board, curves = self.board, self.curves[group]
+        ending = board.ending[group]
+        columns = np.maximum(np.searchsorted(self.plan.reports, board.step[group]), 0)
+        columns = np.minimum(columns, len(self.plan.reports) - 1)
+        losses = curves.train_loss[np.arange(len(ending)), columns].astype(np.float64)
+        words = np.full(len(ending), "", object)
+        words[ending == DIVERGED] = "diverged"
+        whole = ending == FINISHED
+        if whole.any():
+            seen = jax.tree.map(lambda x: x[whole], self.seen[group])
+            words[whole] = diagnosis.verdict(seen, self.plan.steps)
+            losses[whole] = diagnosis.final_loss(seen, self.plan.steps)
+        return words, losses
 
     @np.errstate(invalid="ignore")
     def _row(self, group: str, setting: int, verdicts: np.ndarray, losses: np.ndarray) -> dict:
         lanes = self.groups[group]
-        seeds = slice(setting * self.plan.seeds, (setting + 1) * self.plan.seeds)
+        seeds = self.board.lanes_of(setting)
         row: dict[str, Any] = {"optimizer": group}
         row |= {name: float(values[setting]) for name, values in lanes.axes.items()}
         row |= {name: str(value) for name, value in lanes.fixed.items()}
-        for name in sorted(self.curves[group].metrics, key=lambda n: n != self.metric):
+        for name in sorted(self.plan.metrics, key=lambda n: n != self.plan.metric):
             values = self._last(group, name, setting)
             row[name] = float(values.mean())
             if self.plan.seeds > 1:
                 finite = np.isfinite(values).all()
                 row[f"{name}_sd"] = float(np.std(values, ddof=1)) if finite else math.nan
         row["final_loss"] = float(losses[seeds].mean())
-        found, counts = np.unique(verdicts[seeds], return_counts=True)
-        worst = lambda v: diagnosis.VERDICTS.index(str(v))
-        most = counts == counts.max()
-        row["verdict"] = str(max(found[most], key=worst))  # most seeds' verdict, the worse of two
+        row["verdict"] = _most(verdicts[seeds])
+        row["ended"] = ENDINGS[max(self.board.ending[group][seeds].tolist())]
+        row["at"] = int(self.board.step[group][seeds].min())
         row["seeds"] = self.plan.seeds
         return row
 
     def result(self) -> Result:
-        """The result, once all tiles have ended."""
-        assert self.best is not None
+        """The result, once no lane goes on."""
         ranked = []
         for group in self.plan.groups:
-            verdicts = diagnosis.verdict(self.seen[group.name], self.plan.steps)
-            losses = diagnosis.final_loss(self.seen[group.name], self.plan.steps)
+            verdicts, losses = self._verdicts(group.name)
             for setting in range(group.settings):
                 row = self._row(group.name, setting, verdicts, losses)
-                ranked.append((self._rank(group.name, setting), row))
+                ranked.append((self.board.key(group.name, setting), row))
         ranked.sort(key=lambda pair: pair[0])
         rows = [{"rank": place, **row} for place, (_, row) in enumerate(ranked, 1)]
-        _, group, setting, states = self.best
-        values = self._last(group, self.metric, setting)
-        values = np.where(np.isfinite(values), values, -np.inf if self.mode == "max" else np.inf)
-        seed = int(values.argmax() if self.mode == "max" else values.argmin())
+        *_, order, setting = ranked[0][0]
+        group = self.plan.groups[order].name
         chosen = jax.tree.map(lambda x: x[setting], self.groups[group].settings)
-        best = Best(rows[0], chosen, states[seed])
-        return Result(rows, self.curves, best, self.metric, self.mode, self.plan)
+        state = None
+        if self.best is not None:
+            _, group, setting, states = self.best
+            values = self._last(group, self.plan.metric, setting)
+            worst = -np.inf if self.plan.mode == "max" else np.inf
+            values = np.where(np.isfinite(values), values, worst)
+            state = states[int(values.argmax() if self.plan.mode == "max" else values.argmin())]
+        best = Best(rows[0], chosen, state)
+        return Result(rows, self.curves, best, self.plan.metric, self.plan.mode, self.plan)
+
+
+def _most(verdicts: np.ndarray) -> str:
+    """The verdict of most seeds, the worse of two."""
+    found, counts = np.unique(verdicts.astype(str), return_counts=True)
+    worst = lambda v: diagnosis.VERDICTS.index(v) if v in diagnosis.VERDICTS else -1
+    return str(max(found[counts == counts.max()], key=lambda v: worst(str(v))))

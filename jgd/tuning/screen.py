@@ -2,7 +2,7 @@
 
 import math
 import time
-from typing import Any, Literal
+from typing import Any
 
 import rich.box
 import rich.progress
@@ -13,7 +13,7 @@ from rich.markup import escape
 from jgd import catalog
 from jgd.tuning.driver import Report
 from jgd.tuning.plan import Plan
-from jgd.tuning.results import Result, ranked_by
+from jgd.tuning.results import Result
 
 __all__ = ["Progress", "print_optimizers", "print_result"]
 
@@ -21,16 +21,15 @@ __all__ = ["Progress", "print_optimizers", "print_result"]
 class Progress:
     """A live bar on a terminal, a line per finished group elsewhere; the best so far in both."""
 
-    def __init__(
-        self, console: Console, metric: str | None, mode: Literal["min", "max"] | None
-    ) -> None:
-        self.console, self.metric = console, metric
-        self.mode: Literal["min", "max"] | None = mode
+    def __init__(self, console: Console) -> None:
+        self.console = console
         self.live = console.is_terminal
+        self.line = ""  # of the group at work
         columns = [
             rich.progress.TextColumn("[bold]{task.description:<10}"),
             rich.progress.BarColumn(),
             rich.progress.TextColumn("{task.percentage:>3.0f}%"),
+            rich.progress.TextColumn("{task.fields[alive]}"),
             rich.progress.TextColumn("{task.fields[speed]}"),
             rich.progress.TextColumn("{task.fields[best]}"),
             rich.progress.TimeRemainingColumn(),
@@ -38,7 +37,7 @@ class Progress:
         self.bar = rich.progress.Progress(
             *columns, console=console, disable=not self.live, transient=True
         )
-        self.task = self.bar.add_task("compiling", total=None, speed="", best="")
+        self.task = self.bar.add_task("compiling", total=None, alive="", speed="", best="")
         self.done = 0
         self.seconds = 0.0
         self.best: float | None = None
@@ -49,14 +48,16 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._print_line()
         self.bar.stop()
 
     def __call__(self, plan: Plan, report: Report) -> None:
         if not self.done:
             self._announce(plan)
-        tile = plan.tiles[report.tile]
+        if self.line and not self.line.startswith(report.group):
+            self._print_line()
         before = max([0, *(step for step in plan.reports if step < report.step)])
-        self.done += (report.step - before) * len(tile.lanes)
+        self.done += (report.step - before) * len(report.lanes)
         self.seconds = time.perf_counter() - self.started
         speed = f"{self.done / self.seconds:,.0f} lane-steps/s"
         shown = self._best(plan, report)
@@ -65,21 +66,23 @@ class Progress:
             description=report.group,
             total=plan.lane_steps,
             completed=self.done,
+            alive=f"{report.alive:,} alive",
             speed=speed,
             best=shown,
         )
-        last = report.tile + 1 == len(plan.tiles) or plan.tiles[report.tile + 1].group != tile.group
-        if not self.live and last and report.step == plan.steps:
-            share = self.done / plan.lane_steps
-            self.console.print(f"{report.group:<12} {share:4.0%}  {speed}  {shown}")
+        self.line = f"{report.group:<12} {self.done / plan.lane_steps:4.0%}  {speed}  {shown}"
+
+    def _print_line(self) -> None:
+        if not self.live and self.line:
+            self.console.print(self.line)
+        self.line = ""
 
     def _best(self, plan: Plan, report: Report) -> str:
-        metric, mode = ranked_by(plan, self.metric, self.mode)
-        choose = max if mode == "max" else min
-        values = report.metrics[metric]
+        choose = max if plan.mode == "max" else min
+        values = report.metrics[plan.metric]
         seen = [float(x) for x in values if math.isfinite(x)]
         self.best = choose([*seen, *([] if self.best is None else [self.best])], default=None)
-        return "" if self.best is None else f"best {metric} {self.best:.4g}"
+        return "" if self.best is None else f"best {plan.metric} {self.best:.4g}"
 
     def _announce(self, plan: Plan) -> None:
         settings = sum(group.settings for group in plan.groups)
@@ -106,16 +109,19 @@ def print_result(console: Console, result: Result, top: int) -> None:
     console.print(table)
 
     title = f"the best {max(min(top, len(result.rows)), 0)} of {len(result.rows)} settings"
-    columns = ("rank", "optimizer", *varied, result.metric, "final loss", "verdict")
+    shown = result.rows[: max(top, 0)]
+    how = ("ended",) if any(row["ended"] != "finished" for row in shown) else ()
+    columns = ("rank", "optimizer", *varied, result.metric, "final loss", "verdict", *how)
     table = _table(title, result.metric, *columns)
-    for row in result.rows[: max(top, 0)]:
+    for row in shown:
         table.add_row(
             str(row["rank"]),
             row["optimizer"],
             *(_cell(row.get(name)) for name in varied),
             _spread(row, result.metric),
             _cell(row["final_loss"]),
-            f"[{_STYLES[row['verdict']]}]{row['verdict']}[/]",
+            f"[{_STYLES.get(row['verdict'], 'dim')}]{row['verdict']}[/]",
+            *([f"{row['ended']} at {row['at']:,}"] if how else []),
         )
     console.print(table)
 
@@ -124,7 +130,7 @@ def _table(title: str, metric: str, *columns: str) -> Any:
     edges: Any = dict(box=rich.box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table = rich.table.Table(title=f"\n{title}", title_justify="left", title_style="bold", **edges)
     for name in columns:
-        left = name in ("optimizer", "verdict")
+        left = name in ("optimizer", "verdict", "ended")
         header = name.replace("_", " ").replace("oscillating", "oscil- lating")
         table.add_column(header, justify="left" if left else "right", no_wrap=name == metric)
     return table

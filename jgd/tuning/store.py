@@ -1,55 +1,70 @@
-"""The folder of a sweep: the plan, a journal that is written as reports come in, the results.
+"""The folder of a sweep, from which it goes on after a crash.
 
 plan.json       what will be done, before step 0
-journal.jsonl   a line per report: tile, step, lanes, losses and metrics
+command.json    what the command line was told, if the sweep came from there
+journal.jsonl   a line per report: tile, step, lanes, losses and metrics, and how lanes ended
+states/         checkpoints (orbax): a folder for each tile at work, or waiting, or best so far
+manifest.json   the last checkpoint: how much of the journal it has seen, and which states
 results.csv     a row per setting, ranked; results.json the same, with the plan's numbers
+curves.npz      the curves of all lanes
+
+A state is written once, under a name of its own; the manifest is replaced when all that it names
+are there, so that at any moment one whole checkpoint is on the disk.
 """
 
+import concurrent.futures
 import csv
 import json
+import logging
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from jgd.tuning.driver import Report
-from jgd.tuning.plan import Plan
+from jgd.tuning.driver import Cut, Report
+from jgd.tuning.plan import Plan, plain
+from jgd.tuning.results import Best, Curves, Result
 
-__all__ = ["Folder"]
+__all__ = ["Folder", "read_result"]
 
 
 class Folder:
-    """A new folder for one sweep.
+    """The folder of one sweep.
 
-    Raises: FileExistsError if it exists and holds something; OSError if it cannot be written.
+    Raises: FileExistsError if it is not to be resumed and holds something; FileNotFoundError if it
+      is and holds no plan; OSError if it cannot be written.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, resume: bool = False) -> None:
         self.path = Path(path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        if any(self.path.iterdir()):
-            raise FileExistsError(f"{self.path} is not empty: a sweep wants a folder of its own")
+        if resume:
+            if not (self.path / "plan.json").exists():
+                raise FileNotFoundError(f"{self.path} holds no sweep: there is no plan.json")
+        else:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if any(name.name != "command.json" for name in self.path.iterdir()):
+                raise FileExistsError(
+                    f"{self.path} is not empty: a sweep wants a folder of its own"
+                )
+        self._writer = concurrent.futures.ThreadPoolExecutor(1)
+        self._saving: concurrent.futures.Future[None] | None = None
+
+    # --- plan and results --------------------------------------------------------------------
 
     def write_plan(self, plan: Plan) -> None:
-        self._write("plan.json", json.dumps(_plain(plan.as_json()), indent=1))
+        self.write_json("plan.json", plan.as_json())
 
-    def journal(self, report: Report) -> None:
-        """Append a report; it is on disk when this returns."""
-        line = {
-            "tile": report.tile,
-            "group": report.group,
-            "step": report.step,
-            "lanes": report.lanes,
-            "train_loss": report.loss,
-            **report.metrics,
-        }
-        with (self.path / "journal.jsonl").open("a") as file:
-            file.write(json.dumps(_plain(line)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+    def read_plan(self) -> dict[str, Any]:
+        return json.loads((self.path / "plan.json").read_text())
+
+    def write_json(self, name: str, content: Any) -> None:
+        """All of the file or nothing."""
+        self._replace(name, json.dumps(plain(content), indent=1))
 
     def write_results(self, rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
         columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -58,30 +73,146 @@ class Folder:
             writer.writeheader()
             writer.writerows(rows)
         (self.path / "results.csv.part").replace(self.path / "results.csv")
-        self._write("results.json", json.dumps(_plain({**summary, "rows": list(rows)}), indent=1))
+        self.write_json("results.json", {**summary, "rows": list(rows)})
 
-    def _write(self, name: str, text: str) -> None:
-        """All of the file or nothing."""
+    def write_curves(self, curves: Mapping[str, Any]) -> None:
+        """Group by group: steps, losses and metrics, in single precision."""
+        arrays = {}
+        for group, c in curves.items():
+            arrays[f"{group}/step"] = c.step
+            arrays[f"{group}/train_loss"] = c.train_loss.astype(np.float32)
+            for name, values in c.metrics.items():
+                arrays[f"{group}/{name}"] = values.astype(np.float32)
+        with (self.path / "curves.npz.part").open("wb") as file:
+            np.savez_compressed(file, **arrays)
+        (self.path / "curves.npz.part").replace(self.path / "curves.npz")
+
+    def _replace(self, name: str, text: str) -> None:
         part = self.path / (name + ".part")
-        part.write_text(text)
+        with part.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         part.replace(self.path / name)
 
+    # --- the journal -------------------------------------------------------------------------
 
-def _plain(x: Any) -> Any:
-    """As JSON knows it: no arrays, and null for what is not finite."""
+    def journal(self, report: Report | Cut) -> None:
+        """Append a report; it is on disk when this returns."""
+        with (self.path / "journal.jsonl").open("a") as file:
+            file.write(json.dumps(_arrays(_line(report))) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read_journal(self) -> Iterator[dict[str, Any]]:
+        """The lines of the journal; one cut off in the middle of writing ends it."""
+        path = self.path / "journal.jsonl"
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                return
+
+    # --- checkpoints -------------------------------------------------------------------------
+
+    def checkpoint(self, meta: Mapping[str, Any], states: Mapping[str, Any]) -> None:
+        """Write what is not there yet, beside the sweep; the one before is finished first."""
+        self.finish()
+        size = (self.path / "journal.jsonl").stat().st_size
+        manifest = {**meta, "journal": size, "states": sorted(states)}
+        self._saving = self._writer.submit(self._save, manifest, states)
+
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._saving is not None and not self._saving.done()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, and raise what went wrong with it."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+    def _save(self, manifest: Mapping[str, Any], states: Mapping[str, Any]) -> None:
+        checkpointer = _checkpointer()
+        folder = (self.path / "states").absolute()
+        folder.mkdir(exist_ok=True)
+        for name, tree in states.items():
+            if not (folder / name).exists():  # orbax gives a folder its name when it is whole
+                checkpointer.save(folder / name, tree)
+        checkpointer.wait_until_finished()
+        self.write_json("manifest.json", manifest)
+        for path in folder.iterdir():
+            if path.name not in states:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def last_checkpoint(self) -> dict[str, Any] | None:
+        """The last manifest; the journal is cut back to what it has seen."""
+        path = self.path / "manifest.json"
+        manifest = json.loads(path.read_text()) if path.exists() else None
+        journal = self.path / "journal.jsonl"
+        if journal.exists():
+            os.truncate(journal, 0 if manifest is None else manifest["journal"])
+        return manifest
+
+    def load(self, name: str, shapes: Any) -> Any:
+        """A state of the last checkpoint, of these shapes, on the host."""
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shaped = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+        path = (self.path / "states" / name).absolute()
+        found = _checkpointer().restore(path, jax.tree.map(shaped, shapes))
+        is_key = lambda x: jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return jax.tree.map(lambda x: x if is_key(x) else np.asarray(x), found)
+
+
+def read_result(path: str | Path) -> Result:
+    """The result in the folder of a sweep that has ended: table and curves, without states.
+
+    Raises: FileNotFoundError if it holds none.
+    """
+    path = Path(path)
+    for name in ("plan.json", "results.json", "curves.npz"):
+        if not (path / name).exists():
+            raise FileNotFoundError(f"{path} holds no finished sweep: there is no {name}")
+    plan = Plan.of_json(json.loads((path / "plan.json").read_text()))
+    rows = json.loads((path / "results.json").read_text())["rows"]
+    rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
+    with np.load(path / "curves.npz") as arrays:
+        curves = {
+            g.name: Curves(
+                arrays[f"{g.name}/step"],
+                arrays[f"{g.name}/train_loss"],
+                {name: arrays[f"{g.name}/{name}"] for name in plan.metrics},
+            )
+            for g in plan.groups
+        }
+    return Result(rows, curves, Best(rows[0], None, None), plan.metric, plan.mode, plan)
+
+
+def _checkpointer() -> Any:
+    import orbax.checkpoint
+
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    return orbax.checkpoint.StandardCheckpointer()
+
+
+def _line(report: Report | Cut) -> dict[str, Any]:
+    if isinstance(report, Cut):
+        return {"cut": report.step, "lanes": report.lanes}
+    line = {
+        "tile": report.tile,
+        "group": report.group,
+        "step": report.step,
+        "lanes": report.lanes,
+        "train_loss": report.loss,
+        **report.metrics,
+    }
+    if report.seen is not None:
+        line |= {"ended": report.ended, "seen": report.seen._asdict()}
+    return line
+
+
+def _arrays(x: Any) -> Any:
+    """Arrays as lists; numbers that are not finite keep their names, for Python to read again."""
     if isinstance(x, np.ndarray | np.generic):
-        x = x.tolist()
-    if isinstance(x, list | tuple):
-        return [_plain(item) for item in x]
-    if isinstance(x, dict):
-        return {name: _plain(item) for name, item in x.items()}
-    return None if isinstance(x, float) and not math.isfinite(x) else x
-
-
-def read_journal(path: str | Path) -> Iterable[dict[str, Any]]:
-    """The lines of a journal; one cut off in the middle of writing ends it."""
-    for line in (Path(path) / "journal.jsonl").read_text().splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return
+        return x.tolist()
+    return {name: _arrays(item) for name, item in x.items()} if isinstance(x, dict) else x

@@ -1,32 +1,26 @@
 """`sweep` and `iter_sweep`: many settings and seeds as lanes of compiled programs."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from jgd.pytree import Monitor
 from jgd.training import Run, Task
-from jgd.tuning.driver import Report, iter_plan, prepare
+from jgd.tuning.driver import Cut, Report, Snapshot, Sweep, prepare
 from jgd.tuning.plan import Plan
+from jgd.tuning.prune import Halving
 from jgd.tuning.results import Collector, Result
 from jgd.tuning.store import Folder
 
-__all__ = ["iter_sweep", "sweep"]
+__all__ = ["Interrupted", "iter_sweep", "sweep"]
 
 
 def iter_sweep(
-    task: Task | Run,
-    settings: Any,
-    steps: int,
-    *,
-    seeds: int = 1,
-    key: int = 0,
-    width: int | None = None,
-    report_every: int | None = None,
-) -> Iterator[Report]:
-    """The reports of a sweep as they come, tile by tile. Args as `sweep`."""
-    options: dict[str, Any] = dict(seeds=seeds, key=key, width=width, report_every=report_every)
-    plan, groups, run = prepare(task, settings, steps, **options)
-    return iter_plan(plan, groups, run)
+    task: Task | Run, settings: Any, steps: int, **options: Any
+) -> Iterator[Report | Cut]:
+    """The reports of a sweep as they come, and the cuts. Args as `sweep`."""
+    return iter(prepare(task, settings, steps, **options))
 
 
 def sweep(
@@ -40,7 +34,14 @@ def sweep(
     report_every: int | None = None,
     metric: str | None = None,
     mode: Literal["min", "max"] | None = None,
+    halving: Halving | None = None,
+    stop: Monitor | int | None = None,
+    drop_diverged: bool = False,
+    budget: int | None = None,
+    seconds: float | None = None,
     folder: str | Path | None = None,
+    resume: bool = False,
+    checkpoint_every: float = 30.0,
     on_report: Callable[[Plan, Report], None] | None = None,
 ) -> Result:
     """Train every setting with every seed, and rank them.
@@ -52,38 +53,126 @@ def sweep(
     Args:
       task: a `Task`, or any `Run`.
       settings: a batch of settings, or a dict of named ones: what `grid`, `random_search`, `stack`
-        or `jax.vmap` of a factory gives. One program is compiled for each.
+        or `jax.vmap` of a factory gives. One program is compiled for each, at each width.
       steps: of each training, at least 4.
       seeds: trainings of each setting, with initial parameters of their own. All see the same
         batches in the same order.
       key: an int, of the initial parameters.
-      width: lanes that step together, at least 1; a tile with fewer is filled up. None: 64, or all
-        lanes of a group with fewer. The numbers agree bit for bit at one width, and to rounding at
-        another.
+      width: lanes that step together, at least 1; a tile with fewer is filled up. None: the
+        smallest within 5 per cent of the fastest, found by a probe where the sweep is long enough
+        for one; else 64, or all lanes of a group with fewer. The numbers agree bit for bit at one
+        width, and to rounding at another.
       report_every: steps between reports; None: a twentieth of `steps`.
       metric: of `evaluate`, to rank by; None: "accuracy", or "loss", or the first.
       mode: "min" or "max"; None: max for a metric with "acc" in its name, else min.
-      folder: a new folder for the plan, the journal and the results; None writes nothing.
+      halving: `jgd.successive_halving(...)` or `jgd.hyperband(...)`: at some steps only the best
+        settings go on. None: all run to their end.
+      stop: `jgd.stopping.early_stopping(...)` on `metric`, for each lane, or its patience alone; a
+        report is an epoch. None: no lane stops early.
+      drop_diverged: True ends a lane whose training loss is not finite.
+      budget: lane-steps, at least 1, after which no chunk is begun; what has not ended is out of
+        budget, what has not begun is not run. None: none.
+      seconds: likewise, of the clock: such a sweep is not the same twice. None: none.
+      folder: a new folder for plan, journal, checkpoints and results; None writes nothing.
+      resume: True goes on with the sweep of `folder`, from its last checkpoint, to the numbers that
+        it would have ended with, bit for bit on the same machine. All other arguments must be those
+        it was begun with.
+      checkpoint_every: seconds between checkpoints in `folder`: what a crash can lose.
       on_report: called with the `Plan` and each `Report`, as it comes.
+
+    A lane that has ended costs nothing from the next report on, as far as the others fit narrower
+    programs; at a rung they always do.
 
     Returns: a `Result`: ranked rows, curves, and the best setting with its trained state.
     Raises: ValueError, before anything is trained or written, for settings that are no batch, an
       `evaluate` that returns no dict of scalars, or a count, metric or mode out of range.
     """
-    options: dict[str, Any] = dict(seeds=seeds, key=key, width=width, report_every=report_every)
-    plan, groups, run = prepare(task, settings, steps, **options)
-    collector = Collector(plan, groups, metric, mode)
-    files = None if folder is None else Folder(folder)
+    if resume and folder is None:
+        raise ValueError("sweep: resume wants the folder of a sweep")
+    files = Folder(folder, resume=True) if resume and folder is not None else None
+    prepared = prepare(
+        task,
+        settings,
+        steps,
+        seeds=seeds,
+        key=key,
+        width=width,
+        report_every=report_every,
+        metric=metric,
+        mode=mode,
+        halving=halving,
+        stop=stop,
+        drop_diverged=drop_diverged,
+        budget=budget,
+        seconds=seconds,
+        written=None if files is None else files.read_plan(),
+    )
+    collector = Collector(prepared)
     if files is not None:
-        files.write_plan(plan)
-    for report in iter_plan(plan, groups, run):
-        if files is not None:
-            files.journal(report)
-        collector.add(report)
-        if on_report is not None:
-            on_report(plan, report)
+        _go_back(prepared, collector, files)
+    elif folder is not None:
+        files = Folder(folder)
+        files.write_plan(prepared.plan)
+    last = time.monotonic()
+    try:
+        for report in prepared:
+            if files is not None:
+                files.journal(report)
+            if isinstance(report, Cut):
+                continue
+            collector.add(report)
+            if files is not None and report.snapshot is not None:
+                _checkpoint(files, report.snapshot, collector)
+                last = time.monotonic()
+            due = files is not None and time.monotonic() - last > checkpoint_every
+            prepared.wanted = due and not files.busy()  # type: ignore[union-attr]
+            if on_report is not None:
+                on_report(prepared.plan, report)
+    except KeyboardInterrupt:
+        prepared.stop()
+        raise Interrupted(_finished(prepared, collector, files, whole=False)) from None
+    return _finished(prepared, collector, files, whole=True)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, with what there was.
+
+    Attributes:
+      result: a `Result` of the lanes so far; those that had not ended are out of budget.
+    """
+
+    def __init__(self, result: Result) -> None:
+        super().__init__("interrupted")
+        self.result = result
+
+
+def _checkpoint(files: Folder, snapshot: Snapshot, collector: Collector) -> None:
+    names, states = collector.states()
+    files.checkpoint({**snapshot.meta, "ended": names}, {**snapshot.states, **states})
+
+
+def _go_back(prepared: Sweep, collector: Collector, files: Folder) -> None:
+    """To the last checkpoint: the journal up to it, and the states."""
+    manifest = files.last_checkpoint()
+    if manifest is None:
+        return
+    for line in files.read_journal():
+        collector.replay(line)
+    prepared.restore(manifest, files.load)
+    collector.restore(manifest["ended"], files.load)
+
+
+def _finished(
+    prepared: Sweep, collector: Collector, files: Folder | None, *, whole: bool
+) -> Result:
+    """The result, in the folder as well."""
     result = collector.result()
     if files is not None:
-        summary = {"metric": result.metric, "mode": result.mode, "steps": steps, "seeds": seeds}
-        files.write_results(result.rows, summary)
+        plan = result.plan
+        summary = {"metric": plan.metric, "mode": plan.mode, "steps": plan.steps}
+        files.write_results(result.rows, {**summary, "seeds": plan.seeds})
+        files.write_curves(result.curves)
+        if whole:
+            _checkpoint(files, prepared.snapshot(), collector)
+        files.finish()
     return result

@@ -163,7 +163,7 @@ def reduce_lr_on_plateau(
 
     `init(learning_rate) -> state`, `update(metric, state) -> (learning_rate, state)`. The
     learning rate may be traced. Improvement is that of `jgd.stopping.early_stopping`: by more than
-    |min_delta|, in float32, not for NaN, always in the first epoch.
+    |min_delta|, not for NaN, always in the first epoch.
 
     Args:
       monitor: the metric's name, "val_loss" by default; see the module.

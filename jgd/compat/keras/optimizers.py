@@ -2,9 +2,10 @@
 
 Common to all. `learning_rate` may be a schedule, which counts from 0. Beside their own arguments
 they have those of `DecayOptions`: weight_decay, clipnorm, clipvalue, global_clipnorm, use_ema,
-ema_momentum, ema_overwrite_frequency, loss_scale_factor, gradient_accumulation_steps. Weight decay
-is decoupled and times the learning rate, for every optimizer. Memories are float32 for 16-bit
-parameters, where Keras keeps 16 bits. In the formulas t counts steps from 1.
+ema_momentum, ema_overwrite_frequency, loss_scale_factor, gradient_accumulation_steps, and a name
+without meaning. Weight decay is decoupled and times the learning rate, for every optimizer.
+Memories are float32 for 16-bit parameters, where Keras keeps 16 bits. In the formulas t counts
+steps from 1.
 """
 
 import math
@@ -92,7 +93,7 @@ def sgd(
 @optimizer
 def rmsprop(
     learning_rate: Number = 0.001,
-    rho: Decay = 0.9,
+    rho: Fraction = 0.9,
     momentum: Fraction = 0.0,
     epsilon: NonNegative = 1e-7,
     centered: bool = False,
@@ -105,7 +106,7 @@ def rmsprop(
 
     Args:
       learning_rate: 0.001 by default.
-      rho: in [0, 1), 0.9 by default.
+      rho: in [0, 1], 0.9 by default.
       momentum: in [0, 1]; 0 by default.
       epsilon: at least 0, 1e-7 by default.
       centered: True takes the square of the average gradient from v.
@@ -142,7 +143,7 @@ def adagrad(
 @optimizer
 def adadelta(
     learning_rate: Number = 0.001,
-    rho: Decay = 0.95,
+    rho: Fraction = 0.95,
     epsilon: NonNegative = 1e-7,
     **options: Unpack[DecayOptions],
 ) -> GradientTransformation:
@@ -150,7 +151,7 @@ def adadelta(
 
     Args:
       learning_rate: 0.001 by default (1 in the paper).
-      rho: in [0, 1), 0.95 by default.
+      rho: in [0, 1], 0.95 by default.
       epsilon: at least 0, 1e-7 by default.
 
     State: `ScaleByAdaDeltaState(e_g, e_x)`, two trees.
@@ -431,16 +432,9 @@ def muon(
 
     def labels(tree: Any) -> Any:
         names, structure = paths(tree)
-        leaves = structure.flatten_up_to(tree)
-        pairs = zip(names, leaves, strict=True)
-        return structure.unflatten(
-            ["matrix" if _is_matrix(name, x) else "other" for name, x in pairs]
-        )
-
-    def _is_matrix(name: str, x: Any) -> bool:
-        embedding = exclude_embeddings and "embedding" in name.lower()
-        excluded = embedding or any(re.search(word, name) for word in exclude_layers or ())
-        return jnp.ndim(x) == 2 and not excluded
+        pairs = zip(names, structure.flatten_up_to(tree), strict=True)
+        named = [is_matrix(*pair, exclude_layers, exclude_embeddings) for pair in pairs]
+        return structure.unflatten(["matrix" if found else "other" for found in named])
 
     def decayed(rule: GradientTransformation, decay: Any) -> GradientTransformation:
         return rule if decay is None else after_decay(rule, learning_rate * decay)
@@ -457,6 +451,14 @@ def muon(
         "other": decayed(others, adam_weight_decay),
     }
     return with_options(partition(parts, labels), learning_rate, **options)
+
+
+def is_matrix(
+    name: str, x: Any, exclude_layers: Sequence[str] | None, exclude_embeddings: bool
+) -> bool:
+    embedding = exclude_embeddings and "embedding" in name.lower()
+    excluded = embedding or any(re.search(word, name) for word in exclude_layers or ())
+    return jnp.ndim(x) == 2 and not excluded
 
 
 @optimizer

@@ -1,7 +1,5 @@
 """What every Keras optimizer does around its rule: clipping, decay, accumulation, averaging."""
 
-import inspect
-import typing
 from collections.abc import Callable
 from typing import Any, NamedTuple, ParamSpec, TypedDict
 
@@ -12,7 +10,7 @@ from optax import GradientTransformation
 
 from jgd.arguments import Fraction, NonNegative, Period, Positive
 from jgd.combinators import expect, increment, leafwise, quotient, stateless, with_params
-from jgd.compat.words import after_decay
+from jgd.compat.words import after_decay, with_parameters_of_options
 from jgd.norms import norm
 from jgd.pytree import as_pytree
 from jgd.transforms import chain, scale
@@ -22,8 +20,10 @@ from jgd.wrappers import accumulate
 __all__ = [
     "AverageState",
     "DecayOptions",
+    "LossScaleState",
     "Options",
     "averaged_params",
+    "loss_scale_optimizer",
     "optimizer",
     "with_options",
 ]
@@ -34,13 +34,13 @@ P = ParamSpec("P")
 class Options(TypedDict, total=False):
     """The arguments that every Keras optimizer has. None, where it is the default, is off."""
 
-    clipnorm: Positive | None
+    clipnorm: NonNegative | None
     """Each leaf whose norm is greater is shortened to it."""
-    clipvalue: Positive | None
+    clipvalue: NonNegative | None
     """Each entry is clipped to [-clipvalue, clipvalue]."""
-    global_clipnorm: Positive | None
+    global_clipnorm: NonNegative | None
     """All leaves are shortened alike if their common norm is greater; all are NaN if it is not
-    finite. At most one of the three may be given."""
+    finite. At most one of the three may be given; 0 is off."""
     use_ema: bool
     """Keep an average of the parameters: `averaged_params(state)`."""
     ema_momentum: Fraction
@@ -52,31 +52,35 @@ class Options(TypedDict, total=False):
     gradient_accumulation_steps: Period | None
     """A step is made of the mean of so many gradients. A schedule of the learning rate goes on
     counting the gradients."""
+    name: str | None
+    """Taken and ignored."""
 
 
-class DecayOptions(Options, total=False):
-    """Those of optimizers that have no weight decay of their own, too."""
-
+class _Decay(TypedDict, total=False):
     weight_decay: NonNegative | None
     """p <- p - weight_decay learning_rate p before the rule."""
 
 
+class DecayOptions(_Decay, Options, total=False):
+    """Those of optimizers that have no weight decay of their own, too."""
+
+
 _DEFAULTS: dict[str, Any] = {"use_ema": False, "ema_momentum": 0.99}
+_CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
 
 
 def optimizer(rule: Callable[P, GradientTransformation]) -> Callable[P, GradientTransformation]:
-    """`as_pytree`, with real parameters in the place of `**options: Unpack[Options]`."""
-    signature = inspect.signature(rule)
-    *own, rest = signature.parameters.values()
-    (kind,) = typing.get_args(rest.annotation)
-    options = [
-        inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=_DEFAULTS.get(name), annotation=hint
+    """`as_pytree`, with real parameters in the place of `**options`."""
+    return as_pytree(with_parameters_of_options(rule, _DEFAULTS), check=_one_clip)
+
+
+def _one_clip(tx: Any) -> None:
+    given = [name for name in _CLIPS if getattr(tx, name) is not None]
+    if len(given) > 1:
+        name = repr(tx).partition("(")[0]
+        raise ValueError(
+            f"{name}: only one of {', '.join(_CLIPS)} may be given, got {', '.join(given)}"
         )
-        for name, hint in typing.get_type_hints(kind, include_extras=True).items()
-    ]
-    rule.__signature__ = signature.replace(parameters=own + options)  # type: ignore[attr-defined]
-    return as_pytree(rule)
 
 
 def with_options(
@@ -92,20 +96,17 @@ def with_options(
     ema_overwrite_frequency: Any = None,
     loss_scale_factor: Any = None,
     gradient_accumulation_steps: Any = None,
+    name: str | None = None,
 ) -> GradientTransformation:
     """The rule in the order of Keras: accumulate, unscale, clip, decay, rule, average."""
-    clips = {
-        "clipnorm": (clipnorm, _clip_each),
-        "clipvalue": (clipvalue, optax.clip),
-        "global_clipnorm": (global_clipnorm, _clip_all),
-    }
-    given = [name for name, (bound, _) in clips.items() if bound is not None]
-    if len(given) > 1:
-        raise ValueError(f"only one of {', '.join(clips)} may be given, got {', '.join(given)}")
     tx = rule if weight_decay is None else after_decay(rule, learning_rate * weight_decay)
-    for name in given:
-        bound, clip = clips[name]
-        tx = chain(clip(bound), tx)
+    for bound, clip in (
+        (clipnorm, _clip_each),
+        (clipvalue, optax.clip),
+        (global_clipnorm, _clip_all),
+    ):
+        if bound is not None:
+            tx = chain(clip(jnp.where(bound > 0, bound, jnp.inf)), tx)
     if loss_scale_factor is not None:
         tx = chain(scale(1 / loss_scale_factor), tx)
     if gradient_accumulation_steps is not None:
@@ -117,13 +118,18 @@ def with_options(
 
 
 def _clip_each(bound: Any) -> GradientTransformation:
-    return pointwise(lambda g: quotient(g * bound, jnp.maximum(norm(g), bound)))
+    def clip(g: Any) -> Any:
+        size = norm(g)
+        return jnp.where(jnp.isinf(bound), g, quotient(g * bound, jnp.maximum(size, bound)))
+
+    return pointwise(clip)
 
 
 def _clip_all(bound: Any) -> GradientTransformation:
     def clip(updates: Any, _: Any) -> Any:
         total = optax.tree.norm(updates)
-        factor = jnp.where(jnp.isfinite(total), bound / jnp.maximum(total, bound), jnp.nan)
+        clipped = jnp.where(jnp.isfinite(total), bound / jnp.maximum(total, bound), jnp.nan)
+        factor = jnp.where(jnp.isinf(bound), 1, clipped)
         return leafwise(lambda g: g * factor, updates)
 
     return stateless(clip)
@@ -179,3 +185,52 @@ def averaged_params(state: Any) -> Any:
     if not found:
         raise ValueError("averaged_params: this state has no average, use_ema=True keeps one")
     return found[0].average
+
+
+# --- loss scaling ----------------------------------------------------------------------------
+
+
+class LossScaleState(NamedTuple):
+    """State of `loss_scale_optimizer`."""
+
+    scale: jax.Array  # float32 scalar: what to multiply the loss by
+    steps: jax.Array  # int32 scalar: finite gradients since it was changed
+    inner: Any
+
+
+@as_pytree
+def loss_scale_optimizer(
+    inner_optimizer: GradientTransformation,
+    initial_scale: Positive = 2.0**15,
+    dynamic_growth_steps: Period = 2000,
+) -> GradientTransformation:
+    """LossScaleOptimizer: divides gradients by a scale that follows how far they can be trusted.
+
+        all finite:  u = inner(g / scale); scale <- 2 scale after dynamic_growth_steps in a row
+        else:        u = 0, inner does not see it, scale <- scale / 2
+
+    Args:
+      inner_optimizer: the optimizer.
+      initial_scale: above 0, 2^15 by default.
+      dynamic_growth_steps: at least 1, 2,000 by default.
+
+    State: `LossScaleState(scale, steps, inner)`; multiply the loss by `state.scale`.
+    """
+    tx = optax.with_extra_args_support(inner_optimizer)
+
+    def init(params: Any) -> Any:
+        return LossScaleState(initial_scale, jnp.zeros([], jnp.int32), tx.init(params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        factor, steps, inner = expect(state, LossScaleState)
+        finite = jnp.array([jnp.isfinite(g).all() for g in jax.tree.leaves(updates)]).all()
+        unscaled = leafwise(lambda g: g / factor, updates)
+        stepped, moved = tx.update(unscaled, inner, params, **extra)
+        pick = lambda yes, no: jax.tree.map(lambda a, b: jnp.where(finite, a, b), yes, no)
+        grown = steps + 1 >= dynamic_growth_steps
+        scale = jnp.where(finite, jnp.where(grown, 2 * factor, factor), factor / 2)
+        steps = jnp.where(finite & ~grown, increment(steps), 0)
+        updates = leafwise(lambda u: jnp.where(finite, u, 0), stepped)
+        return updates, LossScaleState(scale, steps, pick(moved, inner))
+
+    return optax.GradientTransformationExtraArgs(init, update)

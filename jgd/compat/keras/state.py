@@ -13,8 +13,10 @@ from optax import GradientTransformation
 
 import jgd.compat.keras.optimizers as optimizers
 import jgd.compat.keras.schedules as schedules
+from jgd.compat.keras.optimizers import is_matrix
 from jgd.compat.keras.options import AverageState
 from jgd.compat.moving import filled, in_place
+from jgd.groups import paths
 from jgd.pytree import ScheduledState, SteppedState
 from jgd.wrappers import AccumulateState
 
@@ -49,8 +51,7 @@ def state_from(
     Args:
       optimizer: a built Keras optimizer: its numbers are read from its configuration, its schedule
         too, its memories and its step from its variables.
-      params: the trainable variables: a list in Keras's order, a dict by their paths, or any tree
-        whose shapes fit one order only.
+      params: the trainable variables: a dict by their paths, or any tree in Keras's order.
       learning_rate: a rate or a schedule to go on with; None: that of the optimizer.
 
     Returns: the optimizer with those numbers, and its state.
@@ -58,7 +59,7 @@ def state_from(
       here, variables without memory, other parameters.
     """
     kind = _snake(type(optimizer).__name__)
-    if kind not in _MEMORIES:
+    if kind not in _MEMORIES or not hasattr(optimizer, "get_config"):
         raise ValueError(f"state_from: no {type(optimizer).__name__} here")
     if not optimizer.built:
         raise ValueError(f"state_from: this {type(optimizer).__name__} has no state: build it")
@@ -79,7 +80,21 @@ def state_from(
         arrays = [np.zeros([0]) if kept[k] is None else np.asarray(kept[k]) for k in order]
         return jax.tree.structure(params).unflatten(arrays)
 
+    if kind == "muon":
+        _same_matrices(tx, optimizer, params, [variables[k] for k in order])
     return tx, _carried(state, optimizer, kind, tree)
+
+
+def _same_matrices(tx: Any, optimizer: Any, params: Any, variables: list[Any]) -> None:
+    """Refuse parameters whose paths do not tell Muon here from Adam there."""
+    names, structure = paths(params)
+    for name, x, variable in zip(names, structure.flatten_up_to(params), variables, strict=True):
+        here = is_matrix(name, x, tx.exclude_layers, tx.exclude_embeddings)
+        if here == optimizer._should_use_adamw(variable):
+            raise ValueError(
+                f"state_from: {name!r} does not say that it is {variable.path!r}, which decides"
+                " between Muon and Adam: give the parameters as a dict by their paths"
+            )
 
 
 def _carried(state: Any, optimizer: Any, kind: str, tree: Callable[[Any], Any]) -> Any:

@@ -4,15 +4,18 @@ Common to all. `lr` may be a schedule, and so may every other number, `betas` in
 negates the gradient before anything else, so that weight decay still pulls towards 0. Weight decay
 is L2, added to the gradient, unless it is said to be decoupled: times lr, off the parameters. All
 but Rprop need the parameters in `update`. In the formulas g holds what was added, t counts steps
-from 1. Switches of PyTorch's that choose an implementation (foreach, fused, capturable,
-differentiable) have no counterpart.
+from 1. The switches that choose an implementation there (foreach, fused, capturable,
+differentiable) are taken and ignored.
 """
 
+import functools
 import math
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, ParamSpec, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from optax import GradientTransformation
 
@@ -29,6 +32,7 @@ from jgd.compat.words import (
     factored_descent,
     magnitude,
     scale_by_nadam,
+    with_parameters_of_options,
 )
 from jgd.linear_algebra import orthogonalized
 from jgd.norms import norm
@@ -76,6 +80,25 @@ __all__ = [
 ]
 
 
+P = ParamSpec("P")
+
+
+class Switches(TypedDict, total=False):
+    """What chooses an implementation there: taken, and ignored."""
+
+    foreach: bool | None
+    capturable: bool | None
+    differentiable: bool | None
+    fused: bool | None
+
+
+def optimizer(
+    rule: Callable[P, GradientTransformation], check: Callable[[Any], None] | None = None
+) -> Callable[P, GradientTransformation]:
+    """`as_pytree`, with real parameters in the place of `**switches`."""
+    return as_pytree(with_parameters_of_options(rule, {}, keyword_only=True), check=check)
+
+
 def _descent(
     rule: GradientTransformation,
     lr: Any,
@@ -111,6 +134,17 @@ def clip_grad_norm(max_norm: Positive) -> GradientTransformation:
 # --- gradient descent ------------------------------------------------------------------------
 
 
+def _nesterov_wants_momentum(tx: Any) -> None:
+    is_plain = lambda x: isinstance(x, np.floating)  # no array, tracer or schedule
+    still = is_plain(tx.momentum) and tx.momentum == 0
+    damped = is_plain(tx.dampening) and tx.dampening != 0
+    if tx.nesterov and (still or damped):
+        raise ValueError(
+            f"sgd: nesterov wants a momentum above 0 and a dampening of 0, got {tx.momentum} and"
+            f" {tx.dampening}"
+        )
+
+
 class SgdState(NamedTuple):
     """State of `sgd`."""
 
@@ -118,15 +152,16 @@ class SgdState(NamedTuple):
     momentum_buffer: Any  # like the parameters, at least float32
 
 
-@as_pytree
+@functools.partial(optimizer, check=_nesterov_wants_momentum)
 def sgd(
-    lr: Number = 1e-3,
+    lr: NonNegative = 1e-3,
     momentum: Fraction = 0,
     dampening: Number = 0,
     weight_decay: NonNegative = 0,
     nesterov: bool = False,
     *,
     maximize: bool = False,
+    **switches: Unpack[Switches],
 ) -> GradientTransformation:
     """Gradient descent whose velocity is without the learning rate.
 
@@ -153,13 +188,14 @@ def sgd(
     return _descent(per_leaf(rule, SgdState), lr, weight_decay, maximize)
 
 
-@as_pytree
+@optimizer
 def rprop(
     lr: Positive = 1e-2,
     etas: Numbers = (0.5, 1.2),
     step_sizes: Numbers = (1e-6, 50),
     *,
     maximize: bool = False,
+    **switches: Unpack[Switches],
 ) -> GradientTransformation:
     """Rprop: `jgd.rprop`, where the formula stands.
 
@@ -178,15 +214,16 @@ def rprop(
 # --- adaptive --------------------------------------------------------------------------------
 
 
-@as_pytree
+@optimizer
 def adagrad(
-    lr: Number = 1e-2,
+    lr: NonNegative = 1e-2,
     lr_decay: NonNegative = 0,
     weight_decay: NonNegative = 0,
     initial_accumulator_value: NonNegative = 0,
     eps: NonNegative = 1e-10,
     *,
     maximize: bool = False,
+    **switches: Unpack[Switches],
 ) -> GradientTransformation:
     """AdaGrad, eps outside the root, with a 1/t decay of the rate.
 
@@ -209,16 +246,17 @@ def adagrad(
     return _descent(chain(quotients, decay), lr, weight_decay, maximize)
 
 
-@as_pytree
+@optimizer
 def rmsprop(
-    lr: Number = 1e-2,
-    alpha: Decay = 0.99,
+    lr: NonNegative = 1e-2,
+    alpha: Fraction = 0.99,
     eps: NonNegative = 1e-8,
     weight_decay: NonNegative = 0,
     momentum: Fraction = 0,
     centered: bool = False,
     *,
     maximize: bool = False,
+    **switches: Unpack[Switches],
 ) -> GradientTransformation:
     """RMSProp, eps outside the root, whose velocity is without the learning rate.
 
@@ -227,7 +265,7 @@ def rmsprop(
 
     Args:
       lr: 0.01 by default.
-      alpha: in [0, 1), 0.99 by default.
+      alpha: in [0, 1], 0.99 by default.
       eps: at least 0, 1e-8 by default.
       weight_decay: at least 0, L2.
       momentum: in [0, 1]; 0 by default.
@@ -243,20 +281,21 @@ def rmsprop(
     return _descent(rule, lr, weight_decay, maximize)
 
 
-@as_pytree
+@optimizer
 def adadelta(
-    lr: Number = 1.0,
-    rho: Decay = 0.9,
+    lr: NonNegative = 1.0,
+    rho: Fraction = 0.9,
     eps: NonNegative = 1e-6,
     weight_decay: NonNegative = 0,
     *,
     maximize: bool = False,
+    **switches: Unpack[Switches],
 ) -> GradientTransformation:
     """AdaDelta: `jgd.adadelta`, where the formula stands, after L2.
 
     Args:
       lr: 1 by default.
-      rho: in [0, 1), 0.9 by default.
+      rho: in [0, 1], 0.9 by default.
       eps: at least 0, 1e-6 by default.
       weight_decay: at least 0, L2.
       maximize: True or False.
@@ -276,9 +315,9 @@ def _adam(betas: Any, eps: Any, amsgrad: bool) -> GradientTransformation:
     return named(quotients, record=AmsgradState, slots="mu count nu nu_max count")
 
 
-@as_pytree
+@optimizer
 def adam(
-    lr: Number = 1e-3,
+    lr: NonNegative = 1e-3,
     betas: Decays = (0.9, 0.999),
     eps: NonNegative = 1e-8,
     weight_decay: NonNegative = 0,
@@ -286,6 +325,7 @@ def adam(
     *,
     maximize: bool = False,
     decoupled_weight_decay: bool = False,
+    **switches: Unpack[Switches],
 ) -> GradientTransformation:
     """Adam: `jgd.adam`, with L2.
 
@@ -308,15 +348,16 @@ def adam(
     return _descent(rule, lr, weight_decay, maximize, decoupled_weight_decay)
 
 
-@as_pytree
+@optimizer
 def adamw(
-    lr: Number = 1e-3,
+    lr: NonNegative = 1e-3,
     betas: Decays = (0.9, 0.999),
     eps: NonNegative = 1e-8,
     weight_decay: NonNegative = 1e-2,
     amsgrad: bool = False,
     *,
     maximize: bool = False,
+    **switches: Unpack[Switches],
 ) -> GradientTransformation:
     """Adam with decoupled weight decay: u = -lr (Adam's quotient + weight_decay p).
 
@@ -326,14 +367,15 @@ def adamw(
     return _descent(_adam(betas, eps, amsgrad), lr, weight_decay, maximize, decoupled=True)
 
 
-@as_pytree
+@optimizer
 def adamax(
-    lr: Number = 2e-3,
+    lr: NonNegative = 2e-3,
     betas: Decays = (0.9, 0.999),
     eps: NonNegative = 1e-8,
     weight_decay: NonNegative = 0,
     *,
     maximize: bool = False,
+    **switches: Unpack[Switches],
 ) -> GradientTransformation:
     """AdaMax: `jgd.adamax`, with L2.
 
@@ -348,9 +390,9 @@ def adamax(
     return _descent(rule, lr, weight_decay, maximize)
 
 
-@as_pytree
+@optimizer
 def nadam(
-    lr: Number = 2e-3,
+    lr: NonNegative = 2e-3,
     betas: Decays = (0.9, 0.999),
     eps: NonNegative = 1e-8,
     weight_decay: NonNegative = 0,
@@ -358,6 +400,7 @@ def nadam(
     decoupled_weight_decay: bool = False,
     *,
     maximize: bool = False,
+    **switches: Unpack[Switches],
 ) -> GradientTransformation:
     """NAdam, whose momentum follows a schedule, 0.96^(t momentum_decay).
 
@@ -390,15 +433,16 @@ def _rectified(decay: Decay) -> GradientTransformation:
     return GradientTransformation(init, update)
 
 
-@as_pytree
+@optimizer
 def radam(
-    lr: Number = 1e-3,
+    lr: NonNegative = 1e-3,
     betas: Decays = (0.9, 0.999),
     eps: NonNegative = 1e-8,
     weight_decay: NonNegative = 0,
     decoupled_weight_decay: bool = False,
     *,
     maximize: bool = False,
+    **switches: Unpack[Switches],
 ) -> GradientTransformation:
     """RAdam: `jgd.radam` with eps beside the root of the uncorrected average.
 
@@ -419,15 +463,16 @@ def radam(
 # --- matrices --------------------------------------------------------------------------------
 
 
-@as_pytree
+@optimizer
 def adafactor(
-    lr: Number = 1e-2,
+    lr: NonNegative = 1e-2,
     beta2_decay: Number = -0.8,
     eps: Numbers = (None, 1e-3),
     d: Positive = 1.0,
     weight_decay: NonNegative = 0.0,
     *,
     maximize: bool = False,
+    **switches: Unpack[Switches],
 ) -> GradientTransformation:
     """Adafactor over the last two axes, with a step relative to the parameters.
 
@@ -456,9 +501,9 @@ def adafactor(
     return chain(signed, rule, add_decayed_weights(-lr * weight_decay))
 
 
-@as_pytree
+@optimizer
 def muon(
-    lr: Number = 1e-3,
+    lr: NonNegative = 1e-3,
     weight_decay: NonNegative = 0.1,
     momentum: Fraction = 0.95,
     nesterov: bool = True,
@@ -466,6 +511,7 @@ def muon(
     eps: NonNegative = 1e-7,
     ns_steps: Structure = 5,
     adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = None,
+    **switches: Unpack[Switches],
 ) -> GradientTransformation:
     """Muon for matrices, whose iteration runs in bfloat16.
 

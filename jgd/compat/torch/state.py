@@ -60,7 +60,7 @@ def state_from(
       params: the parameters, in PyTorch's layout (a Linear's weight is outputs by inputs).
       lr: a rate or schedule to go on with; None: the rate of now. A scheduler keeps a state of its
         own, which is not in this one.
-      step: the steps so far, which SGD does not keep; needed for a schedule only.
+      step: the steps so far, if lr is a schedule and the optimizer does not keep them (SGD, Muon).
       names: those of the parameters in PyTorch's order, where the paths here are the same names:
         `[name for name, _ in model.named_parameters()]`. None: as PyTorch has kept them
         (`param_names`), or by order, if the shapes fit one order only.
@@ -69,6 +69,11 @@ def state_from(
     Raises: ValueError, naming it, for what does not fit: an optimizer that is not here, groups with
       numbers of their own, other parameters, other memories.
     """
+    if not isinstance(state_dict, Mapping) or "param_groups" not in state_dict:
+        raise ValueError(
+            "state_from: the state_dict of an optimizer wanted, with its param_groups; got"
+            f" {type(state_dict).__name__}: optimizer.state_dict(), or its place in the checkpoint"
+        )
     group = _one_group(state_dict["param_groups"])
     kind, slots = next((_KINDS[key] for key in _KINDS if key in group), ("", {}))
     if not kind:
@@ -84,13 +89,21 @@ def state_from(
     rows = _rows(state_dict["state"], indices)
     if unknown := sorted({slot for row in rows for slot in row} - {*slots, "step"}):
         raise ValueError(f"state_from: {kind} keeps no {', '.join(unknown)}")
+    leaves = len(jax.tree.leaves(params))
+    if leaves != len(indices):
+        raise ValueError(f"state_from: {leaves} parameters here, {len(indices)} in the state")
+    scheduled = isinstance(state, ScheduledState | SteppedState)
+    if scheduled and step is None and any(rows) and not any("step" in row for row in rows):
+        raise ValueError(
+            f"state_from: {kind} keeps no step to begin the schedule at: give step=..."
+        )
     counts = {int(row["step"]) for row in rows if "step" in row} or {step or 0}
     if len(counts) > 1:
         raise ValueError(f"state_from: parameters are at unlike steps, {sorted(counts)}")
     (count,) = counts
     kept = [name for g in state_dict["param_groups"] for name in g.get("param_names", ())]
     fields = _fields(params, slots, rows, names or kept, count) if any(rows) else {}
-    if isinstance(state, ScheduledState | SteppedState):
+    if scheduled:
         return tx, type(state)(jnp.asarray(count, jnp.int32), filled(state.inner, fields))
     return tx, filled(state, fields)
 

@@ -1,0 +1,139 @@
+"""How many lanes step together: measured, on the task itself.
+
+On a CPU a tile should fit the cache, on a GPU it should fill the device; neither is known from the
+shapes. So a chunk is compiled at doubling widths and timed, until wider ones are no faster a lane.
+"""
+
+import dataclasses
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jgd.tuning.plan import Plan
+from jgd.tuning.programs import Program
+
+__all__ = ["choose_widths"]
+
+WORTH_IT = 300_000  # lane-steps: below them the sweep is over before the probe is
+NARROWEST = 16
+WORSE = 1.05  # a width within 5 per cent of the best is as good
+_known: dict[str, dict[int, float]] = {}
+
+
+def choose_widths(plan: Plan, programs: list[Program]) -> Plan:
+    """The plan with the width of each group chosen by a probe, where that is worth its time."""
+    groups = []
+    for group, program in zip(plan.groups, programs, strict=True):
+        lanes = group.settings * plan.seeds
+        if lanes * plan.steps < WORTH_IT or lanes <= NARROWEST:
+            groups.append(group)
+            continue
+        seconds = _probed(plan, program, lanes)
+        best = min(t / w for w, t in seconds.items())
+        width = min(w for w, t in seconds.items() if t / w <= WORSE * best)
+        groups.append(group.at_width(width, seconds))
+    return dataclasses.replace(plan, groups=groups)
+
+
+def _probed(plan: Plan, program: Program, lanes: int) -> dict[int, float]:
+    """Seconds of a step at each width, from memory or by trying."""
+    name = _structure(plan, program)
+    known = _known.get(name) or _remembered().get(name)
+    if known is None:
+        known = _measured(program, lanes)
+        _remember(name, known)
+    _known[name] = known = {int(width): seconds for width, seconds in known.items()}
+    return known
+
+
+def _structure(plan: Plan, program: Program) -> str:
+    """What a probe is remembered by: device, task, and how big a lane is.
+
+    Groups whose lanes take about as much memory share one probe.
+    """
+    lane = jax.tree.leaves(program.shapes(1))
+    size = sum(x.size * x.dtype.itemsize for x in lane)
+    return (
+        f"{plan.device} x {jax.device_count()}, task {plan.task}, 2^{np.log2(size + 1):.0f} bytes"
+    )
+
+
+def _measured(program: Program, lanes: int) -> dict[int, float]:
+    """Widths double until two in a row are no better, or memory ends; then all are timed anew."""
+    tried: dict[int, Any] = {}
+    best, worse = np.inf, 0
+    width = NARROWEST
+    while worse < 2 and width < 2 * lanes:
+        ids = [i % lanes for i in range(width)]
+        state = program.chunk(program.start(ids, width), 0, 1)[0]  # compiled, and warm
+        if _bytes_of(program.chunks[width].compiled) > _memory():
+            break
+        tried[width] = state, _seconds(program, state, 4)
+        share = tried[width][1] / width
+        best, worse = min(best, share), 0 if share < best / WORSE else worse + 1
+        width *= 2
+    times: dict[int, list[float]] = {width: [] for width in tried}
+    for _ in range(3):
+        for width, (_, step) in tried.items():
+            ids = [i % lanes for i in range(width)]
+            steps = int(np.clip(0.03 / step, 4, 200))
+            times[width].append(_seconds(program, program.start(ids, width), steps))
+    return {width: min(seen) for width, seen in times.items()}
+
+
+def _seconds(program: Program, state: Any, steps: int) -> float:
+    """Of a step, over so many; the state is given away."""
+    jax.block_until_ready(state)
+    started = time.perf_counter()
+    jax.block_until_ready(program.chunk(state, 0, min(steps, program.steps)))
+    return (time.perf_counter() - started) / min(steps, program.steps)
+
+
+def _bytes_of(compiled: Any) -> int:
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return 0
+    return analysis.temp_size_in_bytes + 2 * analysis.output_size_in_bytes
+
+
+def _memory() -> float:
+    """Bytes that a tile may take: half of the device, a quarter of a host that is the device."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if limit := stats.get("bytes_limit"):
+        return limit / 2
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4
+
+
+# --- what is remembered ----------------------------------------------------------------------
+
+
+def _file() -> Path | None:
+    """Beside the compiled programs, where jax is told to keep those."""
+    folder = jax.config.values["jax_compilation_cache_dir"]
+    return Path(folder) / "widths.json" if folder else None
+
+
+def _remembered() -> dict[str, dict[int, float]]:
+    path = _file()
+    try:
+        return json.loads(path.read_text()) if path and path.exists() else {}
+    except (OSError, json.JSONDecodeError):  # of no importance: it is measured again
+        return {}
+
+
+def _remember(name: str, seconds: dict[int, float]) -> None:
+    path = _file()
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps({**_remembered(), name: seconds}, indent=1))
+        part.replace(path)
+    except OSError:  # a full or read-only disk costs the next sweep a probe
+        pass

@@ -1,0 +1,314 @@
+"""Cuts, early stops, budgets, and that a sweep goes on where it was killed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from test_training import _line
+from test_tuning import _scored
+
+import jgd
+from jgd.stopping import early_stopping
+from jgd.tuning import driver, prune, sweep
+from jgd.tuning.prune import cover
+
+RATES = np.geomspace(1e-4, 1, 32)
+
+
+def _adam(n=32):
+    return {"adam": jgd.grid(jgd.adam, learning_rate=RATES[:n])}
+
+
+# --- pure decisions --------------------------------------------------------------------------
+
+
+def test_rungs_and_shares():
+    assert jgd.successive_halving(2, 125).brackets(1000) == [[125, 250, 500]]
+    assert jgd.successive_halving(3, 37).brackets(1000) == [[37, 111, 333]]  # 999 is too late
+    assert jgd.successive_halving(3).brackets(1000) == [[37, 111, 333]]
+    bold, *_, cautious = brackets = jgd.hyperband(3, 37).brackets(1000)
+    assert bold == [37, 111, 333]
+    assert cautious == []
+    shares = jgd.hyperband(3, 37).shares(1000, 1000)
+    counts = np.bincount(shares, minlength=len(brackets))
+    assert counts.sum() == 1000
+    assert (np.diff(counts) < 0).all()  # more to the bolder ones
+    np.testing.assert_array_equal(shares, jgd.hyperband(3, 37).shares(1000, 1000))
+    for wrong in (dict(eta=1.0), dict(min_steps=0), dict(within="seed")):
+        with pytest.raises(ValueError, match=f"successive_halving: {next(iter(wrong))} must be"):
+            jgd.successive_halving(**wrong)
+
+
+def test_covers_are_tight_and_cheapest():
+    menu = [64, 32, 16, 8, 4, 2, 1]
+    costs = [w + 8.0 for w in menu]
+    for lanes in range(1, 300):
+        widths = cover(lanes, menu, costs)
+        assert lanes <= sum(widths) <= max(lanes, 1.1 * lanes)
+    cost = lambda widths: sum(w + 8.0 for w in widths)
+    for lanes in range(1, 20):  # by trying all with at most four tiles
+        tried = [
+            (a, b, c, d)
+            for a in (0, *menu)
+            for b in (0, *menu)
+            for c in (0, *menu)
+            for d in (0, *menu)
+            if lanes <= a + b + c + d <= max(lanes, int(1.1 * lanes))
+        ]
+        best = min(cost([w for w in widths if w]) for widths in tried)
+        assert cost(cover(lanes, menu, costs)) <= best
+
+
+# --- halving ---------------------------------------------------------------------------------
+
+
+def test_halving_cuts_the_worse_half_at_each_rung():
+    run, lanes = _scored([[float(k), float(k)] for k in [5, 3, 8, 1, 7, 2, 6, np.nan]])
+    halving = jgd.successive_halving(2, 5)
+    result = jgd.sweep(run, lanes, 40, seeds=2, width=4, halving=halving)
+    scores = [row["score"] for row in result.rows]
+    np.testing.assert_array_equal(scores, [1, 2, 3, 5, 6, 7, 8, np.nan])
+    assert [row["ended"] for row in result.rows] == ["finished"] + ["cut"] * 7
+    assert [row["at"] for row in result.rows] == [40, 20, 10, 10, 5, 5, 5, 5]
+    assert float(result.best.state) == 1.0
+
+
+def test_survivors_are_trained_as_if_alone():
+    plain = jgd.sweep(_line(), _adam(), 64, width=8, report_every=8)
+    halved = jgd.sweep(
+        _line(), _adam(), 64, width=8, report_every=8, halving=jgd.successive_halving(2, 8)
+    )
+    survivors = [row for row in halved.rows if row["ended"] == "finished"]
+    assert len(survivors) == 4
+    loss = {row["learning_rate"]: row["loss"] for row in plain.rows}
+    for row in survivors:  # widths may differ, so to rounding
+        np.testing.assert_allclose(row["loss"], loss[row["learning_rate"]], rtol=1e-4)
+    assert halved.plan.lane_steps == 32 * 8 + 16 * 8 + 8 * 16 + 4 * 32
+
+
+@pytest.mark.parametrize("eta", [2, 3])
+def test_little_more_is_executed_than_survives(eta):
+    settings = {"adam": jgd.grid(jgd.adam, learning_rate=np.geomspace(1e-4, 1, 250))}
+    prepared = driver.prepare(
+        _line(), settings, 54, width=16, halving=jgd.successive_halving(eta, 2)
+    )
+    for _ in prepared:
+        pass
+    assert prepared.executed <= 1.1 * prepared.plan.lane_steps
+
+
+def test_within_a_group_each_keeps_its_best():
+    run, good = _scored([[1.0], [2.0], [3.0], [4.0]])
+    _, bad = _scored([[1.0], [2.0], [3.0], [4.0]])
+    halving = jgd.successive_halving(2, 20, within="group")
+    result = jgd.sweep(run, {"a": good, "b": bad}, 40, halving=halving)
+    finished = [row["optimizer"] for row in result.rows if row["ended"] == "finished"]
+    assert sorted(finished) == ["a", "a", "b", "b"]
+
+
+def test_hyperband_gives_each_bracket_its_rungs():
+    result = jgd.sweep(_line(), _adam(), 64, width=8, halving=jgd.hyperband(2, 8))
+    ended = {(row["ended"], row["at"]) for row in result.rows}
+    assert ("finished", 64) in ended
+    assert {at for how, at in ended if how == "cut"} == {8, 16, 32}
+    whole = np.bincount(result.plan.brackets)[-1]  # the cautious bracket cuts nobody
+    assert sum(row["ended"] == "finished" for row in result.rows) > whole
+
+
+# --- early stopping, divergence, budgets -----------------------------------------------------
+
+
+def test_lanes_stop_as_the_monitor_says():
+    stop = early_stopping(patience=2)
+    plain = jgd.sweep(_line(), _adam(), 60, width=8, report_every=3)
+    result = jgd.sweep(_line(), _adam(), 60, width=8, report_every=3, stop=stop)
+    assert "stopped early" in {row["ended"] for row in result.rows}
+    curves = plain.curves["adam"].metrics["loss"]
+    for row in result.rows:
+        lane = int(np.argmin(abs(RATES - row["learning_rate"])))
+        state, wanted = stop.init(), 60
+        for step, loss in zip(plain.plan.reports, curves[lane], strict=True):
+            ended, state = stop.update(loss, state)
+            if ended:
+                wanted = step
+                break
+        assert abs(row["at"] - wanted) <= 3  # a tie may fall otherwise at another width
+    patience = jgd.sweep(_line(), _adam(), 60, width=8, report_every=3, stop=2)
+    assert [row["at"] for row in patience.rows] == [row["at"] for row in result.rows]
+
+
+def test_what_ended_costs_nothing():
+    settings = {"sgd": jgd.grid(jgd.sgd, learning_rate=[0.1, *[1e30] * 15])}
+    prepared = driver.prepare(_line(), settings, 100, width=16, report_every=5, drop_diverged=True)
+    reports = [r for r in prepared if isinstance(r, driver.Report)]
+    assert prepared.executed == 16 * 5 + 95
+    assert reports[0].alive == 1
+    assert (reports[0].ended > 0).sum() == 15
+    result = jgd.sweep(_line(), settings, 100, width=16, report_every=5, drop_diverged=True)
+    assert [row["ended"] for row in result.rows] == ["finished"] + ["diverged"] * 15
+    assert {row["verdict"] for row in result.rows[1:]} == {"diverged"}
+
+
+def test_a_budget_of_lane_steps():
+    result = jgd.sweep(_line(), _adam(), 40, width=8, report_every=10, budget=8 * 50)
+    ended = [row["ended"] for row in result.rows]
+    assert ended == ["finished"] * 8 + ["out of budget"] * 8 + ["not run"] * 16
+    assert result.best.params is not None
+    late = jgd.sweep(_line(), _adam(), 40, width=8, seconds=1e-9)
+    assert {row["ended"] for row in late.rows} == {"not run"}
+    assert late.best.state is None
+
+
+# --- crashes ---------------------------------------------------------------------------------
+
+KINDS = {
+    "plain": dict(),
+    "halving": dict(halving=jgd.successive_halving(2, 8)),
+    "hyperband": dict(halving=jgd.hyperband(2, 8), drop_diverged=True),
+    "stop": dict(stop=early_stopping(patience=2)),
+}
+
+
+class _Crash(Exception):
+    pass
+
+
+def _options(kind):
+    return dict(seeds=2, width=8, report_every=8, **KINDS[kind])
+
+
+def _same(one, two):
+    assert json.dumps(one.rows) == json.dumps(two.rows)
+    for group, curves in one.curves.items():
+        for a, b in zip(jax.tree.leaves(curves), jax.tree.leaves(two.curves[group]), strict=True):
+            np.testing.assert_array_equal(a, b)
+    jax.tree.map(np.testing.assert_array_equal, one.best.state, two.best.state)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_sweep_is_the_uninterrupted_one(kind, tmp_path):
+    """Bit for bit: table, curves and the best parameters, wherever it was cut off."""
+    groups = {**_adam(15), "m": jgd.grid(jgd.momentum, learning_rate=RATES[:9])}
+    whole = jgd.sweep(_line(), groups, 64, folder=tmp_path / "whole", **_options(kind))
+    count = len((tmp_path / "whole" / "journal.jsonl").read_text().splitlines())
+    for crash_at in (1, count // 3, count - 4):
+        folder, seen = tmp_path / str(crash_at), []
+
+        def crash(plan, report, seen=seen, crash_at=crash_at):
+            seen.append(report)
+            if len(seen) == crash_at:
+                raise _Crash
+
+        with pytest.raises(_Crash):
+            jgd.sweep(
+                _line(),
+                groups,
+                64,
+                folder=folder,
+                checkpoint_every=0.0,
+                on_report=crash,
+                **_options(kind),
+            )
+        resumed = jgd.sweep(_line(), groups, 64, folder=folder, resume=True, **_options(kind))
+        _same(whole, resumed)
+    again = jgd.sweep(_line(), groups, 64, folder=folder, resume=True, **_options(kind))
+    _same(whole, again)  # what is finished stays
+
+
+def test_resume_refuses_another_sweep(tmp_path):
+    options = dict(width=4, report_every=10)
+    jgd.sweep(_line(), _adam(8), 40, folder=tmp_path / "run", **options)
+    again = dict(folder=tmp_path / "run", resume=True, **options)
+    with pytest.raises(ValueError, match="another sweep: its steps was 40 and is now 44"):
+        jgd.sweep(_line(), _adam(8), 44, **again)
+    with pytest.raises(ValueError, match="another sweep: its groups was"):
+        jgd.sweep(_line(), _adam(9), 40, **again)
+    with pytest.raises(ValueError, match="another sweep: its task was"):
+        jgd.sweep(_line(batch_size=3), _adam(8), 40, **again)
+    with pytest.raises(FileNotFoundError, match=r"there is no plan\.json"):
+        jgd.sweep(_line(), _adam(8), 40, folder=tmp_path / "none", resume=True)
+    with pytest.raises(ValueError, match="resume wants the folder"):
+        jgd.sweep(_line(), _adam(8), 40, resume=True)
+
+
+def test_interrupted_with_what_there_is(tmp_path):
+    def interrupt(plan, report):
+        if report.tile == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(sweep.Interrupted) as caught:
+        jgd.sweep(_line(), _adam(), 40, width=8, folder=tmp_path / "run", on_report=interrupt)
+    ended = {row["ended"] for row in caught.value.result.rows}
+    assert ended == {"finished", "out of budget", "not run"}
+    assert (tmp_path / "run" / "results.csv").exists()
+
+
+PROGRAM = """
+import sys, time
+sys.path.insert(0, {tests!r})
+import numpy as np, jgd
+from test_halving import _adam, _line
+slow = lambda plan, report: time.sleep(0.02)
+jgd.sweep(_line(), _adam(), 64, seeds=2, width=8, report_every=8, folder={folder!r},
+          halving=jgd.successive_halving(2, 8), resume={resume}, checkpoint_every=0.05,
+          on_report=slow)
+print("done")
+"""
+
+
+@pytest.mark.slow
+def test_kill_nine_at_random_moments(tmp_path):
+    tests = os.path.dirname(__file__)
+    run = lambda folder, resume: subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(tests=tests, folder=str(folder), resume=resume)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    whole = run(tmp_path / "whole", False)
+    assert "done" in whole.communicate()[0]
+    dice = random.Random(0)
+    folder, kills, started = tmp_path / "killed", 0, False
+    while True:
+        process = run(folder, started)
+        while process.poll() is None and not (folder / "journal.jsonl").exists():
+            time.sleep(0.01)
+        started = True
+        if kills == 4:
+            process.wait()
+        else:
+            time.sleep(dice.uniform(0.0, 0.8))
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert kills >= 3
+    assert "done" in process.communicate()[0]
+    for name in ("results.csv", "results.json", "journal.jsonl"):
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_disk_that_is_full_or_read_only_is_named(tmp_path, monkeypatch):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(OSError, match="file"):
+        jgd.sweep(_line(), _adam(4), 8, folder=blocked / "run")
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        jgd.sweep(_line(), _adam(4), 8, folder=tmp_path / "run")
+
+
+def test_endings_have_words():
+    assert prune.ENDINGS[prune.CUT] == "cut"
