@@ -59,6 +59,7 @@ ORDER = [  # a module may import those before it
     "tuning.prune",
     "tuning.plan",
     "tuning.programs",
+    "tuning.waiting",
     "tuning.widths",
     "tuning.driver",
     "tuning.results",

@@ -24,6 +24,7 @@ from jgd.tuning.plan import Plan, fingerprint, make_plan, ranked_by
 from jgd.tuning.programs import Batches, Lane, Program
 from jgd.tuning.prune import CUT, FINISHED, NOT_RUN, OUT, Board, Halving, cover
 from jgd.tuning.space import Lanes, lanes_of
+from jgd.tuning.waiting import Part, Waiting
 from jgd.tuning.widths import choose_widths
 
 __all__ = ["Cut", "Report", "Snapshot", "Sweep", "prepare"]
@@ -69,44 +70,6 @@ class Work(NamedTuple):
     state: Lane | None  # None: to be started, or fetched from those that wait
 
 
-class Part(NamedTuple):
-    """Lanes on the host that came together, under a name that no other part ever has."""
-
-    name: str
-    ids: np.ndarray
-    rows: Lane
-
-
-class Waiting:
-    """Lanes of a group on the host, between two rungs."""
-
-    def __init__(self, group: int) -> None:
-        self.group, self.made = group, 0
-        self.parts: list[Part] = []
-
-    def add(self, ids: np.ndarray, rows: Lane) -> None:
-        self.made += 1
-        self.parts.append(Part(f"waiting-{self.group}-{self.made}", ids, rows))
-
-    def drop(self, lanes: Any) -> None:
-        """Forget some lanes."""
-        parts, self.parts = self.parts, []
-        for part in parts:
-            keep = ~np.isin(part.ids, lanes)
-            if keep.all():
-                self.parts.append(part)
-            elif keep.any():
-                self.add(part.ids[keep], jax.tree.map(lambda x, keep=keep: x[keep], part.rows))
-
-    def take(self, lanes: list[int]) -> Lane:
-        """Some lanes, in their order."""
-        found = [(part, np.isin(part.ids, lanes)) for part in self.parts]
-        ids = np.concatenate([part.ids[mine] for part, mine in found])
-        order = np.argsort(ids)[np.searchsorted(np.sort(ids), lanes)]
-        chosen = [jax.tree.map(lambda x, mine=mine: x[mine], p.rows) for p, mine in found]
-        return jax.tree.map(lambda *xs: np.concatenate(xs)[order], *chosen)
-
-
 class Snapshot(NamedTuple):
     """A sweep between two chunks: plain data, and the states that they name."""
 
@@ -130,6 +93,7 @@ def prepare(
     drop_diverged: bool = False,
     budget: int | None = None,
     seconds: float | None = None,
+    devices: int | None = None,
     written: Mapping[str, Any] | None = None,
 ) -> "Sweep":
     """A sweep that is planned but not begun; refuses what could not be reported.
@@ -138,6 +102,8 @@ def prepare(
       written: the plan of a sweep to go on with, as it was written.
     """
     run = task if isinstance(task, Run) else supervised(task)
+    devices = jax.local_device_count() if devices is None else devices
+    mesh = _mesh(devices)
     groups = _groups(settings)
     if not groups:
         raise ValueError("sweep: no settings")
@@ -165,6 +131,7 @@ def prepare(
         drop_diverged=drop_diverged,
         budget=budget,
         seconds=seconds,
+        devices=devices,
         task=fingerprint(batch, made),
         metrics=metrics,
     )
@@ -180,6 +147,7 @@ def prepare(
             metric=plan.metric,
             stop=monitor,
             drop_diverged=drop_diverged,
+            mesh=mesh,
         )
         for group in plan.groups
     ]
@@ -188,6 +156,14 @@ def prepare(
     elif width is None:
         plan = choose_widths(plan, programs)
     return Sweep(plan, groups, programs, halving)
+
+
+def _mesh(devices: int) -> jax.sharding.Mesh | None:
+    """A mesh of the first devices, for lanes; one device needs none."""
+    known = jax.local_devices()
+    if not 1 <= devices <= len(known):
+        raise ValueError(f"sweep: devices must be in 1 to {len(known)}, got {devices}")
+    return None if devices == 1 else jax.sharding.Mesh(np.array(known[:devices]), ("lanes",))
 
 
 def _metrics(run: Run, setting: Any, state: Any, batch: Any) -> list[str]:

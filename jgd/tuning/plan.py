@@ -43,17 +43,24 @@ class Group:
     menu: list[int]  # widths of tiles whose lanes have become fewer
     costs: list[float]  # the time of a step at each, in any unit
 
-    def at_width(self, width: int, seconds: Mapping[int, float] | None = None) -> "Group":
-        """With this width and the menu below it; costs as measured, or as is usual."""
-        menu = [width]
-        while menu[-1] > 1:
-            menu.append(menu[-1] // 2)
+    def at_width(
+        self, width: int, devices: int = 1, seconds: Mapping[int, float] | None = None
+    ) -> "Group":
+        """With this width and the menu below it; costs as measured, or as is usual.
+
+        All widths are multiples of the number of devices.
+        """
+        share = -(-width // devices)
+        menu = [share * devices]
+        while share > 1:
+            share //= 2
+            menu.append(share * devices)
         overhead, slope = OVERHEAD, 1.0
         if seconds is not None and len(seconds) > 1:
             slope, overhead = np.polyfit(list(seconds), list(seconds.values()), 1)
             slope, overhead = max(slope, 1e-9), max(overhead, 0.0)
         costs = [float(overhead + slope * w) for w in menu]
-        return dataclasses.replace(self, width=width, menu=menu, costs=costs)
+        return dataclasses.replace(self, width=menu[0], menu=menu, costs=costs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +85,7 @@ class Plan:
     task: str  # a digest of its first batch and initial parameters
     versions: Mapping[str, str]
     device: str
+    devices: int
 
     @property
     def lane_steps(self) -> int:
@@ -116,6 +124,7 @@ def make_plan(
     drop_diverged: bool,
     budget: int | None,
     seconds: float | None,
+    devices: int,
     task: str,
     metrics: list[str],
 ) -> Plan:
@@ -153,7 +162,7 @@ def make_plan(
                 width=0,
                 menu=[],
                 costs=[],
-            ).at_width(counts["width"] or min(WIDTH, len(lanes) * seeds))
+            ).at_width(counts["width"] or min(WIDTH, len(lanes) * seeds), devices)
             for name, lanes in groups.items()
         ],
         brackets=halving.shares(settings, steps).tolist() if halving else [0] * settings,
@@ -172,6 +181,7 @@ def make_plan(
             "jaxlib": jaxlib.version.__version__,
         },
         device=jax.devices()[0].device_kind,
+        devices=devices,
     )
 
 

@@ -82,12 +82,17 @@ class Program:
         metric: str,
         stop: Monitor | None = None,
         drop_diverged: bool = False,
+        mesh: jax.sharding.Mesh | None = None,
     ) -> None:
         self.run, self.batches, self.settings = run, batches, settings
         self.seeds, self.steps, self.metric = seeds, steps, metric
         self.stop, self.drop_diverged = stop, drop_diverged
         root = jax.random.key(key)
         self.keys = jax.vmap(lambda seed: jax.random.fold_in(root, seed))(jnp.arange(seeds))
+        # lanes are dealt out to the devices of a mesh, everything else is on all of them
+        spec = jax.sharding.PartitionSpec
+        self._by_lane = mesh and jax.sharding.NamedSharding(mesh, spec("lanes"))
+        self._on_all = mesh and jax.sharding.NamedSharding(mesh, spec())
         self._starts: dict[int, Callable[..., Lane]] = {}
         self.chunks: dict[int, Any] = {}
         self._like = self._seen_in_a_step()
@@ -96,10 +101,13 @@ class Program:
         """Lanes at step 0; the last one fills up to the width."""
         ids = np.array(lanes + lanes[-1:] * (width - len(lanes)))
         take = lambda x: jnp.asarray(np.asarray(x)[ids // self.seeds])
-        chosen, keys = jax.tree.map(take, self.settings), self.keys[ids % self.seeds]
+        chosen, keys = self._dealt((jax.tree.map(take, self.settings), self.keys[ids % self.seeds]))
         if width not in self._starts:
-            self._starts[width] = _compiled(self._begin_all, chosen, keys)
+            self._starts[width] = _compiled(self._begin_all, chosen, keys, out=self._by_lane)
         return self._starts[width](chosen, keys)
+
+    def _dealt(self, lanes: Any) -> Any:
+        return lanes if self._by_lane is None else jax.device_put(lanes, self._by_lane)
 
     def shapes(self, rows: int) -> Lane:
         """What so many packed lanes look like."""
@@ -109,18 +117,20 @@ class Program:
 
     def chunk(self, lanes: Lane, begin: int, end: int) -> tuple[Lane, Any, Any, Any]:
         """The lanes at step `end`, their losses since `begin`, their metrics and endings now."""
-        batches = self.batches.of(begin)
-        arguments = (lanes, batches, jnp.int32(begin), jnp.int32(end))
-        width = len(lanes.loss)
+        rest = (self.batches.of(begin), jnp.int32(begin), jnp.int32(end))
+        if self._on_all is not None:
+            rest = jax.device_put(rest, self._on_all)
+        arguments, width = (lanes, *rest), len(lanes.loss)
         if width not in self.chunks:
-            self.chunks[width] = _compiled(self._steps, *arguments, donate=True)
+            chunk = _compiled(self._steps, *arguments, donate=True, out=self._by_lane)
+            self.chunks[width] = chunk
         return self.chunks[width](*arguments)
 
     def filled(self, rows: Lane, width: int) -> Lane:
         """Rows from the host as lanes; the last one fills up to the width."""
         n = len(rows.loss)
         index = np.minimum(np.arange(width), n - 1)
-        return jax.tree.map(lambda x: jnp.asarray(x[index]), rows)
+        return self._dealt(jax.tree.map(lambda x: jnp.asarray(x[index]), rows))
 
     def unpacked(self, lanes: Lane) -> Lane:
         """With random keys as such again."""
@@ -193,10 +203,15 @@ class _Like:
         return jax.random.wrap_key_data(x, impl=self.impl) if self.is_key else x
 
 
-def _compiled(f: Callable[..., Any], *examples: Any, donate: bool = False) -> Callable[..., Any]:
+def _compiled(
+    f: Callable[..., Any], *examples: Any, donate: bool = False, out: Any = None
+) -> Callable[..., Any]:
     """`f` compiled for arguments like the examples, the arrays it closes over among them.
 
     Data in a program are constants to the compiler, which then takes seconds to look at them.
+
+    Args:
+      out: the sharding of all results; None: as they come.
     """
     closed, shape = jax.make_jaxpr(f, return_shape=True)(*examples)
     structure = jax.tree.structure(shape)
@@ -206,7 +221,11 @@ def _compiled(f: Callable[..., Any], *examples: Any, donate: bool = False) -> Ca
         return jax.tree.unflatten(structure, leaves)
 
     constants = [jnp.asarray(x) for x in closed.consts]
-    program = jax.jit(flat, donate_argnums=1 if donate else ())
+    if out is not None:
+        everywhere = jax.sharding.NamedSharding(out.mesh, jax.sharding.PartitionSpec())
+        constants = jax.device_put(constants, everywhere)
+    where: dict[str, Any] = {} if out is None else {"out_shardings": out}
+    program = jax.jit(flat, donate_argnums=1 if donate else (), **where)
     compiled = program.lower(constants, *examples).compile()
     call = lambda *arguments: compiled(constants, *arguments)
     call.compiled = compiled  # type: ignore[attr-defined]

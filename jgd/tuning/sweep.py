@@ -39,6 +39,7 @@ def sweep(
     drop_diverged: bool = False,
     budget: int | None = None,
     seconds: float | None = None,
+    devices: int | None = None,
     folder: str | Path | None = None,
     resume: bool = False,
     checkpoint_every: float = 30.0,
@@ -73,6 +74,8 @@ def sweep(
       budget: lane-steps, at least 1, after which no chunk is begun; what has not ended is out of
         budget, what has not begun is not run. None: none.
       seconds: likewise, of the clock: such a sweep is not the same twice. None: none.
+      devices: how many to deal the lanes of a tile out to, without a word between them; widths are
+        multiples of it. None: all of this host.
       folder: a new folder for plan, journal, checkpoints and results; None writes nothing.
       resume: True goes on with the sweep of `folder`, from its last checkpoint, to the numbers that
         it would have ended with, bit for bit on the same machine. All other arguments must be those
@@ -105,6 +108,7 @@ def sweep(
         drop_diverged=drop_diverged,
         budget=budget,
         seconds=seconds,
+        devices=devices,
         written=None if files is None else files.read_plan(),
     )
     collector = Collector(prepared)

@@ -36,7 +36,7 @@ def choose_widths(plan: Plan, programs: list[Program]) -> Plan:
         seconds = _probed(plan, program, lanes)
         best = min(t / w for w, t in seconds.items())
         width = min(w for w, t in seconds.items() if t / w <= WORSE * best)
-        groups.append(group.at_width(width, seconds))
+        groups.append(group.at_width(width, plan.devices, seconds))
     return dataclasses.replace(plan, groups=groups)
 
 
@@ -45,7 +45,7 @@ def _probed(plan: Plan, program: Program, lanes: int) -> dict[int, float]:
     name = _structure(plan, program)
     known = _known.get(name) or _remembered().get(name)
     if known is None:
-        known = _measured(program, lanes)
+        known = _measured(program, lanes, plan.devices)
         _remember(name, known)
     _known[name] = known = {int(width): seconds for width, seconds in known.items()}
     return known
@@ -58,16 +58,14 @@ def _structure(plan: Plan, program: Program) -> str:
     """
     lane = jax.tree.leaves(program.shapes(1))
     size = sum(x.size * x.dtype.itemsize for x in lane)
-    return (
-        f"{plan.device} x {jax.device_count()}, task {plan.task}, 2^{np.log2(size + 1):.0f} bytes"
-    )
+    return f"{plan.devices} x {plan.device}, task {plan.task}, 2^{np.log2(size + 1):.0f} bytes"
 
 
-def _measured(program: Program, lanes: int) -> dict[int, float]:
+def _measured(program: Program, lanes: int, devices: int) -> dict[int, float]:
     """Widths double until two in a row are no better, or memory ends; then all are timed anew."""
     tried: dict[int, Any] = {}
     best, worse = np.inf, 0
-    width = NARROWEST
+    width = NARROWEST * devices
     while worse < 2 and width < 2 * lanes:
         ids = [i % lanes for i in range(width)]
         state = program.chunk(program.start(ids, width), 0, 1)[0]  # compiled, and warm

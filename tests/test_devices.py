@@ -1,0 +1,60 @@
+"""Lanes dealt out to eight devices, which are pretended on the CPU: a process of its own."""
+
+import os
+import subprocess
+import sys
+
+PROGRAM = """
+import os, sys
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+sys.path.insert(0, {tests!r})
+import jax, numpy as np, jgd
+from jgd.tuning import driver
+from test_training import _line
+assert jax.device_count() == 8
+settings = {{"adam": jgd.grid(jgd.adam, learning_rate=np.geomspace(1e-4, 1, 21))}}
+options = dict(seeds=2, width=16, report_every=8)
+prepared = driver.prepare(_line(), settings, 64, halving=jgd.successive_halving(2, 16), **options)
+for _ in prepared:
+    pass
+(program,) = prepared.programs
+assert set(program.chunks) <= {{16, 8}}, program.chunks
+for width, chunk in program.chunks.items():  # one program for each width
+    text = chunk.compiled.as_text()
+    assert "num_partitions=8" in text
+    for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute"):
+        assert word not in text, (width, word)
+spread = jgd.sweep(_line(), settings, 64, **options)
+alone = jgd.sweep(_line(), settings, 64, devices=1, **options)
+loss = lambda result: {{row["learning_rate"]: row["loss"] for row in result.rows}}
+for rate, value in loss(alone).items():
+    np.testing.assert_allclose(loss(spread)[rate], value, rtol=1e-4)
+for wrong in (0, 9):
+    try:
+        jgd.sweep(_line(), settings, 64, devices=wrong)
+    except ValueError as error:
+        assert f"devices must be in 1 to 8, got {{wrong}}" in str(error)
+folder = {folder!r}
+def crash(plan, report):
+    if report.step == 40:
+        raise RuntimeError
+halving = jgd.successive_halving(2, 16)
+try:
+    jgd.sweep(_line(), settings, 64, halving=halving, folder=folder, checkpoint_every=0.0,
+              on_report=crash, **options)
+except RuntimeError:
+    pass
+resumed = jgd.sweep(_line(), settings, 64, halving=halving, folder=folder, resume=True, **options)
+whole = jgd.sweep(_line(), settings, 64, halving=halving, **options)
+assert resumed.rows == whole.rows
+print("done")
+"""
+
+
+def test_lanes_on_eight_devices(tmp_path):
+    program = PROGRAM.format(tests=os.path.dirname(__file__), folder=str(tmp_path / "run"))
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout.strip() == "done", done.stderr[-3000:]
