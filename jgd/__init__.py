@@ -53,8 +53,10 @@ _MODULES = {
     "jgd.catalog": "get",
     "jgd.training": "Run Task minibatches supervised train",
     "jgd.tuning.prune": "hyperband successive_halving",
-    "jgd.tuning.space": "choice grid loguniform random_search uniform",
+    "jgd.tuning.space": """
+        choice grid halton_search loguniform random_search sobol_search uniform""",
     "jgd.tuning.sweep": "iter_sweep sweep",
+    "jgd.tuning.propose": "optuna_search",
 }
 _SUBMODULES = ("compat", "regularization", "stopping")
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
@@ -81,6 +83,7 @@ if TYPE_CHECKING:
     from jgd.schedules import *  # noqa: F403
     from jgd.training import *  # noqa: F403
     from jgd.transforms import *  # noqa: F403
+    from jgd.tuning.propose import *  # noqa: F403
     from jgd.tuning.prune import *  # noqa: F403
     from jgd.tuning.space import *  # noqa: F403
     from jgd.tuning.sweep import *  # noqa: F403

@@ -324,7 +324,6 @@ def _sweep(options: Any) -> None:
     from rich.console import Console
 
     from jgd.tuning import screen, sweep
-    from jgd.tuning.store import Folder
 
     console = Console()
     resume = options.resume is not None
@@ -335,9 +334,13 @@ def _sweep(options: Any) -> None:
     groups = _groups(options.optimizer or TEXTBOOK, options.set)
     progress = screen.Progress(console)
     interrupted = False
+
+    def on_report(plan: Any, report: Any) -> None:
+        if not progress.done and not resume:
+            (out / "command.json").write_text(json.dumps(_told(options), indent=1))
+        progress(plan, report)
+
     try:
-        if not resume:
-            Folder(out).write_json("command.json", _told(options))
         with progress:
             result = sweep.sweep(
                 task,
@@ -356,7 +359,7 @@ def _sweep(options: Any) -> None:
                 folder=out,
                 resume=resume,
                 checkpoint_every=options.checkpoint_every,
-                on_report=progress,
+                on_report=on_report,
             )
     except sweep.Interrupted as error:
         result, interrupted = error.result, True

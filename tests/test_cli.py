@@ -91,6 +91,39 @@ def test_a_task_and_optimizers_of_ones_own(project, monkeypatch, capsys):
     assert json.loads((found / "results.json").read_text())["metric"] == "loss"
 
 
+def test_halving_report_and_resume(project, monkeypatch, capsys):
+    _jgd(
+        monkeypatch,
+        *("sweep", "mine:task", "--optimizer", "adam", "--set", "learning_rate=log:1e-3:1:16"),
+        *("--steps", "64", "--seeds", "2", "--out", "cut", "--halving", "2", "--min-steps", "8"),
+        *("--patience", "3", "--checkpoint-every", "0"),
+    )
+    shown = capsys.readouterr().out
+    assert "cut at 8" in shown or "finished at 64" in shown
+    rows = (project / "cut" / "results.csv").read_bytes()
+    assert rows.count(b",cut,") >= 8
+    assert (project / "cut" / "survivors.png").exists()
+    _jgd(monkeypatch, "report", "cut")
+    again = capsys.readouterr().out
+    table = lambda text: text[text.index("the best 16") : text.index("in cut:")].partition(
+        "lane-steps"
+    )[0]
+    assert table(again).split()[:40] == table(shown).split()[:40]
+    (project / "cut" / "results.csv").unlink()
+    _jgd(monkeypatch, "sweep", "--resume", "cut")
+    assert (project / "cut" / "results.csv").read_bytes() == rows
+    for wrong, message in (
+        (["report", "none"], "holds no finished sweep"),
+        (["sweep", "--resume", "none"], "holds no sweep of the command line"),
+        (["sweep", "--halving", "2", "--hyperband", "3"], "one of --halving and --hyperband"),
+        (["sweep", "--min-steps", "3"], "--min-steps wants --halving or --hyperband"),
+        (["sweep", "--optimizer", "adam", "--halving", "1"], "eta must be above 1, got 1"),
+    ):
+        with pytest.raises(SystemExit):
+            _jgd(monkeypatch, *wrong)
+        assert message in capsys.readouterr().err
+
+
 def test_a_factory_of_optax(project, monkeypatch, capsys):
     _jgd(
         monkeypatch,

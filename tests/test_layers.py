@@ -66,6 +66,7 @@ ORDER = [  # a module may import those before it
     "tuning.store",
     "tuning.screen",
     "tuning.sweep",
+    "tuning.propose",
     "tuning.plots",
     "tuning.tasks",
     "tuning",

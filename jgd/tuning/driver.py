@@ -95,11 +95,14 @@ def prepare(
     seconds: float | None = None,
     devices: int | None = None,
     written: Mapping[str, Any] | None = None,
+    compiled: dict[Any, Program] | None = None,
 ) -> "Sweep":
     """A sweep that is planned but not begun; refuses what could not be reported.
 
     Args, beside those of `jgd.sweep`:
       written: the plan of a sweep to go on with, as it was written.
+      compiled: programs of earlier sweeps of the same task and options, by the structure of the
+        settings; this one's are added.
     """
     run = task if isinstance(task, Run) else supervised(task)
     devices = jax.local_device_count() if devices is None else devices
@@ -135,22 +138,29 @@ def prepare(
         task=fingerprint(batch, made),
         metrics=metrics,
     )
-    batches = Batches(run.batch, plan.reports)
-    programs = [
-        Program(
-            run,
-            groups[group.name].settings,
-            batches,
-            seeds=plan.seeds,
-            key=plan.key,
-            steps=plan.steps,
-            metric=plan.metric,
-            stop=monitor,
-            drop_diverged=drop_diverged,
-            mesh=mesh,
-        )
-        for group in plan.groups
-    ]
+    batches: Batches | None = None
+    compiled = {} if compiled is None else compiled
+    programs = []
+    for group in plan.groups:
+        lanes = groups[group.name].settings
+        structure = jax.tree.structure(lanes)
+        if structure in compiled:
+            compiled[structure].settings = lanes
+        else:
+            batches = batches or Batches(run.batch, plan.reports)
+            compiled[structure] = Program(
+                run,
+                lanes,
+                batches,
+                seeds=plan.seeds,
+                key=plan.key,
+                steps=plan.steps,
+                metric=plan.metric,
+                stop=monitor,
+                drop_diverged=drop_diverged,
+                mesh=mesh,
+            )
+        programs.append(compiled[structure])
     if written is not None:
         plan = _adopted(plan, written)
     elif width is None:

@@ -2,7 +2,7 @@
 
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import matplotlib.cm
@@ -12,7 +12,15 @@ import numpy as np
 
 from jgd.tuning.results import Result
 
-__all__ = ["plot_curves", "plot_sensitivity", "save_plots"]
+__all__ = [
+    "Range",
+    "plot_curves",
+    "plot_ranges",
+    "plot_sensitivity",
+    "plot_survivors",
+    "ranges",
+    "save_plots",
+]
 
 _DASHES = ["-", "--"]  # momentum and Nesterov lie on each other where the rate is small
 _COLORS = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
@@ -23,6 +31,14 @@ def _axis(result: Result) -> str | None:
     shared = [set(group.axes) for group in result.plan.groups]
     common = [name for name in result.plan.groups[0].axes if all(name in axes for axes in shared)]
     return "learning_rate" if "learning_rate" in common else next(iter(common), None)
+
+
+def _last(result: Result, group: str) -> np.ndarray:
+    """The last value of the metric of each lane; one that never reported has none."""
+    curves = result.curves[group].metrics[result.metric].astype(np.float64)
+    said = ~np.isnan(result.curves[group].train_loss) | np.isfinite(curves)
+    places = np.where(said.any(1), curves.shape[1] - 1 - said[:, ::-1].argmax(1), 0)
+    return curves[np.arange(len(curves)), places]
 
 
 def plot_sensitivity(result: Result) -> Any:
@@ -40,8 +56,7 @@ def plot_sensitivity(result: Result) -> Any:
     for color, dashes, group in zip(
         itertools.cycle(_COLORS), itertools.cycle(_DASHES), result.plan.groups, strict=False
     ):
-        values = result.curves[group.name].metrics[result.metric][:, -1].astype(np.float64)
-        values = values.reshape(group.settings, -1)
+        values = _last(result, group.name).reshape(group.settings, -1)
         axis = common or next(iter(group.axes), None)  # without a common one, each its own first
         if axis is None:
             continue
@@ -120,6 +135,109 @@ def plot_curves(result: Result) -> Any:
     return figure
 
 
+def plot_survivors(result: Result) -> Any:
+    """How many settings are still at it after how many steps, a line per optimizer."""
+    figure = matplotlib.figure.Figure(figsize=(8, 4.2), layout="constrained")
+    panel = figure.subplots()
+    steps = np.array([0, *result.plan.reports])
+    for color, dashes, group in zip(
+        itertools.cycle(_COLORS), itertools.cycle(_DASHES), result.plan.groups, strict=False
+    ):
+        ends = [row["at"] for row in result.rows if row["optimizer"] == group.name]
+        alive = [sum(end > step for end in ends) for step in steps[:-1]]
+        on_top = 2 + (dashes == "--")
+        panel.step(
+            steps,
+            [*alive, alive[-1]],
+            dashes,
+            where="post",
+            color=color,
+            label=group.name,
+            linewidth=1.8,
+            zorder=on_top,
+        )
+    panel.set_yscale("symlog", linthresh=1, base=2)
+    panel.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    panel.set_xlabel("step")
+    panel.set_ylabel("settings that go on")
+    panel.grid(alpha=0.25)
+    panel.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=6, frameon=False, fontsize=9)
+    return figure
+
+
+class Range(NamedTuple):
+    """The values of a number that are as good as the best one, for one optimizer."""
+
+    optimizer: str
+    best: float
+    low: float
+    high: float
+
+
+def ranges(result: Result) -> list[Range]:
+    """For each optimizer the best value of the number to draw against, and how far it may be off.
+
+    As good is what lies within the standard error of the best mean over seeds, or within 1 per cent
+    of it for one seed, with nothing worse between. Where other numbers vary as well, the best of
+    them counts.
+    """
+    found = []
+    sign = -1 if result.mode == "max" else 1
+    for group in result.plan.groups:
+        axis = _axis(result) or next(iter(group.axes), None)
+        values = sign * _last(result, group.name).reshape(group.settings, -1)
+        if axis is None or not np.isfinite(values).all(1).any():
+            continue
+        at = np.array(group.axes[axis])
+        points = np.unique(at)
+        rows = [values[(at == x) & np.isfinite(values).all(1)] for x in points]
+        means = np.array([min(row.mean(1)) if len(row) else np.inf for row in rows])
+        top = int(means.argmin())
+        of_best = rows[top][rows[top].mean(1).argmin()]
+        error = of_best.std(ddof=1) / np.sqrt(len(of_best)) if len(of_best) > 1 else 0.0
+        good = means <= means[top] + max(error, 0.01 * abs(means[top]) * (len(of_best) == 1))
+        low = high = top
+        while low > 0 and good[low - 1]:
+            low -= 1
+        while high + 1 < len(points) and good[high + 1]:
+            high += 1
+        found.append(Range(group.name, *map(float, (points[top], points[low], points[high]))))
+    return found
+
+
+def plot_ranges(result: Result) -> Any:
+    """The suggested value for each optimizer, and the range around it that is as good."""
+    found = ranges(result)
+    figure = matplotlib.figure.Figure(
+        figsize=(8, 1.2 + 0.32 * max(len(found), 1)), layout="constrained"
+    )
+    panel = figure.subplots()
+    for place, one in enumerate(found):
+        color = _COLORS[place % len(_COLORS)]
+        panel.plot([one.low, one.high], [place] * 2, color=color, linewidth=6, alpha=0.35)
+        panel.plot(one.best, place, "*", color=color, markersize=13, markeredgecolor="white")
+        panel.annotate(
+            f"{one.best:.2g}",
+            (one.best, place),
+            (0, 8),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
+    if found and all(
+        _spans_decades(g.axes[a]) for g in result.plan.groups for a in g.axes if a == _axis(result)
+    ):
+        panel.set_xscale("log")
+    panel.set_yticks(range(len(found)), [one.optimizer for one in found])
+    panel.set_ylim(len(found) - 0.4, -0.7)
+    panel.set_xlabel((_axis(result) or "").replace("_", " ") + ": the best, and what is as good")
+    panel.grid(axis="x", alpha=0.25)
+    panel.tick_params(axis="y", length=0)
+    panel.spines[["top", "right", "left"]].set_visible(False)
+    return figure
+
+
 def _spans_decades(values: Any) -> bool:
     values = np.asarray(values)
     return bool(values.min() > 0 and values.max() / values.min() >= 10)
@@ -132,8 +250,14 @@ def _norm(values: list[float]) -> Any:
 
 
 def save_plots(result: Result, folder: str | Path) -> list[Path]:
-    """sensitivity.png and curves.png, in a folder."""
-    paths = [Path(folder) / name for name in ("sensitivity.png", "curves.png")]
-    for path, plot in zip(paths, (plot_sensitivity, plot_curves), strict=True):
-        plot(result).savefig(path, dpi=150)
-    return paths
+    """sensitivity.png, curves.png and ranges.png in a folder, and survivors.png if lanes ended."""
+    plots = {
+        "sensitivity.png": plot_sensitivity,
+        "curves.png": plot_curves,
+        "ranges.png": plot_ranges,
+    }
+    if any(row["ended"] != "finished" for row in result.rows):
+        plots["survivors.png"] = plot_survivors
+    for name, plot in plots.items():
+        plot(result).savefig(Path(folder) / name, dpi=150)
+    return [Path(folder) / name for name in plots]

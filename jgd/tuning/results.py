@@ -50,6 +50,12 @@ class Result(NamedTuple):
     mode: Literal["min", "max"]
     plan: Plan
 
+    def to_pandas(self) -> Any:
+        """The rows as a `pandas.DataFrame`; pandas must be installed."""
+        import pandas
+
+        return pandas.DataFrame(self.rows)
+
     def __repr__(self) -> str:
         return f"<{len(self.rows)} settings, best: {self.best.row}>"
 

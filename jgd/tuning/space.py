@@ -9,12 +9,14 @@ make lanes of one program; values that change the structure (None, a bool, a str
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.stats
 
 from jgd.arguments import Static
 from jgd.pytree import refuse_functions
@@ -27,8 +29,10 @@ __all__ = [
     "Uniform",
     "choice",
     "grid",
+    "halton_search",
     "loguniform",
     "random_search",
+    "sobol_search",
     "uniform",
 ]
 
@@ -176,7 +180,7 @@ def grid(factory: Callable[..., Any], /, **axes: Any) -> Any:
         columns[name] = list(np.asarray(values) if _is_array(values) else values)
         if not columns[name]:
             raise ValueError(f"grid: axis {name} has no values")
-    return _batch(factory, list(columns), list(itertools.product(*columns.values())))
+    return batch(factory, list(columns), list(itertools.product(*columns.values())))
 
 
 def random_search(
@@ -192,26 +196,69 @@ def random_search(
 
     Returns and raises: as `grid`.
     """
+    uniform = lambda d: np.asarray(jax.random.uniform(key, (d, n)), np.float64)
+    return _drawn("random_search", factory, n, distributions, uniform)
+
+
+def sobol_search(
+    factory: Callable[..., Any], n: int, key: jax.Array, /, **distributions: Distribution
+) -> Any:
+    """n settings of a scrambled Sobol sequence: spread out evenly, best for n a power of two.
+
+    Args, returns and raises: as `random_search`. The sequence is SciPy's.
+    """
+
+    def quantiles(d: int) -> np.ndarray:
+        sequence = scipy.stats.qmc.Sobol(d, rng=_seed(key))
+        return sequence.random_base2(max(0, math.ceil(math.log2(n))))[:n].T
+
+    return _drawn("sobol_search", factory, n, distributions, quantiles)
+
+
+def halton_search(
+    factory: Callable[..., Any], n: int, key: jax.Array, /, **distributions: Distribution
+) -> Any:
+    """n settings of a scrambled Halton sequence: spread out evenly for any n.
+
+    Args, returns and raises: as `random_search`. The sequence is SciPy's.
+    """
+    quantiles = lambda d: scipy.stats.qmc.Halton(d, rng=_seed(key)).random(n).T
+    return _drawn("halton_search", factory, n, distributions, quantiles)
+
+
+def _seed(key: jax.Array) -> np.random.Generator:
+    return np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
+
+
+def _drawn(
+    name: str,
+    factory: Callable[..., Any],
+    n: int,
+    distributions: Mapping[str, Distribution],
+    quantiles: Callable[[int], np.ndarray],
+) -> Any:
+    """Settings at the quantiles, of shape (distributions, n), in [0, 1)."""
     if n < 1 or not distributions:
-        raise ValueError("random_search: needs at least one draw of at least one distribution")
-    quantiles = np.asarray(jax.random.uniform(key, (len(distributions), n)), np.float64)
-    draws = [d.at(u) for d, u in zip(distributions.values(), quantiles, strict=True)]
-    return _batch(factory, list(distributions), list(zip(*draws, strict=True)))
+        raise ValueError(f"{name}: needs at least one draw of at least one distribution")
+    rows = zip(distributions.values(), quantiles(len(distributions)), strict=True)
+    draws = [distribution.at(u) for distribution, u in rows]
+    return batch(factory, list(distributions), list(zip(*draws, strict=True)))
 
 
 def _is_array(x: Any) -> bool:
     return isinstance(x, np.ndarray | jax.Array)
 
 
-def _is_number(x: Any) -> bool:
+def is_number(x: Any) -> bool:
     scalar = isinstance(x, float | int | np.number) or (_is_array(x) and np.ndim(x) == 0)
     return scalar and not isinstance(x, bool | np.bool_)
 
 
-def _batch(factory: Callable[..., Any], names: list[str], points: Sequence[tuple]) -> Any:
+def batch(factory: Callable[..., Any], names: list[str], points: Sequence[tuple]) -> Any:
+    """The settings at some points: `Lanes`, or a dict of them where structure varies."""
     groups: dict[tuple, list[tuple]] = {}
     for point in points:  # what is no number is structure
-        structure = tuple((i, Static(x)) for i, x in enumerate(point) if not _is_number(x))
+        structure = tuple((i, Static(x)) for i, x in enumerate(point) if not is_number(x))
         groups.setdefault(structure, []).append(point)
     _try_each_value(factory, names, points)
     mixed = {i for structure in groups for i, _ in structure}

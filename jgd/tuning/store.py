@@ -47,7 +47,7 @@ class Folder:
                 raise FileNotFoundError(f"{self.path} holds no sweep: there is no plan.json")
         else:
             self.path.mkdir(parents=True, exist_ok=True)
-            if any(name.name != "command.json" for name in self.path.iterdir()):
+            if any(self.path.iterdir()):
                 raise FileExistsError(
                     f"{self.path} is not empty: a sweep wants a folder of its own"
                 )

@@ -1,5 +1,6 @@
 """`sweep` and `iter_sweep`: many settings and seeds as lanes of compiled programs."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -135,6 +136,11 @@ def sweep(
     except KeyboardInterrupt:
         prepared.stop()
         raise Interrupted(_finished(prepared, collector, files, whole=False)) from None
+    except BaseException:
+        if files is not None:  # what a checkpoint has begun to write, it ends
+            with contextlib.suppress(Exception):
+                files.finish()
+        raise
     return _finished(prepared, collector, files, whole=True)
 
 
