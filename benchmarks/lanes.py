@@ -1,6 +1,7 @@
 """Lane-steps per second of the default task: jgd's sweep beside what one would write instead.
 
-    python benchmarks/lanes.py            # 512 lanes, a few rounds, two to five minutes
+    python benchmarks/lanes.py                   # 512 lanes, a few rounds, two to five minutes
+    python benchmarks/lanes.py --halving 1000    # what halving gains on them, and of what is ideal
 
 All contenders run in this process, one after the other in each round, so that a busy machine slows
 them alike; the ratios are of medians. The task is that of `jgd sweep`: a 64-64-10 network on the
@@ -31,19 +32,59 @@ Contender = Callable[[], tuple[int, float]]  # -> lane-steps done, seconds they 
 
 
 def swept(task: jgd.Task, rates: np.ndarray, steps: int, width: int) -> Contender:
-    lanes = jgd.grid(jgd.adam, learning_rate=rates)
-    options = dict(width=width, report_every=50)  # as `jgd sweep` reports, held-out metrics and all
-    plan, groups, run = driver.prepare(task, {"adam": lanes}, steps, **options)
+    lanes, compiled = jgd.grid(jgd.adam, learning_rate=rates), {}
+    # as `jgd sweep` reports, held-out metrics and all
+    options = dict(width=width, report_every=50, compiled=compiled)
 
     def measure() -> tuple[int, float]:
-        reports = driver.iter_plan(plan, groups, run)
+        prepared = driver.prepare(task, {"adam": lanes}, steps, **options)
+        reports = iter(prepared)
         next(reports)  # compiled: the rest is warm
         started = time.perf_counter()
         for _ in reports:
             pass
-        return plan.lane_steps - width * plan.reports[0], time.perf_counter() - started
+        done = prepared.plan.lane_steps - width * prepared.plan.reports[0]
+        return done, time.perf_counter() - started
 
     return measure
+
+
+def halved(task: jgd.Task, rates: np.ndarray, steps: int, rounds: int) -> None:
+    """Halving's gain in time over the full run, warm, in turns with it, and its share of the ideal.
+
+    The ideal is that of lane-steps: what the full run takes over what the halved one takes.
+    """
+    lanes = {"adam": jgd.grid(jgd.adam, learning_rate=rates)}
+    kinds = {
+        "full": None,
+        "eta 2, first rung at 1/8": jgd.successive_halving(2, steps // 8),
+        "eta 3, first rung at 1/27": jgd.successive_halving(3, steps // 27),
+    }
+    caches: dict[str, dict] = {name: {} for name in kinds}
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    executed, planned = {}, {}
+    for _turn in range(rounds + 1):
+        for name, halving in kinds.items():
+            prepared = driver.prepare(
+                task, lanes, steps, width=64, halving=halving, compiled=caches[name]
+            )
+            started = time.perf_counter()
+            for _ in prepared:
+                pass
+            seconds[name].append(time.perf_counter() - started)
+            executed[name], planned[name] = prepared.executed, prepared.plan.lane_steps
+    full, *others = kinds
+    for name in others:
+        ideal = planned[full] / planned[name]
+        cold = seconds[full][0] / seconds[name][0]  # the first turn compiles
+        warm = statistics.median(
+            a / b for a, b in zip(seconds[full][1:], seconds[name][1:], strict=True)
+        )
+        print(
+            f"halving, {name}: {warm:.2f} times as fast, {warm / ideal:.2f} of the ideal"
+            f" {ideal:.2f}; cold {cold:.2f}; executed {executed[name] / planned[name]:.3f} of"
+            " what survives"
+        )
 
 
 def all_at_once(task: jgd.Task, rates: np.ndarray, steps: int) -> Contender:
@@ -128,8 +169,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--widths", type=int, nargs="+", default=[64])
+    parser.add_argument("--halving", type=int, metavar="STEPS", help="halving's gain instead")
     options = parser.parse_args()
     task, rates = digits(), np.geomspace(1e-5, 1e-2, options.lanes)
+    if options.halving:
+        halved(task, rates, options.halving, options.rounds)
+        return
     contenders: dict[str, Contender] = {
         f"sweep, {width} wide": swept(task, rates, options.steps, width) for width in options.widths
     }

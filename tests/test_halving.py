@@ -104,6 +104,31 @@ def test_little_more_is_executed_than_survives(eta):
     assert prepared.executed <= 1.1 * prepared.plan.lane_steps
 
 
+def test_the_host_holds_what_may_survive():
+    settings = {"adam": jgd.grid(jgd.adam, learning_rate=np.geomspace(1e-4, 1, 128))}
+    prepared = driver.prepare(_line(), settings, 64, width=8, halving=jgd.successive_halving(4, 8))
+    most = 0
+    for _ in prepared:
+        if prepared.round == 0:
+            most = max(most, sum(map(len, prepared.waiting)))
+    assert 32 <= most <= 1.25 * 32 + 8
+    kept = jgd.sweep(_line(), settings, 64, width=8, halving=jgd.successive_halving(4, 8))
+    assert [row["ended"] for row in kept.rows].count("finished") == 32
+
+
+def test_ranking_many_is_ranking_one_by_one():
+    board = prune.Board({"a": 30, "b": 12}, 3, "x", "max")
+    rng = np.random.default_rng(0)
+    for name, n in (("a", 30), ("b", 12)):
+        values = rng.integers(0, 4, n).astype(float)
+        values[rng.uniform(size=n) < 0.1] = np.nan
+        board.add(name, np.arange(n), 5, {"x": values, "loss": rng.integers(0, 3, n)})
+        board.end(name, np.arange(0, n, 7), prune.CUT)
+    every = {"a": np.arange(10), "b": np.arange(4)}
+    pairs = [(name, int(k)) for name, settings in every.items() for k in settings]
+    assert board.ranked(every) == sorted(pairs, key=lambda pair: board.key(*pair))
+
+
 def test_within_a_group_each_keeps_its_best():
     run, good = _scored([[1.0], [2.0], [3.0], [4.0]])
     _, bad = _scored([[1.0], [2.0], [3.0], [4.0]])
@@ -111,6 +136,41 @@ def test_within_a_group_each_keeps_its_best():
     result = jgd.sweep(run, {"a": good, "b": bad}, 40, halving=halving)
     finished = [row["optimizer"] for row in result.rows if row["ended"] == "finished"]
     assert sorted(finished) == ["a", "a", "b", "b"]
+
+
+def test_groups_of_one_structure_have_their_own_settings():
+    groups = {
+        "low": jgd.grid(jgd.sgd, learning_rate=[0.01, 0.02]),
+        "high": jgd.grid(jgd.sgd, learning_rate=[0.1, 0.2]),
+    }
+    both = jgd.sweep(_line(), groups, 20, width=2)
+    for name, lanes in groups.items():
+        alone = jgd.sweep(_line(), {name: lanes}, 20, width=2)
+        np.testing.assert_array_equal(both.curves[name].train_loss, alone.curves[name].train_loss)
+
+
+def test_what_diverged_is_below_what_was_cut():
+    board = prune.Board({"a": 3}, 1, "accuracy", "max")
+    board.add("a", np.arange(3), 10, {"accuracy": np.array([0.9, 0.1, 0.95])})
+    board.end("a", [0], prune.CUT)
+    board.add("a", np.array([1]), 5, {"accuracy": np.array([0.1])})
+    board.end("a", [1], prune.DIVERGED)
+    board.end("a", [2], prune.FINISHED)
+    assert board.ranked({"a": np.arange(3)}) == [("a", 2), ("a", 0), ("a", 1)]
+
+
+def test_bad_wishes_are_refused_before_anything_is_compiled():
+    for wrong, message in (
+        (dict(halving=2), "halving must be jgd.successive_halving"),
+        (dict(halving=jgd.successive_halving(2, 40)), "make the rungs"),
+        (dict(halving=jgd.successive_halving(1.01, 1)), "make the rungs"),
+        (dict(stop=early_stopping(3, mode="max")), "stop has mode 'max', the metric 'min'"),
+        (dict(stop=True), "stop must be jgd.stopping.early_stopping or an int, got True"),
+        (dict(budget=0), "budget must be above 0, got 0"),
+        (dict(seconds=-1.0), "seconds must be above 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jgd.sweep(_line(), _adam(4), 40, **wrong)
 
 
 def test_hyperband_gives_each_bracket_its_rungs():

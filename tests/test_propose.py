@@ -80,6 +80,15 @@ def test_structure_may_be_proposed_and_bad_trials_fail():
             assert trial.value == pytest.approx(row["loss"])
 
 
+def test_bad_proposals_are_refused():
+    study = optuna.create_study(direction="maximize")
+    with pytest.raises(ValueError, match="the study is to maximize, the mode of loss is min"):
+        jgd.optuna_search(_line(), jgd.adam, 8, 4, SPACE, study=study)
+    for wrong in (dict(trials=0), dict(trials=4, at_once=0)):
+        with pytest.raises(ValueError, match="must be at least 1, got 0"):
+            jgd.optuna_search(_line(), jgd.adam, 8, space=SPACE, **wrong)
+
+
 def test_pruned_trials_end_their_lanes():
     pruner = optuna.pruners.ThresholdPruner(upper=1.0)
     found = jgd.optuna_search(

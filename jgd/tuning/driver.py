@@ -7,6 +7,7 @@ and the others are dealt out anew. The caller looks at a report while the next c
 """
 
 import dataclasses
+import operator
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ __all__ = ["Cut", "Report", "Snapshot", "Sweep", "prepare"]
 
 # columns of the table and the journal, which no metric may be called
 RESERVED = (
-    *("rank", "optimizer", "final_loss", "verdict", "seeds", "ended", "at"),
+    *("rank", "optimizer", "final_loss", "verdict", "seeds", "ended", "at", "cut"),
     *("tile", "group", "step", "lanes", "train_loss", "seen"),
 )
 
@@ -119,7 +120,7 @@ def prepare(
         raise ValueError(f"sweep: evaluate's {name} has the name of a column of the table")
     made = start.params if isinstance(task, Task) else start
     metric, mode = ranked_by(metrics, metric, mode)
-    monitor = early_stopping(patience=stop, mode=mode) if isinstance(stop, int) else stop
+    monitor = _monitor(stop, mode)
     plan = make_plan(
         groups,
         steps,
@@ -135,7 +136,7 @@ def prepare(
         budget=budget,
         seconds=seconds,
         devices=devices,
-        task=fingerprint(batch, made),
+        task=fingerprint(batch, run.batch(steps - 1), made, run.evaluate(first, start)),
         metrics=metrics,
     )
     batches: Batches | None = None
@@ -144,9 +145,7 @@ def prepare(
     for group in plan.groups:
         lanes = groups[group.name].settings
         structure = jax.tree.structure(lanes)
-        if structure in compiled:
-            compiled[structure].settings = lanes
-        else:
+        if structure not in compiled:
             batches = batches or Batches(run.batch, plan.reports)
             compiled[structure] = Program(
                 run,
@@ -164,8 +163,21 @@ def prepare(
     if written is not None:
         plan = _adopted(plan, written)
     elif width is None:
-        plan = choose_widths(plan, programs)
+        plan = choose_widths(plan, programs, [groups[g.name].settings for g in plan.groups])
     return Sweep(plan, groups, programs, halving)
+
+
+def _monitor(stop: Any, mode: str) -> Monitor | None:
+    """The early stopping that was asked for, in the direction of the metric."""
+    if stop is None:
+        return None
+    if isinstance(stop, Monitor):
+        if getattr(stop, "mode", mode) != mode:
+            raise ValueError(f"sweep: stop has mode {stop.mode!r}, the metric {mode!r}")
+        return stop
+    if isinstance(stop, bool) or not hasattr(stop, "__index__"):
+        raise ValueError(f"sweep: stop must be jgd.stopping.early_stopping or an int, got {stop!r}")
+    return early_stopping(patience=operator.index(stop), mode=mode)  # type: ignore[arg-type]
 
 
 def _mesh(devices: int) -> jax.sharding.Mesh | None:
@@ -243,29 +255,31 @@ class Sweep:
         self.queue: list[Work] = self._first_round()
         self.elapsed = 0.0  # seconds
         self.wanted = False  # whether the next report is to bring a snapshot
+        self.unread: Report | None = None  # decided, but not given out yet
 
     def __iter__(self) -> Iterator[Report | Cut]:
         """Carry out what is left of the plan."""
         self._began = time.perf_counter() - self.elapsed
-        unread: Report | None = None
         while not self._over():
             if self.queue:
                 work = self.queue.pop(0)
                 running = self._dispatch(work)
-                if unread is not None:
-                    yield unread  # while the chunk runs
-                unread = self._settle(work, *running)
+                yield from self._unread()  # while the chunk runs
+                self.unread = self._settle(work, *running)
                 if self.wanted:
-                    unread, self.wanted = unread._replace(snapshot=self.snapshot()), False
+                    self.unread = self.unread._replace(snapshot=self.snapshot())
+                    self.wanted = False
                 continue
-            if unread is not None:
-                yield unread
-                unread = None
+            yield from self._unread()
             yield self._next_round()
-        if unread is not None:
-            yield unread
+        yield from self._unread()
         if left := self._out_of_budget():
             yield left
+
+    def _unread(self) -> Iterator[Report]:
+        report, self.unread = self.unread, None
+        if report is not None:
+            yield report
 
     def _over(self) -> bool:
         plan = self.plan
@@ -281,7 +295,8 @@ class Sweep:
         program = self.programs[work.group]
         state = work.state
         if state is None and work.step == 0:
-            state = program.start(work.lanes, work.width)
+            settings = self.groups[self.plan.groups[work.group].name].settings
+            state = program.start(settings, work.lanes, work.width)
         elif state is None:
             waiting = self.waiting[work.group]
             state = program.filled(waiting.take(work.lanes), work.width)
@@ -321,6 +336,7 @@ class Sweep:
             pass
         elif end == plan.rounds[self.round]:
             self.waiting[work.group].add(ids[on], jax.tree.map(lambda x: x[on], host(lanes)))
+            self._keep_what_may_survive(end)
         else:
             self.queue[:0] = self._going_on(work, end, lanes, on)
         return report
@@ -377,33 +393,67 @@ class Sweep:
         return Cut(step, lost)
 
     def _cut_at(self, step: int) -> dict[str, list[int]]:
-        """The lanes that a rung cuts: those of settings with none of their seeds ended yet."""
-        assert self.halving is not None
-        plan, board = self.plan, self.board
-        rungs = self.halving.brackets(plan.steps)
-        pools: dict[Any, list[tuple[str, int]]] = {}
-        first = 0
-        for group in plan.groups:
-            shares = plan.brackets[first : first + group.settings]
-            first += group.settings
-            for setting, bracket in enumerate(shares):
-                if step in rungs[bracket]:
-                    pool = bracket, group.name if self.halving.within == "group" else None
-                    pools.setdefault(pool, []).append((group.name, setting))
+        """The lanes that a rung cuts, but for those that ended by themselves."""
         lost: dict[str, list[int]] = {}
-        for (bracket, _), members in pools.items():
-            keep = self.halving.kept(len(members), rungs[bracket].index(step) + 1)
-            ranked = sorted(members, key=lambda member: board.key(*member))
-            for name, setting in ranked[keep:]:
-                lanes = np.arange(plan.seeds) + setting * plan.seeds
-                lost.setdefault(name, []).extend(lanes[board.alive[name][lanes]].tolist())
-        return {name: sorted(lanes) for name, lanes in lost.items() if lanes}
+        for members, keep in self._pools(step):
+            for name, setting in self.board.ranked(members)[keep:]:
+                lost.setdefault(name, []).extend(self._lanes_of(setting).tolist())
+        alive = self.board.alive
+        lost = {name: [x for x in sorted(lanes) if alive[name][x]] for name, lanes in lost.items()}
+        return {name: lanes for name, lanes in lost.items() if lanes}
+
+    def _keep_what_may_survive(self, step: int) -> None:
+        """Before all have reached a rung: drop the states of those that enough others beat.
+
+        The host then never holds many more than the rung will let through.
+        """
+        most = sum(keep for _, keep in self._pools(step)) * self.plan.seeds
+        if sum(map(len, self.waiting)) <= 1.25 * most:
+            return
+        for members, keep in self._pools(step):
+            here = {
+                name: settings[self.board.step[name][self._lanes_of(settings)].min(1) >= step]
+                for name, settings in members.items()
+            }
+            if sum(map(len, here.values())) <= keep:
+                continue
+            lost: dict[str, list[int]] = {}
+            for name, setting in self.board.ranked(here)[keep:]:
+                lost.setdefault(name, []).extend(self._lanes_of(setting).tolist())
+            for group, waiting in zip(self.plan.groups, self.waiting, strict=True):
+                waiting.drop(lost.get(group.name, []))
+
+    def _lanes_of(self, setting: Any) -> np.ndarray:
+        seeds = self.plan.seeds
+        return np.asarray(setting)[..., None] * seeds + np.arange(seeds)
+
+    def _pools(self, step: int) -> list[tuple[dict[str, np.ndarray], int]]:
+        """What is ranked together at a rung, settings by group, and how many of them go on."""
+        if self.halving is None:
+            return []
+        rungs, brackets = self.halving.brackets(self.plan.steps), np.array(self.plan.brackets)
+        first = np.cumsum([0, *(group.settings for group in self.plan.groups)])
+        pools = []
+        for bracket, own in enumerate(rungs):
+            if step not in own:
+                continue
+            members = {
+                group.name: np.flatnonzero(brackets[a:b] == bracket)
+                for group, a, b in zip(self.plan.groups, first, first[1:], strict=False)
+            }
+            apart = [{name: some} for name, some in members.items()]
+            for pool in apart if self.halving.within == "group" else [members]:
+                if count := sum(map(len, pool.values())):
+                    pools.append((pool, self.halving.kept(count, own.index(step) + 1)))
+        return pools
 
     def _out_of_budget(self) -> Cut | None:
         """End all that is left; what never began is not run."""
         left = {g.name: self.board.waiting(g.name) for g in self.plan.groups}
         self.end(left, OUT)
         self.queue = []
+        for waiting in self.waiting:
+            waiting.parts = []
         lost = {name: lanes.tolist() for name, lanes in left.items() if len(lanes)}
         return Cut(None, lost) if lost else None
 
@@ -414,9 +464,11 @@ class Sweep:
             self.board.end(name, ids, ending)
             self.board.ending[name][ids[self.board.step[name][ids] == 0]] = NOT_RUN
 
-    def stop(self) -> None:
-        """End all that is left, as if a budget were used up."""
-        self._out_of_budget()
+    def stop(self) -> Iterator[Report | Cut]:
+        """End all that is left, as if a budget were used up; what was not given out yet."""
+        yield from self._unread()
+        if left := self._out_of_budget():
+            yield left
 
     # --- snapshots ---------------------------------------------------------------------------
 
@@ -454,7 +506,8 @@ class Sweep:
             work = Work(**entry | {"state": None})
             if entry["state"] is not None:
                 rows = load(entry["state"], self.programs[work.group].shapes(work.width))
-                work = work._replace(state=jax.tree.map(jnp.asarray, rows))
+                dealt = self.programs[work.group].dealt(jax.tree.map(jnp.asarray, rows))
+                work = work._replace(state=dealt)
             self.queue.append(work)
         for group, parts in zip(self.waiting, meta["waiting"], strict=True):
             group.made = meta["parts"][group.group]

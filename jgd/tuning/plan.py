@@ -144,6 +144,15 @@ def make_plan(
     for name, bound in {"budget": budget, "seconds": seconds}.items():
         if bound is not None and not bound > 0:
             raise ValueError(f"sweep: {name} must be above 0, got {bound}")
+    if halving is not None:
+        if not isinstance(halving, Halving):
+            raise ValueError(f"sweep: halving must be jgd.successive_halving(...), got {halving!r}")
+        rungs = halving.brackets(steps)[0]
+        if not rungs or len(set(rungs)) < len(rungs):
+            raise ValueError(
+                f"sweep: eta {halving.eta} and min_steps {halving.min_steps} make the rungs {rungs}"
+                f" of {steps} steps: fewer min_steps or a greater eta wanted"
+            )
     settings = sum(map(len, groups.values()))
     rungs = sorted({rung for rungs in halving.brackets(steps) for rung in rungs}) if halving else []
     return Plan(

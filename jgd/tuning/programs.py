@@ -33,7 +33,7 @@ class Lane(NamedTuple):
 
 
 class Batches:
-    """The batches of each chunk: made once, shared by all tiles and groups."""
+    """The batches of each chunk, shared by all tiles and groups; kept, if there is room for all."""
 
     def __init__(self, batch: Callable[[Any], Any], reports: list[int]) -> None:
         self.size = max(np.diff([0, *reports]))
@@ -84,7 +84,9 @@ class Program:
         drop_diverged: bool = False,
         mesh: jax.sharding.Mesh | None = None,
     ) -> None:
-        self.run, self.batches, self.settings = run, batches, settings
+        self.run, self.batches = run, batches
+        one = lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], jnp.asarray(x).dtype)
+        self._setting = jax.tree.map(one, settings)
         self.seeds, self.steps, self.metric = seeds, steps, metric
         self.stop, self.drop_diverged = stop, drop_diverged
         root = jax.random.key(key)
@@ -97,40 +99,48 @@ class Program:
         self.chunks: dict[int, Any] = {}
         self._like = self._seen_in_a_step()
 
-    def start(self, lanes: list[int], width: int) -> Lane:
+    def start(self, settings: Any, lanes: list[int], width: int) -> Lane:
         """Lanes at step 0; the last one fills up to the width."""
         ids = np.array(lanes + lanes[-1:] * (width - len(lanes)))
         take = lambda x: jnp.asarray(np.asarray(x)[ids // self.seeds])
-        chosen, keys = self._dealt((jax.tree.map(take, self.settings), self.keys[ids % self.seeds]))
+        chosen, keys = self.dealt((jax.tree.map(take, settings), self.keys[ids % self.seeds]))
         if width not in self._starts:
             self._starts[width] = _compiled(self._begin_all, chosen, keys, out=self._by_lane)
         return self._starts[width](chosen, keys)
 
-    def _dealt(self, lanes: Any) -> Any:
+    def dealt(self, lanes: Any) -> Any:
+        """Lanes on the devices that they belong to."""
         return lanes if self._by_lane is None else jax.device_put(lanes, self._by_lane)
 
     def shapes(self, rows: int) -> Lane:
         """What so many packed lanes look like."""
-        many = lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype)
-        settings = jax.tree.map(lambda x: many(jnp.asarray(x)), self.settings)
-        return jax.eval_shape(self._begin_all, settings, many(self.keys))
+        many = lambda x: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype)
+        return jax.eval_shape(
+            self._begin_all, jax.tree.map(many, self._setting), many(self.keys[0])
+        )
 
     def chunk(self, lanes: Lane, begin: int, end: int) -> tuple[Lane, Any, Any, Any]:
         """The lanes at step `end`, their losses since `begin`, their metrics and endings now."""
-        rest = (self.batches.of(begin), jnp.int32(begin), jnp.int32(end))
-        if self._on_all is not None:
-            rest = jax.device_put(rest, self._on_all)
-        arguments, width = (lanes, *rest), len(lanes.loss)
+        return self.compiled(lanes, begin)(*self._arguments(lanes, begin, end))
+
+    def compiled(self, lanes: Lane, begin: int) -> Any:
+        """The program for as many lanes as these."""
+        width = len(lanes.loss)
         if width not in self.chunks:
+            arguments = self._arguments(lanes, begin, begin)
             chunk = _compiled(self._steps, *arguments, donate=True, out=self._by_lane)
             self.chunks[width] = chunk
-        return self.chunks[width](*arguments)
+        return self.chunks[width]
+
+    def _arguments(self, lanes: Lane, begin: int, end: int) -> tuple[Any, ...]:
+        rest = (self.batches.of(begin), jnp.int32(begin), jnp.int32(end))
+        return lanes, *(rest if self._on_all is None else jax.device_put(rest, self._on_all))
 
     def filled(self, rows: Lane, width: int) -> Lane:
         """Rows from the host as lanes; the last one fills up to the width."""
         n = len(rows.loss)
         index = np.minimum(np.arange(width), n - 1)
-        return self._dealt(jax.tree.map(lambda x: jnp.asarray(x[index]), rows))
+        return self.dealt(jax.tree.map(lambda x: jnp.asarray(x[index]), rows))
 
     def unpacked(self, lanes: Lane) -> Lane:
         """With random keys as such again."""
@@ -146,8 +156,7 @@ class Program:
 
     def _seen_in_a_step(self) -> Any:
         """For each leaf of a lane its dtype after a step: a state may begin as a Python number."""
-        setting = jax.tree.map(lambda x: jnp.asarray(x)[0], self.settings)
-        one = jax.eval_shape(self._begin, setting, self.keys[0])
+        one = jax.eval_shape(self._begin, self._setting, self.keys[0])
         after = jax.eval_shape(self._step, one, jax.eval_shape(self.run.batch, 0), 0)
         return jax.tree.map(lambda x: _Like(x.dtype), after)
 

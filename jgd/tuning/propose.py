@@ -70,15 +70,21 @@ def optuna_search(
     """
     import optuna
 
+    for name, count in {"trials": trials, "at_once": at_once}.items():
+        if count < 1:
+            raise ValueError(f"optuna_search: {name} must be at least 1, got {count}")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     names, seeds = list(space), options.get("seeds", 1)
     options.setdefault("width", min(64, at_once * seeds))  # of all batches, the last one too
     compiled: dict[Any, Any] = {}
+    middle = [tuple(space[name].at(np.array([0.5]))[0] for name in names)]
+    plan = prepare(task, batch(factory, names, middle), steps, compiled=compiled, **options).plan
+    if study is not None and (study.direction.name == "MAXIMIZE") != (plan.mode == "max"):
+        raise ValueError(
+            f"optuna_search: the study is to {study.direction.name.lower()}, the mode of"
+            f" {plan.metric} is {plan.mode}"
+        )
     if study is None:
-        middle = [tuple(space[name].at(np.array([0.5]))[0] for name in names)]
-        plan = prepare(
-            task, batch(factory, names, middle), steps, compiled=compiled, **options
-        ).plan
         study = optuna.create_study(
             direction="maximize" if plan.mode == "max" else "minimize",
             sampler=sampler
@@ -104,7 +110,8 @@ def optuna_search(
     rows = [row for result in results for row in result.rows]
     last = -math.inf if results[0].mode == "max" else math.inf
     score = lambda row: row[metric] if math.isfinite(row[metric]) else last
-    rows.sort(key=score, reverse=results[0].mode == "max")
+    sign = -1 if results[0].mode == "max" else 1
+    rows.sort(key=lambda row: (row["ended"] == "cut", sign * score(row)))
     rows = [{**row, "rank": place} for place, row in enumerate(rows, 1)]
     return Proposed(study, best_of(finite, key=lambda r: score(r.best.row)).best, rows, results)
 

@@ -34,7 +34,7 @@ class Halving(NamedTuple):
     def brackets(self, steps: int) -> list[list[int]]:
         """The rungs of each bracket, the boldest first; the last of several has none."""
         least = self.min_steps or max(1, round(steps / self.eta**3))
-        rungs = []
+        rungs: list[int] = []
         # one just before the end would cut what has cost all it can
         while (rung := math.ceil(least * self.eta ** len(rungs) - 1e-9)) * self.eta**0.5 < steps:
             rungs.append(rung)
@@ -156,16 +156,32 @@ class Board:
         """The lanes that still go on."""
         return np.flatnonzero(self.alive[group])
 
-    @np.errstate(invalid="ignore")
     def key(self, group: str, setting: int) -> tuple:
         """Sorts settings, best first."""
-        rows = self.lanes_of(setting)
-        values, losses = self.value[group][rows], self.loss[group][rows]
-        score = float(values.mean()) if np.isfinite(values).all() else math.inf
-        score = -score if self.mode == "max" and math.isfinite(score) else score
-        loss = float(losses.mean())
-        # who was cut or not finished is below who went further
-        unfinished = np.isin(self.ending[group][rows], (CUT, OUT, NOT_RUN))
-        open_ended = unfinished & ~self.alive[group][rows]
-        short = -int(self.step[group][rows][open_ended].min()) if open_ended.any() else -math.inf
-        return short, score, loss if math.isfinite(loss) else math.inf, self.order[group], setting
+        short, score, loss = (float(x[0]) for x in self._measures(group, np.array([setting])))
+        return short, score, loss, self.order[group], setting
+
+    def ranked(self, members: Mapping[str, np.ndarray]) -> list[tuple[str, int]]:
+        """Settings of several groups, best first."""
+        names = [name for name, settings in members.items() for _ in settings]
+        settings = np.concatenate([np.zeros(0, int), *members.values()])
+        parts = [self._measures(name, some) for name, some in members.items()]
+        columns = [np.concatenate(x) for x in zip(*parts, strict=True)]
+        order = np.array([self.order[name] for name in names])
+        places = np.lexsort((settings, order, *columns[::-1]))
+        return [(names[k], int(settings[k])) for k in places]
+
+    @np.errstate(invalid="ignore")
+    def _measures(self, group: str, settings: np.ndarray) -> tuple[np.ndarray, ...]:
+        """How far each went, its score and its loss: the lower the better."""
+        lanes = settings[:, None] * self.seeds + np.arange(self.seeds)
+        values, losses = self.value[group][lanes], self.loss[group][lanes].mean(1)
+        score = np.where(np.isfinite(values).all(1), values.mean(1), np.inf)
+        if self.mode == "max":
+            score = np.where(np.isfinite(score), -score, score)
+        # who was cut, diverged or did not finish is below who went further
+        unfinished = np.isin(self.ending[group][lanes], (CUT, OUT, NOT_RUN, DIVERGED))
+        ended = unfinished & ~self.alive[group][lanes]
+        steps = np.where(ended, self.step[group][lanes], np.iinfo(np.int64).max).min(1)
+        short = np.where(ended.any(1), -steps.astype(float), -np.inf)
+        return short, score, np.where(np.isfinite(losses), losses, np.inf)

@@ -88,8 +88,8 @@ class Collector:
     def replay(self, line: dict[str, Any]) -> None:
         """A line of the journal, as if it happened now; states come from a checkpoint."""
         if "cut" in line:
-            ending = OUT if line["cut"] is None else CUT
-            self.sweep.end(line["lanes"], ending)
+            self.sweep.end(line["lanes"], OUT if line["cut"] is None else CUT)
+            self.forget(line["lanes"])
             return
         group, lanes, step = line["group"], np.array(line["lanes"], int), line["step"]
         metrics = {name: np.array(line[name], np.float64) for name in self.plan.metrics}
@@ -127,6 +127,12 @@ class Collector:
             state = load(entry["name"], program.state_shape())
             self._keep(group, setting, entry["seed"], state)
 
+    def forget(self, lanes: dict[str, list[int]]) -> None:
+        """Settings of which some lanes were cut: the states of their other seeds."""
+        for group, ids in lanes.items():
+            for setting in {lane // self.plan.seeds for lane in ids}:
+                self.open.pop((group, setting), None)
+
     def _keep(self, group: str, setting: int, seed: int, state: Any) -> None:
         """The state of a lane that ended; of settings that are whole only the best is kept."""
         states = self.open.setdefault((group, setting), {})
@@ -148,6 +154,9 @@ class Collector:
             kept[report.lanes[ended]] = new[ended]
         for row, lane in enumerate(report.lanes[ended] if report.state is not None else ()):
             setting, seed = divmod(int(lane), self.plan.seeds)
+            alone = self.plan.seeds == 1 and self.best is not None
+            if alone and self.board.key(group, setting) > self.best[0]:  # type: ignore[index]
+                continue
             state = jax.tree.map(lambda x, row=row: x[row], report.state)
             self._keep(group, setting, seed, state)
 
@@ -164,7 +173,7 @@ class Collector:
         """The verdict, which wants all the steps, and the final training loss of each lane."""
         board, curves = self.board, self.curves[group]
         ending = board.ending[group]
-        columns = np.maximum(np.searchsorted(self.plan.reports, board.step[group]), 0)
+        columns = np.searchsorted(self.plan.reports, board.step[group])
         columns = np.minimum(columns, len(self.plan.reports) - 1)
         losses = curves.train_loss[np.arange(len(ending)), columns].astype(np.float64)
         words = np.full(len(ending), "", object)
@@ -210,8 +219,8 @@ class Collector:
         group = self.plan.groups[order].name
         chosen = jax.tree.map(lambda x: x[setting], self.groups[group].settings)
         state = None
-        if self.best is not None:
-            _, group, setting, states = self.best
+        if self.best is not None and self.best[0] == ranked[0][0]:
+            states = self.best[3]
             values = self._last(group, self.plan.metric, setting)
             worst = -np.inf if self.plan.mode == "max" else np.inf
             values = np.where(np.isfinite(values), values, worst)

@@ -46,13 +46,17 @@ class Folder:
             if not (self.path / "plan.json").exists():
                 raise FileNotFoundError(f"{self.path} holds no sweep: there is no plan.json")
         else:
+            self.refuse(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
-            if any(self.path.iterdir()):
-                raise FileExistsError(
-                    f"{self.path} is not empty: a sweep wants a folder of its own"
-                )
         self._writer = concurrent.futures.ThreadPoolExecutor(1)
         self._saving: concurrent.futures.Future[None] | None = None
+
+    @staticmethod
+    def refuse(path: str | Path) -> None:
+        """Raise for a folder that holds something, before any work is done for it."""
+        path = Path(path)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise FileExistsError(f"{path} is not empty: a sweep wants a folder of its own")
 
     # --- plan and results --------------------------------------------------------------------
 

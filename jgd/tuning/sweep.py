@@ -94,6 +94,8 @@ def sweep(
     if resume and folder is None:
         raise ValueError("sweep: resume wants the folder of a sweep")
     files = Folder(folder, resume=True) if resume and folder is not None else None
+    if folder is not None and not resume:
+        Folder.refuse(folder)
     prepared = prepare(
         task,
         settings,
@@ -124,6 +126,7 @@ def sweep(
             if files is not None:
                 files.journal(report)
             if isinstance(report, Cut):
+                collector.forget(report.lanes)
                 continue
             collector.add(report)
             if files is not None and report.snapshot is not None:
@@ -134,7 +137,9 @@ def sweep(
             if on_report is not None:
                 on_report(prepared.plan, report)
     except KeyboardInterrupt:
-        prepared.stop()
+        for report in prepared.stop():
+            if isinstance(report, Report):
+                collector.add(report)
         raise Interrupted(_finished(prepared, collector, files, whole=False)) from None
     except BaseException:
         if files is not None:  # what a checkpoint has begun to write, it ends

@@ -25,12 +25,16 @@ class Waiting:
         self.group, self.made = group, 0
         self.parts: list[Part] = []
 
+    def __len__(self) -> int:
+        return sum(len(part.ids) for part in self.parts)
+
     def add(self, ids: np.ndarray, rows: Lane) -> None:
         self.made += 1
         self.parts.append(Part(f"waiting-{self.group}-{self.made}", ids, rows))
 
     def drop(self, lanes: Any) -> None:
         """Forget some lanes."""
+        lanes = np.asarray(lanes, int)
         parts, self.parts = self.parts, []
         for part in parts:
             keep = ~np.isin(part.ids, lanes)
@@ -40,7 +44,7 @@ class Waiting:
                 self.add(part.ids[keep], jax.tree.map(lambda x, keep=keep: x[keep], part.rows))
 
     def take(self, lanes: list[int]) -> Lane:
-        """Some lanes, in their order."""
+        """Some lanes, which are in rising order."""
         found = [(part, np.isin(part.ids, lanes)) for part in self.parts]
         ids = np.concatenate([part.ids[mine] for part, mine in found])
         order = np.argsort(ids)[np.searchsorted(np.sort(ids), lanes)]

@@ -25,62 +25,67 @@ WORSE = 1.05  # a width within 5 per cent of the best is as good
 _known: dict[str, dict[int, float]] = {}
 
 
-def choose_widths(plan: Plan, programs: list[Program]) -> Plan:
+def choose_widths(plan: Plan, programs: list[Program], settings: list[Any]) -> Plan:
     """The plan with the width of each group chosen by a probe, where that is worth its time."""
     groups = []
-    for group, program in zip(plan.groups, programs, strict=True):
+    for group, program, some in zip(plan.groups, programs, settings, strict=True):
         lanes = group.settings * plan.seeds
         if lanes * plan.steps < WORTH_IT or lanes <= NARROWEST:
             groups.append(group)
             continue
-        seconds = _probed(plan, program, lanes)
+        seconds = _probed(plan, program, some, lanes)
+        if not seconds:  # not even the narrowest fits the memory
+            groups.append(group.at_width(plan.devices, plan.devices))
+            continue
         best = min(t / w for w, t in seconds.items())
         width = min(w for w, t in seconds.items() if t / w <= WORSE * best)
         groups.append(group.at_width(width, plan.devices, seconds))
     return dataclasses.replace(plan, groups=groups)
 
 
-def _probed(plan: Plan, program: Program, lanes: int) -> dict[int, float]:
+def _probed(plan: Plan, program: Program, settings: Any, lanes: int) -> dict[int, float]:
     """Seconds of a step at each width, from memory or by trying."""
-    name = _structure(plan, program)
+    name = _structure(plan, program, lanes)
     known = _known.get(name) or _remembered().get(name)
     if known is None:
-        known = _measured(program, lanes, plan.devices)
+        known = _measured(program, settings, lanes, plan.devices)
         _remember(name, known)
     _known[name] = known = {int(width): seconds for width, seconds in known.items()}
     return known
 
 
-def _structure(plan: Plan, program: Program) -> str:
-    """What a probe is remembered by: device, task, and how big a lane is.
+def _structure(plan: Plan, program: Program, lanes: int) -> str:
+    """What a probe is remembered by: device, task, how many lanes there are and how big one is.
 
-    Groups whose lanes take about as much memory share one probe.
+    Groups of about as many lanes of about as much memory share one probe.
     """
     lane = jax.tree.leaves(program.shapes(1))
     size = sum(x.size * x.dtype.itemsize for x in lane)
-    return f"{plan.devices} x {plan.device}, task {plan.task}, 2^{np.log2(size + 1):.0f} bytes"
+    many = f"2^{np.ceil(np.log2(lanes)):.0f} lanes of 2^{np.log2(size + 1):.0f} bytes"
+    return f"{plan.devices} x {plan.device}, task {plan.task}, {many}"
 
 
-def _measured(program: Program, lanes: int, devices: int) -> dict[int, float]:
+def _measured(program: Program, settings: Any, lanes: int, devices: int) -> dict[int, float]:
     """Widths double until two in a row are no better, or memory ends; then all are timed anew."""
-    tried: dict[int, Any] = {}
+    tried: dict[int, float] = {}
     best, worse = np.inf, 0
     width = NARROWEST * devices
     while worse < 2 and width < 2 * lanes:
         ids = [i % lanes for i in range(width)]
-        state = program.chunk(program.start(ids, width), 0, 1)[0]  # compiled, and warm
-        if _bytes_of(program.chunks[width].compiled) > _memory():
+        state = program.start(settings, ids, width)
+        if _bytes_of(program.compiled(state, 0).compiled) > _memory():
             break
-        tried[width] = state, _seconds(program, state, 4)
-        share = tried[width][1] / width
+        warm = program.chunk(state, 0, 1)[0]
+        tried[width] = _seconds(program, warm, 4)
+        share = tried[width] / width
         best, worse = min(best, share), 0 if share < best / WORSE else worse + 1
         width *= 2
     times: dict[int, list[float]] = {width: [] for width in tried}
     for _ in range(3):
-        for width, (_, step) in tried.items():
+        for width, step in tried.items():
             ids = [i % lanes for i in range(width)]
             steps = int(np.clip(0.03 / step, 4, 200))
-            times[width].append(_seconds(program, program.start(ids, width), steps))
+            times[width].append(_seconds(program, program.start(settings, ids, width), steps))
     return {width: min(seen) for width, seen in times.items()}
 
 
