@@ -5,6 +5,7 @@ the signatures, the size of the state from `jax.eval_shape`.
 """
 
 import difflib
+import inspect
 import pathlib
 import re
 import sys
@@ -60,12 +61,12 @@ def entries() -> list[Entry]:
 def _entry(name: str, own: bool) -> Entry:
     factory = get(name)
     spec: Spec = factory.__jgd_spec__  # type: ignore[attr-defined]
-    text = factory.__doc__ or ""
+    text = inspect.getdoc(factory) or ""  # Python 3.13 takes the indentation off by itself
     numeric = [name for name, kind in spec.kinds.items() if kind.name in ("number", "numbers")]
     parameters = spec.signature.parameters
     empty = parameters[numeric[0]].empty
     numbers = {n: ... if parameters[n].default is empty else parameters[n].default for n in numeric}
-    block = re.search(r"\n\n((?: {8}.+\n)+)", text)
+    block = re.search(r"\n\n((?: {4}.+\n)+)", text)
     statements = re.split(r"\n| {3,}", block[1].strip()) if block else []
     source = re.search(r"Source: (.*?)\.?\s*\Z", text, re.DOTALL)
     return Entry(

@@ -3,11 +3,10 @@
 Each descends: the last link multiplies by -learning_rate, so that `optax.apply_updates` adds the
 update to the parameters. Every number may be a tracer or a schedule, every optimizer a lane.
 
-Common to all. A scheduled number adds one step counter around the state; numbers that come in
-tuples (`betas`) take no schedules. Memories are float32 for 16-bit parameters. Wrong kinds of
-arguments raise TypeError in the call, concrete numbers out of range ValueError; trees, shapes and
-states that do not fit raise `TreeError`, a ValueError, in `update`, and so do missing parameters
-where weights decay or a formula has p.
+Common to all. A scheduled number adds one step counter around the state. Memories are float32 for
+16-bit parameters. Wrong kinds of arguments raise TypeError in the call, concrete numbers out of
+range ValueError; trees, shapes and states that do not fit raise `TreeError`, a ValueError, in
+`update`, and so do missing parameters where weights decay or a formula has p.
 
 The rooms: `classic`, the textbook; `adaptive`, Adam's relatives; `normalized`, which divide first;
 `signs`; `layerwise`, trust ratios; `factored`, rows and columns in place of a magnitude;
