@@ -20,6 +20,7 @@ import numpy as np
 import optax
 
 __all__ = [
+    "BelowOne",
     "Boundaries",
     "BoundariesAndScales",
     "Count",
@@ -63,6 +64,7 @@ NonNegative = Annotated[Any, Kind("number", "at least 0", lambda x: x >= 0)]
 Positive = Annotated[Any, Kind("number", "above 0", lambda x: x > 0)]
 Fraction = Annotated[Any, Kind("number", "in [0, 1]", lambda x: 0 <= x <= 1)]
 Decay = Annotated[Any, Kind("number", "in [0, 1)", lambda x: 0 <= x < 1)]
+BelowOne = Annotated[Any, Kind("number", "below 1", lambda x: x < 1)]  # what factors reduce by
 Count = Annotated[Any, Kind("number", "a step count, at least 0", lambda x: x >= 0)]
 Period = Annotated[Any, Kind("number", "a number of steps, at least 1", lambda x: x >= 1)]
 Mixing = Annotated[Any, Kind("number", "in (0, 1)", lambda x: 0 < x < 1)]
@@ -74,8 +76,9 @@ Mask = Any | Callable[[Any], Any]  # a tree of bools, or a function from paramet
 
 
 def _is_pair_of_decays(pair: Any) -> bool:
-    numbers = [x for x in pair if isinstance(x, np.floating)]  # the others are schedules
-    return len(pair) == 2 and all(0 <= x < 1 for x in numbers)
+    if not hasattr(pair, "__len__") or len(pair) != 2:
+        return False
+    return all(0 <= x < 1 for x in pair if isinstance(x, np.floating))  # others are schedules
 
 
 Decays = Annotated[Any, Kind("numbers", "two numbers in [0, 1)", _is_pair_of_decays)]
@@ -135,6 +138,7 @@ def _kind(parameter: inspect.Parameter, hint: Any) -> Kind:
 
 
 def is_number(value: Any) -> bool:
+    """Whether it is a real number or an array of them: no bool, nothing complex."""
     if isinstance(value, bool | np.bool_ | complex | np.complexfloating):
         return False
     if isinstance(value, np.ndarray | jax.Array):
@@ -426,6 +430,7 @@ def is_schedule(arg: Any) -> bool:
 
 
 def is_one_of(arg: Any) -> bool:
+    """Whether it stands whole among several numbers: a schedule, or a word."""
     return isinstance(arg, Static) or is_schedule(arg)
 
 

@@ -11,13 +11,13 @@ cooldown are swept under `jax.vmap` and changed without another trace. An epoch 
 `report_every`) has epochs of n steps, and patience counts those.
 """
 
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jgd.arguments import Count, Fraction, Kind, Mixing, NonNegative, Number, Period
+from jgd.arguments import Count, Fraction, Mixing, NonNegative, Number, Period
 from jgd.combinators import expect, increment, leafwise
 from jgd.pytree import MonitorPair, as_pytree
 
@@ -28,9 +28,6 @@ __all__ = [
     "keep_best",
     "reduce_on_plateau",
 ]
-
-
-BelowOne = Annotated[Any, Kind("number", "below 1", lambda x: x < 1)]  # what factors reduce by
 
 
 def improves(mode: str, metric: Any, reference: Any, min_delta: Any) -> Any:

@@ -272,6 +272,8 @@ def test_what_does_not_go_together_is_refused_in_the_call():
     for wrong in (dict(), dict(momentum=0.9, dampening=0.1)):
         with pytest.raises(ValueError, match="sgd: nesterov wants a momentum above 0"):
             jt.sgd(nesterov=True, **wrong)
+    with pytest.raises(ValueError, match=r"adam: betas must be two numbers in \[0, 1\), got 0\.9"):
+        jt.adam(betas=0.9)
     with pytest.raises(ValueError, match="sgd: lr must be at least 0"):
         jt.sgd(-0.1)
     jax.vmap(lambda m: jt.sgd(0.1, momentum=m, nesterov=True))(jnp.array([0.0, 0.9]))

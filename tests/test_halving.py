@@ -368,7 +368,3 @@ def test_a_disk_that_is_full_or_read_only_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         jgd.sweep(_line(), _adam(4), 8, folder=tmp_path / "run")
-
-
-def test_endings_have_words():
-    assert prune.ENDINGS[prune.CUT] == "cut"

@@ -63,7 +63,7 @@ def momentum_average(
 ) -> GradientTransformation:
     """Momentum as an average: v <- momentum v + (1 - momentum) g, and u = -learning_rate v.
 
-    Args, as `momentum`.
+    Args: as `momentum`.
     State: `MovingAverageState(average)`, one tree.
     Differs from: `momentum`, whose steps are 1 / (1 - momentum) times as long, 10 times at 0.9.
     """

@@ -348,11 +348,14 @@ class Sweep:
 
     def _going_on(self, work: Work, end: int, lanes: Lane, on: np.ndarray) -> list[Work]:
         """The works that follow: the same tile, or narrower ones if that is cheaper."""
+        same = [work._replace(step=end, state=lanes)]
+        if on.all():
+            return same
         group = self.plan.groups[work.group]
         cost = dict(zip(group.menu, group.costs, strict=True))
         widths = cover(int(on.sum()), group.menu, group.costs)
-        if on.all() or sum(cost[w] for w in widths) > 0.9 * cost[work.width]:
-            return [work._replace(step=end, state=lanes)]
+        if sum(cost[w] for w in widths) > 0.9 * cost[work.width]:
+            return same
         rows, works = np.flatnonzero(on), []
         for width in widths:
             mine, rows = rows[:width], rows[width:]
@@ -397,7 +400,7 @@ class Sweep:
         lost: dict[str, list[int]] = {}
         for members, keep in self._pools(step):
             for name, setting in self.board.ranked(members)[keep:]:
-                lost.setdefault(name, []).extend(self._lanes_of(setting).tolist())
+                lost.setdefault(name, []).extend(self.board.lanes_of(setting).tolist())
         alive = self.board.alive
         lost = {name: [x for x in sorted(lanes) if alive[name][x]] for name, lanes in lost.items()}
         return {name: lanes for name, lanes in lost.items() if lanes}
@@ -412,20 +415,16 @@ class Sweep:
             return
         for members, keep in self._pools(step):
             here = {
-                name: settings[self.board.step[name][self._lanes_of(settings)].min(1) >= step]
+                name: settings[self.board.step[name][self.board.lanes_of(settings)].min(1) >= step]
                 for name, settings in members.items()
             }
             if sum(map(len, here.values())) <= keep:
                 continue
             lost: dict[str, list[int]] = {}
             for name, setting in self.board.ranked(here)[keep:]:
-                lost.setdefault(name, []).extend(self._lanes_of(setting).tolist())
+                lost.setdefault(name, []).extend(self.board.lanes_of(setting).tolist())
             for group, waiting in zip(self.plan.groups, self.waiting, strict=True):
                 waiting.drop(lost.get(group.name, []))
-
-    def _lanes_of(self, setting: Any) -> np.ndarray:
-        seeds = self.plan.seeds
-        return np.asarray(setting)[..., None] * seeds + np.arange(seeds)
 
     def _pools(self, step: int) -> list[tuple[dict[str, np.ndarray], int]]:
         """What is ranked together at a rung, settings by group, and how many of them go on."""

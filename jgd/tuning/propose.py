@@ -20,7 +20,7 @@ from jgd.training import Run, Task
 from jgd.tuning.driver import Cut, Sweep, prepare
 from jgd.tuning.prune import CUT
 from jgd.tuning.results import Best, Collector, Result
-from jgd.tuning.space import Choice, Distribution, Lanes, LogUniform, batch, is_number
+from jgd.tuning.space import Choice, Distribution, Lanes, LogUniform, batch, is_scalar
 
 __all__ = ["Proposed", "optuna_search"]
 
@@ -130,7 +130,7 @@ def _by_setting(
         belongs = lambda lanes, values=values: all(
             name in lanes.fixed and lanes.fixed[name] == value
             if name not in lanes.axes
-            else is_number(value)
+            else is_scalar(value)
             for name, value in values.items()
         )
         label = next(label for label, lanes in groups.items() if belongs(lanes))
@@ -157,12 +157,12 @@ def _trained(prepared: Sweep, study: Any, trials: Trials) -> Result:
                 trial = trials[report.group, setting]
                 trial.report(sum(values) / seeds, report.step)
                 if trial.should_prune():
-                    lanes = np.arange(seeds) + setting * seeds
+                    lanes = prepared.board.lanes_of(setting)
                     alive = lanes[prepared.board.alive[report.group][lanes]]
                     prepared.end({report.group: alive}, CUT)
     result = collector.result()
     for (group, setting), trial in trials.items():
-        lanes = np.arange(seeds) + setting * seeds
+        lanes = prepared.board.lanes_of(setting)
         value = float(prepared.board.value[group][lanes].mean())
         if (prepared.board.ending[group][lanes] == CUT).any():
             study.tell(trial, state=TrialState.PRUNED)

@@ -149,8 +149,9 @@ class Board:
         self.ending[group][lanes] = ending
         self.alive[group][lanes] = False
 
-    def lanes_of(self, setting: int) -> slice:
-        return slice(setting * self.seeds, (setting + 1) * self.seeds)
+    def lanes_of(self, setting: Any) -> np.ndarray:
+        """The lanes of a setting, or of each of several: one for each seed."""
+        return np.asarray(setting)[..., None] * self.seeds + np.arange(self.seeds)
 
     def waiting(self, group: str) -> np.ndarray:
         """The lanes that still go on."""
@@ -174,7 +175,7 @@ class Board:
     @np.errstate(invalid="ignore")
     def _measures(self, group: str, settings: np.ndarray) -> tuple[np.ndarray, ...]:
         """How far each went, its score and its loss: the lower the better."""
-        lanes = settings[:, None] * self.seeds + np.arange(self.seeds)
+        lanes = self.lanes_of(settings)
         values, losses = self.value[group][lanes], self.loss[group][lanes].mean(1)
         score = np.where(np.isfinite(values).all(1), values.mean(1), np.inf)
         if self.mode == "max":

@@ -113,7 +113,7 @@ class Collector:
         names, found = [], {}
         for (group, setting), states in held.items():
             for seed, state in states.items():
-                name = f"ended-{[g.name for g in self.plan.groups].index(group)}-{setting}-{seed}"
+                name = f"ended-{self.board.order[group]}-{setting}-{seed}"
                 names.append({"name": name, "group": group, "setting": setting, "seed": seed})
                 found[name] = state
         return names, found
@@ -123,7 +123,7 @@ class Collector:
         self.open, self.best = {}, None
         for entry in names:
             group, setting = entry["group"], entry["setting"]
-            program = self.sweep.programs[[g.name for g in self.plan.groups].index(group)]
+            program = self.sweep.programs[self.board.order[group]]
             state = load(entry["name"], program.state_shape())
             self._keep(group, setting, entry["seed"], state)
 
@@ -162,7 +162,7 @@ class Collector:
 
     def _last(self, group: str, name: str, setting: int) -> np.ndarray:
         """The last values of a metric for the seeds of a setting."""
-        rows = np.arange(self.plan.seeds) + setting * self.plan.seeds
+        rows = self.board.lanes_of(setting)
         columns = np.searchsorted(self.plan.reports, self.board.step[group][rows])
         values = self.curves[group].metrics[name][
             rows, np.minimum(columns, len(self.plan.reports) - 1)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
-from jgd.arguments import Static
+from jgd.arguments import Static, is_number
 from jgd.pytree import refuse_functions
 
 __all__ = [
@@ -249,16 +249,16 @@ def _is_array(x: Any) -> bool:
     return isinstance(x, np.ndarray | jax.Array)
 
 
-def is_number(x: Any) -> bool:
-    scalar = isinstance(x, float | int | np.number) or (_is_array(x) and np.ndim(x) == 0)
-    return scalar and not isinstance(x, bool | np.bool_)
+def is_scalar(x: Any) -> bool:
+    """Whether a value makes lanes; everything else is structure."""
+    return is_number(x) and np.ndim(x) == 0
 
 
 def batch(factory: Callable[..., Any], names: list[str], points: Sequence[tuple]) -> Any:
     """The settings at some points: `Lanes`, or a dict of them where structure varies."""
     groups: dict[tuple, list[tuple]] = {}
     for point in points:  # what is no number is structure
-        structure = tuple((i, Static(x)) for i, x in enumerate(point) if not is_number(x))
+        structure = tuple((i, Static(x)) for i, x in enumerate(point) if not is_scalar(x))
         groups.setdefault(structure, []).append(point)
     _try_each_value(factory, names, points)
     mixed = {i for structure in groups for i, _ in structure}

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 
 import jgd.stopping
-from jgd.arguments import Count, NonNegative, Number, Structure
+from jgd.arguments import BelowOne, Count, NonNegative, Number, Structure
 from jgd.combinators import expect
 from jgd.pytree import MonitorPair, as_pytree
-from jgd.stopping import BelowOne, improves, worst
+from jgd.stopping import improves, worst
 
 __all__ = ["ReduceLROnPlateauState", "early_stopping", "reduce_lr_on_plateau"]
 

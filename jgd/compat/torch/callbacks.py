@@ -5,10 +5,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jgd.arguments import Count, NonNegative, Number
+from jgd.arguments import BelowOne, Count, NonNegative, Number
 from jgd.combinators import expect
 from jgd.pytree import MonitorPair, as_pytree
-from jgd.stopping import BelowOne, worst
+from jgd.stopping import worst
 
 __all__ = ["ReduceLROnPlateauState", "reduce_lr_on_plateau"]
 

@@ -63,7 +63,7 @@ def state_from(
       step: the steps so far, if lr is a schedule and the optimizer does not keep them (SGD, Muon).
       names: those of the parameters in PyTorch's order, where the paths here are the same names:
         `[name for name, _ in model.named_parameters()]`. None: as PyTorch has kept them
-        (`param_names`), or by order, if the shapes fit one order only.
+        (`param_names`), or in the order in which the dicts here were written.
 
     Returns: the optimizer with the numbers of the checkpoint, and its state.
     Raises: ValueError, naming it, for what does not fit: an optimizer that is not here, groups with
