@@ -55,6 +55,7 @@ _MODULES = {
     "jgd.tuning.prune": "hyperband successive_halving",
     "jgd.tuning.space": """
         choice grid halton_search loguniform random_search sobol_search uniform""",
+    "jgd.tuning.streams": "stream",
     "jgd.tuning.sweep": "iter_sweep sweep",
     "jgd.tuning.propose": "optuna_search",
 }
@@ -86,6 +87,7 @@ if TYPE_CHECKING:
     from jgd.tuning.propose import *  # noqa: F403
     from jgd.tuning.prune import *  # noqa: F403
     from jgd.tuning.space import *  # noqa: F403
+    from jgd.tuning.streams import *  # noqa: F403
     from jgd.tuning.sweep import *  # noqa: F403
     from jgd.wrappers import *  # noqa: F403
 

@@ -24,7 +24,7 @@ import optax
 from jgd.arguments import Static
 from jgd.pytree import refuse_functions
 
-__all__ = ["Run", "Task", "TrainState", "minibatches", "supervised", "train"]
+__all__ = ["Run", "Task", "TrainState", "minibatches", "start", "supervised", "train"]
 
 
 class Task(NamedTuple):
@@ -40,22 +40,43 @@ class Task(NamedTuple):
     """(params, batch) -> loss; or the full form (params, model_state, batch, key, setting) ->
     (loss, (metrics, model_state)), for batch norm, dropout and settings beyond the optimizer."""
     batch: Callable[..., Any]
-    """step -> batch, the same for every setting and seed."""
+    """step -> batch, the same for every setting; `minibatches` makes one, `stream` another."""
     evaluate: Callable[..., Any]
     """params -> dict of scalars, on held-out data; may take (params, model_state) or
     (params, model_state, setting)."""
 
 
 class Run(NamedTuple):
-    """A training run: all that the driver of a sweep knows.
+    """A training run: all that the driver of a sweep knows. Any training can be one.
 
-    `update` may report a metric "stride" beside "loss": |g . u|, for the verdict.
+        def init(tx, key):                                  # an environment instead of data
+            params = network(key)
+            return params, tx.init(params), env_reset(key)
+
+        def update(tx, state, batch): ...                   # one step, -> state, {"loss": loss}
+
+        run = jgd.Run(init, update, evaluate=lambda tx, state: {...}, batch=lambda step: step)
+        jgd.sweep(run, jgd.grid(jgd.adam, learning_rate=[...]), steps=1000, mode="max")
+
+    All are pure; the state is any pytree of arrays, random keys among them.
     """
 
-    init: Callable[[Any, jax.Array], Any]
+    init: Callable[..., Any]
+    """(setting, key) -> state; with `begin`, (setting, key, what it returned) -> state."""
     update: Callable[[Any, Any, Any], tuple[Any, dict[str, Any]]]
+    """(setting, state, batch) -> (state, metrics): a dict with the scalar "loss"; where it has
+    "stride", |g . u|, the verdict can tell steps that are too long from batches that are noisy."""
     evaluate: Callable[[Any, Any], dict[str, Any]]
-    batch: Callable[[Any], Any]
+    """(setting, state) -> dict of scalars, at each report."""
+    batch: Callable[..., Any]
+    """step -> batch, or (step, seed=None) -> batch where seeds may have an order of their own."""
+    begin: Callable[[jax.Array], Any] | None = None
+    """Optional: key -> what all settings of a seed begin with, such as parameters: made once."""
+
+
+def start(run: Run, setting: Any, key: jax.Array) -> Any:
+    """The state that a run begins with."""
+    return run.init(setting, key, *(() if run.begin is None else (run.begin(key),)))
 
 
 class TrainState(NamedTuple):
@@ -103,9 +124,11 @@ def supervised(task: Task) -> Run:
         )
     full, seen = arity == 5, min(max(_arity(task.evaluate), 1), 3)
 
-    def init(setting: Any, key: jax.Array) -> TrainState:
-        model_key, step_key = jax.random.split(key)
-        made = task.init(model_key)
+    def begin(key: jax.Array) -> Any:
+        return task.init(jax.random.split(key)[0])
+
+    def init(setting: Any, key: jax.Array, made: Any) -> TrainState:
+        step_key = jax.random.split(key)[1]
         params, model_state = made if full else (made, None)
         opt_state = optimizer_of(setting).init(params)
         return TrainState(params, opt_state, model_state, step_key if full else None)
@@ -136,7 +159,7 @@ def supervised(task: Task) -> Run:
     def evaluate(setting: Any, state: TrainState) -> dict[str, Any]:
         return task.evaluate(*(state.params, state.model_state, setting)[:seen])
 
-    return Run(init, update, evaluate, task.batch)
+    return Run(init, update, evaluate, task.batch, begin)
 
 
 # --- batches ---------------------------------------------------------------------------------
@@ -153,7 +176,8 @@ def minibatches(data: Any, batch_size: int | None, key: jax.Array) -> Callable[[
       key: of the orders, one permutation per epoch.
 
     Returns: a callable pytree, whose leaves are the data and the key: passed to a compiled function
-      the data are an argument, not a constant.
+      the data are an argument, not a constant. Called as (step, seed=None): a seed, an int, has
+      orders of its own.
     Raises: ValueError for arrays of unlike lengths, or a batch size outside 1 to n.
     """
     leaves = jax.tree.leaves(data)
@@ -169,14 +193,16 @@ def minibatches(data: Any, batch_size: int | None, key: jax.Array) -> Callable[[
     return jax.tree_util.Partial(_Minibatch(batch_size), data, key)
 
 
-def _full_batch(data: Any, step: Any) -> Any:
+def _full_batch(data: Any, step: Any, seed: Any = None) -> Any:
     return data
 
 
 class _Minibatch(NamedTuple):
     batch_size: int
 
-    def __call__(self, data: Any, key: jax.Array, step: Any) -> Any:
+    def __call__(self, data: Any, key: jax.Array, step: Any, seed: Any = None) -> Any:
+        if seed is not None:
+            key = jax.random.split(jax.random.fold_in(key, seed))[1]  # apart from the epochs' keys
         examples = len(jax.tree.leaves(data)[0])
         epoch, place = jnp.divmod(step, examples // self.batch_size)
         order = jax.random.permutation(jax.random.fold_in(key, epoch), examples)
@@ -230,5 +256,5 @@ def _train(steps: Static, task: Any, setting: Any, key: jax.Array) -> Any:
         state, metrics = run.update(setting, state, run.batch(index))
         return state, {name: x for name, x in metrics.items() if name != "stride"}
 
-    state, history = jax.lax.scan(step, run.init(setting, key), jnp.arange(steps.value))
+    state, history = jax.lax.scan(step, start(run, setting, key), jnp.arange(steps.value))
     return (state.params if isinstance(task, Task) else state), history

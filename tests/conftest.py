@@ -16,6 +16,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 from table import losses
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Most of the time is compilation, much of it of the same programs: keep them."""
+    if config.cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("programs")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 @contextlib.contextmanager
 def _float64() -> Iterator[None]:
     before = jax.config.jax_enable_x64  # type: ignore[attr-defined]

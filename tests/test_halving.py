@@ -288,7 +288,7 @@ def test_resume_refuses_another_sweep(tmp_path):
     again = dict(folder=tmp_path / "run", resume=True, **options)
     with pytest.raises(ValueError, match="another sweep: its steps was 40 and is now 44"):
         jgd.sweep(_line(), _adam(8), 44, **again)
-    with pytest.raises(ValueError, match="another sweep: its groups was"):
+    with pytest.raises(ValueError, match="another sweep: its groups adam setting was"):
         jgd.sweep(_line(), _adam(9), 40, **again)
     with pytest.raises(ValueError, match="another sweep: its task was"):
         jgd.sweep(_line(batch_size=3), _adam(8), 40, **again)

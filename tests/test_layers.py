@@ -58,9 +58,12 @@ ORDER = [  # a module may import those before it
     "tuning.space",
     "tuning.prune",
     "tuning.plan",
+    "tuning.devices",
+    "tuning.streams",
     "tuning.programs",
     "tuning.waiting",
     "tuning.widths",
+    "tuning.checks",
     "tuning.driver",
     "tuning.results",
     "tuning.store",
@@ -98,7 +101,9 @@ def _imports(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.module, node
+            for alias in node.names:
+                module = f"{node.module}.{alias.name}"
+                yield (module if module.removeprefix("jgd.") in ORDER else node.module), node
 
 
 def test_arrows_point_down():

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import jgd
-from jgd.training import TrainState
+from jgd.training import TrainState, start
 from jgd.tuning.tasks import digits
 
 X = np.random.default_rng(0).uniform(-1, 1, (12, 2)).astype(np.float32)
@@ -173,7 +173,7 @@ def test_optax_hypergradients_are_not_finite_on_digits():
 
 
 def test_the_final_state_of_a_task_is_its_parameters():
-    state = jgd.supervised(_line()).init(jgd.adam(0.1), jax.random.key(0))
+    state = start(jgd.supervised(_line()), jgd.adam(0.1), jax.random.key(0))
     assert isinstance(state, TrainState)
     assert state.key is None
     assert state.model_state is None

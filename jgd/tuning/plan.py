@@ -24,10 +24,32 @@ import numpy as np
 import jgd
 from jgd.tuning.prune import Halving
 
-__all__ = ["Group", "Plan", "fingerprint", "make_plan", "plain", "ranked_by"]
+__all__ = ["Group", "Options", "Plan", "fingerprint", "make_plan", "plain", "ranked_by"]
 
 WIDTH = 64  # lanes of a small network then fit the cache of two cores
 OVERHEAD = 8.0  # of a step, in lanes
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What `jgd.sweep` may be told beside task, settings and steps; it says what each means."""
+
+    seeds: int = 1
+    key: int = 0
+    order: Literal["shared", "own"] = "shared"
+    width: int | None = None
+    report_every: int | None = None
+    metric: str | None = None
+    mode: Literal["min", "max"] | None = None
+    best: Literal["final", "ever"] = "final"
+    target: float | None = None
+    keep: int = 1
+    halving: Halving | None = None
+    stop: Any = None
+    drop_diverged: bool = False
+    budget: int | None = None
+    seconds: float | None = None
+    devices: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +99,10 @@ class Plan:
     metrics: list[str]  # what `evaluate` reports, in its order
     metric: str  # the one to rank by
     mode: Literal["min", "max"]
+    best: str  # which report counts: "final" or best "ever"
+    target: float | None  # of the metric: the first to be there is best
+    keep: int  # states of how many settings
+    order: str  # of the batches: "shared", or each seed its "own"
     halving: Mapping[str, Any] | None
     stop: str | None
     drop_diverged: bool
@@ -112,36 +138,43 @@ class Plan:
 def make_plan(
     groups: Mapping[str, Any],
     steps: int,
+    options: Options,
     *,
-    seeds: int,
-    key: int,
-    width: int | None,
-    report_every: int | None,
-    metric: str,
-    mode: Literal["min", "max"],
-    halving: Halving | None,
-    stop: Any,
-    drop_diverged: bool,
-    budget: int | None,
-    seconds: float | None,
+    metrics: list[str],
+    usual_every: int | None = None,
     devices: int,
     task: str,
-    metrics: list[str],
 ) -> Plan:
     """The plan of a sweep over groups of `Lanes`, at the usual width if none is given.
 
-    Raises: ValueError for a count that is not positive.
+    Args:
+      usual_every: steps between reports, if the options do not say; None: a twentieth of all.
+
+    Raises: ValueError for what is out of range.
     """
-    every = max(1, steps // 20) if report_every is None else report_every
-    counts = {"steps": steps, "seeds": seeds, "width": width or 0, "report_every": every}
+    metric, mode = ranked_by(metrics, options.metric, options.mode)
+    halving, width, every = options.halving, options.width, options.report_every
+    if every is None:
+        every = max(1, steps // 20) if usual_every is None else usual_every
+    counts = {"steps": steps, "seeds": options.seeds, "keep": options.keep, "report_every": every}
+    if width is not None:
+        counts["width"] = width
     counts = {name: operator.index(count) for name, count in counts.items()}
     for name, count in counts.items():
-        if count < 1 and (name != "width" or width is not None):
+        if count < 1:
             raise ValueError(f"sweep: {name} must be at least 1, got {count}")
     steps, seeds, every = counts["steps"], counts["seeds"], counts["report_every"]
     if steps < 4:
         raise ValueError(f"sweep: a verdict needs at least 4 steps, got {steps}")
-    for name, bound in {"budget": budget, "seconds": seconds}.items():
+    for name, known in {"order": ("shared", "own"), "best": ("final", "ever")}.items():
+        if getattr(options, name) not in known:
+            raise ValueError(
+                f"sweep: {name} must be {' or '.join(map(repr, known))}, got"
+                f" {getattr(options, name)!r}"
+            )
+    if options.target is not None and not math.isfinite(options.target):
+        raise ValueError(f"sweep: target must be finite, got {options.target}")
+    for name, bound in {"budget": options.budget, "seconds": options.seconds}.items():
         if bound is not None and not bound > 0:
             raise ValueError(f"sweep: {name} must be above 0, got {bound}")
     if halving is not None:
@@ -158,7 +191,7 @@ def make_plan(
     return Plan(
         steps=steps,
         seeds=seeds,
-        key=operator.index(key),
+        key=operator.index(options.key),
         reports=sorted({*range(every, steps, every), *rungs, steps}),
         rounds=[*rungs, steps],
         groups=[
@@ -171,18 +204,22 @@ def make_plan(
                 width=0,
                 menu=[],
                 costs=[],
-            ).at_width(counts["width"] or min(WIDTH, len(lanes) * seeds), devices)
+            ).at_width(counts.get("width") or min(WIDTH, len(lanes) * seeds), devices)
             for name, lanes in groups.items()
         ],
         brackets=halving.shares(settings, steps).tolist() if halving else [0] * settings,
         metrics=metrics,
         metric=metric,
         mode=mode,
+        best=options.best,
+        target=options.target,
+        keep=counts["keep"],
+        order=options.order,
         halving=halving._asdict() if halving else None,
-        stop=None if stop is None else repr(stop),
-        drop_diverged=drop_diverged,
-        budget=budget,
-        seconds=seconds,
+        stop=None if options.stop is None else repr(options.stop),
+        drop_diverged=options.drop_diverged,
+        budget=options.budget,
+        seconds=options.seconds,
         task=task,
         versions={
             "jgd": jgd.__version__,

@@ -15,9 +15,11 @@ import numpy as np
 from jgd import diagnosis
 from jgd.pytree import Monitor
 from jgd.training import Run
+from jgd.tuning import devices
+from jgd.tuning.plan import Plan
 from jgd.tuning.prune import DIVERGED, STOPPED
 
-__all__ = ["Batches", "Lane", "Program"]
+__all__ = ["Batches", "Common", "Lane", "Program"]
 
 BATCHES_AT_ONCE = 64 * 2**20  # bytes of batches made ahead for a chunk
 
@@ -30,24 +32,43 @@ class Lane(NamedTuple):
     seen: diagnosis.LossStatistics
     loss: Any  # sum of the training loss since the last report
     monitor: Any  # state of the early stopping; None without
+    seed: Any  # int32; None where all seeds see the same batches
+    best: Any  # `Kept` of the best report so far; None where the last one counts
+
+
+class Kept(NamedTuple):
+    """The best report so far."""
+
+    score: Any  # the metric, its sign turned where the greatest is best
+    state: Any
 
 
 class Batches:
-    """The batches of each chunk, shared by all tiles and groups; kept, if there is room for all."""
+    """The batches of each chunk, shared by all tiles and groups; kept, if there is room for all.
 
-    def __init__(self, batch: Callable[[Any], Any], reports: list[int]) -> None:
+    Args:
+      seeds: None, or how many there are, each with an order of its own: `batch(step, seed=seed)`.
+    """
+
+    def __init__(
+        self, batch: Callable[..., Any], reports: list[int], seeds: int | None, where: Any
+    ) -> None:
         self.size = max(np.diff([0, *reports]))
-        closed, shape = jax.make_jaxpr(batch, return_shape=True)(jnp.int32(0))
-        bytes_of = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shape))
+        if seeds is None:
+            self.batch = batch
+        else:
+            each = jnp.arange(seeds)
+            self.batch = lambda step: jax.vmap(lambda seed: batch(step, seed=seed))(each)
+        closed, self.shape = jax.make_jaxpr(self.batch, return_shape=True)(jnp.int32(0))
+        bytes_of = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.shape))
         used = {id(v) for eqn in closed.jaxpr.eqns for v in eqn.invars}
         # a full batch does not depend on the step: nothing to make ahead
         moves = id(closed.jaxpr.invars[0]) in used
         self.ahead = moves and bytes_of * self.size <= BATCHES_AT_ONCE
         self.keep = bytes_of * self.size * len(reports) <= 4 * BATCHES_AT_ONCE
         self.made: dict[int, Any] = {}
-        self.batch = batch
-        many = lambda begin: jax.vmap(batch)(begin + jnp.arange(self.size))
-        self.make = _compiled(many, jnp.int32(0))
+        many = lambda begin: jax.vmap(self.batch)(begin + jnp.arange(self.size))
+        self.make = _compiled(many, np.int32(0), out=where)
 
     def of(self, begin: int) -> Any:
         """The batches of the chunk from this step on, where they are made ahead."""
@@ -56,7 +77,7 @@ class Batches:
         if begin not in self.made:
             if not self.keep:
                 self.made.clear()
-            self.made[begin] = self.make(jnp.int32(begin))
+            self.made[begin] = self.make(np.int32(begin))
         return self.made[begin]
 
     def at(self, batches: Any, begin: Any, offset: Any) -> Any:
@@ -67,57 +88,73 @@ class Batches:
         return jax.tree.map(pick, batches)
 
 
+class Common:
+    """What all groups of a sweep share: the batches, and what each seed begins with."""
+
+    def __init__(self, run: Run, plan: Plan, mesh: jax.sharding.Mesh | None, batches: Any) -> None:
+        self.mesh, self.batches = mesh, batches
+        root = jax.random.key(plan.key)
+        keys = jax.vmap(lambda seed: jax.random.fold_in(root, seed))(jnp.arange(plan.seeds))
+        self.keys = np.asarray(jax.random.key_data(keys))
+        self.begun: Any = None
+        if make := run.begin:
+            begin = lambda bits: jax.vmap(make)(jax.random.wrap_key_data(bits))
+            self.begun = _compiled(begin, self.keys, out=devices.on_all(mesh))(self.keys)
+
+
 class Program:
     """The compiled parts of a group: start, and a chunk at each width that is asked for."""
 
     def __init__(
-        self,
-        run: Run,
-        settings: Any,
-        batches: Batches,
-        *,
-        seeds: int,
-        key: int,
-        steps: int,
-        metric: str,
-        stop: Monitor | None = None,
-        drop_diverged: bool = False,
-        mesh: jax.sharding.Mesh | None = None,
+        self, run: Run, settings: Any, common: Common, plan: Plan, stop: Monitor | None
     ) -> None:
-        self.run, self.batches = run, batches
+        self.run, self.batches, self.stop = run, common.batches, stop
         one = lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], jnp.asarray(x).dtype)
         self._setting = jax.tree.map(one, settings)
-        self.seeds, self.steps, self.metric = seeds, steps, metric
-        self.stop, self.drop_diverged = stop, drop_diverged
-        root = jax.random.key(key)
-        self.keys = jax.vmap(lambda seed: jax.random.fold_in(root, seed))(jnp.arange(seeds))
+        self.seeds, self.steps, self.metric = plan.seeds, plan.steps, plan.metric
+        self.own_order, self.ever = plan.order == "own", plan.best == "ever"
+        self.sign = -1.0 if plan.mode == "max" else 1.0
+        self.drop_diverged = plan.drop_diverged
+        self._keys, self._begun = common.keys, common.begun
         # lanes are dealt out to the devices of a mesh, everything else is on all of them
-        spec = jax.sharding.PartitionSpec
-        self._by_lane = mesh and jax.sharding.NamedSharding(mesh, spec("lanes"))
-        self._on_all = mesh and jax.sharding.NamedSharding(mesh, spec())
-        self._starts: dict[int, Callable[..., Lane]] = {}
+        self._by_lane = devices.by_lane(common.mesh)
+        self._start: Callable[..., Lane] | None = None
+        self._start_width = 0
         self.chunks: dict[int, Any] = {}
         self._like = self._seen_in_a_step()
 
     def start(self, settings: Any, lanes: list[int], width: int) -> Lane:
-        """Lanes at step 0; the last one fills up to the width."""
-        ids = np.array(lanes + lanes[-1:] * (width - len(lanes)))
-        take = lambda x: jnp.asarray(np.asarray(x)[ids // self.seeds])
-        chosen, keys = self.dealt((jax.tree.map(take, settings), self.keys[ids % self.seeds]))
-        if width not in self._starts:
-            self._starts[width] = _compiled(self._begin_all, chosen, keys, out=self._by_lane)
-        return self._starts[width](chosen, keys)
+        """Lanes at step 0; the last one fills up to the width.
+
+        One program starts lanes of all widths: the width that was asked for first.
+        """
+        one = self._start_width or width
+        filled = np.array(lanes + lanes[-1:] * (-(-width // one) * one - len(lanes)))
+        parts = [self._started(settings, ids) for ids in filled.reshape(-1, one)]
+        if len(parts) == 1 and width == one:
+            return parts[0]
+        rows = [devices.to_host(part) for part in parts]
+        return self.filled(jax.tree.map(lambda *x: np.concatenate(x)[:width], *rows), width)
+
+    def _started(self, settings: Any, ids: np.ndarray) -> Lane:
+        chosen = jax.tree.map(lambda x: np.asarray(x)[ids // self.seeds], settings)
+        arguments = self.dealt((chosen, (ids % self.seeds).astype(np.int32)))
+        arguments = (*arguments, self._keys, self._begun)
+        if self._start is None:
+            self._start = _compiled(self._begin_all, *arguments, out=self._by_lane)
+            self._start_width = len(ids)
+        return self._start(*arguments)
 
     def dealt(self, lanes: Any) -> Any:
         """Lanes on the devices that they belong to."""
-        return lanes if self._by_lane is None else jax.device_put(lanes, self._by_lane)
+        return jax.tree.map(lambda x: devices.placed(x, self._by_lane), lanes)
 
     def shapes(self, rows: int) -> Lane:
         """What so many packed lanes look like."""
         many = lambda x: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype)
-        return jax.eval_shape(
-            self._begin_all, jax.tree.map(many, self._setting), many(self.keys[0])
-        )
+        setting = jax.tree.map(many, self._setting)
+        seeds = jax.ShapeDtypeStruct((rows,), np.int32)
+        return jax.eval_shape(self._begin_all, setting, seeds, self._keys, self._begun)
 
     def chunk(self, lanes: Lane, begin: int, end: int) -> tuple[Lane, Any, Any, Any]:
         """The lanes at step `end`, their losses since `begin`, their metrics and endings now."""
@@ -133,46 +170,60 @@ class Program:
         return self.chunks[width]
 
     def _arguments(self, lanes: Lane, begin: int, end: int) -> tuple[Any, ...]:
-        rest = (self.batches.of(begin), jnp.int32(begin), jnp.int32(end))
-        return lanes, *(rest if self._on_all is None else jax.device_put(rest, self._on_all))
+        return lanes, self.batches.of(begin), np.int32(begin), np.int32(end)
 
     def filled(self, rows: Lane, width: int) -> Lane:
         """Rows from the host as lanes; the last one fills up to the width."""
         n = len(rows.loss)
         index = np.minimum(np.arange(width), n - 1)
-        return self.dealt(jax.tree.map(lambda x: jnp.asarray(x[index]), rows))
+        return self.dealt(jax.tree.map(lambda x: np.asarray(x)[index], rows))
 
-    def unpacked(self, lanes: Lane) -> Lane:
-        """With random keys as such again."""
-        return jax.tree.map(lambda x, like: like.unpack(x), lanes, self._like)
+    def result(self, lanes: Lane) -> Any:
+        """The states of lanes as the user knows them: those of the reports that count."""
+        lanes = jax.tree.map(lambda x, like: like.unpack(x), lanes, self._like)
+        return lanes.state if lanes.best is None else lanes.best.state
 
-    def state_shape(self) -> Any:
+    def result_shape(self) -> Any:
         """What the state of one lane looks like to the user."""
-        state = jax.eval_shape(self.unpacked, self.shapes(1)).state
+        state = jax.eval_shape(self.result, self.shapes(1))
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state)
-
-    def _pack(self, lanes: Lane) -> Lane:
-        return jax.tree.map(lambda x, like: like.pack(x), lanes, self._like)
 
     def _seen_in_a_step(self) -> Any:
         """For each leaf of a lane its dtype after a step: a state may begin as a Python number."""
-        one = jax.eval_shape(self._begin, self._setting, self.keys[0])
-        after = jax.eval_shape(self._step, one, jax.eval_shape(self.run.batch, 0), 0)
+        begun = jax.tree.map(lambda x: x[0], self._begun)
+        one = jax.eval_shape(self._begin, self._setting, 0, self._keys[0], begun)
+        after = jax.eval_shape(self._step, one, self.batches.shape, 0)
+        if after.best is not None:
+            after = after._replace(best=Kept(after.best.score, after.state))
         return jax.tree.map(lambda x: _Like(x.dtype), after)
 
-    def _begin_all(self, settings: Any, keys: jax.Array) -> Lane:
-        return self._pack(jax.vmap(self._begin)(settings, keys))
+    def _begin_all(self, settings: Any, seeds: Any, keys: Any, begun: Any) -> Lane:
+        mine = jax.tree.map(lambda x: x[seeds], (keys, begun))
+        lanes = jax.vmap(self._begin)(settings, seeds, *mine)
+        return jax.tree.map(lambda x, like: like.pack(x), lanes, self._like)
 
-    def _begin(self, setting: Any, key: jax.Array) -> Lane:
-        monitor = None if self.stop is None else self.stop.init()
+    def _begin(self, setting: Any, seed: Any, bits: Any, begun: Any) -> Lane:
+        key = jax.random.wrap_key_data(bits)
+        init = self.run.init
+        state = init(setting, key) if self.run.begin is None else init(setting, key, begun)
         zero = jnp.zeros([], float)
-        return Lane(setting, self.run.init(setting, key), diagnosis.statistics(), zero, monitor)
+        return Lane(
+            setting,
+            state,
+            diagnosis.statistics(),
+            loss=zero,
+            monitor=None if self.stop is None else self.stop.init(),
+            seed=jnp.int32(seed) if self.own_order else None,
+            best=Kept(zero + jnp.inf, state) if self.ever else None,
+        )
 
     def _step(self, lane: Lane, batch: Any, index: Any) -> Lane:
+        if self.own_order:
+            batch = jax.tree.map(lambda x: x[lane.seed], batch)
         state, metrics = self.run.update(lane.setting, lane.state, batch)
         loss, stride = metrics["loss"], metrics.get("stride", jnp.nan)
         seen = diagnosis.observe(lane.seen, loss, stride, index, self.steps)
-        return Lane(lane.setting, state, seen, lane.loss + loss, lane.monitor)
+        return lane._replace(state=state, seen=seen, loss=lane.loss + loss)
 
     def _steps(
         self, packed: Lane, batches: Any, begin: Any, end: Any
@@ -182,17 +233,29 @@ class Program:
             # the step is one scalar for the tile: one in each lane would map the batch
             return jax.vmap(self._step, (0, None, None))(lanes, batch, begin + offset)
 
-        lanes = jax.lax.fori_loop(0, end - begin, body, self.unpacked(packed))
+        lanes = jax.tree.map(lambda x, like: like.unpack(x), packed, self._like)
+        lanes = jax.lax.fori_loop(0, end - begin, body, lanes)
         metrics = jax.vmap(self.run.evaluate)(lanes.setting, lanes.state)
         ending = jnp.zeros(lanes.loss.shape, jnp.int8)
         if self.stop is not None:
             stop, monitor = jax.vmap(self.stop.update)(metrics[self.metric], lanes.monitor)
             lanes = lanes._replace(monitor=monitor)
             ending = jnp.where(stop, STOPPED, ending).astype(jnp.int8)
+        if self.ever:
+            lanes = jax.vmap(self._kept)(lanes, metrics)
         if self.drop_diverged:
             ending = jnp.where(lanes.seen.finite, ending, DIVERGED).astype(jnp.int8)
         after = lanes._replace(loss=jnp.zeros_like(lanes.loss))
-        return self._pack(after), lanes.loss, metrics, ending
+        after = jax.tree.map(lambda x, like: like.pack(x), after, self._like)
+        return after, lanes.loss, metrics, ending
+
+    def _kept(self, lane: Lane, metrics: Any) -> Lane:
+        score = self.sign * metrics[self.metric]
+        better = jnp.isfinite(score) & (score < lane.best.score)
+        new = Kept(score, lane.state)
+        return lane._replace(
+            best=jax.tree.map(lambda a, b: jnp.where(better, a, b), new, lane.best)
+        )
 
 
 class _Like:
@@ -229,10 +292,8 @@ def _compiled(
         leaves = jax.core.eval_jaxpr(closed.jaxpr, constants, *jax.tree.leaves(arguments))
         return jax.tree.unflatten(structure, leaves)
 
-    constants = [jnp.asarray(x) for x in closed.consts]
-    if out is not None:
-        everywhere = jax.sharding.NamedSharding(out.mesh, jax.sharding.PartitionSpec())
-        constants = jax.device_put(constants, everywhere)
+    where_all = None if out is None else devices.on_all(out.mesh)
+    constants = [devices.placed(x, where_all) for x in closed.consts]
     where: dict[str, Any] = {} if out is None else {"out_shardings": out}
     program = jax.jit(flat, donate_argnums=1 if donate else (), **where)
     compiled = program.lower(constants, *examples).compile()

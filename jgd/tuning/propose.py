@@ -147,6 +147,7 @@ def _trained(prepared: Sweep, study: Any, trials: Trials) -> Result:
     heard: dict[tuple[str, int, int], list[float]] = {}
     for report in prepared:
         if isinstance(report, Cut):
+            collector.cut(report)
             continue
         collector.add(report)
         for lane, value in zip(report.lanes, report.metrics[prepared.plan.metric], strict=True):

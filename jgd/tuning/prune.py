@@ -16,8 +16,11 @@ import numpy as np
 
 __all__ = ["ENDINGS", "Board", "Halving", "cover", "hyperband", "successive_halving"]
 
-ENDINGS = ("not run", "finished", "stopped early", "diverged", "cut", "out of budget")
-NOT_RUN, FINISHED, STOPPED, DIVERGED, CUT, OUT = range(len(ENDINGS))
+ENDINGS = (  # those of the seeds of a setting differ: the last of them is said
+    *("not run", "reached target", "finished", "stopped early", "diverged", "cut"),
+    "out of budget",
+)
+NOT_RUN, REACHED, FINISHED, STOPPED, DIVERGED, CUT, OUT = range(len(ENDINGS))
 
 
 # --- rungs -----------------------------------------------------------------------------------
@@ -127,23 +130,49 @@ def cover(lanes: int, menu: Sequence[int], costs: Sequence[float]) -> list[int]:
 
 
 class Board:
-    """The last word of every lane: what cuts and the table are made from."""
+    """The last word of every lane: what cuts and the table are made from.
+
+    Args:
+      lanes: how many each group has.
+      best: "final": the last report of a lane counts; "ever": its best one.
+      target: None, or a value of the metric: who got there in fewer steps is better.
+    """
 
     def __init__(
-        self, lanes: Mapping[str, int], seeds: int, metric: str, mode: Literal["min", "max"]
+        self,
+        lanes: Mapping[str, int],
+        seeds: int,
+        metric: str,
+        mode: Literal["min", "max"],
+        best: str = "final",
+        target: float | None = None,
     ) -> None:
-        self.seeds, self.metric, self.mode = seeds, metric, mode
+        self.seeds, self.metric, self.ever = seeds, metric, best == "ever"
+        self.sign = -1.0 if mode == "max" else 1.0
+        self.target = target
         self.order = {name: place for place, name in enumerate(lanes)}
         full = lambda value, dtype: {n: np.full(k, value, dtype) for n, k in lanes.items()}
         self.value, self.loss = full(np.nan, np.float64), full(np.nan, np.float64)
+        self.at = full(0, np.int64)  # the step of the report that counts
         self.step, self.ending = full(0, np.int64), full(NOT_RUN, np.int8)
+        self.reached = full(np.inf, np.float64)  # the step at which the target was
         self.alive = full(True, bool)  # has a future: no ending that is final
 
-    def add(self, group: str, lanes: np.ndarray, step: int, metrics: Mapping[str, Any]) -> None:
-        self.value[group][lanes] = metrics[self.metric]
-        if "loss" in metrics:
-            self.loss[group][lanes] = metrics["loss"]
+    def add(self, group: str, lanes: Any, step: int, metrics: Mapping[str, Any]) -> None:
+        """A report of some lanes."""
+        lanes, new = np.asarray(lanes, int), np.asarray(metrics[self.metric], np.float64)
         self.step[group][lanes] = step
+        if self.target is not None:
+            there = self.sign * new <= self.sign * self.target
+            self.reached[group][lanes[there & np.isinf(self.reached[group][lanes])]] = step
+        old, counts = self.value[group][lanes], np.ones(len(lanes), bool)
+        if self.ever:
+            better = ~np.isfinite(old) | (self.sign * new < self.sign * old)
+            counts = (self.at[group][lanes] == 0) | (np.isfinite(new) & better)
+        rows = lanes[counts]
+        self.value[group][rows], self.at[group][rows] = new[counts], step
+        if "loss" in metrics:
+            self.loss[group][rows] = np.asarray(metrics["loss"], np.float64)[counts]
 
     def end(self, group: str, lanes: Any, ending: Any) -> None:
         self.ending[group][lanes] = ending
@@ -159,8 +188,11 @@ class Board:
 
     def key(self, group: str, setting: int) -> tuple:
         """Sorts settings, best first."""
-        short, score, loss = (float(x[0]) for x in self._measures(group, np.array([setting])))
-        return short, score, loss, self.order[group], setting
+        return (
+            *(float(x[0]) for x in self._measures(group, np.array([setting]))),
+            self.order[group],
+            setting,
+        )
 
     def ranked(self, members: Mapping[str, np.ndarray]) -> list[tuple[str, int]]:
         """Settings of several groups, best first."""
@@ -172,17 +204,24 @@ class Board:
         places = np.lexsort((settings, order, *columns[::-1]))
         return [(names[k], int(settings[k])) for k in places]
 
+    def scores(self, group: str, setting: int) -> np.ndarray:
+        """What each seed of a setting is ranked by: the lower the better, inf for what is lost."""
+        lanes = self.lanes_of(setting)
+        if self.target is not None and np.isfinite(self.reached[group][lanes]).all():
+            return self.reached[group][lanes]
+        values = self.value[group][lanes]
+        return np.where(np.isfinite(values), self.sign * values, np.inf)
+
     @np.errstate(invalid="ignore")
     def _measures(self, group: str, settings: np.ndarray) -> tuple[np.ndarray, ...]:
-        """How far each went, its score and its loss: the lower the better."""
+        """How far each went, when it was at the target, score and loss: the lower the better."""
         lanes = self.lanes_of(settings)
         values, losses = self.value[group][lanes], self.loss[group][lanes].mean(1)
-        score = np.where(np.isfinite(values).all(1), values.mean(1), np.inf)
-        if self.mode == "max":
-            score = np.where(np.isfinite(score), -score, score)
+        score = np.where(np.isfinite(values).all(1), self.sign * values.mean(1), np.inf)
         # who was cut, diverged or did not finish is below who went further
         unfinished = np.isin(self.ending[group][lanes], (CUT, OUT, NOT_RUN, DIVERGED))
         ended = unfinished & ~self.alive[group][lanes]
         steps = np.where(ended, self.step[group][lanes], np.iinfo(np.int64).max).min(1)
         short = np.where(ended.any(1), -steps.astype(float), -np.inf)
-        return short, score, np.where(np.isfinite(losses), losses, np.inf)
+        reached = self.reached[group][lanes].mean(1)
+        return short, reached, score, np.where(np.isfinite(losses), losses, np.inf)

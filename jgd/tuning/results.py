@@ -12,9 +12,9 @@ import jax
 import numpy as np
 
 from jgd import diagnosis
-from jgd.tuning.driver import Report, Sweep
+from jgd.tuning.driver import Cut, Report, Sweep
 from jgd.tuning.plan import Plan
-from jgd.tuning.prune import CUT, DIVERGED, ENDINGS, FINISHED, OUT
+from jgd.tuning.prune import CUT, DIVERGED, ENDINGS, FINISHED, OUT, REACHED
 
 __all__ = ["Best", "Collector", "Curves", "Result"]
 
@@ -46,6 +46,7 @@ class Result(NamedTuple):
     rows: list[dict[str, Any]]  # ranked, best first
     curves: dict[str, Curves]  # by group
     best: Best
+    kept: list[Best]  # the best first, with their states: as many as `keep`
     metric: str
     mode: Literal["min", "max"]
     plan: Plan
@@ -73,7 +74,7 @@ class Collector:
             empty = lambda lanes=lanes, reports=reports: np.full((lanes, reports), np.nan)
             metrics = {name: empty() for name in self.plan.metrics}
             self.curves[group.name] = Curves(np.array(self.plan.reports), empty(), metrics)
-        self.best: tuple[tuple, str, int, dict[int, Any]] | None = None
+        self.best: list[tuple[tuple, str, int, dict[int, Any]]] = []  # with rank, best first
         self.open: dict[tuple[str, int], dict[int, Any]] = {}  # states of settings, by seed
 
     def add(self, report: Report) -> None:
@@ -89,7 +90,7 @@ class Collector:
         """A line of the journal, as if it happened now; states come from a checkpoint."""
         if "cut" in line:
             self.sweep.end(line["lanes"], OUT if line["cut"] is None else CUT)
-            self.forget(line["lanes"])
+            self.cut(Cut(line["cut"], line["lanes"], {}))
             return
         group, lanes, step = line["group"], np.array(line["lanes"], int), line["step"]
         metrics = {name: np.array(line[name], np.float64) for name in self.plan.metrics}
@@ -106,10 +107,7 @@ class Collector:
 
     def states(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """What a checkpoint keeps of the settings that ended: their names, and the states."""
-        held = dict(self.open)
-        if self.best is not None:
-            _, group, setting, states = self.best
-            held[group, setting] = states
+        held = self.open | {(group, setting): states for _, group, setting, states in self.best}
         names, found = [], {}
         for (group, setting), states in held.items():
             for seed, state in states.items():
@@ -120,28 +118,38 @@ class Collector:
 
     def restore(self, names: list[dict[str, Any]], load: Callable[[str, Any], Any]) -> None:
         """Take the states of a checkpoint back, after the journal was replayed."""
-        self.open, self.best = {}, None
+        self.open, self.best = {}, []
         for entry in names:
             group, setting = entry["group"], entry["setting"]
             program = self.sweep.programs[self.board.order[group]]
-            state = load(entry["name"], program.state_shape())
+            state = load(entry["name"], program.result_shape())
             self._keep(group, setting, entry["seed"], state)
 
-    def forget(self, lanes: dict[str, list[int]]) -> None:
-        """Settings of which some lanes were cut: the states of their other seeds."""
-        for group, ids in lanes.items():
-            for setting in {lane // self.plan.seeds for lane in ids}:
-                self.open.pop((group, setting), None)
+    def cut(self, cut: Cut) -> None:
+        """Settings of which some lanes were cut; of those that a budget ended the best stay."""
+        for group, lanes in cut.lanes.items():
+            for setting in {lane // self.plan.seeds for lane in lanes}:
+                ended = self.open.pop((group, setting), {})
+                states = ended | {
+                    lane % self.plan.seeds: state
+                    for (name, lane), state in cut.states.items()
+                    if name == group and lane // self.plan.seeds == setting
+                }
+                if cut.states and len(states) == self.plan.seeds:
+                    self._rank(group, setting, states)
 
     def _keep(self, group: str, setting: int, seed: int, state: Any) -> None:
-        """The state of a lane that ended; of settings that are whole only the best is kept."""
+        """The state of a lane that ended; of settings that are whole only the best are kept."""
         states = self.open.setdefault((group, setting), {})
         states[seed] = state
         if len(states) == self.plan.seeds:
             del self.open[group, setting]
-            rank = self.board.key(group, setting)
-            if self.best is None or rank < self.best[0]:
-                self.best = rank, group, setting, states
+            self._rank(group, setting, states)
+
+    def _rank(self, group: str, setting: int, states: dict[int, Any]) -> None:
+        self.best.append((self.board.key(group, setting), group, setting, states))
+        self.best.sort(key=lambda kept: kept[0])
+        del self.best[self.plan.keep :]
 
     def _finish(self, report: Report) -> None:
         """Keep the statistics, and the states if a setting that ended is the best so far."""
@@ -154,20 +162,18 @@ class Collector:
             kept[report.lanes[ended]] = new[ended]
         for row, lane in enumerate(report.lanes[ended] if report.state is not None else ()):
             setting, seed = divmod(int(lane), self.plan.seeds)
-            alone = self.plan.seeds == 1 and self.best is not None
-            if alone and self.board.key(group, setting) > self.best[0]:  # type: ignore[index]
+            full = self.plan.seeds == 1 and len(self.best) == self.plan.keep
+            if full and self.board.key(group, setting) > self.best[-1][0]:
                 continue
             state = jax.tree.map(lambda x, row=row: x[row], report.state)
             self._keep(group, setting, seed, state)
 
-    def _last(self, group: str, name: str, setting: int) -> np.ndarray:
-        """The last values of a metric for the seeds of a setting."""
-        rows = self.board.lanes_of(setting)
-        columns = np.searchsorted(self.plan.reports, self.board.step[group][rows])
-        values = self.curves[group].metrics[name][
-            rows, np.minimum(columns, len(self.plan.reports) - 1)
-        ]
-        return np.where(self.board.step[group][rows] > 0, values, np.nan).astype(np.float64)
+    def _counted(self, group: str, name: str) -> np.ndarray:
+        """The value of a metric for each lane, of the report that counts."""
+        at = self.board.at[group]
+        columns = np.minimum(np.searchsorted(self.plan.reports, at), len(self.plan.reports) - 1)
+        values = self.curves[group].metrics[name][np.arange(len(at)), columns]
+        return np.where(at > 0, values, np.nan)
 
     def _verdicts(self, group: str) -> tuple[np.ndarray, np.ndarray]:
         """The verdict, which wants all the steps, and the final training loss of each lane."""
@@ -179,6 +185,7 @@ class Collector:
         words = np.full(len(ending), "", object)
         words[ending == DIVERGED] = "diverged"
         whole = ending == FINISHED
+        words[ending == REACHED] = "good"
         if whole.any():
             seen = jax.tree.map(lambda x: x[whole], self.seen[group])
             words[whole] = diagnosis.verdict(seen, self.plan.steps)
@@ -186,47 +193,80 @@ class Collector:
         return words, losses
 
     @np.errstate(invalid="ignore")
-    def _row(self, group: str, setting: int, verdicts: np.ndarray, losses: np.ndarray) -> dict:
-        lanes = self.groups[group]
-        seeds = self.board.lanes_of(setting)
-        row: dict[str, Any] = {"optimizer": group}
-        row |= {name: float(values[setting]) for name, values in lanes.axes.items()}
-        row |= {name: str(value) for name, value in lanes.fixed.items()}
-        for name in sorted(self.plan.metrics, key=lambda n: n != self.plan.metric):
-            values = self._last(group, name, setting)
-            row[name] = float(values.mean())
-            if self.plan.seeds > 1:
-                finite = np.isfinite(values).all()
-                row[f"{name}_sd"] = float(np.std(values, ddof=1)) if finite else math.nan
-        row["final_loss"] = float(losses[seeds].mean())
-        row["verdict"] = _most(verdicts[seeds])
-        row["ended"] = ENDINGS[max(self.board.ending[group][seeds].tolist())]
-        row["at"] = int(self.board.step[group][seeds].min())
-        row["seeds"] = self.plan.seeds
-        return row
+    def _rows(self, group: str) -> list[dict[str, Any]]:
+        """A row for each setting of a group."""
+        lanes, plan, board = self.groups[group], self.plan, self.board
+        by_setting = lambda values: np.asarray(values).reshape(-1, plan.seeds)
+        verdicts, losses = map(by_setting, self._verdicts(group))
+        columns: dict[str, Any] = dict(lanes.axes)
+        for name in sorted(plan.metrics, key=lambda n: n != plan.metric):
+            values = by_setting(self._counted(group, name))
+            columns[name] = values.mean(1)
+            if plan.seeds > 1:
+                columns[f"{name}_se"] = _standard_error(values)
+        if plan.target is not None:
+            columns["steps_to_target"] = by_setting(board.reached[group]).mean(1)
+        columns["final_loss"] = losses.mean(1)
+        endings, at = by_setting(board.ending[group]).max(1), by_setting(board.step[group]).min(1)
+        if plan.best == "ever":
+            columns["best_at"] = by_setting(board.at[group]).mean(1)
+        fixed = {name: str(value) for name, value in lanes.fixed.items()}
+        rows = []
+        for setting in range(len(lanes)):
+            row: dict[str, Any] = {"optimizer": group}
+            numbers = {name: float(values[setting]) for name, values in columns.items()}
+            row |= {name: numbers.pop(name) for name in lanes.axes}
+            row |= fixed | numbers
+            row["verdict"] = _most(verdicts[setting])
+            row["ended"], row["at"] = ENDINGS[endings[setting]], int(at[setting])
+            row["seeds"] = plan.seeds
+            rows.append(row)
+        return rows
 
     def result(self) -> Result:
         """The result, once no lane goes on."""
+        rows = {group.name: self._rows(group.name) for group in self.plan.groups}
+        order = self.board.ranked({name: np.arange(len(some)) for name, some in rows.items()})
+        scores = [self.board.scores(*setting) for setting in order]
         ranked = []
-        for group in self.plan.groups:
-            verdicts, losses = self._verdicts(group.name)
-            for setting in range(group.settings):
-                row = self._row(group.name, setting, verdicts, losses)
-                ranked.append((self.board.key(group.name, setting), row))
-        ranked.sort(key=lambda pair: pair[0])
-        rows = [{"rank": place, **row} for place, (_, row) in enumerate(ranked, 1)]
-        *_, order, setting = ranked[0][0]
-        group = self.plan.groups[order].name
+        for place, (group, setting) in enumerate(order):
+            row = rows[group][setting]
+            tied = not place or (
+                row["ended"] == ranked[0]["ended"] and _as_good(scores[place], scores[0])
+            )
+            ranked.append({"rank": place + 1, "tied": tied, **row})
+        places = {setting: place for place, setting in enumerate(order)}
+        kept = [
+            self._best(ranked[places[group, setting]], group, setting, states)
+            for _, group, setting, states in self.best
+        ]
+        if not kept or kept[0].row["rank"] != 1:
+            kept.insert(0, self._best(ranked[0], *order[0], {}))
+        plan = self.plan
+        return Result(ranked, self.curves, kept[0], kept, plan.metric, plan.mode, plan)
+
+    def _best(self, row: dict, group: str, setting: int, states: dict[int, Any]) -> Best:
         chosen = jax.tree.map(lambda x: x[setting], self.groups[group].settings)
-        state = None
-        if self.best is not None and self.best[0] == ranked[0][0]:
-            states = self.best[3]
-            values = self._last(group, self.plan.metric, setting)
-            worst = -np.inf if self.plan.mode == "max" else np.inf
-            values = np.where(np.isfinite(values), values, worst)
-            state = states[int(values.argmax() if self.plan.mode == "max" else values.argmin())]
-        best = Best(rows[0], chosen, state)
-        return Result(rows, self.curves, best, self.plan.metric, self.plan.mode, self.plan)
+        state = states[int(self.board.scores(group, setting).argmin())] if states else None
+        return Best(row, chosen, state)
+
+
+@np.errstate(invalid="ignore")
+def _standard_error(values: np.ndarray) -> np.ndarray:
+    """Of the means of rows."""
+    finite = np.isfinite(values.sum(1))
+    spread = np.std(np.where(finite[:, None], values, 0), axis=1, ddof=1)
+    return np.where(finite, spread / math.sqrt(values.shape[1]), math.nan)
+
+
+def _as_good(some: np.ndarray, best: np.ndarray) -> bool:
+    """Whether a mean is that of the best, or within the standard error of their difference."""
+    if not (np.isfinite(some).all() and np.isfinite(best).all()):
+        return False
+    if len(best) == 1:
+        return bool(some[0] == best[0])
+    error = math.hypot(*map(float, _standard_error(np.stack([some, best]))))
+    return bool(some.mean() - best.mean() <= error)
 
 
 def _most(verdicts: np.ndarray) -> str:

@@ -144,7 +144,7 @@ def _cell(x: Any) -> str:
 
 
 def _spread(row: dict[str, Any], metric: str) -> str:
-    spread = row.get(f"{metric}_sd")
+    spread = row.get(f"{metric}_se")
     digits = ".4f" if "acc" in metric else ".4g"
     return f"{row[metric]:{digits}}" + ("" if spread is None else f" ± {spread:{digits}}")
 

@@ -26,6 +26,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jgd.tuning.devices import writes
 from jgd.tuning.driver import Cut, Report
 from jgd.tuning.plan import Plan, plain
 from jgd.tuning.results import Best, Curves, Result
@@ -45,22 +46,20 @@ class Folder:
         if resume:
             if not (self.path / "plan.json").exists():
                 raise FileNotFoundError(f"{self.path} holds no sweep: there is no plan.json")
-        else:
-            self.refuse(self.path)
-            self.path.mkdir(parents=True, exist_ok=True)
+        elif self.path.exists() and (
+            not self.path.is_dir() or any(x.name != "command.json" for x in self.path.iterdir())
+        ):
+            raise FileExistsError(f"{self.path} is not empty: a sweep wants a folder of its own")
+        self.silent = not writes()  # of several processes one writes
         self._writer = concurrent.futures.ThreadPoolExecutor(1)
         self._saving: concurrent.futures.Future[None] | None = None
-
-    @staticmethod
-    def refuse(path: str | Path) -> None:
-        """Raise for a folder that holds something, before any work is done for it."""
-        path = Path(path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise FileExistsError(f"{path} is not empty: a sweep wants a folder of its own")
 
     # --- plan and results --------------------------------------------------------------------
 
     def write_plan(self, plan: Plan) -> None:
+        """The first thing that is written."""
+        if not self.silent:
+            self.path.mkdir(parents=True, exist_ok=True)
         self.write_json("plan.json", plan.as_json())
 
     def read_plan(self) -> dict[str, Any]:
@@ -71,6 +70,8 @@ class Folder:
         self._replace(name, json.dumps(plain(content), indent=1))
 
     def write_results(self, rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
+        if self.silent:
+            return
         columns = list(dict.fromkeys(name for row in rows for name in row))
         with (self.path / "results.csv.part").open("w", newline="") as file:
             writer = csv.DictWriter(file, columns, lineterminator="\n")
@@ -81,6 +82,8 @@ class Folder:
 
     def write_curves(self, curves: Mapping[str, Any]) -> None:
         """Group by group: steps, losses and metrics, in single precision."""
+        if self.silent:
+            return
         arrays = {}
         for group, c in curves.items():
             arrays[f"{group}/step"] = c.step
@@ -92,6 +95,8 @@ class Folder:
         (self.path / "curves.npz.part").replace(self.path / "curves.npz")
 
     def _replace(self, name: str, text: str) -> None:
+        if self.silent:
+            return
         part = self.path / (name + ".part")
         with part.open("w") as file:
             file.write(text)
@@ -103,24 +108,25 @@ class Folder:
 
     def journal(self, report: Report | Cut) -> None:
         """Append a report; it is on disk when this returns."""
+        if self.silent:
+            return
         with (self.path / "journal.jsonl").open("a") as file:
             file.write(json.dumps(_arrays(_line(report))) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
-    def read_journal(self) -> Iterator[dict[str, Any]]:
-        """The lines of the journal; one cut off in the middle of writing ends it."""
+    def read_journal(self, size: int) -> Iterator[dict[str, Any]]:
+        """The lines of the journal, as far as a checkpoint has seen it."""
         path = self.path / "journal.jsonl"
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                return
+        seen = path.read_bytes()[:size] if path.exists() else b""
+        yield from map(json.loads, seen.splitlines())
 
     # --- checkpoints -------------------------------------------------------------------------
 
     def checkpoint(self, meta: Mapping[str, Any], states: Mapping[str, Any]) -> None:
         """Write what is not there yet, beside the sweep; the one before is finished first."""
+        if self.silent:
+            return
         self.finish()
         size = (self.path / "journal.jsonl").stat().st_size
         manifest = {**meta, "journal": size, "states": sorted(states)}
@@ -142,7 +148,7 @@ class Folder:
         folder.mkdir(exist_ok=True)
         for name, tree in states.items():
             if not (folder / name).exists():  # orbax gives a folder its name when it is whole
-                checkpointer.save(folder / name, tree)
+                checkpointer.save(folder / name, {"lanes": tree})  # orbax saves no single array
         checkpointer.wait_until_finished()
         self.write_json("manifest.json", manifest)
         for path in folder.iterdir():
@@ -150,20 +156,22 @@ class Folder:
                 shutil.rmtree(path, ignore_errors=True)
 
     def last_checkpoint(self) -> dict[str, Any] | None:
-        """The last manifest; the journal is cut back to what it has seen."""
+        """The last manifest; None before the first."""
         path = self.path / "manifest.json"
-        manifest = json.loads(path.read_text()) if path.exists() else None
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def cut_journal(self, size: int) -> None:
+        """Back to what the last checkpoint has seen."""
         journal = self.path / "journal.jsonl"
-        if journal.exists():
-            os.truncate(journal, 0 if manifest is None else manifest["journal"])
-        return manifest
+        if journal.exists() and not self.silent:
+            os.truncate(journal, size)
 
     def load(self, name: str, shapes: Any) -> Any:
         """A state of the last checkpoint, of these shapes, on the host."""
-        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shaped = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
         path = (self.path / "states" / name).absolute()
-        found = _checkpointer().restore(path, jax.tree.map(shaped, shapes))
+        found = _checkpointer().restore(path, {"lanes": jax.tree.map(shaped, shapes)})["lanes"]
         is_key = lambda x: jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)
         return jax.tree.map(lambda x: x if is_key(x) else np.asarray(x), found)
 
@@ -189,14 +197,20 @@ def read_result(path: str | Path) -> Result:
             )
             for g in plan.groups
         }
-    return Result(rows, curves, Best(rows[0], None, None), plan.metric, plan.mode, plan)
+    best = Best(rows[0], None, None)
+    return Result(rows, curves, best, [best], plan.metric, plan.mode, plan)
 
 
 def _checkpointer() -> Any:
     import orbax.checkpoint
 
     logging.getLogger("absl").setLevel(logging.ERROR)
-    return orbax.checkpoint.StandardCheckpointer()
+    here = jax.process_index()  # what is saved is on the host of the one process that writes
+    alone = orbax.checkpoint.options.MultiprocessingOptions(
+        primary_host=here, active_processes={here}, barrier_sync_key_prefix=str(here)
+    )
+    several = {} if jax.process_count() == 1 else {"multiprocessing_options": alone}
+    return orbax.checkpoint.StandardCheckpointer(**several)
 
 
 def _line(report: Report | Cut) -> dict[str, Any]:

@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+
 from jgd.pytree import Monitor
 from jgd.training import Run, Task
+from jgd.tuning.devices import agreed
 from jgd.tuning.driver import Cut, Report, Snapshot, Sweep, prepare
 from jgd.tuning.plan import Plan
 from jgd.tuning.prune import Halving
@@ -31,10 +34,14 @@ def sweep(
     *,
     seeds: int = 1,
     key: int = 0,
+    order: Literal["shared", "own"] = "shared",
     width: int | None = None,
     report_every: int | None = None,
     metric: str | None = None,
     mode: Literal["min", "max"] | None = None,
+    best: Literal["final", "ever"] = "final",
+    target: float | None = None,
+    keep: int = 1,
     halving: Halving | None = None,
     stop: Monitor | int | None = None,
     drop_diverged: bool = False,
@@ -57,9 +64,12 @@ def sweep(
       settings: a batch of settings, or a dict of named ones: what `grid`, `random_search`, `stack`
         or `jax.vmap` of a factory gives. One program is compiled for each, at each width.
       steps: of each training, at least 4.
-      seeds: trainings of each setting, with initial parameters of their own. All see the same
-        batches in the same order.
+      seeds: trainings of each setting, with initial parameters of their own, the same for all
+        settings.
       key: an int, of the initial parameters.
+      order: of the batches. "shared" (default): all lanes see the same ones. "own": each seed has
+        an order of its own, the same for all settings; `task.batch` then takes (step, seed), as
+        what `minibatches` makes does.
       width: lanes that step together, at least 1; a tile with fewer is filled up. None: the
         smallest within 5 per cent of the fastest, found by a probe where the sweep is long enough
         for one; else 64, or all lanes of a group with fewer. The numbers agree bit for bit at one
@@ -67,6 +77,11 @@ def sweep(
       report_every: steps between reports; None: a twentieth of `steps`.
       metric: of `evaluate`, to rank by; None: "accuracy", or "loss", or the first.
       mode: "min" or "max"; None: max for a metric with "acc" in its name, else min.
+      best: which report of a lane counts. "final" (default): its last one; "ever": its best one,
+        and the state that is given back is that of then; lanes are twice as big for it.
+      target: a value of `metric`; a lane that is there ends, and fewer steps are better. None: no
+        such end.
+      keep: how many of the best settings come back with their states, at least 1.
       halving: `jgd.successive_halving(...)` or `jgd.hyperband(...)`: at some steps only the best
         settings go on. None: all run to their end.
       stop: `jgd.stopping.early_stopping(...)` on `metric`, for each lane, or its patience alone; a
@@ -87,38 +102,43 @@ def sweep(
     A lane that has ended costs nothing from the next report on, as far as the others fit narrower
     programs; at a rung they always do.
 
-    Returns: a `Result`: ranked rows, curves, and the best setting with its trained state.
-    Raises: ValueError, before anything is trained or written, for settings that are no batch, an
-      `evaluate` that returns no dict of scalars, or a count, metric or mode out of range.
+    Settings are ranked by the mean over their seeds; the table has its standard error, and says
+    which settings are tied with the best: no worse than the standard error of the difference.
+
+    Returns: a `Result`: ranked rows, curves, and the best settings with their trained states.
+    Raises: ValueError, before anything is trained or written, for settings that are no batch, NaN
+      in data or settings, a negative learning rate, an `evaluate` that returns no dict of scalars,
+      or a count, metric or mode out of range.
     """
     if resume and folder is None:
         raise ValueError("sweep: resume wants the folder of a sweep")
-    files = Folder(folder, resume=True) if resume and folder is not None else None
-    if folder is not None and not resume:
-        Folder.refuse(folder)
+    files = None if folder is None else Folder(folder, resume=resume)
     prepared = prepare(
         task,
         settings,
         steps,
         seeds=seeds,
         key=key,
+        order=order,
         width=width,
         report_every=report_every,
         metric=metric,
         mode=mode,
+        best=best,
+        target=target,
+        keep=keep,
         halving=halving,
         stop=stop,
         drop_diverged=drop_diverged,
         budget=budget,
         seconds=seconds,
         devices=devices,
-        written=None if files is None else files.read_plan(),
+        written=files.read_plan() if files is not None and resume else None,
     )
     collector = Collector(prepared)
-    if files is not None:
+    if files is not None and resume:
         _go_back(prepared, collector, files)
-    elif folder is not None:
-        files = Folder(folder)
+    elif files is not None:
         files.write_plan(prepared.plan)
     last = time.monotonic()
     try:
@@ -126,20 +146,25 @@ def sweep(
             if files is not None:
                 files.journal(report)
             if isinstance(report, Cut):
-                collector.forget(report.lanes)
+                collector.cut(report)
                 continue
             collector.add(report)
-            if files is not None and report.snapshot is not None:
-                _checkpoint(files, report.snapshot, collector)
-                last = time.monotonic()
-            due = files is not None and time.monotonic() - last > checkpoint_every
-            prepared.wanted = due and not files.busy()  # type: ignore[union-attr]
+            if files is not None:
+                if report.snapshot is not None:
+                    _checkpoint(files, report.snapshot, collector)
+                    last = time.monotonic()
+                due = time.monotonic() - last > checkpoint_every and not files.busy()
+                prepared.wanted = agreed(due)
             if on_report is not None:
                 on_report(prepared.plan, report)
     except KeyboardInterrupt:
+        if jax.process_count() > 1:  # the others may be elsewhere
+            raise
         for report in prepared.stop():
             if isinstance(report, Report):
                 collector.add(report)
+            else:
+                collector.cut(report)
         raise Interrupted(_finished(prepared, collector, files, whole=False)) from None
     except BaseException:
         if files is not None:  # what a checkpoint has begun to write, it ends
@@ -169,9 +194,10 @@ def _checkpoint(files: Folder, snapshot: Snapshot, collector: Collector) -> None
 def _go_back(prepared: Sweep, collector: Collector, files: Folder) -> None:
     """To the last checkpoint: the journal up to it, and the states."""
     manifest = files.last_checkpoint()
+    files.cut_journal(0 if manifest is None else manifest["journal"])
     if manifest is None:
         return
-    for line in files.read_journal():
+    for line in files.read_journal(manifest["journal"]):
         collector.replay(line)
     prepared.restore(manifest, files.load)
     collector.restore(manifest["ended"], files.load)

@@ -11,7 +11,11 @@ __all__ = ["Part", "Waiting"]
 
 
 class Part(NamedTuple):
-    """Lanes on the host that came together, under a name that no other part ever has."""
+    """Lanes on the host that came together, under a name that no other part ever has.
+
+    A part is never changed, so that a checkpoint writes it once; of some of its rows nobody may be
+    waiting any more.
+    """
 
     name: str
     ids: np.ndarray
@@ -21,32 +25,42 @@ class Part(NamedTuple):
 class Waiting:
     """Lanes of a group on the host, between two rungs."""
 
-    def __init__(self, group: int) -> None:
+    def __init__(self, group: int, lanes: int) -> None:
         self.group, self.made = group, 0
-        self.parts: list[Part] = []
+        self.parts: dict[int, Part] = {}
+        self.part_of = np.full(lanes, -1)  # of each lane; -1: it does not wait
+        self.row_of = np.zeros(lanes, int)
 
     def __len__(self) -> int:
-        return sum(len(part.ids) for part in self.parts)
+        return int((self.part_of >= 0).sum())
 
     def add(self, ids: np.ndarray, rows: Lane) -> None:
         self.made += 1
-        self.parts.append(Part(f"waiting-{self.group}-{self.made}", ids, rows))
+        self.put(self.made, Part(f"waiting-{self.group}-{self.made}", ids, rows))
+
+    def put(self, number: int, part: Part) -> None:
+        self.parts[number] = part
+        self.part_of[part.ids], self.row_of[part.ids] = number, np.arange(len(part.ids))
 
     def drop(self, lanes: Any) -> None:
-        """Forget some lanes."""
+        """Forget some lanes; a part of which a quarter is forgotten makes room."""
         lanes = np.asarray(lanes, int)
-        parts, self.parts = self.parts, []
-        for part in parts:
-            keep = ~np.isin(part.ids, lanes)
-            if keep.all():
-                self.parts.append(part)
-            elif keep.any():
-                self.add(part.ids[keep], jax.tree.map(lambda x, keep=keep: x[keep], part.rows))
+        touched = set(self.part_of[lanes].tolist()) - {-1}
+        self.part_of[lanes] = -1
+        for number in touched:
+            part = self.parts[number]
+            left = np.flatnonzero(self.part_of[part.ids] == number)
+            if len(left) <= 0.75 * len(part.ids):
+                del self.parts[number]
+                if len(left):
+                    self.add(part.ids[left], jax.tree.map(lambda x, left=left: x[left], part.rows))
 
     def take(self, lanes: list[int]) -> Lane:
-        """Some lanes, which are in rising order."""
-        found = [(part, np.isin(part.ids, lanes)) for part in self.parts]
-        ids = np.concatenate([part.ids[mine] for part, mine in found])
-        order = np.argsort(ids)[np.searchsorted(np.sort(ids), lanes)]
-        chosen = [jax.tree.map(lambda x, mine=mine: x[mine], p.rows) for p, mine in found]
-        return jax.tree.map(lambda *xs: np.concatenate(xs)[order], *chosen)
+        """The rows of some lanes, in their order."""
+        numbers, places = self.part_of[lanes], np.argsort(self.part_of[lanes], kind="stable")
+        found = []
+        for number in np.unique(numbers).tolist():
+            rows = self.row_of[np.asarray(lanes)[places][numbers[places] == number]]
+            found.append(jax.tree.map(lambda x, rows=rows: x[rows], self.parts[number].rows))
+        back = np.argsort(places)
+        return jax.tree.map(lambda *xs: np.concatenate(xs)[back], *found)

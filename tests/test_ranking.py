@@ -1,0 +1,145 @@
+"""What "best" means: last, ever, or fastest; with which error, and in which order of the data."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_training import _line
+from test_tuning import _scored
+
+import jgd
+
+RATES = np.geomspace(1e-3, 1, 8)
+
+
+def _curved(curves, order="shared"):
+    """A run whose metric at step k is the k-th of its setting's numbers."""
+    run = jgd.Run(
+        init=lambda setting, key: jnp.int32(0),
+        update=lambda setting, state, batch: (state + 1, {"loss": jnp.float32(1)}),
+        evaluate=lambda setting, state: {
+            "score": setting[state - 1],
+            "twice": 2 * setting[state - 1],
+        },
+        batch=lambda step: step,
+    )
+    return run, jnp.asarray(curves, jnp.float32)
+
+
+CURVES = [[5.0, 1, 4, 4], [3, 3, 2, 2], [9, 8, np.nan, 7], [6, 5, 4, 3]]
+
+
+def _swept(**options):
+    run, curves = _curved(CURVES)
+    options = dict(report_every=1, metric="score", mode="min", width=4) | options
+    result = jgd.sweep(run, {"run": curves}, 4, **options)
+    return result, [[row[0] for row in CURVES].index(one.setting[0]) for one in result.kept]
+
+
+def test_the_last_report_counts():
+    result, _ = _swept()
+    assert [row["score"] for row in result.rows] == [2, 3, 4, 7]
+    assert int(result.best.state) == 4
+
+
+def test_the_best_report_counts_and_its_state_is_kept():
+    result, kept = _swept(best="ever", keep=3)
+    assert [row["score"] for row in result.rows] == [1, 2, 3, 7]
+    assert [row["twice"] for row in result.rows] == [2, 4, 6, 14]  # of the same report
+    assert [row["best_at"] for row in result.rows] == [2, 3, 4, 4]
+    assert kept == [0, 1, 3]
+    assert [int(one.state) for one in result.kept] == [2, 3, 4]
+    most, _ = _swept(best="ever", mode="max")
+    assert [row["score"] for row in most.rows] == [9, 6, 5, 3]
+
+
+def test_who_is_there_first_is_best_and_ends_there():
+    result, kept = _swept(target=4.5, keep=2)
+    assert [row["steps_to_target"] for row in result.rows] == [1, 2, 3, np.inf]
+    assert [row["ended"] for row in result.rows] == ["reached target"] * 3 + ["finished"]
+    assert [row["at"] for row in result.rows] == [1, 2, 3, 4]
+    assert kept == [1, 0]
+    assert [int(one.state) for one in result.kept] == [1, 2]
+    highest, _ = _swept(target=8.0, mode="max")
+    assert [row["steps_to_target"] for row in highest.rows][:2] == [1, np.inf]
+    assert highest.rows[1]["score"] == 4  # nobody else was there: the last report counts
+
+
+@pytest.mark.parametrize("options", [dict(best="ever"), dict(target=4.0), dict(keep=3)])
+def test_resumed_with_the_same_best(options, tmp_path):
+    whole, _ = _swept(folder=tmp_path / "whole", width=2, **options)
+    count = len((tmp_path / "whole" / "journal.jsonl").read_text().splitlines())
+    for crash_at in (1, count - 2):
+        seen = []
+
+        def crash(plan, report, seen=seen, crash_at=crash_at):
+            seen.append(report)
+            if len(seen) == crash_at:
+                raise RuntimeError
+
+        where = dict(folder=tmp_path / str(crash_at), width=2, **options)
+        with pytest.raises(RuntimeError):
+            _swept(checkpoint_every=0.0, on_report=crash, **where)
+        resumed, _ = _swept(resume=True, **where)
+        assert repr(resumed.rows) == repr(whole.rows)
+        assert [int(one.state) for one in resumed.kept] == [int(one.state) for one in whole.kept]
+
+
+def test_a_budget_leaves_the_best_with_its_state(tmp_path):
+    run, curves = _curved(CURVES)
+    options = dict(report_every=1, mode="min", width=2, budget=6, folder=tmp_path / "run")
+    halving = jgd.successive_halving(2, 2)
+    result = jgd.sweep(run, {"run": curves}, 4, metric="score", halving=halving, **options)
+    assert [row["ended"] for row in result.rows] == ["out of budget"] * 4
+    assert result.best.row["score"] == 1
+    assert int(result.best.state) == 2
+    again = jgd.sweep(
+        run, {"run": curves}, 4, metric="score", halving=halving, resume=True, **options
+    )
+    assert repr(again.rows) == repr(result.rows)  # NaN is not itself
+    assert int(again.best.state) == 2
+
+
+def test_the_error_of_the_mean_and_ties():
+    run, lanes = _scored([[1.0, 2.0, 3.0], [2.0, 3.0, 2.5], [9.0, 9.0, 9.0], [9.0, 9.0, np.nan]])
+    rows = jgd.sweep(run, lanes, 4, seeds=3, mode="min").rows
+    np.testing.assert_allclose(rows[0]["score_se"], 1 / np.sqrt(3))
+    np.testing.assert_allclose(rows[1]["score_se"], 0.5 / np.sqrt(3))
+    assert [row["tied"] for row in rows] == [True, True, False, False]  # 0.5 within 0.65
+    assert np.isnan(rows[3]["score_se"])
+    run, lanes = _scored([[1.0], [1.0], [1.1]])
+    assert [row["tied"] for row in jgd.sweep(run, lanes, 4, mode="min").rows] == [True, True, False]
+
+
+def test_seeds_with_an_order_of_their_own():
+    task = _line(batch_size=4)
+    lanes = {"sgd": jgd.grid(jgd.sgd, learning_rate=[0.01, 0.05])}
+    shared, own = (
+        jgd.sweep(task, lanes, 12, seeds=3, report_every=1, width=6, order=order)
+        for order in ("shared", "own")
+    )
+    assert own.plan.order == "own"
+    losses = own.curves["sgd"].train_loss.reshape(2, 3, 12)
+    for seed in range(3):  # lane = alone on the batches of its seed
+        key = jax.random.fold_in(jax.random.key(0), seed)
+        by_seed = task._replace(batch=lambda step, seed=seed: task.batch(step, seed=seed))
+        for rate, curve in zip([0.01, 0.05], losses[:, seed], strict=True):
+            _, history = jgd.train(by_seed, jgd.sgd(rate), 12, key)
+            np.testing.assert_allclose(curve, history["loss"], rtol=1e-5, atol=1e-6)
+    assert (shared.curves["sgd"].train_loss != own.curves["sgd"].train_loss).all(1).sum() >= 4
+    batches = {task.batch(k, seed=s)[0].tobytes() for k in range(3) for s in (None, 0, 1)}
+    assert len(batches) == 9
+
+
+def test_orders_and_wishes_that_cannot_be():
+    lanes = {"sgd": jgd.grid(jgd.sgd, learning_rate=[0.1])}
+    plain = _line()._replace(batch=lambda step: _line().batch(step))
+    for task, wrong, message in (
+        (plain, dict(order="own"), r"wants batches by seed.*\(step, seed=None\)"),
+        (_line(), dict(order="mine"), "order must be 'shared' or 'own', got 'mine'"),
+        (_line(), dict(best="last"), "best must be 'final' or 'ever', got 'last'"),
+        (_line(), dict(keep=0), "keep must be at least 1, got 0"),
+        (_line(), dict(target=np.nan), "target must be finite, got nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jgd.sweep(task, lanes, 8, **wrong)

@@ -1,0 +1,122 @@
+"""Batches from an iterator on the host: read once, ahead, and again from where a sweep stopped."""
+
+import grain
+import jax
+import numpy as np
+import pytest
+from test_training import X, Y, _line
+
+import jgd
+from jgd.tuning import driver
+
+RATES = np.geomspace(1e-3, 0.3, 10)
+
+
+class _Loader:
+    """The batches of a task, and how many were asked for."""
+
+    def __init__(self, task, last=None):
+        self.task, self.last, self.made, self.read = task, last, 0, []
+
+    def __call__(self):
+        self.made += 1
+        step = 0
+        while self.last is None or step < self.last:
+            self.read.append(step)
+            yield tuple(map(np.asarray, self.task.batch(step)))
+            step += 1
+
+
+def _streamed(loader):
+    return loader.task._replace(batch=jgd.stream(loader))
+
+
+def _lanes():
+    return {
+        "adam": jgd.grid(jgd.adam, learning_rate=RATES),
+        "sgd": jgd.grid(jgd.sgd, learning_rate=RATES[:5]),
+    }
+
+
+@pytest.mark.parametrize(
+    "options", [dict(), dict(halving=jgd.successive_halving(4, 6)), dict(stop=2)]
+)
+def test_a_stream_is_the_function_of_the_step(options):
+    loader = _Loader(_line())
+    options = dict(width=4, report_every=5, seeds=2) | options
+    streamed = jgd.sweep(_streamed(loader), _lanes(), 24, **options)
+    plain = jgd.sweep(_line(), _lanes(), 24, **options)
+    for group in plain.curves:
+        np.testing.assert_allclose(
+            streamed.curves[group].train_loss, plain.curves[group].train_loss, rtol=1e-5
+        )
+    assert [row["ended"] for row in streamed.rows] == [row["ended"] for row in plain.rows]
+
+
+def test_a_stream_is_read_once_for_all_tiles_and_groups():
+    loader = _Loader(_line())
+    prepared = driver.prepare(_streamed(loader), _lanes(), 24, width=4, report_every=6)
+    looks = len(loader.read)
+    for report in prepared:
+        assert max(loader.read) < report.step + 6 + 6  # one chunk ahead
+    assert loader.read[looks:] == list(range(24))
+
+
+@pytest.mark.parametrize("kind", ["generator", "grain"])
+def test_a_resumed_sweep_goes_on_with_the_stream(kind, tmp_path):
+    source = grain.MapDataset.source(list(zip(X, Y, strict=True))).shuffle(seed=3).repeat()
+    loaders = []
+
+    def batches():
+        if kind == "generator":
+            loaders.append(iter(_Loader(_line())()))
+        else:
+            loaders.append(iter(source.batch(4).to_iter_dataset()))
+        return loaders[-1]
+
+    task = _line()._replace(batch=jgd.stream(batches))
+    options = dict(width=4, report_every=5, halving=jgd.successive_halving(4, 6))
+    lanes = {"adam": jgd.grid(jgd.adam, learning_rate=RATES)}
+    whole = jgd.sweep(task, lanes, 24, **options)
+    for crash_at in (2, 7):
+        seen, folder = [], tmp_path / str(crash_at)
+
+        def crash(plan, report, seen=seen, crash_at=crash_at):
+            seen.append(report)
+            if len(seen) == crash_at:
+                raise RuntimeError
+
+        with pytest.raises(RuntimeError):
+            jgd.sweep(
+                task, lanes, 24, folder=folder, checkpoint_every=0.0, on_report=crash, **options
+            )
+        resumed = jgd.sweep(task, lanes, 24, folder=folder, resume=True, **options)
+        assert repr(resumed.rows) == repr(whole.rows)
+
+
+def test_streams_that_cannot_be_trained_on():
+    lanes, ragged = _lanes(), _line(batch_size=3)
+    short = _streamed(_Loader(_line(), last=10))
+    with pytest.raises(ValueError, match="stream: it ended after 10 batches; one for each step"):
+        jgd.sweep(short, lanes, 24)
+    with pytest.raises(TypeError, match="a function that makes an iterator wanted"):
+        jgd.stream(iter([1]))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"train with jgd\.sweep"):
+        jgd.train(_streamed(_Loader(_line())), jgd.sgd(0.1), 4, jax.random.key(0))
+    with pytest.raises(ValueError, match="a stream has one order"):
+        jgd.sweep(_streamed(_Loader(_line())), lanes, 24, order="own", seeds=2)
+
+    def unlike():
+        yield from (tuple(map(np.asarray, task.batch(0))) for task in (_line(), ragged))
+
+    with pytest.raises(ValueError, match="stream: batch 1 has the shapes"):
+        jgd.sweep(_line()._replace(batch=jgd.stream(unlike)), lanes, 24)
+
+
+def test_reports_come_often_enough_for_the_batches_to_fit(monkeypatch):
+    from jgd.tuning import streams
+
+    size = sum(x.nbytes for x in _line().batch(0))
+    monkeypatch.setattr(streams, "BATCHES_AT_ONCE", 3 * size)
+    prepared = driver.prepare(_streamed(_Loader(_line())), _lanes(), 200)
+    assert prepared.plan.reports[:3] == [3, 6, 9]
