@@ -51,7 +51,7 @@ _MODULES = {
         warmup_cosine_decay_schedule warmup_exponential_decay_schedule
         warmup_stable_decay_schedule""",
     "jgd.catalog": "get",
-    "jgd.training": "Run Task minibatches supervised train",
+    "jgd.training": "Run Task minibatches supervised train with_sharpness",
     "jgd.tuning.prune": "hyperband successive_halving",
     "jgd.tuning.space": """
         choice grid halton_search loguniform random_search sobol_search uniform""",

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import pkgutil
+import subprocess
 import sys
 import sysconfig
 import time
@@ -26,7 +27,8 @@ import jgd
 
 TEXTBOOK = ("sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam")
 RATES = "log:1e-5:1e1:64"
-EXTRAS = ("tyro", "rich", "matplotlib", "sklearn")
+EXTRAS = ("tyro", "rich", "matplotlib", "sklearn", "orbax")
+WATCHED = "JGD_WATCHED"  # in the environment of a process whose end another one waits for
 
 
 class UserError(Exception):
@@ -71,6 +73,12 @@ def main() -> None:
         """A new folder for table, pictures and journal. Default: runs/ and the time of day."""
         top: int = 20
         """Rows of the table to print; all are in results.csv."""
+        best: Literal["final", "ever"] = "final"
+        """Which report of a lane counts: its last one, or its best one."""
+        target: float | None = None
+        """A value of the metric: who is there in fewer steps is better, and ends."""
+        order: Literal["shared", "own"] = "shared"
+        """Of the batches: the same for all, or each seed its own."""
         halving: float | None = None
         """Successive halving: at each rung one setting in so many goes on, as 2 or 3. Default: all
         settings run to their end."""
@@ -96,6 +104,13 @@ def main() -> None:
         """Go on with the sweep in this folder; all other options are those it was begun with."""
         checkpoint_every: float = 30.0
         """Seconds between checkpoints: what a crash can lose."""
+        coordinator: str | None = None
+        """HOST:PORT of process 0, for several processes that all run this command with one --out,
+        on a disk that all see."""
+        processes: int | None = None
+        """How many there are. Default: as Slurm, Open MPI or the like say."""
+        process: int | None = None
+        """Which one this is, from 0. Default: likewise."""
 
     @dataclasses.dataclass
     class Optimizers:
@@ -116,7 +131,9 @@ def main() -> None:
     commands = {"sweep": Sweep, "report": Report, "optimizers": Optimizers}
     try:
         options = tyro.extras.subcommand_cli_from_dict(commands, prog="jgd")
-        if isinstance(options, Sweep):
+        if isinstance(options, Sweep) and options.coordinator and WATCHED not in os.environ:
+            _watched(options)
+        elif isinstance(options, Sweep):
             _sweep(options)
         elif isinstance(options, Report):
             _report(options.folder, options.top)
@@ -318,55 +335,82 @@ def _optimizers(name: str | None) -> None:
 # --- the sweep -------------------------------------------------------------------------------
 
 
+def _watched(options: Any) -> None:
+    """Run one of several processes, and say how to go on when it is torn down with a lost one.
+
+    jax then ends it from within, where no Python runs any more.
+    """
+    out = options.resume or options.out
+    if out is None:
+        raise UserError("--coordinator wants --out, a folder that all processes see")
+    command = [sys.executable, "-m", "jgd.cli", *sys.argv[1:]]
+    process = subprocess.Popen(command, env={**os.environ, WATCHED: "1"})
+    while True:
+        try:
+            code = process.wait()
+            break
+        except KeyboardInterrupt:  # which the other process has got as well
+            pass
+    if code < 0:
+        raise UserError(_go_on(out))
+    raise SystemExit(code)
+
+
+def _go_on(out: Path) -> str:
+    return (
+        "a process of this sweep was lost, and so the others have ended. Go on, on as many or"
+        f" fewer: jgd sweep --resume {out}, with --coordinator if there are several"
+    )
+
+
 def _sweep(options: Any) -> None:
     started = time.perf_counter()
     _keep_compiled_programs()
     from rich.console import Console
 
-    from jgd.tuning import screen, sweep
+    from jgd.tuning import devices, screen, sweep
 
-    console = Console()
-    resume = options.resume is not None
-    if resume:
+    several = options.coordinator is not None
+    if several:
+        devices.join(options.coordinator, options.processes, options.process)
+    console = Console(quiet=not devices.writes())
+    out = options.resume or options.out
+    out = out or _new_folder(Path("runs") / time.strftime("%Y-%m-%d-%H%M%S"))
+    # a sweep that was killed before it had a plan begins anew
+    resume = options.resume is not None and (out / "plan.json").exists()
+    if options.resume is not None:
         options = _command(options)
-    out = options.out or _new_folder(Path("runs") / time.strftime("%Y-%m-%d-%H%M%S"))
     task = _task(options.task)
     groups = _groups(options.optimizer or TEXTBOOK, options.set)
+    if options.resume is None and devices.writes():
+        _write_command(options, out)
     progress = screen.Progress(console)
+    names = "seeds key width metric mode best target order drop_diverged budget seconds"
+    told = {name: getattr(options, name) for name in names.split()}
     interrupted = False
-
-    def on_report(plan: Any, report: Any) -> None:
-        if not progress.done and not resume:
-            (out / "command.json").write_text(json.dumps(_told(options), indent=1))
-        progress(plan, report)
-
     try:
         with progress:
             result = sweep.sweep(
                 task,
                 groups,
                 options.steps,
-                seeds=options.seeds,
-                key=options.key,
-                width=options.width,
-                metric=options.metric,
-                mode=options.mode,
                 halving=_halving(options),
                 stop=options.patience,
-                drop_diverged=options.drop_diverged,
-                budget=options.budget,
-                seconds=options.seconds,
                 folder=out,
                 resume=resume,
                 checkpoint_every=options.checkpoint_every,
-                on_report=on_report,
+                on_report=progress,
+                **told,
             )
     except sweep.Interrupted as error:
         result, interrupted = error.result, True
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
-    except Exception as error:  # of the user's task, inside the program
-        raise UserError(f"task {options.task}: {_where(error)}") from error
+    except Exception as error:  # of the user's task, inside the program, or of the connection
+        hint = f"; perhaps {_go_on(out)}" if several else ""
+        raise UserError(f"task {options.task}: {_where(error)}{hint}") from error
+    if not devices.writes():
+        return
     _show(console, result, out, options.top)
     seconds = time.perf_counter() - started
     rate = progress.done / max(progress.seconds, 1e-9)
@@ -413,10 +457,16 @@ def _halving(options: Any) -> Any:
     return None
 
 
-def _told(options: Any) -> dict[str, Any]:
-    """What the command line said, for the folder."""
+def _write_command(options: Any, out: Path) -> None:
+    """What the command line said, for the folder, before anything else is in it."""
     plain = lambda x: str(x) if isinstance(x, Path) else x
-    return {name: plain(x) for name, x in dataclasses.asdict(options).items()}
+    told = {name: plain(x) for name, x in dataclasses.asdict(options).items()}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not any(out.iterdir()):
+            (out / "command.json").write_text(json.dumps(told, indent=1))
+    except OSError as error:
+        raise UserError(str(error)) from error
 
 
 def _command(options: Any) -> Any:
@@ -425,7 +475,8 @@ def _command(options: Any) -> Any:
     if not path.exists():
         raise UserError(f"{options.resume} holds no sweep of the command line: no command.json")
     told = json.loads(path.read_text())
-    told |= {"out": options.resume, "resume": options.resume, "top": options.top}
+    now = ("top", "checkpoint_every", "coordinator", "processes", "process", "resume")
+    told |= {name: getattr(options, name) for name in now} | {"out": options.resume}
     return type(options)(**told)
 
 

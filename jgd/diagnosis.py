@@ -32,7 +32,7 @@ The noise of small batches is in the loss as well: where nothing is known of the
 as swing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -45,6 +45,7 @@ __all__ = [
     "final_loss",
     "observe",
     "of_curve",
+    "sharpness",
     "statistics",
     "verdict",
 ]
@@ -186,3 +187,39 @@ def of_curve(losses: Sequence[float] | np.ndarray, strides: Any = None) -> LossS
     indexed = (curve, stride, jnp.arange(steps))
     step = lambda seen, x: (observe(seen, x[0], x[1], x[2], steps), None)
     return jax.lax.scan(step, start, indexed)[0]
+
+
+def sharpness(
+    loss: Callable[[Any], Any], params: Any, key: jax.Array, iterations: int = 20
+) -> jax.Array:
+    """The largest eigenvalue of the loss's Hessian, by size.
+
+        v <- H v / ||H v||        sharpness = <v, H v>
+
+    Gradient descent is stable along that direction below 2 / learning_rate, with momentum b below
+    2 (1 + b) / learning_rate.
+
+    Args:
+      loss: params -> scalar.
+      key: of the direction to begin with.
+      iterations: of the power method, each one gradient and its derivative. The error falls with
+        the ratio of the two largest eigenvalues to the power of twice as many.
+
+    Returns: a scalar, NaN where the Hessian is not finite.
+    Source: Cohen et al. 2021, arXiv:2103.00065, who show that training moves to the edge.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    draw = lambda k, x: jax.random.normal(k, jnp.shape(x), jnp.result_type(x))
+    start = jax.tree.unflatten(structure, list(map(draw, keys, leaves)))
+    dot = lambda a, b: jax.tree.reduce(jnp.add, jax.tree.map(lambda x, y: jnp.sum(x * y), a, b))
+
+    def step(_: Any, carry: Any) -> Any:
+        along, _ = carry
+        length = jnp.sqrt(dot(along, along))
+        along = jax.tree.map(lambda x: x / jnp.where(length == 0, 1, length), along)
+        curved = jax.jvp(jax.grad(loss), (params,), (along,))[1]
+        return curved, dot(along, curved)
+
+    zero = jnp.zeros_like(dot(start, start))
+    return jax.lax.fori_loop(0, iterations, step, (start, zero))[1]

@@ -22,9 +22,19 @@ import numpy as np
 import optax
 
 from jgd.arguments import Static
+from jgd.diagnosis import sharpness
 from jgd.pytree import refuse_functions
 
-__all__ = ["Run", "Task", "TrainState", "minibatches", "start", "supervised", "train"]
+__all__ = [
+    "Run",
+    "Task",
+    "TrainState",
+    "minibatches",
+    "start",
+    "supervised",
+    "train",
+    "with_sharpness",
+]
 
 
 class Task(NamedTuple):
@@ -160,6 +170,31 @@ def supervised(task: Task) -> Run:
         return task.evaluate(*(state.params, state.model_state, setting)[:seen])
 
     return Run(init, update, evaluate, task.batch, begin)
+
+
+def with_sharpness(task: Task, batch: Any = None, iterations: int = 20) -> Run:
+    """The training run of a task that also reports the "sharpness" of its training loss.
+
+    It costs as much as `2 * iterations` steps at each report. `jgd.tuning.plots.plot_sharpness`
+    draws it against 2 / learning_rate, the edge beyond which gradient descent oscillates.
+
+    Args:
+      batch: what the loss is taken on; None: the task's first batch.
+      iterations: see `jgd.diagnosis.sharpness`.
+    """
+    run, full = supervised(task), _arity(task.loss) == 5
+    batch = task.batch(0) if batch is None else batch
+
+    def evaluate(setting: Any, state: TrainState) -> dict[str, Any]:
+        def loss(params: Any) -> jax.Array:
+            if full:
+                return task.loss(params, state.model_state, batch, state.key, setting)[0]
+            return task.loss(params, batch)
+
+        found = sharpness(loss, state.params, jax.random.key(0), iterations)
+        return {**run.evaluate(setting, state), "sharpness": found}
+
+    return run._replace(evaluate=evaluate)
 
 
 # --- batches ---------------------------------------------------------------------------------

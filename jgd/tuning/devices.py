@@ -15,19 +15,19 @@ import numpy as np
 __all__ = ["agreed", "by_lane", "join", "mesh", "on_all", "placed", "rounded", "to_host", "writes"]
 
 
-def join(coordinator: str, processes: int, process: int) -> None:
+def join(coordinator: str, processes: int | None = None, process: int | None = None) -> None:
     """Make this process one of several; before anything else is asked of jax.
 
     Args:
       coordinator: host:port of process 0, which listens on that address alone.
-      processes: how many there are.
-      process: which one this is, from 0.
+      processes: how many there are; None: as Slurm, Open MPI or the like say.
+      process: which one this is, from 0; None: likewise.
     """
     jax.distributed.initialize(
         coordinator,
         num_processes=processes,
         process_id=process,
-        coordinator_bind_address=coordinator if process == 0 else None,
+        coordinator_bind_address=coordinator,  # else process 0 listens to everybody
         heartbeat_timeout_seconds=20,
     )
 

@@ -209,7 +209,7 @@ def _checkpointer() -> Any:
     alone = orbax.checkpoint.options.MultiprocessingOptions(
         primary_host=here, active_processes={here}, barrier_sync_key_prefix=str(here)
     )
-    several = {} if jax.process_count() == 1 else {"multiprocessing_options": alone}
+    several: dict[str, Any] = {"multiprocessing_options": alone} if jax.process_count() > 1 else {}
     return orbax.checkpoint.StandardCheckpointer(**several)
 
 

@@ -1,0 +1,95 @@
+"""One sweep of two processes on loopback, and what is left when one of them is lost."""
+
+import csv
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+TASK = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_training import _line
+"""
+COMMAND = (
+    "sweep processes_task:_line --optimizer adam --set learning_rate=log:1e-4:1:20 --steps 64"
+    " --seeds 2 --width 16 --halving 2 --min-steps 16 --checkpoint-every 0"
+)
+
+
+def _start(folder, *more, devices=2):
+    (folder / "processes_task.py").write_text(TASK.format(tests=os.path.dirname(__file__)))
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    command = [sys.executable, "-m", "jgd.cli", *more]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes)
+
+
+def _together(folder, *arguments):
+    """Two of them, on a port that was free just now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    for process in ("0", "1"):
+        several = ["--coordinator", address, "--processes", "2", "--process", process]
+        yield _start(folder, *arguments, *several)
+
+
+def _loss(folder):
+    with (folder / "results.csv").open() as file:
+        return {
+            row["learning_rate"]: (row["ended"], float(row["loss"])) for row in csv.DictReader(file)
+        }
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_sweep(tmp_path):
+    alone = _start(tmp_path, *COMMAND.split(), "--out", "alone", devices=4)
+    assert alone.wait() == 0, alone.stderr.read()
+    both = list(_together(tmp_path, *COMMAND.split(), "--out", "both"))
+    screens = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], screens
+    assert "lane-steps per second" in screens[0][0]
+    assert "lane-steps per second" not in screens[1][0]  # one of them speaks
+    for rate, (ended, loss) in _loss(tmp_path / "alone").items():
+        np.testing.assert_allclose(_loss(tmp_path / "both")[rate][1], loss, rtol=1e-4)
+        assert _loss(tmp_path / "both")[rate][0] == ended
+
+    lost = list(
+        _together(tmp_path, *COMMAND.replace("--steps 64", "--steps 4000").split(), "--out", "lost")
+    )
+    while not (tmp_path / "lost" / "manifest.json").exists():
+        assert lost[0].poll() is None, lost[0].communicate()
+        time.sleep(0.05)
+    children = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(lost[1].pid)], capture_output=True, text=True
+    )
+    os.kill(int(children.stdout), signal.SIGKILL)
+    for process in lost:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 2
+        assert "a process of this sweep was lost" in errors
+        assert "jgd sweep --resume lost" in errors
+    whole = _start(
+        tmp_path, *COMMAND.replace("--steps 64", "--steps 4000").split(), "--out", "whole"
+    )
+    resumed = _start(tmp_path, "sweep", "--resume", "lost")  # on fewer
+    for process in (whole, resumed):
+        assert process.wait() == 0, process.stderr.read()
+    for rate, (ended, loss) in _loss(tmp_path / "whole").items():
+        np.testing.assert_allclose(_loss(tmp_path / "lost")[rate][1], loss, rtol=1e-3, atol=1e-6)
+        assert _loss(tmp_path / "lost")[rate][0] == ended
+
+
+def test_several_processes_want_a_folder(tmp_path):
+    process = _start(tmp_path, "sweep", "--coordinator", "127.0.0.1:1")
+    assert "--coordinator wants --out" in process.communicate()[1]
