@@ -96,6 +96,9 @@ def main() -> None:
         """Lane-steps after which nothing is begun."""
         seconds: float | None = None
         """Seconds after which nothing is begun."""
+        sharpness: bool = False
+        """Report the largest eigenvalue of the loss's Hessian as well, and draw it against
+        2 / learning_rate."""
         width: int | None = None
         """Lanes that step together. Default: found by a probe."""
         key: int = 0
@@ -381,6 +384,10 @@ def _sweep(options: Any) -> None:
     if options.resume is not None:
         options = _command(options)
     task = _task(options.task)
+    if options.sharpness:
+        if not isinstance(task, jgd.Task):
+            raise UserError("--sharpness wants a jgd.Task, whose loss it differentiates")
+        task = jgd.with_sharpness(task)
     groups = _groups(options.optimizer or TEXTBOOK, options.set)
     if options.resume is None and devices.writes():
         _write_command(options, out)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import matplotlib.cm
+import matplotlib.collections
 import matplotlib.colors
 import matplotlib.figure
 import numpy as np
@@ -17,13 +18,20 @@ __all__ = [
     "plot_curves",
     "plot_ranges",
     "plot_sensitivity",
+    "plot_sharpness",
     "plot_survivors",
     "ranges",
     "save_plots",
 ]
 
 _DASHES = ["-", "--"]  # momentum and Nesterov lie on each other where the rate is small
-_COLORS = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
+# of Okabe and Ito: told apart by eyes that see fewer colours, on white as on black
+_COLORS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F", "#B8A800"]
+_GRADUAL = matplotlib.colors.ListedColormap(  # without the yellow that white swallows
+    matplotlib.colormaps["viridis"](np.linspace(0, 0.92, 256)), "values"
+)
+POINTS = 128  # along an axis: where there are more values, the best of neighbours is shown
+LINES = 1000  # in a panel: where there are more lanes, some of them are shown
 
 
 def _axis(result: Result) -> str | None:
@@ -34,44 +42,80 @@ def _axis(result: Result) -> str | None:
 
 
 def _last(result: Result, group: str) -> np.ndarray:
-    """The last value of the metric of each lane; one that never reported has none."""
+    """The value that counts of each lane: the last one said, or the best; NaN for none."""
     curves = result.curves[group].metrics[result.metric].astype(np.float64)
+    if result.plan.best == "ever":
+        sign = -1.0 if result.mode == "max" else 1.0
+        best = np.where(np.isfinite(curves), sign * curves, np.inf).argmin(1)
+        return curves[np.arange(len(curves)), best]
     said = ~np.isnan(result.curves[group].train_loss) | np.isfinite(curves)
     places = np.where(said.any(1), curves.shape[1] - 1 - said[:, ::-1].argmax(1), 0)
     return curves[np.arange(len(curves)), places]
 
 
-def plot_sensitivity(result: Result) -> Any:
-    """The final metric against the learning rate, a curve per optimizer: its mean over seeds.
+class _Points(NamedTuple):
+    """The best settings along the axis to draw against, one for each value or neighbourhood."""
 
-    Bands span the seeds. Where other numbers vary as well, the best of them is shown. A star marks
-    each optimizer's best.
-    """
-    common = _axis(result)
-    figure = matplotlib.figure.Figure(figsize=(8, 4.8), layout="constrained")
+    axis: str
+    x: np.ndarray
+    values: np.ndarray  # (points, seeds), of the metric
+
+    @property
+    def mean(self) -> np.ndarray:
+        return self.values.mean(1)
+
+
+def _points(result: Result, group: Any) -> _Points | None:
+    """Those of a group; None if it has no axis, or nothing finite."""
+    axis = _axis(result) or next(iter(group.axes), None)  # without a common one, its own first
+    if axis is None:
+        return None
+    at, values = np.array(group.axes[axis]), _last(result, group.name).reshape(group.settings, -1)
+    finite = np.isfinite(values).all(1)
+    at, values = at[finite], values[finite]
+    if not len(at):
+        return None
+    cells = np.unique(at, return_inverse=True)[1]
+    if cells.max() >= POINTS:
+        scale = np.log(at) if _spans_decades(at) else at
+        cells = ((scale - scale.min()) / np.ptp(scale) * (POINTS / 2 - 1e-9)).astype(int)
+    means = values.mean(1)
+    order = np.lexsort((-means if result.mode == "max" else means, cells))
+    first = order[np.flatnonzero(np.diff(cells[order], prepend=-1))]
+    return _Points(axis, at[first], values[first])
+
+
+def _panel(width: float, height: float) -> tuple[Any, Any]:
+    figure = matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
     panel = figure.subplots()
-    best = max if result.mode == "max" else min
-    every = []
-    drawn: dict[str, list[float]] = {}
+    panel.grid(alpha=0.25)
+    panel.spines[["top", "right"]].set_visible(False)
+    return figure, panel
+
+
+def _legend(figure: Any, groups: int) -> None:
+    if groups > 1:
+        figure.legend(loc="outside upper center", ncols=6, frameon=False, fontsize=9)
+
+
+def plot_sensitivity(result: Result) -> Any:
+    """The metric that counts against the learning rate, a curve per optimizer: its mean over seeds.
+
+    Bands span the seeds. Where other numbers vary as well, the best of them is shown, and of very
+    many values the best among neighbours. A star marks each optimizer's best.
+    """
+    figure, panel = _panel(8, 4.8)
+    every, drawn = [], {}
     for color, dashes, group in zip(
         itertools.cycle(_COLORS), itertools.cycle(_DASHES), result.plan.groups, strict=False
     ):
-        values = _last(result, group.name).reshape(group.settings, -1)
-        axis = common or next(iter(group.axes), None)  # without a common one, each its own first
-        if axis is None:
+        points = _points(result, group)
+        if points is None:
             continue
-        drawn[axis] = group.axes[axis]
-        at = np.array(group.axes[axis])
-        points = []
-        for x in np.unique(at):
-            rows = [row for row in values[at == x] if np.isfinite(row).all()]
-            if rows:
-                chosen = best(rows, key=np.mean)
-                points.append((x, chosen.mean(), chosen.min(), chosen.max()))
-        if not points:
-            continue
-        x, mean, low, high = np.array(points).T
+        drawn[points.axis] = [*drawn.get(points.axis, []), *points.x]
+        x, mean = points.x, points.mean
         every += list(mean)
+        low, high = points.values.min(1), points.values.max(1)
         panel.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
         on_top = 2 + (dashes == "--")
         panel.plot(x, mean, dashes, color=color, label=group.name, linewidth=1.8, zorder=on_top)
@@ -85,10 +129,44 @@ def plot_sensitivity(result: Result) -> Any:
     panel.set_ylabel(f"{result.metric}, held out")
     seeds = f", mean and range of {result.plan.seeds} seeds" if result.plan.seeds > 1 else ""
     panel.set_title(f"after {result.plan.steps} steps{seeds}", fontsize=11)
-    panel.grid(alpha=0.25)
-    panel.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=6, frameon=False, fontsize=9)
+    _legend(figure, len(result.plan.groups))
     return figure
+
+
+def _panels(groups: int) -> tuple[Any, Any]:
+    """A panel per group, all on the same axes."""
+    columns = min(3, groups)
+    rows = -(-groups // columns)
+    size = (max(3.9 * columns, 5.5), 3.0 * rows + 0.4)
+    figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for panel in panels:
+        panel.grid(alpha=0.2)
+        panel.spines[["top", "right"]].set_visible(False)
+    for panel in panels[groups:]:
+        panel.set_visible(False)
+    return figure, panels
+
+
+def _lines(panel: Any, steps: np.ndarray, curves: np.ndarray, values: np.ndarray | None) -> Any:
+    """Curves of lanes, coloured by a value of each; of very many some, evenly."""
+    shown = np.unique(np.linspace(0, len(curves) - 1, min(LINES, len(curves))).astype(int))
+    few = len(shown) < 10
+    lines = matplotlib.collections.LineCollection(
+        [np.column_stack([steps, curves[lane]]) for lane in shown],
+        linewidths=1.6 if few else 0.7,
+        alpha=1.0 if few else 0.7,
+        colors=_COLORS[0],
+    )
+    if values is not None:
+        lines.set_cmap(_GRADUAL)
+        lines.set_array(values[shown])
+    panel.add_collection(lines)
+    panel.set_xlim(0, steps[-1])
+    if len(shown) < len(curves):
+        note = f"{len(shown):,} of {len(curves):,} lanes"
+        panel.annotate(note, (0.98, 0.97), xycoords="axes fraction", ha="right", va="top", size=7)
+    return lines
 
 
 def plot_curves(result: Result) -> Any:
@@ -96,55 +174,71 @@ def plot_curves(result: Result) -> Any:
 
     Lanes whose loss left the picture end at its edge: they diverged.
     """
-    axis = _axis(result)
-    groups = result.plan.groups
-    columns = min(3, len(groups))
-    rows = -(-len(groups) // columns)
-    figure = matplotlib.figure.Figure(
-        figsize=(3.9 * columns, 3.0 * rows + 0.4), layout="constrained"
-    )
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    axis, groups = _axis(result), result.plan.groups
+    figure, panels = _panels(len(groups))
     losses = np.concatenate([c.train_loss.ravel() for c in result.curves.values()])
     first = np.concatenate([c.train_loss[:, 0] for c in result.curves.values()])
     finite = losses[np.isfinite(losses)]
     positive = finite[finite > 0]  # a loss of exactly 0 is at the foot of the picture
     top = 10 * np.median(first[np.isfinite(first)]) if np.isfinite(first).any() else 1.0
     norm = _norm([x for group in groups for x in group.axes.get(axis or "", [])])
-    colors = matplotlib.colormaps["turbo"]
     for panel, group in zip(panels, groups, strict=False):
         curves = result.curves[group.name]
-        for lane, loss in enumerate(curves.train_loss):
-            at = group.axes[axis][lane // result.plan.seeds] if axis else 0.0
-            color = colors(norm(at)) if axis else "tab:blue"
-            panel.plot(curves.step, loss, color=color, linewidth=0.7, alpha=0.7)
+        values = np.repeat(group.axes[axis], result.plan.seeds) if axis else None
+        _lines(panel, curves.step, curves.train_loss, values).set_norm(norm)
         panel.set_title(group.name, fontsize=11)
-        panel.grid(alpha=0.2)
-        panel.spines[["top", "right"]].set_visible(False)
         if positive.size and finite.min() >= 0:
             panel.set_yscale("log")
-            panel.set_ylim(max(float(positive.min()), 1e-6 * float(top)), float(top))
+            panel.set_ylim(max(float(positive.min()) / 1.2, 1e-6 * float(top)), float(top))
         elif finite.size:
             panel.set_ylim(float(finite.min()), max(float(top), float(np.median(finite))))
-    for panel in panels[len(groups) :]:
-        panel.set_visible(False)
     figure.supxlabel("step", fontsize=10)
     figure.supylabel("training loss", fontsize=10)
     if axis:
-        mappable = matplotlib.cm.ScalarMappable(norm, colors)
+        mappable = matplotlib.cm.ScalarMappable(norm, _GRADUAL)
         figure.colorbar(mappable, ax=list(panels), label=axis.replace("_", " "), fraction=0.03)
+    return figure
+
+
+def plot_sharpness(result: Result) -> Any:
+    """The sharpness of each lane against 2 / learning rate while it trains, a panel per optimizer.
+
+    Above 1 plain gradient descent oscillates along the sharpest direction; with momentum b the edge
+    is 1 + b. What comes to the edge stays there: its loss falls, but not smoothly. An optimizer
+    that divides by a magnitude has an edge of its own.
+
+    Raises: ValueError if the sweep has no "sharpness" (`jgd.with_sharpness`) or no learning rates.
+    """
+    groups = [group for group in result.plan.groups if "learning_rate" in group.axes]
+    if not groups or "sharpness" not in result.plan.metrics:
+        raise ValueError("plot_sharpness: a sweep of learning rates with jgd.with_sharpness wanted")
+    figure, panels = _panels(len(groups))
+    norm = _norm([x for group in groups for x in group.axes["learning_rate"]])
+    for panel, group in zip(panels, groups, strict=False):
+        curves = result.curves[group.name]
+        rates = np.repeat(group.axes["learning_rate"], result.plan.seeds)
+        ratio = np.abs(curves.metrics["sharpness"]) * rates[:, None] / 2
+        _lines(panel, curves.step, ratio, rates).set_norm(norm)
+        panel.axhline(1, color="black", linewidth=1.2, linestyle="--")
+        panel.set_yscale("log")
+        panel.set_ylim(1e-3, 1e2)
+        panel.set_title(group.name, fontsize=11)
+    figure.supxlabel("step", fontsize=10)
+    figure.supylabel("sharpness / (2 / learning rate)", fontsize=10)
+    mappable = matplotlib.cm.ScalarMappable(norm, _GRADUAL)
+    figure.colorbar(mappable, ax=list(panels), label="learning rate", fraction=0.03)
     return figure
 
 
 def plot_survivors(result: Result) -> Any:
     """How many settings are still at it after how many steps, a line per optimizer."""
-    figure = matplotlib.figure.Figure(figsize=(8, 4.2), layout="constrained")
-    panel = figure.subplots()
+    figure, panel = _panel(8, 4.2)
     steps = np.array([0, *result.plan.reports])
     for color, dashes, group in zip(
         itertools.cycle(_COLORS), itertools.cycle(_DASHES), result.plan.groups, strict=False
     ):
-        ends = [row["at"] for row in result.rows if row["optimizer"] == group.name]
-        alive = [sum(end > step for end in ends) for step in steps[:-1]]
+        ends = np.sort([row["at"] for row in result.rows if row["optimizer"] == group.name])
+        alive = (len(ends) - np.searchsorted(ends, steps[:-1], side="right")).tolist()
         on_top = 2 + (dashes == "--")
         panel.step(
             steps,
@@ -160,9 +254,7 @@ def plot_survivors(result: Result) -> Any:
     panel.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     panel.set_xlabel("step")
     panel.set_ylabel("settings that go on")
-    panel.grid(alpha=0.25)
-    panel.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=6, frameon=False, fontsize=9)
+    _legend(figure, len(result.plan.groups))
     return figure
 
 
@@ -185,34 +277,27 @@ def ranges(result: Result) -> list[Range]:
     found = []
     sign = -1 if result.mode == "max" else 1
     for group in result.plan.groups:
-        axis = _axis(result) or next(iter(group.axes), None)
-        values = sign * _last(result, group.name).reshape(group.settings, -1)
-        if axis is None or not np.isfinite(values).all(1).any():
+        points = _points(result, group)
+        if points is None:
             continue
-        at = np.array(group.axes[axis])
-        points = np.unique(at)
-        rows = [values[(at == x) & np.isfinite(values).all(1)] for x in points]
-        means = np.array([min(row.mean(1)) if len(row) else np.inf for row in rows])
-        top = int(means.argmin())
-        of_best = rows[top][rows[top].mean(1).argmin()]
-        error = of_best.std(ddof=1) / np.sqrt(len(of_best)) if len(of_best) > 1 else 0.0
-        good = means <= means[top] + max(error, 0.01 * abs(means[top]) * (len(of_best) == 1))
-        low = high = top
+        means = sign * points.mean
+        low = high = top = int(means.argmin())
+        of_best = points.values[top]
+        alone = len(of_best) == 1
+        error = abs(means[top]) * 0.01 if alone else of_best.std(ddof=1) / np.sqrt(len(of_best))
+        good = means <= means[top] + error
         while low > 0 and good[low - 1]:
             low -= 1
-        while high + 1 < len(points) and good[high + 1]:
+        while high + 1 < len(points.x) and good[high + 1]:
             high += 1
-        found.append(Range(group.name, *map(float, (points[top], points[low], points[high]))))
+        found.append(Range(group.name, *map(float, points.x[[top, low, high]])))
     return found
 
 
 def plot_ranges(result: Result) -> Any:
     """The suggested value for each optimizer, and the range around it that is as good."""
     found = ranges(result)
-    figure = matplotlib.figure.Figure(
-        figsize=(8, 1.2 + 0.32 * max(len(found), 1)), layout="constrained"
-    )
-    panel = figure.subplots()
+    figure, panel = _panel(8, 1.2 + 0.32 * max(len(found), 1))
     for place, one in enumerate(found):
         color = _COLORS[place % len(_COLORS)]
         panel.plot([one.low, one.high], [place] * 2, color=color, linewidth=6, alpha=0.35)
@@ -232,9 +317,9 @@ def plot_ranges(result: Result) -> Any:
     panel.set_yticks(range(len(found)), [one.optimizer for one in found])
     panel.set_ylim(len(found) - 0.4, -0.7)
     panel.set_xlabel((_axis(result) or "").replace("_", " ") + ": the best, and what is as good")
-    panel.grid(axis="x", alpha=0.25)
+    panel.grid(visible=False, axis="y")
     panel.tick_params(axis="y", length=0)
-    panel.spines[["top", "right", "left"]].set_visible(False)
+    panel.spines["left"].set_visible(False)
     return figure
 
 
@@ -250,7 +335,8 @@ def _norm(values: list[float]) -> Any:
 
 
 def save_plots(result: Result, folder: str | Path) -> list[Path]:
-    """sensitivity.png, curves.png and ranges.png in a folder, and survivors.png if lanes ended."""
+    """sensitivity.png, curves.png and ranges.png in a folder; survivors.png if lanes ended, and
+    sharpness.png if it was reported."""
     plots = {
         "sensitivity.png": plot_sensitivity,
         "curves.png": plot_curves,
@@ -258,6 +344,10 @@ def save_plots(result: Result, folder: str | Path) -> list[Path]:
     }
     if any(row["ended"] != "finished" for row in result.rows):
         plots["survivors.png"] = plot_survivors
+    if "sharpness" in result.plan.metrics and any(
+        "learning_rate" in g.axes for g in result.plan.groups
+    ):
+        plots["sharpness.png"] = plot_sharpness
     for name, plot in plots.items():
         plot(result).savefig(Path(folder) / name, dpi=150)
     return [Path(folder) / name for name in plots]

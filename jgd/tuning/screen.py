@@ -113,9 +113,10 @@ def print_result(console: Console, result: Result, top: int) -> None:
     how = ("ended",) if any(row["ended"] != "finished" for row in shown) else ()
     columns = ("rank", "optimizer", *varied, result.metric, "final loss", "verdict", *how)
     table = _table(title, result.metric, *columns)
+    ties = sum(row["tied"] for row in result.rows) > 1
     for row in shown:
         table.add_row(
-            str(row["rank"]),
+            f"{'= ' if ties and row['tied'] else ''}{row['rank']}",
             row["optimizer"],
             *(_cell(row.get(name)) for name in varied),
             _spread(row, result.metric),
@@ -124,6 +125,13 @@ def print_result(console: Console, result: Result, top: int) -> None:
             *([f"{row['ended']} at {row['at']:,}"] if how else []),
         )
     console.print(table)
+    if plan.seeds > 1:
+        same = "one order of batches" if plan.order == "shared" else "an order of batches each"
+        console.print(f"[dim]± standard error of the mean of {plan.seeds} seeds with {same}[/]")
+    if ties:
+        many = sum(row["tied"] for row in result.rows)
+        within = "" if plan.seeds == 1 else ", within the error of the difference"
+        console.print(f"[dim]= as good as the best{within}: {many:,} settings[/]")
 
 
 def _table(title: str, metric: str, *columns: str) -> Any:

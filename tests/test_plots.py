@@ -1,0 +1,67 @@
+"""The pictures of a sweep, from one setting to ten thousand."""
+
+import time
+
+import matplotlib.colors
+import numpy as np
+import pytest
+
+import jgd
+from jgd.tuning import plots, results
+from jgd.tuning.plan import Options, make_plan
+
+
+def _result(settings, seeds=1, values=None, **options):
+    """What a sweep would have found, without one."""
+    rates = np.geomspace(1e-4, 1, settings)
+    lanes = {"adam": jgd.grid(jgd.adam, learning_rate=rates)}
+    options = Options(seeds=seeds, **options)
+    plan = make_plan(lanes, 100, options, metrics=["loss"], devices=1, task="")
+    rng, steps = np.random.default_rng(0), np.array(plan.reports)
+    shape = (settings * seeds, len(steps))
+    level = 0.01 + np.log10(np.repeat(rates, seeds) / 0.01) ** 2
+    losses = (level[:, None] + 3 / steps) * rng.uniform(0.9, 1.1, shape)
+    curves = results.Curves(steps, losses, {"loss": losses if values is None else values})
+    rows = [{"optimizer": "adam", "at": 100, "ended": "finished"}] * settings
+    best = results.Best(rows[0], None, None)
+    return results.Result(rows, {"adam": curves}, best, [best], "loss", "min", plan)
+
+
+@pytest.mark.parametrize("settings", [1, 10_000])
+def test_pictures_of_one_and_of_ten_thousand_settings(settings, tmp_path):
+    result = _result(settings, seeds=2)
+    started = time.perf_counter()
+    paths = plots.save_plots(result, tmp_path)
+    assert time.perf_counter() - started < 60  # a line each took minutes
+    assert [path.name for path in paths] == ["sensitivity.png", "curves.png", "ranges.png"]
+    (panel,) = plots.plot_sensitivity(result).axes
+    assert len(panel.lines[0].get_xdata()) == (1 if settings == 1 else plots.POINTS / 2)
+    drawn = plots.plot_curves(result).axes[0]
+    assert len(drawn.collections[0].get_segments()) == min(2 * settings, plots.LINES)
+    assert [text.get_text() for text in drawn.texts] == ["1,000 of 20,000 lanes"] * (settings > 1)
+
+
+def test_the_best_among_neighbours_is_shown():
+    result = _result(10_000)
+    points = plots._points(result, result.plan.groups[0])
+    losses = result.curves["adam"].metrics["loss"][:, -1]
+    assert points.mean.min() == losses.min()
+    assert (np.diff(points.x) > 0).all()
+
+
+def test_ranges_of_what_is_as_good():
+    values = np.tile(
+        np.array([[5.0, 5], [1.0, 1.2], [1.1, 1.1], [0.9, 1.1], [4, 4]]).reshape(-1, 1), 20
+    )
+    result = _result(5, seeds=2, values=values)
+    (found,) = plots.ranges(result)
+    rates = np.geomspace(1e-4, 1, 5)
+    np.testing.assert_allclose([found.best, found.low, found.high], rates[[3, 1, 3]])
+
+
+def test_colours_are_told_apart_without_red_or_green():
+    """Seen by eyes without green cones (Machado et al. 2009), any two of six differ."""
+    blind = np.array([[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]])
+    seen = np.array([blind @ np.array(matplotlib.colors.to_rgb(c)) for c in plots._COLORS[:6]])
+    apart = np.linalg.norm(seen[:, None] - seen[None], axis=-1) + 9 * np.eye(6)
+    assert apart.min() > 0.15
