@@ -134,6 +134,15 @@ def supervised(task: Task) -> Run:
         )
     full, seen = arity == 5, min(max(_arity(task.evaluate), 1), 3)
 
+    def loss_of(*arguments: Any) -> Any:
+        found = task.loss(*arguments)
+        if shape := jnp.shape(found[0] if full else found):
+            raise TypeError(
+                f"loss must return a scalar, this one returns an array of shape {shape}: take its"
+                " mean"
+            )
+        return found
+
     def begin(key: jax.Array) -> Any:
         return task.init(jax.random.split(key)[0])
 
@@ -149,13 +158,13 @@ def supervised(task: Task) -> Run:
         params, opt_state, model_state, key = state
         if full:
             key, now = jax.random.split(key)
-            value_and_grad = jax.value_and_grad(task.loss, has_aux=True)
+            value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
             (loss, (metrics, model_state)), grads = value_and_grad(
                 params, model_state, batch, now, setting
             )
         else:
             metrics: Mapping[str, Any] = {}
-            loss, grads = jax.value_and_grad(task.loss)(params, batch)
+            loss, grads = jax.value_and_grad(loss_of)(params, batch)
         updates, opt_state = optimizer_of(setting).update(
             grads, opt_state, params, value=loss, grad=grads
         )

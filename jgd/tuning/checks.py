@@ -91,12 +91,9 @@ def batch(make: Callable[..., Any], order: str) -> Any:
         nan = np.isnan(np.asarray(leaf, np.float64))
         if nan.any():
             where = "the first batch" if data is None else "the data"
-            raise ValueError(
-                f"sweep: {where} have NaN, first in row {int(np.argwhere(nan)[0][0])} of"
-                f" {jax.tree_util.keystr(path) or 'the array'}: leave such rows out, or fill them"
-                if nan.ndim
-                else f"sweep: {where} have NaN in {jax.tree_util.keystr(path)}"
-            )
+            row = f", first in row {np.argwhere(nan)[0][0]}" if nan.ndim else ""
+            name = jax.tree_util.keystr(path) or "the array"
+            raise ValueError(f"sweep: NaN in {where}{row} of {name}: leave it out, or fill it")
     return first
 
 
