@@ -1,20 +1,24 @@
 """Lane-steps per second of the default task: jgd's sweep beside what one would write instead.
 
-    python benchmarks/lanes.py                   # 512 lanes, a few rounds, two to five minutes
-    python benchmarks/lanes.py --halving 1000    # what halving gains on them, and of what is ideal
+    python benchmarks/lanes.py                       # 512 lanes, a few rounds, two to five minutes
+    python benchmarks/lanes.py --lanes 64 512 4096   # as in benchmarks/README.md
+    python benchmarks/lanes.py --halving 1000        # what halving gains, and of what is ideal
 
 All contenders run in this process, one after the other in each round, so that a busy machine slows
-them alike; the ratios are of medians. The task is that of `jgd sweep`: a 64-64-10 network on the
-digits, batches of 128, Adam at 512 learning rates.
+them alike; the ratios are medians of those of each round. The task is that of `jgd sweep`: a
+64-64-10 network on the digits, batches of 128, Adam at many learning rates; everything is compiled.
 
-    sweep         jgd.sweep's program, tiles of 64 lanes: verdicts and held-out metrics included
+    sweep         jgd.sweep's loop: verdicts, held-out metrics and reports included
     all at once   the same lanes in one hand-written jax.vmap of optax, inside a scan
-    jitted step   one setting after another: a warm jitted optax step in a Python loop
-    torch         the same loop in torch, if it is installed
+    jitted step   one setting after another: a jitted optax step in a Python loop
+    optuna        the same, each setting asked of Optuna's TPE and told to it
+    torch         the same loop in PyTorch
+    keras fit     the same in Keras on its JAX backend
 """
 
 import argparse
 import importlib.util
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -31,21 +35,19 @@ from jgd.tuning.tasks import digits
 Contender = Callable[[], tuple[int, float]]  # -> lane-steps done, seconds they took
 
 
-def swept(task: jgd.Task, rates: np.ndarray, steps: int, width: int) -> Contender:
+def swept(task: jgd.Task, rates: np.ndarray, steps: int, width: int | None) -> Contender:
     lanes, compiled = jgd.grid(jgd.adam, learning_rate=rates), {}
     # as `jgd sweep` reports, held-out metrics and all
-    options = dict(width=width, report_every=50, compiled=compiled)
+    options = dict(width=width, report_every=max(steps // 4, 1), compiled=compiled)
 
     def measure() -> tuple[int, float]:
         prepared = driver.prepare(task, {"adam": lanes}, steps, **options)
-        reports = iter(prepared)
-        next(reports)  # compiled: the rest is warm
         started = time.perf_counter()
-        for _ in reports:
+        for _ in prepared:
             pass
-        done = prepared.plan.lane_steps - width * prepared.plan.reports[0]
-        return done, time.perf_counter() - started
+        return prepared.plan.lane_steps, time.perf_counter() - started
 
+    measure()
     return measure
 
 
@@ -142,6 +144,56 @@ def jitted_step(task: jgd.Task, steps: int) -> Contender:
     return measure
 
 
+def optuna_loop(task: jgd.Task, steps: int, trials: int) -> Contender:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+    @jax.jit
+    def step(params, state, batch, rate):
+        tx = optax.adam(rate)
+        grads = jax.grad(task.loss)(params, batch)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    evaluate, batches = jax.jit(task.evaluate), [task.batch(i) for i in range(steps)]
+    params = task.init(jax.random.key(0))
+
+    def measure() -> tuple[int, float]:
+        study = optuna.create_study(direction="maximize")
+        started = time.perf_counter()
+        for _ in range(trials):
+            trial = study.ask()
+            rate = trial.suggest_float("learning_rate", 1e-5, 1e-2, log=True)
+            carry = params, optax.adam(rate).init(params)
+            for batch in batches:
+                carry = step(*carry, batch, rate)
+            study.tell(trial, float(evaluate(carry[0])["accuracy"]))
+        return steps * trials, time.perf_counter() - started
+
+    measure()
+    return measure
+
+
+def keras_fit(task: jgd.Task, steps: int) -> Contender:
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    import keras
+
+    images, labels = (np.concatenate(x) for x in zip(*map(task.batch, range(steps)), strict=True))
+    layers = [keras.layers.Dense(64, activation="relu"), keras.layers.Dense(10)]
+    model = keras.Sequential([keras.layers.Input((64,)), *layers])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(1e-3), loss)
+
+    def measure() -> tuple[int, float]:
+        started = time.perf_counter()
+        model.fit(images, labels, batch_size=len(images) // steps, verbose=0)
+        return steps, time.perf_counter() - started
+
+    measure()
+    return measure
+
+
 def torch_loop(task: jgd.Task, steps: int) -> Contender:
     import torch
 
@@ -163,38 +215,52 @@ def torch_loop(task: jgd.Task, steps: int) -> Contender:
     return measure
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lanes", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--widths", type=int, nargs="+", default=[64])
-    parser.add_argument("--halving", type=int, metavar="STEPS", help="halving's gain instead")
-    options = parser.parse_args()
-    task, rates = digits(), np.geomspace(1e-5, 1e-2, options.lanes)
-    if options.halving:
-        halved(task, rates, options.halving, options.rounds)
-        return
+def race(task: jgd.Task, lanes: int, steps: int, rounds: int, width: int | None) -> None:
+    rates = np.geomspace(1e-5, 1e-2, lanes)
     contenders: dict[str, Contender] = {
-        f"sweep, {width} wide": swept(task, rates, options.steps, width) for width in options.widths
+        "sweep": swept(task, rates, steps, width),
+        "all at once": all_at_once(task, rates, steps),
+        "jitted step": jitted_step(task, 400),
     }
-    contenders["all at once"] = all_at_once(task, rates, options.steps)
-    contenders["jitted step"] = jitted_step(task, 2 * options.steps)
-    if importlib.util.find_spec("torch"):
-        contenders["torch"] = torch_loop(task, 2 * options.steps)
+    for name, module, make in (
+        ("optuna", "optuna", lambda: optuna_loop(task, 200, 3)),
+        ("torch", "torch", lambda: torch_loop(task, 400)),
+        ("keras fit", "keras", lambda: keras_fit(task, 100)),
+    ):
+        if importlib.util.find_spec(module):
+            contenders[name] = make()
     speeds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(options.rounds):
+    for _ in range(rounds):
         for name, measure in contenders.items():
             done, seconds = measure()
             speeds[name].append(done / seconds)
-    first = statistics.median(next(iter(speeds.values())))
-    print(f"{options.lanes} lanes, {options.steps} steps, {jax.devices()[0].device_kind}")
+    print(
+        f"{lanes} settings, {steps} steps, {jax.devices()[0].device_kind}, {os.cpu_count()} cores"
+    )
     for name, seen in speeds.items():
-        middle, low, high = statistics.median(seen), min(seen), max(seen)
+        ratio = statistics.median(a / b for a, b in zip(speeds["sweep"], seen, strict=True))
+        middle, low, high = (f(seen) / 1e3 for f in (statistics.median, min, max))
         print(
-            f"{name:16} {middle / 1e3:7.1f} thousand lane-steps/s ({low / 1e3:.1f} to"
-            f" {high / 1e3:.1f})   sweep is {first / middle:5.2f} times that"
+            f"{name:12} {middle:6.1f} thousand lane-steps/s ({low:.1f} to {high:.1f})"
+            f"   the sweep is {ratio:5.2f} times as fast"
         )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lanes", type=int, nargs="+", default=[512])
+    parser.add_argument("--steps", type=int, help="of each lane; default: 100,000 lane-steps")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--width", type=int, help="of a tile; default: as the sweep chooses")
+    parser.add_argument("--halving", type=int, metavar="STEPS", help="halving's gain instead")
+    options = parser.parse_args()
+    task = digits()
+    for lanes in options.lanes:
+        if options.halving:
+            halved(task, np.geomspace(1e-5, 1e-2, lanes), options.halving, options.rounds)
+        else:
+            steps = options.steps or max(100_000 // lanes, 20)
+            race(task, lanes, steps, options.rounds, options.width)
 
 
 if __name__ == "__main__":

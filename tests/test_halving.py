@@ -16,7 +16,7 @@ from test_tuning import _scored
 
 import jgd
 from jgd.stopping import early_stopping
-from jgd.tuning import driver, prune, sweep
+from jgd.tuning import devices, driver, prune, sweep
 from jgd.tuning.prune import cover
 
 RATES = np.geomspace(1e-4, 1, 32)
@@ -217,9 +217,14 @@ def test_what_ended_costs_nothing():
 
 
 def test_a_budget_of_lane_steps():
-    result = jgd.sweep(_line(), _adam(), 40, width=8, report_every=10, budget=8 * 50)
+    at_once = devices.tiles_at_once(None)
+    budget = 8 * at_once * 45
+    lanes = {"adam": jgd.grid(jgd.adam, learning_rate=np.geomspace(1e-4, 1, 24 * at_once))}
+    result = jgd.sweep(_line(), lanes, 40, width=8, report_every=10, budget=budget)
     ended = [row["ended"] for row in result.rows]
-    assert ended == ["finished"] * 8 + ["out of budget"] * 8 + ["not run"] * 16
+    assert ended == [
+        word for word in ("finished", "out of budget", "not run") for _ in range(8 * at_once)
+    ]
     assert result.best.params is not None
     late = jgd.sweep(_line(), _adam(), 40, width=8, seconds=1e-9)
     assert {row["ended"] for row in late.rows} == {"not run"}
@@ -299,12 +304,15 @@ def test_resume_refuses_another_sweep(tmp_path):
 
 
 def test_interrupted_with_what_there_is(tmp_path):
+    at_once = devices.tiles_at_once(None)
+    lanes = {"adam": jgd.grid(jgd.adam, learning_rate=np.geomspace(1e-4, 1, 24 * at_once))}
+
     def interrupt(plan, report):
-        if report.tile == 1:
+        if report.tile == at_once:  # the first of the second turn
             raise KeyboardInterrupt
 
     with pytest.raises(sweep.Interrupted) as caught:
-        jgd.sweep(_line(), _adam(), 40, width=8, folder=tmp_path / "run", on_report=interrupt)
+        jgd.sweep(_line(), lanes, 40, width=8, folder=tmp_path / "run", on_report=interrupt)
     ended = {row["ended"] for row in caught.value.result.rows}
     assert ended == {"finished", "out of budget", "not run"}
     assert (tmp_path / "run" / "results.csv").exists()

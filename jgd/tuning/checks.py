@@ -164,10 +164,11 @@ def adopted(plan: Plan, written: Mapping[str, Any]) -> Plan:
         costs = dict(zip([width, *menu], old["costs"], strict=True))  # of equal widths the last
         made = dict(width=width, menu=list(costs), costs=list(costs.values()))
         groups.append(dataclasses.replace(group, **made))
-    return dataclasses.replace(plan, groups=groups)
+    at_once = written["at_once"] if plan.devices == written["devices"] else plan.at_once
+    return dataclasses.replace(plan, groups=groups, at_once=at_once)
 
 
-LAYOUT = ("width", "menu", "costs", "devices", "device")
+LAYOUT = ("width", "menu", "costs", "devices", "device", "at_once")
 
 
 def _difference(now: Any, was: Any, path: str) -> str:

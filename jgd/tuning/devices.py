@@ -6,13 +6,25 @@ asked of process 0, which alone writes.
 """
 
 import functools
+import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["agreed", "by_lane", "join", "mesh", "on_all", "placed", "rounded", "to_host", "writes"]
+__all__ = [
+    "agreed",
+    "by_lane",
+    "join",
+    "mesh",
+    "on_all",
+    "placed",
+    "rounded",
+    "tiles_at_once",
+    "to_host",
+    "writes",
+]
 
 
 def join(coordinator: str, processes: int | None = None, process: int | None = None) -> None:
@@ -44,6 +56,19 @@ def mesh(devices: int | None) -> jax.sharding.Mesh | None:
     if not 1 <= count <= len(known):
         raise ValueError(f"sweep: devices must be in 1 to {len(known)}, got {count}")
     return None if count == 1 else jax.sharding.Mesh(np.array(known[:count]), ("lanes",))
+
+
+def tiles_at_once(mesh: jax.sharding.Mesh | None) -> int:
+    """How many tiles run at the same time: one for each core, where cores are all there is.
+
+    The steps of a small network are too small for two cores to share.
+    """
+    if mesh is not None or jax.default_backend() != "cpu" or jax.process_count() > 1:
+        return 1
+    cores = getattr(os, "process_cpu_count", os.cpu_count)()  # from Python 3.13
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    return cores or 1
 
 
 def by_lane(mesh: jax.sharding.Mesh | None) -> jax.sharding.NamedSharding | None:

@@ -1,11 +1,13 @@
 """The loop of a sweep: a generator of reports.
 
-A sweep is a list of works, lanes of a group at a step. The loop takes the first one, runs it to the
-next report as one call of a compiled program, and puts what goes on back. Lanes that ended are left
-out as soon as the others fit narrower programs; at a rung all lanes meet on the host, some are cut,
-and the others are dealt out anew. The caller looks at a report while the next chunk runs.
+A sweep is a list of works, lanes of a group at a step. The loop takes the first ones, one for each
+core, runs each to its next report as one call of a compiled program, and puts what goes on back.
+Lanes that ended are left out as soon as the others fit narrower programs; at a rung all lanes meet
+on the host, some are cut, and the others are dealt out anew. The caller looks at reports while the
+next chunks run.
 """
 
+import concurrent.futures
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -64,6 +66,14 @@ class Work(NamedTuple):
     state: Lane | None  # None: to be started, or fetched from those that wait
 
 
+class Flight(NamedTuple):
+    """A work that is running."""
+
+    work: Work
+    end: int  # step
+    results: concurrent.futures.Future[Any]
+
+
 class Snapshot(NamedTuple):
     """A sweep between two chunks: plain data, and the states that they name."""
 
@@ -106,6 +116,7 @@ def prepare(
         metrics=metrics,
         usual_every=usual_every,
         devices=1 if mesh is None else mesh.size,
+        at_once=devices.tiles_at_once(mesh),
         task=fingerprint(batch, last, made, run.evaluate(first, state)),
     )
     stop = checks.monitor(wanted.stop, plan.mode)
@@ -161,20 +172,18 @@ class Sweep:
         self.queue: list[Work] = self._first_round()
         self.elapsed = 0.0  # seconds
         self.wanted = False  # whether the next report is to bring a snapshot
-        self.unread: Report | None = None  # decided, but not given out yet
+        self.unread: list[Report] = []  # decided, but not given out yet
+        self.flying: list[Flight] = []
+        self._threads = concurrent.futures.ThreadPoolExecutor(plan.at_once)
 
     def __iter__(self) -> Iterator[Report | Cut]:
         """Carry out what is left of the plan."""
         self._began = time.perf_counter() - self.elapsed
         while not self._over():
             if self.queue:
-                work = self.queue.pop(0)
-                running = self._dispatch(work)
-                yield from self._unread()  # while the chunk runs
-                self.unread = self._settle(work, *running)
-                if self.wanted:
-                    self.unread = self.unread._replace(snapshot=self.snapshot())
-                    self.wanted = False
+                self.flying = [self._dispatch(work) for work in self._next_works()]
+                yield from self._unread()  # while the chunks run
+                self._land()
                 continue
             yield from self._unread()
             yield self._next_round()
@@ -183,9 +192,33 @@ class Sweep:
             yield left
 
     def _unread(self) -> Iterator[Report]:
-        report, self.unread = self.unread, None
-        if report is not None:
-            yield report
+        while self.unread:
+            yield self.unread.pop(0)
+
+    def _next_works(self) -> list[Work]:
+        """Those that run at once, one of them if it has to."""
+        taken = [self.queue.pop(0)]
+        while self.queue and len(taken) < self.plan.at_once:
+            if any(self.programs[w.group].alone for w in (taken[0], self.queue[0])):
+                break
+            taken.append(self.queue.pop(0))
+        return taken
+
+    def _land(self) -> None:
+        """Read the results of what is running, in the order of the works."""
+        flying, self.flying = self.flying, []
+        on: list[Work] = []
+        for flight in flying:
+            report, works = self._settle(flight.work, flight.end, flight.results.result())
+            self.unread.append(report)
+            on += works
+        if isinstance(self.batches, Reader):  # a stream is read once, for all
+            self.queue += on
+        else:
+            self.queue[:0] = on
+        if self.wanted and flying:
+            self.unread[-1] = self.unread[-1]._replace(snapshot=self.snapshot())
+            self.wanted = False
 
     def _over(self) -> bool:
         plan = self.plan
@@ -196,8 +229,8 @@ class Sweep:
 
     # --- a chunk -----------------------------------------------------------------------------
 
-    def _dispatch(self, work: Work) -> tuple[int, Any]:
-        """Begin the chunk of a work: where it ends, and its results to come."""
+    def _dispatch(self, work: Work) -> Flight:
+        """Begin the chunk of a work."""
         program = self.programs[work.group]
         state = work.state
         if state is None and work.step == 0:
@@ -207,13 +240,17 @@ class Sweep:
             waiting = self.waiting[work.group]
             state = program.filled(waiting.take(work.lanes), work.width)
             waiting.drop(work.lanes)
-        else:
-            state = program.dealt(state)  # it may have been on the host
+        elif isinstance(state.loss, np.ndarray):  # it waited on the host
+            state = program.dealt(state)
         end = min(step for step in self.plan.reports if step > work.step)
         self.executed += (end - work.step) * work.width
-        return end, program.chunk(state, work.step, end)
+        ready = program.ready(state, work.step, end)
+        # a thread each: jax runs what comes from one thread one after the other
+        run = ready if self.plan.at_once == 1 else lambda: jax.block_until_ready(ready())
+        results = self._threads.submit(run)
+        return Flight(work, end, results)
 
-    def _settle(self, work: Work, end: int, results: Any) -> Report:
+    def _settle(self, work: Work, end: int, results: Any) -> tuple[Report, list[Work]]:
         """Read the results of a chunk, and decide who goes on."""
         lanes, loss, metrics, ending = results
         plan, name = self.plan, self.plan.groups[work.group].name
@@ -243,15 +280,14 @@ class Sweep:
         )
         on = fresh & ~over
         if not on.any():
-            pass
-        elif end == plan.rounds[self.round]:
+            return report, []
+        if end == plan.rounds[self.round]:
             self.waiting[work.group].add(ids[on], jax.tree.map(lambda x: x[on], host(lanes)))
             self._keep_what_may_survive(end)
-        elif isinstance(self.batches, Reader) and self.queue:  # a stream is read once, for all
-            self.queue += self._going_on(work, end, devices.to_host(lanes), on)
-        else:
-            self.queue[:0] = self._going_on(work, end, lanes, on)
-        return report
+            return report, []
+        if isinstance(self.batches, Reader) and (self.queue or len(self.flying) > 1):
+            lanes = devices.to_host(lanes)  # all others come before it is their turn again
+        return report, self._going_on(work, end, lanes, on)
 
     def _states(self, group: int, lanes: Lane, over: np.ndarray) -> Any:
         """The states of the lanes that ended; the others' are given to the next chunk."""
@@ -408,6 +444,7 @@ class Sweep:
 
     def stop(self) -> Iterator[Report | Cut]:
         """End all that is left, as if a budget were used up; what was not given out yet."""
+        self._land()
         yield from self._unread()
         if left := self._out_of_budget():
             yield left

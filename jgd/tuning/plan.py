@@ -27,6 +27,7 @@ from jgd.tuning.prune import Halving
 __all__ = ["Group", "Options", "Plan", "fingerprint", "make_plan", "plain", "ranked_by"]
 
 WIDTH = 64  # lanes of a small network then fit the cache of two cores
+NARROW = 8
 OVERHEAD = 8.0  # of a step, in lanes
 
 
@@ -112,6 +113,7 @@ class Plan:
     versions: Mapping[str, str]
     device: str
     devices: int
+    at_once: int  # tiles that run at the same time
 
     @property
     def lane_steps(self) -> int:
@@ -143,6 +145,7 @@ def make_plan(
     metrics: list[str],
     usual_every: int | None = None,
     devices: int,
+    at_once: int,
     task: str,
 ) -> Plan:
     """The plan of a sweep over groups of `Lanes`, at the usual width if none is given.
@@ -204,7 +207,7 @@ def make_plan(
                 width=0,
                 menu=[],
                 costs=[],
-            ).at_width(counts.get("width") or min(WIDTH, len(lanes) * seeds), devices)
+            ).at_width(counts.get("width") or _usual(len(lanes) * seeds, at_once), devices)
             for name, lanes in groups.items()
         ],
         brackets=halving.shares(settings, steps).tolist() if halving else [0] * settings,
@@ -228,7 +231,13 @@ def make_plan(
         },
         device=jax.devices()[0].device_kind,
         devices=devices,
+        at_once=at_once,
     )
+
+
+def _usual(lanes: int, at_once: int) -> int:
+    """The width of tiles where nothing is known: all are at work, but none for a few lanes."""
+    return min(WIDTH, lanes, max(-(-lanes // at_once), NARROW))
 
 
 def ranked_by(

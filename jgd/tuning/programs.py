@@ -4,6 +4,7 @@ What goes in and out are plain arrays: random keys travel as their bits, so that
 the host and in files.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from jgd.tuning.prune import DIVERGED, STOPPED
 
 __all__ = ["Batches", "Common", "Lane", "Program"]
 
+DECOMPOSITIONS = re.compile(r"\b(cholesky|eigh?|geqrf|householder_product|lu|schur|svd)\[")
 BATCHES_AT_ONCE = 64 * 2**20  # bytes of batches made ahead for a chunk
 
 
@@ -121,7 +123,7 @@ class Program:
         self._start: Callable[..., Lane] | None = None
         self._start_width = 0
         self.chunks: dict[int, Any] = {}
-        self._like = self._seen_in_a_step()
+        self._like, self.alone = self._seen_in_a_step()
 
     def start(self, settings: Any, lanes: list[int], width: int) -> Lane:
         """Lanes at step 0; the last one fills up to the width.
@@ -158,7 +160,12 @@ class Program:
 
     def chunk(self, lanes: Lane, begin: int, end: int) -> tuple[Lane, Any, Any, Any]:
         """The lanes at step `end`, their losses since `begin`, their metrics and endings now."""
-        return self.compiled(lanes, begin)(*self._arguments(lanes, begin, end))
+        return self.ready(lanes, begin, end)()
+
+    def ready(self, lanes: Lane, begin: int, end: int) -> Callable[[], Any]:
+        """A chunk that any thread may call: compiled, its batches made."""
+        program, arguments = self.compiled(lanes, begin), self._arguments(lanes, begin, end)
+        return lambda: program(*arguments)
 
     def compiled(self, lanes: Lane, begin: int) -> Any:
         """The program for as many lanes as these."""
@@ -188,14 +195,24 @@ class Program:
         state = jax.eval_shape(self.result, self.shapes(1))
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state)
 
-    def _seen_in_a_step(self) -> Any:
-        """For each leaf of a lane its dtype after a step: a state may begin as a Python number."""
+    def _seen_in_a_step(self) -> tuple[Any, bool]:
+        """For each leaf of a lane its dtype after a step: a state may begin as a Python number.
+
+        And whether a chunk must not run beside another one: batched decompositions of two programs
+        wait for each other's threads for ever, on CPUs.
+        """
+
+        def step(lane: Lane, batch: Any) -> Any:
+            after = self._step(lane, batch, 0)
+            return after, self.run.evaluate(after.setting, after.state)
+
         begun = jax.tree.map(lambda x: x[0], self._begun)
         one = jax.eval_shape(self._begin, self._setting, 0, self._keys[0], begun)
-        after = jax.eval_shape(self._step, one, self.batches.shape, 0)
+        jaxpr, (after, _) = jax.make_jaxpr(step, return_shape=True)(one, self.batches.shape)
         if after.best is not None:
             after = after._replace(best=Kept(after.best.score, after.state))
-        return jax.tree.map(lambda x: _Like(x.dtype), after)
+        like = jax.tree.map(lambda x: _Like(x.dtype), after)
+        return like, DECOMPOSITIONS.search(str(jaxpr)) is not None
 
     def _begin_all(self, settings: Any, seeds: Any, keys: Any, begun: Any) -> Lane:
         mine = jax.tree.map(lambda x: x[seeds], (keys, begun))

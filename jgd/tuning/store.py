@@ -107,13 +107,11 @@ class Folder:
     # --- the journal -------------------------------------------------------------------------
 
     def journal(self, report: Report | Cut) -> None:
-        """Append a report; it is on disk when this returns."""
+        """Append a report; a checkpoint sees that it is on disk."""
         if self.silent:
             return
         with (self.path / "journal.jsonl").open("a") as file:
             file.write(json.dumps(_arrays(_line(report))) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
 
     def read_journal(self, size: int) -> Iterator[dict[str, Any]]:
         """The lines of the journal, as far as a checkpoint has seen it."""
@@ -128,7 +126,9 @@ class Folder:
         if self.silent:
             return
         self.finish()
-        size = (self.path / "journal.jsonl").stat().st_size
+        with (self.path / "journal.jsonl").open("a") as file:
+            os.fsync(file.fileno())
+            size = file.tell()
         manifest = {**meta, "journal": size, "states": sorted(states)}
         self._saving = self._writer.submit(self._save, manifest, states)
 
