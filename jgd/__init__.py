@@ -20,7 +20,7 @@ _MODULES = {
     "jgd.norms": """
         centralize scale_by_param_block_norm scale_by_param_block_rms scale_by_trust_ratio""",
     "jgd.wrappers": """
-        accumulate average_params averaged_params cautious lookahead schedule_free
+        accumulate average_params averaged_params cautious lookahead per_layer schedule_free
         schedule_free_eval_params""",
     "jgd.groups": "param_groups scale_by_path scale_by_width",
     "jgd.optimizers.classic": """

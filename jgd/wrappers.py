@@ -26,6 +26,7 @@ __all__ = [
     "averaged_params",
     "cautious",
     "lookahead",
+    "per_layer",
     "schedule_free",
     "schedule_free_eval_params",
 ]
@@ -128,6 +129,31 @@ def cautious(inner: GradientTransformation) -> GradientTransformation:
         return leafwise(masked, steps, updates), state
 
     return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+@as_pytree
+def per_layer(inner: GradientTransformation) -> GradientTransformation:
+    """An optimizer for each layer of a stack, for parameters scanned over their layers.
+
+        u[k] = inner(g[k]) for each k of the leading axis, which all leaves share
+
+    Rules that look at a whole array, such as the norms of `lamb` and `lars` or the matrices of
+    `muon`, else take the stack for one layer; elementwise ones are the same either way.
+
+    Args:
+      inner: any optimizer; it is given the stack alone, as by
+        `param_groups(adamw(rate), {"layers/*": per_layer(lamb(rate))})`.
+
+    State: that of `inner`, each array with the leading axis.
+    Differs from: lanes, whose numbers differ; here all layers have the same.
+    """
+    tx = optax.with_extra_args_support(inner)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        one = lambda g, s, p: tx.update(g, s, p, **extra)
+        return jax.vmap(one)(updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(jax.vmap(tx.init), update)
 
 
 # --- where to be -----------------------------------------------------------------------------

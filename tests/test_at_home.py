@@ -297,12 +297,6 @@ LAYERS, DIM, TOKENS = 3, 16, 11
 MATRICES = contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)  # axis 0 is a batch
 
 
-@jgd.as_pytree
-def per_layer(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """An optimizer for each layer of a stack, so that norms are those of one layer."""
-    return optax.GradientTransformation(jax.vmap(inner.init), jax.vmap(inner.update))
-
-
 def _transformer(key):
     keys = iter(jax.random.split(key, 5))
     stack = lambda *shape: jax.random.normal(next(keys), (LAYERS, *shape)) / np.sqrt(shape[0])
@@ -333,7 +327,7 @@ def _matrices(params):
 SCANNED = {
     "adamw": jgd.adamw(1e-2),
     "muon": jgd.muon(2e-2, muon_weight_dimension_numbers=_matrices),
-    "lamb": jgd.param_groups(jgd.adamw(1e-2), {"layers/*": per_layer(jgd.lamb(3e-2))}),
+    "lamb": jgd.param_groups(jgd.adamw(1e-2), {"layers/*": jgd.per_layer(jgd.lamb(3e-2))}),
 }
 
 
@@ -373,9 +367,9 @@ def test_what_stacking_means():
     assert agrees(adamw, adamw)
     assert not agrees(lamb, lamb)
     assert not agrees(muon, muon)
-    assert agrees(per_layer(lamb), lamb)
+    assert agrees(jgd.per_layer(lamb), lamb)
     assert agrees(told, muon)
-    assert jax.tree.leaves(per_layer(lamb)) == jax.tree.leaves(lamb)
+    assert jax.tree.leaves(jgd.per_layer(lamb)) == jax.tree.leaves(lamb)
 
 
 # --- several devices ---------------------------------------------------------------------------
