@@ -14,6 +14,7 @@ import json
 import math
 import os
 import pkgutil
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -412,8 +413,10 @@ def _sweep(options: Any) -> None:
     except sweep.Interrupted as error:
         result, interrupted = error.result, True
     except (ValueError, OSError) as error:
+        _forget_command(out)
         raise UserError(str(error)) from error
     except Exception as error:  # of the user's task, inside the program, or of the connection
+        _forget_command(out)
         hint = f"; perhaps {_go_on(out)}" if several else ""
         raise UserError(f"task {options.task}: {_where(error)}{hint}") from error
     if not devices.writes():
@@ -474,6 +477,12 @@ def _write_command(options: Any, out: Path) -> None:
             (out / "command.json").write_text(json.dumps(told, indent=1))
     except OSError as error:
         raise UserError(str(error)) from error
+
+
+def _forget_command(out: Path) -> None:
+    """Leave no folder behind for a sweep that was refused."""
+    if out.is_dir() and [path.name for path in out.iterdir()] == ["command.json"]:
+        shutil.rmtree(out, ignore_errors=True)
 
 
 def _command(options: Any) -> Any:

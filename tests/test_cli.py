@@ -124,6 +124,33 @@ def test_halving_report_and_resume(project, monkeypatch, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_what_is_best_in_which_order_and_how_sharp(project, monkeypatch, capsys):
+    _jgd(
+        monkeypatch,
+        *("sweep", "mine:task", "--optimizer", "sgd", "--set", "learning_rate=log:1e-3:1:6"),
+        *("--steps", "40", "--seeds", "2", "--out", "out", "--best", "ever", "--order", "own"),
+        *("--target", "0.1", "--sharpness"),
+    )
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "reached target at" in shown
+    assert "± standard error of the mean of 2 seeds with an order of batches each" in shown
+    assert (project / "out" / "sharpness.png").exists()
+    rows = list(csv.DictReader((project / "out" / "results.csv").open()))
+    assert list(rows[0])[:4] == ["rank", "tied", "optimizer", "learning_rate"]
+    assert float(rows[0]["steps_to_target"]) <= float(rows[1]["steps_to_target"])
+    assert float(rows[0]["sharpness"]) > 0
+
+
+def test_killed_before_there_was_a_plan(project, monkeypatch, capsys):
+    options = ("--optimizer", "sgd", "--set", "learning_rate=0.1", "--steps", "20", "--seeds", "1")
+    _jgd(monkeypatch, "sweep", "mine:task", *options, "--out", "whole")
+    (project / "early").mkdir()
+    (project / "whole" / "command.json").rename(project / "early" / "command.json")
+    _jgd(monkeypatch, "sweep", "--resume", "early")
+    for name in ("plan.json", "results.csv"):
+        assert (project / "early" / name).read_bytes() == (project / "whole" / name).read_bytes()
+
+
 def test_a_factory_of_optax(project, monkeypatch, capsys):
     _jgd(
         monkeypatch,
@@ -173,6 +200,7 @@ def test_errors_are_one_line_with_the_nearest_right_name(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1, error
+    assert not list(Path("runs").glob("*"))  # nothing was begun, nothing is left
 
 
 @pytest.mark.slow
