@@ -18,7 +18,7 @@ from table import losses
 
 def pytest_configure(config: pytest.Config) -> None:
     """Most of the time is compilation, much of it of the same programs: keep them."""
-    if config.cache is not None:
+    if getattr(config, "cache", None) is not None:
         jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("programs")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

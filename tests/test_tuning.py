@@ -12,7 +12,7 @@ import pytest
 from test_training import _line
 
 import jgd
-from jgd.tuning import driver, programs, store
+from jgd.tuning import driver, programs, store, widths
 from jgd.tuning.tasks import digits
 
 
@@ -189,6 +189,15 @@ def test_the_width_asked_for_is_the_width():
     together = _curves(jgd.grid(jgd.adam, learning_rate=rates))
     alone = _curves(jgd.grid(jgd.adam, learning_rate=rates[1:2]))
     np.testing.assert_array_equal(alone[0], together[1])
+
+
+def test_the_width_is_bounded_by_memory(monkeypatch):
+    lanes = {"adam": jgd.grid(jgd.adam, learning_rate=np.logspace(-3, -1, 64))}
+    wide = driver.prepare(_line(), lanes, 30)
+    lane = widths._bytes_of_lane(wide.programs[0])
+    monkeypatch.setattr(widths, "_memory", lambda: 4 * 5.5 * lane * wide.plan.at_once)
+    assert driver.prepare(_line(), lanes, 30).plan.groups[0].width == 5
+    assert driver.prepare(_line(), lanes, 30, width=64).plan.groups[0].width == 64
 
 
 def test_sweeps_under_x64(float64):

@@ -31,7 +31,9 @@ def choose_widths(plan: Plan, programs: list[Program], settings: list[Any]) -> P
     for group, program, some in zip(plan.groups, programs, settings, strict=True):
         lanes = group.settings * plan.seeds
         if lanes * plan.steps < WORTH_IT or lanes <= NARROWEST:
-            groups.append(group)
+            # gradients, updates and activations: about three times the state
+            most = max(1, int(_memory() / plan.at_once / (4 * _bytes_of_lane(program))))
+            groups.append(group.at_width(min(group.width, most), plan.devices))
             continue
         seconds = _probed(plan, program, some, lanes)
         if not seconds:  # not even the narrowest fits the memory
@@ -48,7 +50,7 @@ def _probed(plan: Plan, program: Program, settings: Any, lanes: int) -> dict[int
     name = _structure(plan, program, lanes)
     known = _known.get(name) or _remembered().get(name)
     if known is None:
-        known = _measured(program, settings, lanes, plan.devices)
+        known = _measured(program, settings, lanes, plan.devices, _memory() / plan.at_once)
         _remember(name, known)
     _known[name] = known = {int(width): seconds for width, seconds in known.items()}
     return known
@@ -59,13 +61,14 @@ def _structure(plan: Plan, program: Program, lanes: int) -> str:
 
     Groups of about as many lanes of about as much memory share one probe.
     """
-    lane = jax.tree.leaves(program.shapes(1))
-    size = sum(x.size * x.dtype.itemsize for x in lane)
+    size = _bytes_of_lane(program)
     many = f"2^{np.ceil(np.log2(lanes)):.0f} lanes of 2^{np.log2(size + 1):.0f} bytes"
     return f"{plan.devices} x {plan.device}, task {plan.task}, {many}"
 
 
-def _measured(program: Program, settings: Any, lanes: int, devices: int) -> dict[int, float]:
+def _measured(
+    program: Program, settings: Any, lanes: int, devices: int, memory: float
+) -> dict[int, float]:
     """Widths double until two in a row are no better, or memory ends; then all are timed anew."""
     tried: dict[int, float] = {}
     best, worse = np.inf, 0
@@ -73,7 +76,7 @@ def _measured(program: Program, settings: Any, lanes: int, devices: int) -> dict
     while worse < 2 and width < 2 * lanes:
         ids = [i % lanes for i in range(width)]
         state = program.start(settings, ids, width)
-        if _bytes_of(program.compiled(state, 0).compiled) > _memory():
+        if _bytes_of(program.compiled(state, 0).compiled) > memory:
             break
         warm = program.chunk(state, 0, 1)[0]
         tried[width] = _seconds(program, warm, 4)
@@ -104,8 +107,13 @@ def _bytes_of(compiled: Any) -> int:
     return analysis.temp_size_in_bytes + 2 * analysis.output_size_in_bytes
 
 
+def _bytes_of_lane(program: Program) -> int:
+    leaves = jax.tree.leaves(program.shapes(1))
+    return sum(x.size * x.dtype.itemsize for x in leaves)
+
+
 def _memory() -> float:
-    """Bytes that a tile may take: half of the device, a quarter of a host that is the device."""
+    """Bytes that tiles may take: half of the device, a quarter of a host that is the device."""
     stats = jax.devices()[0].memory_stats() or {}
     if limit := stats.get("bytes_limit"):
         return limit / 2
