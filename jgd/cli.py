@@ -15,6 +15,7 @@ import math
 import os
 import pkgutil
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -349,13 +350,14 @@ def _watched(options: Any) -> None:
         raise UserError("--coordinator wants --out, a folder that all processes see")
     command = [sys.executable, "-m", "jgd.cli", *sys.argv[1:]]
     process = subprocess.Popen(command, env={**os.environ, WATCHED: "1"})
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     while True:
         try:
             code = process.wait()
             break
         except KeyboardInterrupt:  # which the other process has got as well
             pass
-    if code < 0:
+    if code < 0 and code != -signal.SIGTERM:
         raise UserError(_go_on(out))
     raise SystemExit(code)
 
@@ -381,14 +383,17 @@ def _sweep(options: Any) -> None:
     out = options.resume or options.out
     out = out or _new_folder(Path("runs") / time.strftime("%Y-%m-%d-%H%M%S"))
     # a sweep that was killed before it had a plan begins anew
-    resume = options.resume is not None and (out / "plan.json").exists()
+    resume = options.resume is not None and devices.agreed((out / "plan.json").exists())
     if options.resume is not None:
         options = _command(options)
     task = _task(options.task)
     if options.sharpness:
         if not isinstance(task, jgd.Task):
             raise UserError("--sharpness wants a jgd.Task, whose loss it differentiates")
-        task = jgd.with_sharpness(task)
+        try:
+            task = jgd.with_sharpness(task)
+        except TypeError as error:
+            raise UserError(f"--sharpness: {error}") from error
     groups = _groups(options.optimizer or TEXTBOOK, options.set)
     if options.resume is None and devices.writes():
         _write_command(options, out)
@@ -474,7 +479,8 @@ def _write_command(options: Any, out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not any(out.iterdir()):
-            (out / "command.json").write_text(json.dumps(told, indent=1))
+            (out / "command.json.part").write_text(json.dumps(told, indent=1))
+            (out / "command.json.part").replace(out / "command.json")
     except OSError as error:
         raise UserError(str(error)) from error
 

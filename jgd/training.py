@@ -220,8 +220,8 @@ def minibatches(data: Any, batch_size: int | None, key: jax.Array) -> Callable[[
       key: of the orders, one permutation per epoch.
 
     Returns: a callable pytree, whose leaves are the data and the key: passed to a compiled function
-      the data are an argument, not a constant. Called as (step, seed=None): a seed, an int, has
-      orders of its own.
+      the data are an argument, not a constant. With a batch size it may be called as
+      (step, seed=seed): each seed, an int, has orders of its own.
     Raises: ValueError for arrays of unlike lengths, or a batch size outside 1 to n.
     """
     leaves = jax.tree.leaves(data)
@@ -237,7 +237,7 @@ def minibatches(data: Any, batch_size: int | None, key: jax.Array) -> Callable[[
     return jax.tree_util.Partial(_Minibatch(batch_size), data, key)
 
 
-def _full_batch(data: Any, step: Any, seed: Any = None) -> Any:
+def _full_batch(data: Any, step: Any) -> Any:
     return data
 
 

@@ -47,6 +47,16 @@ except RuntimeError:
 resumed = jgd.sweep(_line(), settings, 64, halving=halving, folder=folder, resume=True, **options)
 whole = jgd.sweep(_line(), settings, 64, halving=halving, **options)
 assert resumed.rows == whole.rows
+for began, ended in ((3, 2), (2, 8), (1, 3)):
+    where = dict(halving=halving, folder=folder + str(began))
+    try:
+        jgd.sweep(_line(), settings, 64, checkpoint_every=0.0, on_report=crash, devices=began,
+                  **where, **options)
+    except RuntimeError:
+        pass
+    moved = jgd.sweep(_line(), settings, 64, resume=True, devices=ended, **where, **options)
+    for rate, value in loss(whole).items():
+        np.testing.assert_allclose(loss(moved)[rate], value, rtol=1e-3)
 print("done")
 """
 

@@ -6,9 +6,11 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_training import _line
@@ -149,6 +151,31 @@ def test_groups_of_one_structure_have_their_own_settings():
         np.testing.assert_array_equal(both.curves[name].train_loss, alone.curves[name].train_loss)
 
 
+def test_groups_of_one_structure_and_other_shapes():
+    steps = lambda n: (
+        lambda rate: jgd.sgd(
+            jgd.piecewise_constant(10 * (1 + jnp.arange(n)), rate * 0.5 ** jnp.arange(n + 1))
+        )
+    )
+    groups = {str(n): jgd.grid(steps(n), rate=[0.05, 0.1]) for n in (2, 3)}
+    assert len(jgd.sweep(_line(), groups, 40).rows) == 4
+
+
+@pytest.mark.parametrize("name", ["cholesky", "eigh", "inv", "qr", "slogdet", "svd", "solve"])
+def test_decompositions_run_alone(name):
+    """Two programs with batches of them can wait for each other's threads for ever, on CPUs."""
+    function = getattr(jnp.linalg, name)
+    more = (jnp.ones(3),) if name == "solve" else ()
+
+    def loss(params, batch):
+        x = jnp.eye(3) + 0.1 * jnp.outer(params["w"][jnp.array([0, 1, 0])], jnp.ones(3))
+        return sum(jnp.sum(y.real) for y in jax.tree.leaves(function(x @ x.T, *more)))
+
+    prepared = driver.prepare(_line()._replace(loss=loss), _adam(4), 20)
+    assert [program.alone for program in prepared.programs] == [True]
+    assert not driver.prepare(_line(), _adam(4), 20).programs[0].alone
+
+
 def test_what_diverged_is_below_what_was_cut():
     board = prune.Board({"a": 3}, 1, "accuracy", "max")
     board.add("a", np.arange(3), 10, {"accuracy": np.array([0.9, 0.1, 0.95])})
@@ -218,7 +245,7 @@ def test_what_ended_costs_nothing():
 
 def test_a_budget_of_lane_steps():
     at_once = devices.tiles_at_once(None)
-    budget = 8 * at_once * 45
+    budget = 8 * at_once * 50
     lanes = {"adam": jgd.grid(jgd.adam, learning_rate=np.geomspace(1e-4, 1, 24 * at_once))}
     result = jgd.sweep(_line(), lanes, 40, width=8, report_every=10, budget=budget)
     ended = [row["ended"] for row in result.rows]
@@ -316,6 +343,18 @@ def test_interrupted_with_what_there_is(tmp_path):
     ended = {row["ended"] for row in caught.value.result.rows}
     assert ended == {"finished", "out of budget", "not run"}
     assert (tmp_path / "run" / "results.csv").exists()
+
+
+def test_interrupted_while_tiles_run():
+    """Ctrl-C in the middle of a chunk: it is waited for, and its lanes are among what there is."""
+    lanes = {"adam": jgd.grid(jgd.adam, learning_rate=RATES[:8])}
+    timer = threading.Timer(3.0, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(sweep.Interrupted) as caught:
+        jgd.sweep(_line(), lanes, 10**8, width=4, report_every=20_000)
+    result = caught.value.result
+    assert {row["ended"] for row in result.rows} == {"out of budget"}
+    assert np.isfinite(result.best.params["w"]).all()
 
 
 PROGRAM = """

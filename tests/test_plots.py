@@ -37,6 +37,8 @@ def test_pictures_of_one_and_of_ten_thousand_settings(settings, tmp_path):
     (panel,) = plots.plot_sensitivity(result).axes
     assert len(panel.lines[0].get_xdata()) == (1 if settings == 1 else plots.POINTS / 2)
     drawn = plots.plot_curves(result).axes[0]
+    drawn.collections[0].update_scalarmappable()
+    assert len(np.unique(drawn.collections[0].get_colors(), axis=0)) >= min(settings, 200)
     assert len(drawn.collections[0].get_segments()) == min(2 * settings, plots.LINES)
     assert [text.get_text() for text in drawn.texts] == ["1,000 of 20,000 lanes"] * (settings > 1)
 

@@ -54,7 +54,8 @@ def _loss(folder):
 @pytest.mark.slow
 def test_two_processes_are_one_sweep(tmp_path):
     alone = _start(tmp_path, *COMMAND.split(), "--out", "alone", devices=4)
-    assert alone.wait() == 0, alone.stderr.read()
+    screen = alone.communicate()
+    assert alone.returncode == 0, screen
     both = list(_together(tmp_path, *COMMAND.split(), "--out", "both"))
     screens = [process.communicate() for process in both]
     assert [process.returncode for process in both] == [0, 0], screens
@@ -84,7 +85,8 @@ def test_two_processes_are_one_sweep(tmp_path):
     )
     resumed = _start(tmp_path, "sweep", "--resume", "lost")  # on fewer
     for process in (whole, resumed):
-        assert process.wait() == 0, process.stderr.read()
+        screen = process.communicate()
+        assert process.returncode == 0, screen
     for rate, (ended, loss) in _loss(tmp_path / "whole").items():
         np.testing.assert_allclose(_loss(tmp_path / "lost")[rate][1], loss, rtol=1e-3, atol=1e-6)
         assert _loss(tmp_path / "lost")[rate][0] == ended

@@ -100,6 +100,16 @@ def test_a_budget_leaves_the_best_with_its_state(tmp_path):
     assert int(again.best.state) == 2
 
 
+def test_a_budget_keeps_the_state_of_who_went_further():
+    """Also where somebody who did not go on is better by now."""
+    run, curves = _curved([[4.0, 4, 4, 4], [3, 3, 3, 3], [1, 1, 5, 5], [2, 2, 2, 2]])
+    options = dict(report_every=1, metric="score", mode="min", width=1, budget=9)
+    result = jgd.sweep(run, {"run": curves}, 4, halving=jgd.successive_halving(1.4, 2), **options)
+    assert [row["at"] for row in result.rows] == [3, 2, 2, 2]
+    assert result.rows[0]["score"] == 5
+    assert [int(one.state) for one in result.kept] == [3]
+
+
 def test_the_error_of_the_mean_and_ties():
     run, lanes = _scored([[1.0, 2.0, 3.0], [2.0, 3.0, 2.5], [9.0, 9.0, 9.0], [9.0, 9.0, np.nan]])
     rows = jgd.sweep(run, lanes, 4, seeds=3, mode="min").rows

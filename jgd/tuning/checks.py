@@ -25,7 +25,7 @@ __all__ = ["adopted", "batch", "groups", "metrics", "monitor"]
 # columns of the table and the journal, which no metric may be called
 RESERVED = (
     *("rank", "tied", "optimizer", "final_loss", "verdict", "seeds", "ended", "at", "cut"),
-    *("best_at", "steps_to_target"),
+    *("best_at", "setting", "steps_to_target"),
     *("tile", "group", "step", "lanes", "train_loss", "seen"),
 )
 
@@ -53,9 +53,8 @@ def _refuse_rates(name: str, lanes: Lanes) -> None:
     """No training descends by a rate that is negative, or no number."""
     leaves = jax.tree_util.tree_leaves_with_path(lanes.settings)
     named = {jax.tree_util.keystr(path).lstrip("."): leaf for path, leaf in leaves}
-    for number, values in {**named, **lanes.axes}.items():
-        if number.rpartition(".")[2] != "learning_rate":
-            continue
+    rates = {number: x for number, x in named.items() if number.endswith("learning_rate")}
+    for number, values in rates.items():
         values = np.asarray(values, np.float64)
         if not (values >= 0).all():
             setting = int(np.argmin(values >= 0))
@@ -76,20 +75,20 @@ def batch(make: Callable[..., Any], order: str) -> Any:
     if isinstance(make, Stream):
         if order == "own":
             raise ValueError("sweep: a stream has one order, order='own' wants jgd.minibatches")
-        first, data = make.first(), None
+        first, data = make.first, None
     else:
         if order == "own" and "seed" not in inspect.signature(make).parameters:
             raise ValueError(
-                "sweep: order='own' wants batches by seed, as jgd.minibatches makes them: a"
-                " function of (step, seed=None)"
+                "sweep: order='own' wants batches by seed, as jgd.minibatches of a batch_size makes"
+                " them: a function of (step, seed=None)"
             )
         first = make(0)
         data = None if jax.tree_util.all_leaves([make]) else make
     for path, leaf in jax.tree_util.tree_leaves_with_path(first if data is None else data):
         if not jnp.issubdtype(jax.typeof(leaf).dtype, jnp.floating):
             continue
-        nan = np.isnan(np.asarray(leaf, np.float64))
-        if nan.any():
+        if jnp.isnan(leaf).any():
+            nan = np.isnan(np.asarray(leaf, np.float64))
             where = "the first batch" if data is None else "the data"
             row = f", first in row {np.argwhere(nan)[0][0]}" if nan.ndim else ""
             name = jax.tree_util.keystr(path) or "the array"
@@ -156,7 +155,7 @@ def adopted(plan: Plan, written: Mapping[str, Any]) -> Plan:
 
     Raises: ValueError, naming the difference, if it is the plan of another sweep.
     """
-    if difference := _difference(plan.as_json(), written, ""):
+    if difference := _difference(_without_layout(plan.as_json()), _without_layout(written), ""):
         raise ValueError(f"resume: this is another sweep: its {difference}")
     groups = []
     for group, old in zip(plan.groups, written["groups"], strict=True):
@@ -164,19 +163,24 @@ def adopted(plan: Plan, written: Mapping[str, Any]) -> Plan:
         costs = dict(zip([width, *menu], old["costs"], strict=True))  # of equal widths the last
         made = dict(width=width, menu=list(costs), costs=list(costs.values()))
         groups.append(dataclasses.replace(group, **made))
-    at_once = written["at_once"] if plan.devices == written["devices"] else plan.at_once
+    same = (plan.devices, plan.device) == (written["devices"], written["device"])
+    at_once = written["at_once"] if same else plan.at_once
     return dataclasses.replace(plan, groups=groups, at_once=at_once)
 
 
 LAYOUT = ("width", "menu", "costs", "devices", "device", "at_once")
 
 
+def _without_layout(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides about the numbers but for rounding."""
+    bare = lambda x: {name: value for name, value in x.items() if name not in LAYOUT}
+    return {**bare(plan), "groups": list(map(bare, plan["groups"]))}
+
+
 def _difference(now: Any, was: Any, path: str) -> str:
     """The first number of two plans that is not the same, but for how lanes are laid out."""
     if isinstance(now, dict) and isinstance(was, dict):
         for name in [*now, *(name for name in was if name not in now)]:
-            if name in LAYOUT:
-                continue
             label = f"{path} {name}".strip()
             if isinstance(now.get(name), dict) and "name" in now[name]:
                 label = f"{path} {now[name]['name']}".strip()

@@ -20,6 +20,7 @@ __all__ = [
     "mesh",
     "on_all",
     "placed",
+    "refuse_another",
     "rounded",
     "tiles_at_once",
     "to_host",
@@ -122,6 +123,19 @@ def agreed(here: bool) -> bool:
     from jax.experimental import multihost_utils
 
     return bool(multihost_utils.broadcast_one_to_all(np.array(here)))
+
+
+def refuse_another(digest: str) -> None:
+    """Raise ValueError if process 0 has another task, or other data."""
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    here = np.frombuffer(digest.encode(), np.uint8)
+    if not np.array_equal(multihost_utils.broadcast_one_to_all(here), here):
+        raise ValueError(
+            f"sweep: process {jax.process_index()} has another task than process 0, or other data"
+        )
 
 
 def writes() -> bool:

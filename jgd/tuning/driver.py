@@ -7,8 +7,10 @@ on the host, some are cut, and the others are dealt out anew. The caller looks a
 next chunks run.
 """
 
+import bisect
 import concurrent.futures
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -71,7 +73,7 @@ class Flight(NamedTuple):
 
     work: Work
     end: int  # step
-    results: concurrent.futures.Future[Any]
+    results: Callable[[], Any]
 
 
 class Snapshot(NamedTuple):
@@ -119,6 +121,7 @@ def prepare(
         at_once=devices.tiles_at_once(mesh),
         task=fingerprint(batch, last, made, run.evaluate(first, state)),
     )
+    devices.refuse_another(plan.task)
     stop = checks.monitor(wanted.stop, plan.mode)
     plan = dataclasses.replace(plan, stop=None if stop is None else repr(stop))
     compiled = {} if compiled is None else compiled
@@ -133,10 +136,11 @@ def prepare(
     programs = []
     for group in plan.groups:
         lanes = groups[group.name].settings
-        structure = jax.tree.structure(lanes)
-        if structure not in compiled:
-            compiled[structure] = Program(run, lanes, compiled["common"], plan, stop)
-        programs.append(compiled[structure])
+        leaves = map(jnp.asarray, jax.tree.leaves(lanes))
+        kind = jax.tree.structure(lanes), tuple((x.shape[1:], x.dtype) for x in leaves)
+        if kind not in compiled:
+            compiled[kind] = Program(run, lanes, compiled["common"], plan, stop)
+        programs.append(compiled[kind])
     if written is not None:
         plan = checks.adopted(plan, written)
     elif wanted.width is None and streamed is None and jax.process_count() == 1:
@@ -198,18 +202,26 @@ class Sweep:
     def _next_works(self) -> list[Work]:
         """Those that run at once, one of them if it has to."""
         taken = [self.queue.pop(0)]
+        budget = math.inf if self.plan.budget is None else self.plan.budget - self.executed
         while self.queue and len(taken) < self.plan.at_once:
-            if any(self.programs[w.group].alone for w in (taken[0], self.queue[0])):
+            budget -= (self._end_of(taken[-1]) - taken[-1].step) * taken[-1].width
+            alone = any(self.programs[w.group].alone for w in (taken[0], self.queue[0]))
+            if alone or budget <= 0:
                 break
             taken.append(self.queue.pop(0))
         return taken
 
+    def _end_of(self, work: Work) -> int:
+        """The step of a work's next report."""
+        return self.plan.reports[bisect.bisect_right(self.plan.reports, work.step)]
+
     def _land(self) -> None:
         """Read the results of what is running, in the order of the works."""
+        jax.block_until_ready([flight.results() for flight in self.flying])  # Ctrl-C comes here
         flying, self.flying = self.flying, []
         on: list[Work] = []
         for flight in flying:
-            report, works = self._settle(flight.work, flight.end, flight.results.result())
+            report, works = self._settle(flight.work, flight.end, flight.results())
             self.unread.append(report)
             on += works
         if isinstance(self.batches, Reader):  # a stream is read once, for all
@@ -242,13 +254,16 @@ class Sweep:
             waiting.drop(work.lanes)
         elif isinstance(state.loss, np.ndarray):  # it waited on the host
             state = program.dealt(state)
-        end = min(step for step in self.plan.reports if step > work.step)
+        end = self._end_of(work)
         self.executed += (end - work.step) * work.width
         ready = program.ready(state, work.step, end)
+        if self.plan.at_once == 1:
+            results = ready()
+            return Flight(work, end, lambda: results)
         # a thread each: jax runs what comes from one thread one after the other
-        run = ready if self.plan.at_once == 1 else lambda: jax.block_until_ready(ready())
-        results = self._threads.submit(run)
-        return Flight(work, end, results)
+        return Flight(
+            work, end, self._threads.submit(lambda: jax.block_until_ready(ready())).result
+        )
 
     def _settle(self, work: Work, end: int, results: Any) -> tuple[Report, list[Work]]:
         """Read the results of a chunk, and decide who goes on."""
@@ -285,7 +300,7 @@ class Sweep:
             self.waiting[work.group].add(ids[on], jax.tree.map(lambda x: x[on], host(lanes)))
             self._keep_what_may_survive(end)
             return report, []
-        if isinstance(self.batches, Reader) and (self.queue or len(self.flying) > 1):
+        if isinstance(self.batches, Reader) and self.queue:
             lanes = devices.to_host(lanes)  # all others come before it is their turn again
         return report, self._going_on(work, end, lanes, on)
 
@@ -403,8 +418,8 @@ class Sweep:
         """End all that is left; what never began is not run. The best go with their states."""
         left = {g.name: self.board.waiting(g.name) for g in self.plan.groups}
         lost = {name: lanes.tolist() for name, lanes in left.items() if len(lanes)}
+        self.end(left, OUT)  # before they are ranked: who went further is better
         states = self._states_of_the_best(left)
-        self.end(left, OUT)
         self.queue = []
         for waiting in self.waiting:
             waiting.drop(np.flatnonzero(waiting.part_of >= 0))
@@ -491,13 +506,15 @@ class Sweep:
         self.queue = []
         for entry in meta["queue"]:
             work = Work(**entry | {"state": None})
+            program, menu = self.programs[work.group], self.plan.groups[work.group].menu
+            if work.width not in menu:  # of another number of devices
+                width = min(w for w in menu if w >= len(work.lanes))
+                work = work._replace(width=width)
             if entry["state"] is not None:
-                program = self.programs[work.group]
-                rows = load(entry["state"], program.shapes(work.width))
+                rows = load(entry["state"], program.shapes(entry["width"]))
                 mine = slice(len(work.lanes))
                 kept = jax.tree.map(lambda x, mine=mine: x[mine], rows)
-                width = devices.rounded(work.width, self.plan.devices)
-                work = work._replace(state=program.filled(kept, width), width=width)
+                work = work._replace(state=program.filled(kept, work.width))
             self.queue.append(work)
         for group, parts in zip(self.waiting, meta["waiting"], strict=True):
             for part in parts:

@@ -24,7 +24,16 @@ import numpy as np
 import jgd
 from jgd.tuning.prune import Halving
 
-__all__ = ["Group", "Options", "Plan", "fingerprint", "make_plan", "plain", "ranked_by"]
+__all__ = [
+    "Group",
+    "Options",
+    "Plan",
+    "fingerprint",
+    "make_plan",
+    "plain",
+    "ranked_by",
+    "usual_width",
+]
 
 WIDTH = 64  # lanes of a small network then fit the cache of two cores
 NARROW = 8
@@ -207,7 +216,7 @@ def make_plan(
                 width=0,
                 menu=[],
                 costs=[],
-            ).at_width(counts.get("width") or _usual(len(lanes) * seeds, at_once), devices)
+            ).at_width(counts.get("width") or usual_width(len(lanes) * seeds, at_once), devices)
             for name, lanes in groups.items()
         ],
         brackets=halving.shares(settings, steps).tolist() if halving else [0] * settings,
@@ -235,9 +244,9 @@ def make_plan(
     )
 
 
-def _usual(lanes: int, at_once: int) -> int:
-    """The width of tiles where nothing is known: all are at work, but none for a few lanes."""
-    return min(WIDTH, lanes, max(-(-lanes // at_once), NARROW))
+def usual_width(lanes: int, at_once: int, most: int = WIDTH) -> int:
+    """The width of tiles where nothing is known: all cores are at work, but not for a few lanes."""
+    return min(most, lanes, max(-(-lanes // at_once), NARROW))
 
 
 def ranked_by(

@@ -156,9 +156,10 @@ def _lines(panel: Any, steps: np.ndarray, curves: np.ndarray, values: np.ndarray
         [np.column_stack([steps, curves[lane]]) for lane in shown],
         linewidths=1.6 if few else 0.7,
         alpha=1.0 if few else 0.7,
-        colors=_COLORS[0],
     )
-    if values is not None:
+    if values is None:
+        lines.set_color(_COLORS[0])
+    else:
         lines.set_cmap(_GRADUAL)
         lines.set_array(values[shown])
     panel.add_collection(lines)
@@ -214,6 +215,7 @@ def plot_sharpness(result: Result) -> Any:
         raise ValueError("plot_sharpness: a sweep of learning rates with jgd.with_sharpness wanted")
     figure, panels = _panels(len(groups))
     norm = _norm([x for group in groups for x in group.axes["learning_rate"]])
+    seen: list[float] = []
     for panel, group in zip(panels, groups, strict=False):
         curves = result.curves[group.name]
         rates = np.repeat(group.axes["learning_rate"], result.plan.seeds)
@@ -221,10 +223,11 @@ def plot_sharpness(result: Result) -> Any:
         _lines(panel, curves.step, ratio, rates).set_norm(norm)
         panel.axhline(1, color="black", linewidth=1.2, linestyle="--")
         panel.set_yscale("log")
-        panel.set_ylim(1e-3, 1e2)
+        seen += [1.0, *ratio[np.isfinite(ratio) & (ratio > 0)]]
         panel.set_title(group.name, fontsize=11)
     figure.supxlabel("step", fontsize=10)
     figure.supylabel("sharpness / (2 / learning rate)", fontsize=10)
+    panels[0].set_ylim(np.quantile(seen, 0.005) / 1.5, np.quantile(seen, 0.995) * 1.5)
     mappable = matplotlib.cm.ScalarMappable(norm, _GRADUAL)
     figure.colorbar(mappable, ax=list(panels), label="learning rate", fraction=0.03)
     return figure

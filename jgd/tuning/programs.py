@@ -4,8 +4,7 @@ What goes in and out are plain arrays: random keys travel as their bits, so that
 the host and in files.
 """
 
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +21,10 @@ from jgd.tuning.prune import DIVERGED, STOPPED
 
 __all__ = ["Batches", "Common", "Lane", "Program"]
 
-DECOMPOSITIONS = re.compile(r"\b(cholesky|eigh?|geqrf|householder_product|lu|schur|svd)\[")
+DECOMPOSITIONS = {
+    *("cholesky", "eig", "eigh", "geqrf", "hessenberg", "householder_product", "lu", "ormqr", "qr"),
+    *("schur", "svd", "triangular_solve", "tridiagonal", "tridiagonal_solve"),
+}
 BATCHES_AT_ONCE = 64 * 2**20  # bytes of batches made ahead for a chunk
 
 
@@ -95,6 +97,7 @@ class Common:
 
     def __init__(self, run: Run, plan: Plan, mesh: jax.sharding.Mesh | None, batches: Any) -> None:
         self.mesh, self.batches = mesh, batches
+        self.placed: dict[int, Any] = {}  # data that programs share, by what they are copies of
         root = jax.random.key(plan.key)
         keys = jax.vmap(lambda seed: jax.random.fold_in(root, seed))(jnp.arange(plan.seeds))
         self.keys = np.asarray(jax.random.key_data(keys))
@@ -117,7 +120,7 @@ class Program:
         self.own_order, self.ever = plan.order == "own", plan.best == "ever"
         self.sign = -1.0 if plan.mode == "max" else 1.0
         self.drop_diverged = plan.drop_diverged
-        self._keys, self._begun = common.keys, common.begun
+        self._keys, self._begun, self._placed = common.keys, common.begun, common.placed
         # lanes are dealt out to the devices of a mesh, everything else is on all of them
         self._by_lane = devices.by_lane(common.mesh)
         self._start: Callable[..., Lane] | None = None
@@ -143,7 +146,9 @@ class Program:
         arguments = self.dealt((chosen, (ids % self.seeds).astype(np.int32)))
         arguments = (*arguments, self._keys, self._begun)
         if self._start is None:
-            self._start = _compiled(self._begin_all, *arguments, out=self._by_lane)
+            self._start = _compiled(
+                self._begin_all, *arguments, out=self._by_lane, placed=self._placed
+            )
             self._start_width = len(ids)
         return self._start(*arguments)
 
@@ -172,8 +177,9 @@ class Program:
         width = len(lanes.loss)
         if width not in self.chunks:
             arguments = self._arguments(lanes, begin, begin)
-            chunk = _compiled(self._steps, *arguments, donate=True, out=self._by_lane)
-            self.chunks[width] = chunk
+            self.chunks[width] = _compiled(
+                self._steps, *arguments, donate=True, out=self._by_lane, placed=self._placed
+            )
         return self.chunks[width]
 
     def _arguments(self, lanes: Lane, begin: int, end: int) -> tuple[Any, ...]:
@@ -212,7 +218,7 @@ class Program:
         if after.best is not None:
             after = after._replace(best=Kept(after.best.score, after.state))
         like = jax.tree.map(lambda x: _Like(x.dtype), after)
-        return like, DECOMPOSITIONS.search(str(jaxpr)) is not None
+        return like, any(name in DECOMPOSITIONS for name in _primitives(jaxpr.jaxpr))
 
     def _begin_all(self, settings: Any, seeds: Any, keys: Any, begun: Any) -> Lane:
         mine = jax.tree.map(lambda x: x[seeds], (keys, begun))
@@ -275,6 +281,16 @@ class Program:
         )
 
 
+def _primitives(jaxpr: Any) -> Iterator[str]:
+    """The names of all primitives, those of inner programs among them."""
+    for eqn in jaxpr.eqns:
+        yield eqn.primitive.name
+        for inner in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from _primitives(inner)
+
+
 class _Like:
     """How a leaf of the lanes looks: its dtype, or that it is a random key."""
 
@@ -293,7 +309,11 @@ class _Like:
 
 
 def _compiled(
-    f: Callable[..., Any], *examples: Any, donate: bool = False, out: Any = None
+    f: Callable[..., Any],
+    *examples: Any,
+    donate: bool = False,
+    out: Any = None,
+    placed: dict[int, Any] | None = None,
 ) -> Callable[..., Any]:
     """`f` compiled for arguments like the examples, the arrays it closes over among them.
 
@@ -301,6 +321,7 @@ def _compiled(
 
     Args:
       out: the sharding of all results; None: as they come.
+      placed: arrays that other programs hold already; this one's are added.
     """
     closed, shape = jax.make_jaxpr(f, return_shape=True)(*examples)
     structure = jax.tree.structure(shape)
@@ -310,7 +331,10 @@ def _compiled(
         return jax.tree.unflatten(structure, leaves)
 
     where_all = None if out is None else devices.on_all(out.mesh)
-    constants = [devices.placed(x, where_all) for x in closed.consts]
+    placed = {} if placed is None else placed
+    for x in closed.consts:  # each kept with its copy, or another might get its id
+        placed.setdefault(id(x), (x, devices.placed(x, where_all)))
+    constants = [placed[id(x)][1] for x in closed.consts]
     where: dict[str, Any] = {} if out is None else {"out_shardings": out}
     program = jax.jit(flat, donate_argnums=1 if donate else (), **where)
     compiled = program.lower(constants, *examples).compile()

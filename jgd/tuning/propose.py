@@ -25,6 +25,12 @@ from jgd.tuning.space import Choice, Distribution, Lanes, LogUniform, batch, is_
 __all__ = ["Proposed", "optuna_search"]
 
 
+TRAINING = {  # what the options may say
+    *("seeds", "key", "order", "metric", "mode", "best", "width", "report_every", "stop"),
+    *("drop_diverged", "devices"),
+}
+
+
 class Proposed(NamedTuple):
     """What `optuna_search` returns."""
 
@@ -62,14 +68,18 @@ def optuna_search(
         with finished trials only, so that they cut nothing within the first batch.
       study: an Optuna study to go on with; None: a new one. It has the direction of the metric.
       storage: an Optuna storage that the study is copied to at the end; None: none.
-      options: those of `jgd.sweep` that decide about the training: seeds, key, metric, mode, width,
-        report_every, stop, drop_diverged, devices.
+      options: those of `jgd.sweep` that decide about the training: seeds, key, order, metric, mode,
+        best, width, report_every, stop, drop_diverged, devices.
 
     Returns: the study, the best setting with its trained state, and all rows.
     Raises: ImportError without Optuna: pip install "jgd[optuna]".
     """
     import optuna
 
+    for name in options.keys() - TRAINING:
+        raise TypeError(
+            f"optuna_search: {name} is none of {', '.join(sorted(TRAINING))}: Optuna decides"
+        )
     for name, count in {"trials": trials, "at_once": at_once}.items():
         if count < 1:
             raise ValueError(f"optuna_search: {name} must be at least 1, got {count}")
@@ -111,8 +121,10 @@ def optuna_search(
     last = -math.inf if results[0].mode == "max" else math.inf
     score = lambda row: row[metric] if math.isfinite(row[metric]) else last
     sign = -1 if results[0].mode == "max" else 1
-    rows.sort(key=lambda row: (row["ended"] == "cut", sign * score(row)))
-    rows = [{**row, "rank": place} for place, row in enumerate(rows, 1)]
+    short = lambda row: -row["at"] if row["ended"] in ("cut", "diverged") else -math.inf
+    rows.sort(key=lambda row: (short(row), sign * score(row)))
+    ranked = ({**row, "rank": place} for place, row in enumerate(rows, 1))
+    rows = [{k: x for k, x in row.items() if k != "tied"} for row in ranked]  # was of a batch
     return Proposed(study, best_of(finite, key=lambda r: score(r.best.row)).best, rows, results)
 
 

@@ -32,11 +32,13 @@ class Best(NamedTuple):
 
     row: dict[str, Any]
     setting: Any  # without a lane axis
-    state: Any  # of the run after its last step, for its best seed; None if no setting ended
+    state: Any  # of the run, for its best seed, at the report that counts; None if there is none
 
     @property
     def params(self) -> Any:
-        """The trained parameters, for a supervised task."""
+        """The trained parameters, for a supervised task. Raises ValueError if there are none."""
+        if self.state is None:
+            raise ValueError("the best setting did not come to an end, so there are no parameters")
         return self.state.params
 
 
@@ -46,7 +48,7 @@ class Result(NamedTuple):
     rows: list[dict[str, Any]]  # ranked, best first
     curves: dict[str, Curves]  # by group
     best: Best
-    kept: list[Best]  # the best first, with their states: as many as `keep`
+    kept: list[Best]  # the best first, with their states: as many as `keep` came to an end
     metric: str
     mode: Literal["min", "max"]
     plan: Plan
@@ -219,7 +221,7 @@ class Collector:
             row |= fixed | numbers
             row["verdict"] = _most(verdicts[setting])
             row["ended"], row["at"] = ENDINGS[endings[setting]], int(at[setting])
-            row["seeds"] = plan.seeds
+            row["seeds"], row["setting"] = plan.seeds, setting
             rows.append(row)
         return rows
 
@@ -232,7 +234,8 @@ class Collector:
         for place, (group, setting) in enumerate(order):
             row = rows[group][setting]
             tied = not place or (
-                row["ended"] == ranked[0]["ended"] and _as_good(scores[place], scores[0])
+                _as_good(scores[place], scores[0])
+                and self.board.key(group, setting)[0] == self.board.key(*order[0])[0]
             )
             ranked.append({"rank": place + 1, "tied": tied, **row})
         places = {setting: place for place, setting in enumerate(order)}

@@ -24,7 +24,7 @@ class Progress:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.live = console.is_terminal
-        self.line = ""  # of the group at work
+        self.line = self.group = ""  # of the group at work
         columns = [
             rich.progress.TextColumn("[bold]{task.description:<10}"),
             rich.progress.BarColumn(),
@@ -54,8 +54,9 @@ class Progress:
     def __call__(self, plan: Plan, report: Report) -> None:
         if not self.done:
             self._announce(plan)
-        if self.line and not self.line.startswith(report.group):
+        if self.line and self.group != report.group:
             self._print_line()
+        self.group = report.group
         before = max([0, *(step for step in plan.reports if step < report.step)])
         self.done += (report.step - before) * len(report.lanes)
         self.seconds = time.perf_counter() - self.started

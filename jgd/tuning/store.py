@@ -43,16 +43,20 @@ class Folder:
 
     def __init__(self, path: str | Path, *, resume: bool = False) -> None:
         self.path = Path(path)
-        if resume:
-            if not (self.path / "plan.json").exists():
-                raise FileNotFoundError(f"{self.path} holds no sweep: there is no plan.json")
-        elif self.path.exists() and (
-            not self.path.is_dir() or any(x.name != "command.json" for x in self.path.iterdir())
-        ):
-            raise FileExistsError(f"{self.path} is not empty: a sweep wants a folder of its own")
+        if resume and not (self.path / "plan.json").exists():
+            raise FileNotFoundError(f"{self.path} holds no sweep: there is no plan.json")
         self.silent = not writes()  # of several processes one writes
+        if not (resume or self.silent or self._is_free()):
+            raise FileExistsError(f"{self.path} is not empty: a sweep wants a folder of its own")
         self._writer = concurrent.futures.ThreadPoolExecutor(1)
         self._saving: concurrent.futures.Future[None] | None = None
+
+    def _is_free(self) -> bool:
+        """Whether nothing is there yet, or no more than a sweep that had not begun."""
+        if not self.path.exists():
+            return True
+        early = ("command.json", "plan.json.part", "command.json.part")
+        return self.path.is_dir() and all(x.name in early for x in self.path.iterdir())
 
     # --- plan and results --------------------------------------------------------------------
 
@@ -160,11 +164,16 @@ class Folder:
         path = self.path / "manifest.json"
         return json.loads(path.read_text()) if path.exists() else None
 
-    def cut_journal(self, size: int) -> None:
-        """Back to what the last checkpoint has seen."""
-        journal = self.path / "journal.jsonl"
-        if journal.exists() and not self.silent:
-            os.truncate(journal, size)
+    def go_back(self, manifest: Mapping[str, Any] | None) -> None:
+        """To what a checkpoint has seen: the journal up to there, its states and no others."""
+        if self.silent:
+            return
+        journal, states = self.path / "journal.jsonl", self.path / "states"
+        if journal.exists():
+            os.truncate(journal, 0 if manifest is None else manifest["journal"])
+        for path in states.iterdir() if states.exists() else []:
+            if manifest is None or path.name not in manifest["states"]:
+                shutil.rmtree(path, ignore_errors=True)
 
     def load(self, name: str, shapes: Any) -> Any:
         """A state of the last checkpoint, of these shapes, on the host."""

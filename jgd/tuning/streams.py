@@ -7,6 +7,9 @@ and while they do, the batches of the next are read.
 """
 
 import concurrent.futures
+import contextlib
+import functools
+import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -27,15 +30,19 @@ class Stream:
         self.make = make
 
     def __call__(self, step: Any) -> Any:
-        raise TypeError("a stream has no batch for a step alone: train with jgd.sweep")
+        raise TypeError(
+            "a stream has no batch for a step alone: train with jgd.sweep, and give"
+            " jgd.with_sharpness a batch"
+        )
 
+    @functools.cached_property
     def first(self) -> Any:
         """A look at the first batch."""
         return _next(self.make(), 0)
 
     def usual_every(self, steps: int) -> int:
         """Steps between reports, so that their batches fit."""
-        size = sum(np.asarray(x).nbytes for x in jax.tree.leaves(self.first()))
+        size = sum(np.asarray(x).nbytes for x in jax.tree.leaves(self.first))
         return max(1, min(steps // 20, BATCHES_AT_ONCE // max(size, 1)))
 
 
@@ -52,7 +59,8 @@ def stream(make: Callable[[], Iterator[Any]]) -> Stream:
     PyTorch's stateful loaders); else by reading and dropping what was used.
 
     All batches between two reports are on the device at once: unless `report_every` says
-    otherwise, it is chosen so that they take at most 256 MiB, and as much again for those to come.
+    otherwise, it is chosen so that they take at most 256 MiB; as much again waits on the host.
+    Several processes all have to read the same.
 
     Raises: TypeError if `make` is an iterator itself.
     """
@@ -68,7 +76,7 @@ class Reader:
         self.stream, self.where = stream, where
         self.ends = dict(zip([0, *reports], reports, strict=False))
         self.size = max(np.diff([0, *reports]))
-        first = jax.tree.map(np.asarray, stream.first())
+        first = jax.tree.map(np.asarray, stream.first)
         first = jax.tree.map(lambda x: x.astype(jax.dtypes.canonicalize_dtype(x.dtype)), first)
         self.shape = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), first)
         self.iterator: Iterator[Any] | None = None
@@ -86,7 +94,7 @@ class Reader:
             made = None if ahead is None else ahead[1].result()
             if ahead is None or ahead[0] != begin:
                 made = self._read(begin)
-            self.now = begin, made
+            self.now = begin, jax.tree.map(lambda x: devices.placed(x, self.where), made)
             following = self.ends[begin]
             if following in self.ends:
                 self._ahead = following, self._thread.submit(self._read, following)
@@ -99,7 +107,7 @@ class Reader:
 
     def mark(self, begin: int) -> dict[str, Any]:
         """Where the stream is before the chunk from this step on: plain data for a checkpoint."""
-        return {"step": begin, "state": _as_json(self.marks.get(begin))}
+        return {"step": begin, "state": self.marks.get(begin)}
 
     def seek(self, mark: Mapping[str, Any]) -> None:
         """To a mark, in a new iterator."""
@@ -121,8 +129,7 @@ class Reader:
         self.marks[begin] = _state_of(self.iterator)
         batches = [self._batch() for _ in range(begin, self.ends[begin])]
         batches += batches[-1:] * (self.size - len(batches))  # one program for chunks of all sizes
-        stacked = jax.tree.map(lambda *x: np.stack(x), *batches)
-        return jax.tree.map(lambda x: devices.placed(x, self.where), stacked)
+        return jax.tree.map(lambda *x: np.stack(x), *batches)
 
     def _batch(self) -> Any:
         assert self.iterator is not None
@@ -146,14 +153,14 @@ def _next(iterator: Iterator[Any], place: int) -> Any:
 
 
 def _state_of(iterator: Any) -> Any:
-    for name in ("get_state", "state_dict"):
-        if hasattr(iterator, name):
-            return getattr(iterator, name)()
+    """What the iterator says of itself, as JSON; None if it does not, or not so."""
+    for name, restore in (("get_state", "set_state"), ("state_dict", "load_state_dict")):
+        if hasattr(iterator, name) and hasattr(iterator, restore):
+            state = getattr(iterator, name)()
+            state = {"hex": state.hex()} if isinstance(state, bytes) else state
+            with contextlib.suppress(TypeError, ValueError):
+                return json.loads(json.dumps(state))  # a copy, should it change
     return None
-
-
-def _as_json(state: Any) -> Any:
-    return {"hex": state.hex()} if isinstance(state, bytes) else state
 
 
 def _of_json(state: Any) -> Any:

@@ -87,8 +87,8 @@ def sweep(
       stop: `jgd.stopping.early_stopping(...)` on `metric`, for each lane, or its patience alone; a
         report is an epoch. None: no lane stops early.
       drop_diverged: True ends a lane whose training loss is not finite.
-      budget: lane-steps, at least 1, after which no chunk is begun; what has not ended is out of
-        budget, what has not begun is not run. None: none.
+      budget: lane-steps, at least 1, those that fill up tiles included, after which no chunk is
+        begun; what has not ended is out of budget, what has not begun is not run. None: none.
       seconds: likewise, of the clock: such a sweep is not the same twice. None: none.
       devices: how many to deal the lanes of a tile out to, without a word between them; widths are
         multiples of it. None: all of this host.
@@ -107,11 +107,13 @@ def sweep(
 
     Returns: a `Result`: ranked rows, curves, and the best settings with their trained states.
     Raises: ValueError, before anything is trained or written, for settings that are no batch, NaN
-      in data or settings, a negative learning rate, an `evaluate` that returns no dict of scalars,
-      or a count, metric or mode out of range.
+      in the data, a learning rate that is negative or NaN, an `evaluate` that returns no dict of
+      scalars, or a count, metric or mode out of range.
     """
     if resume and folder is None:
         raise ValueError("sweep: resume wants the folder of a sweep")
+    if not checkpoint_every >= 0:
+        raise ValueError(f"sweep: checkpoint_every must be at least 0, got {checkpoint_every}")
     files = None if folder is None else Folder(folder, resume=resume)
     prepared = prepare(
         task,
@@ -194,7 +196,7 @@ def _checkpoint(files: Folder, snapshot: Snapshot, collector: Collector) -> None
 def _go_back(prepared: Sweep, collector: Collector, files: Folder) -> None:
     """To the last checkpoint: the journal up to it, and the states."""
     manifest = files.last_checkpoint()
-    files.cut_journal(0 if manifest is None else manifest["journal"])
+    files.go_back(manifest)
     if manifest is None:
         return
     for line in files.read_journal(manifest["journal"]):

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jgd.tuning.plan import Plan
+from jgd.tuning.plan import Plan, usual_width
 from jgd.tuning.programs import Program
 
 __all__ = ["choose_widths"]
@@ -41,6 +41,7 @@ def choose_widths(plan: Plan, programs: list[Program], settings: list[Any]) -> P
             continue
         best = min(t / w for w, t in seconds.items())
         width = min(w for w, t in seconds.items() if t / w <= WORSE * best)
+        width = min(width, usual_width(lanes, plan.at_once, width))
         groups.append(group.at_width(width, plan.devices, seconds))
     return dataclasses.replace(plan, groups=groups)
 
