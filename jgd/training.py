@@ -272,7 +272,8 @@ def train(
     Returns:
       The trained parameters (the final state, for a `Run` that is no task), and the history: a
       dict of arrays over the steps, with the training loss under "loss" and all that the loss
-      reports.
+      reports. `train(supervised(task), ...)` gives the whole state of a task instead, with the
+      statistics of its batch norms and the memory of its optimizer.
     Raises: ValueError for no steps, TypeError for an optimizer that is no pytree of its numbers.
     """
     if operator.index(steps) < 1:

@@ -1,5 +1,6 @@
 """Cuts, early stops, budgets, and that a sweep goes on where it was killed."""
 
+import functools
 import json
 import os
 import random
@@ -165,6 +166,8 @@ def test_groups_of_one_structure_and_other_shapes():
 def test_decompositions_run_alone(name):
     """Two programs with batches of them can wait for each other's threads for ever, on CPUs."""
     function = getattr(jnp.linalg, name)
+    if name == "svd":
+        function = functools.partial(function, full_matrices=False)
     more = (jnp.ones(3),) if name == "solve" else ()
 
     def loss(params, batch):
