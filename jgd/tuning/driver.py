@@ -355,10 +355,15 @@ class Sweep:
         lost = self._cut_at(step)
         self.end(lost, CUT)
         self.round += 1
+        left = {g.name: self.board.waiting(g.name).tolist() for g in self.plan.groups}
+        # where few groups are left, each is shared out to several cores
+        shares = -(-self.plan.at_once // max(sum(map(bool, left.values())), 1))
         for index, group in enumerate(self.plan.groups):
             self.waiting[index].drop(lost.get(group.name, []))
-            ids = self.board.waiting(group.name).tolist()
-            for width in cover(len(ids), group.menu, group.costs) if ids else []:
+            ids = left[group.name]
+            parts = [len(ids[share::shares]) for share in range(shares)]
+            widths = [w for n in parts if n for w in cover(n, group.menu, group.costs)]
+            for width in sorted(widths, reverse=True):
                 mine, ids = ids[:width], ids[width:]
                 self.queue.append(self._work(index, mine, step, width))
         return Cut(step, lost, {})
