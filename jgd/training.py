@@ -59,16 +59,11 @@ class Task(NamedTuple):
 class Run(NamedTuple):
     """A training run: all that the driver of a sweep knows. Any training can be one.
 
-        def init(tx, key):                                  # an environment instead of data
-            params = network(key)
-            return params, tx.init(params), env_reset(key)
+        run = jgd.Run(init, update, evaluate, batch)
+        result = jgd.sweep(run, settings, steps=1000)
 
-        def update(tx, state, batch): ...                   # one step, -> state, {"loss": loss}
-
-        run = jgd.Run(init, update, evaluate=lambda tx, state: {...}, batch=lambda step: step)
-        jgd.sweep(run, jgd.grid(jgd.adam, learning_rate=[...]), steps=1000, mode="max")
-
-    All are pure; the state is any pytree of arrays, random keys among them.
+    All four are pure; the state is any pytree of arrays, random keys among them: an environment in
+    place of data, two networks, a population.
     """
 
     init: Callable[..., Any]

@@ -1,0 +1,94 @@
+"""The examples in docstrings run, each with what the text around it takes for granted."""
+
+import ast
+import os
+import re
+import textwrap
+from pathlib import Path
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_training import X, Y, _line
+
+import jgd
+
+
+def _examples():
+    """Indented blocks that are Python and say `jgd.`, by where they stand."""
+    root = Path(jgd.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef):
+                continue
+            text = (ast.get_docstring(node) or "") + "\n"
+            for block in re.findall(r"(?:(?<=\n\n)|^)((?:    .*\n|\n)+)", text):
+                code = textwrap.dedent(block).strip("\n")
+                name = f"{path.relative_to(root.parent)} {getattr(node, 'name', '')}".strip()
+                if re.search(r"\bj(gd|k|t)\.", code) and _parses(code):
+                    yield pytest.param(code, id=name)
+
+
+def _parses(code):
+    try:
+        ast.parse(code)
+    except SyntaxError:  # a formula
+        return False
+    return True
+
+
+def _keras_model():
+    import keras
+
+    model = keras.Sequential([keras.layers.Input((2,)), keras.layers.Dense(1)])
+    model.compile(keras.optimizers.Adam(0.1), "mse")
+    model.fit(X, Y, verbose=0)
+    return model
+
+
+def _taken_for_granted(code):
+    import torch
+
+    import jgd.compat.keras as jk
+    import jgd.compat.torch as jt
+
+    task = _line()
+    run = jgd.supervised(task)._replace(begin=None)
+    params = task.init(jax.random.key(0))
+    names = dict(
+        jgd=jgd, jax=jax, jnp=jnp, np=np, optax=optax, jk=jk, jt=jt, task=task, params=params
+    )
+    names |= dict(init=task.init, loss=task.loss, evaluate=task.evaluate, batch=task.batch)
+    names |= dict(loader=[task.batch(0)], key=jax.random.key(0), train=lambda tx: tx.init(params))
+    names |= dict(grid=jgd.grid, random_search=jgd.random_search, loguniform=jgd.loguniform)
+    names |= dict(other_lanes=jgd.grid(jgd.lion, learning_rate=[1e-3, 1e-2]))
+    if "jgd.Run(init" in code:
+        start = lambda tx, key: run.init(tx, key, task.init(key))
+        names |= dict(init=start, update=run.update, evaluate=run.evaluate)
+        names |= dict(settings=jgd.grid(jgd.adam, learning_rate=[0.1, 0.2]))
+    if "optimizer.state_dict" in code:
+        layer = torch.nn.Linear(2, 1)
+        names["optimizer"] = torch.optim.Adam(layer.parameters(), 0.1)
+        layer(torch.tensor(X)).mean().backward()
+        names["optimizer"].step()
+        names["params"] = [jnp.array(w.detach().numpy()) for w in layer.parameters()]
+    if "model.optimizer" in code:
+        names["model"] = _keras_model()
+        names["params"] = [jnp.asarray(w) for w in names["model"].get_weights()]
+    return names
+
+
+EXAMPLES = list(_examples())
+
+
+@pytest.mark.parametrize("code", EXAMPLES)
+def test_examples_run(code):
+    exec(compile(code, "docstring", "exec"), _taken_for_granted(code))
+
+
+def test_examples_are_found():
+    assert len(EXAMPLES) >= 11
