@@ -135,7 +135,8 @@ def chain(*links: GradientTransformation) -> GradientTransformation:
 
     Args:
       links: transformations of jgd, whose numbers stay leaves, or of optax, which are structure
-        (lift them with `as_pytree` to sweep their numbers).
+        (lift them with `as_pytree` to sweep their numbers) and compare by identity: made anew
+        inside a factory they make another structure each time, and retrace.
 
     State: the tuple of the links' states.
     Differs from: `optax.chain`, which hides the leaves of what it holds, so that its result can be
