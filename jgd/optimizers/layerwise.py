@@ -64,8 +64,8 @@ def lars(
 
     State: `TraceState(trace)`, one tree.
     Raises: ValueError in `update` if no parameters are given.
-    Differs from: `lamb`, whose direction is Adam's; the learning rate is inside the velocity. Layers
-      that are scanned over, in one array, want `per_layer`.
+    Differs from: `lamb`, whose direction is Adam's; the learning rate is inside the velocity.
+      Layers that are scanned over, in one array, want `per_layer`.
     Source: You, Gitman & Ginsburg 2017, algorithm 1, arXiv:1708.03888.
     """
     ratio = scale_by_trust_ratio(trust_coefficient=trust_coefficient, eps=eps)
@@ -100,8 +100,8 @@ def lamb(
 
     State: `ScaleByAdamState(count, mu, nu, log_b1, log_b2)`, two trees and three scalars.
     Raises: ValueError in `update` if no parameters are given.
-    Differs from: Keras, whose decay is outside the ratio. Layers that are scanned over, in one array,
-      want `per_layer`.
+    Differs from: Keras, whose decay is outside the ratio. Layers that are scanned over, in one
+      array, want `per_layer`.
     Source: You et al. 2020, algorithm 2, arXiv:1904.00962, without a bound on ||p||.
     """
     return chain(
