@@ -688,7 +688,7 @@ def setting(rate=0.2, l2=1e-3, momentum=0.9):
 def test_a_grid_is_one_line_and_one_program(axis, values, metric, monkeypatch):
     spy = _Spy(monkeypatch)
     result = jgd.sweep(TASK, jgd.grid(setting, **{axis: values}), 12, report_every=12, width=3)
-    assert len(spy.texts) == 3  # batches, start and chunk, whatever the number of lanes
+    assert len(spy.texts) == 4  # batches, parameters, start, chunk
     assert len(result.rows) == 3
     monkeypatch.undo()
     key = jax.random.fold_in(jax.random.key(0), 0)  # seed 0 of key 0
