@@ -15,7 +15,7 @@ def _result(settings, seeds=1, values=None, **options):
     """What a sweep would have found, without one."""
     rates = np.geomspace(1e-4, 1, settings)
     lanes = {"adam": jgd.grid(jgd.adam, learning_rate=rates)}
-    options = Options(seeds=seeds, **options)
+    options = Options(seeds=seeds, metric="loss", mode="min", **options)
     plan = make_plan(lanes, 100, options, metrics=["loss"], devices=1, at_once=1, task="")
     rng, steps = np.random.default_rng(0), np.array(plan.reports)
     shape = (settings * seeds, len(steps))

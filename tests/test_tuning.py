@@ -309,9 +309,9 @@ def test_data_are_arguments_of_the_program(monkeypatch):
 
 def test_full_batches_are_not_copied_ahead():
     task = _line(batch_size=None)
-    batches = programs.Batches(task.batch, [10, 20], None, None)
+    batches = programs.Batches(task.batch, [10, 20])
     assert not batches.ahead
-    assert programs.Batches(_line().batch, [10, 20], None, None).ahead
+    assert programs.Batches(_line().batch, [10, 20]).ahead
     curves = jgd.sweep(task, jgd.grid(jgd.sgd, learning_rate=[0.1]), 20).curves["sgd"]
     assert (np.diff(curves.train_loss[0]) < 0).all()
 

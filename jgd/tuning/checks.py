@@ -178,12 +178,10 @@ def _without_layout(plan: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _difference(now: Any, was: Any, path: str) -> str:
-    """The first number of two plans that is not the same, but for how lanes are laid out."""
+    """The first thing that two plans do not say alike."""
     if isinstance(now, dict) and isinstance(was, dict):
         for name in [*now, *(name for name in was if name not in now)]:
             label = f"{path} {name}".strip()
-            if isinstance(now.get(name), dict) and "name" in now[name]:
-                label = f"{path} {now[name]['name']}".strip()
             if found := _difference(now.get(name), was.get(name), label):
                 return found
         return ""

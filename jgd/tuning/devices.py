@@ -66,10 +66,9 @@ def tiles_at_once(mesh: jax.sharding.Mesh | None) -> int:
     """
     if mesh is not None or jax.default_backend() != "cpu" or jax.process_count() > 1:
         return 1
-    cores = getattr(os, "process_cpu_count", os.cpu_count)()  # from Python 3.13
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    return cores or 1
+    if hasattr(os, "sched_getaffinity"):  # those that this process may use
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def by_lane(mesh: jax.sharding.Mesh | None) -> jax.sharding.NamedSharding | None:

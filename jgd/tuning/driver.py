@@ -22,7 +22,7 @@ import numpy as np
 from jgd import diagnosis
 from jgd.training import Run, Task, start, supervised
 from jgd.tuning import checks, devices
-from jgd.tuning.plan import Options, Plan, fingerprint, make_plan
+from jgd.tuning.plan import Options, Plan, fingerprint, make_plan, ranked_by
 from jgd.tuning.programs import Batches, Common, Lane, Program
 from jgd.tuning.prune import CUT, DIVERGED, FINISHED, NOT_RUN, OUT, REACHED, Board, Halving, cover
 from jgd.tuning.space import Lanes
@@ -106,7 +106,9 @@ def prepare(
     streamed = run.batch if isinstance(run.batch, Stream) else None
     batch = checks.batch(run.batch, wanted.order)
     metrics = checks.metrics(run, groups, batch)
-    usual_every = None if streamed is None else streamed.usual_every(steps)
+    metric, mode = ranked_by(metrics, wanted.metric, wanted.mode)
+    stop = checks.monitor(wanted.stop, mode)
+    wanted = dataclasses.replace(wanted, metric=metric, mode=mode, stop=stop)
     first = jax.tree.map(lambda x: jnp.asarray(x)[0], next(iter(groups.values())).settings)
     state = start(run, first, jax.random.key(wanted.key))
     last = () if streamed is not None else run.batch(steps - 1)
@@ -116,23 +118,15 @@ def prepare(
         steps,
         wanted,
         metrics=metrics,
-        usual_every=usual_every,
+        usual_every=None if streamed is None else streamed.usual_every(steps),
         devices=1 if mesh is None else mesh.size,
         at_once=devices.tiles_at_once(mesh),
         task=fingerprint(batch, last, made, run.evaluate(first, state)),
     )
     devices.refuse_another(plan.task)
-    stop = checks.monitor(wanted.stop, plan.mode)
-    plan = dataclasses.replace(plan, stop=None if stop is None else repr(stop))
     compiled = {} if compiled is None else compiled
     if "common" not in compiled:
-        where = devices.on_all(mesh)
-        if streamed is not None:
-            batches: Any = Reader(streamed, plan.reports, where)
-        else:
-            own = plan.seeds if plan.order == "own" else None
-            batches = Batches(run.batch, plan.reports, own, where)
-        compiled["common"] = Common(run, plan, mesh, batches)
+        compiled["common"] = Common(run, plan, mesh)
     programs = []
     for group in plan.groups:
         lanes = groups[group.name].settings
@@ -434,9 +428,7 @@ class Sweep:
         seeds, board = self.plan.seeds, self.board
         begun = {n: np.unique(x[board.step[n][x] > 0] // seeds) for n, x in left.items()}
         found = {}
-        for name, setting in (
-            board.ranked(begun)[: self.plan.keep] if any(map(len, begun.values())) else []
-        ):
+        for name, setting in board.ranked(begun)[: self.plan.keep]:
             group = board.order[name]
             for lane in board.lanes_of(setting).tolist():
                 rows = self._rows_of(group, lane)

@@ -160,11 +160,13 @@ def make_plan(
     """The plan of a sweep over groups of `Lanes`, at the usual width if none is given.
 
     Args:
+      options: with metric and mode, as `ranked_by` says, and a monitor to stop by or none.
       usual_every: steps between reports, if the options do not say; None: a twentieth of all.
 
     Raises: ValueError for what is out of range.
     """
-    metric, mode = ranked_by(metrics, options.metric, options.mode)
+    assert options.metric is not None
+    assert options.mode is not None
     halving, width, every = options.halving, options.width, options.report_every
     if every is None:
         every = max(1, steps // 20) if usual_every is None else usual_every
@@ -221,8 +223,8 @@ def make_plan(
         ],
         brackets=halving.shares(settings, steps).tolist() if halving else [0] * settings,
         metrics=metrics,
-        metric=metric,
-        mode=mode,
+        metric=options.metric,
+        mode=options.mode,
         best=options.best,
         target=options.target,
         keep=counts["keep"],

@@ -18,6 +18,7 @@ from jgd.training import Run
 from jgd.tuning import devices
 from jgd.tuning.plan import Plan
 from jgd.tuning.prune import DIVERGED, STOPPED
+from jgd.tuning.streams import Reader, Stream
 
 __all__ = ["Batches", "Common", "Lane", "Program"]
 
@@ -52,10 +53,15 @@ class Batches:
 
     Args:
       seeds: None, or how many there are, each with an order of its own: `batch(step, seed=seed)`.
+      where: as for `_compiled`.
     """
 
     def __init__(
-        self, batch: Callable[..., Any], reports: list[int], seeds: int | None, where: Any
+        self,
+        batch: Callable[..., Any],
+        reports: list[int],
+        seeds: int | None = None,
+        **where: Any,
     ) -> None:
         self.size = max(np.diff([0, *reports]))
         if seeds is None:
@@ -72,7 +78,7 @@ class Batches:
         self.keep = bytes_of * self.size * len(reports) <= 4 * BATCHES_AT_ONCE
         self.made: dict[int, Any] = {}
         many = lambda begin: jax.vmap(self.batch)(begin + jnp.arange(self.size))
-        self.make = _compiled(many, np.int32(0), out=where)
+        self.make = _compiled(many, np.int32(0), **where)
 
     def of(self, begin: int) -> Any:
         """The batches of the chunk from this step on, where they are made ahead."""
@@ -95,16 +101,23 @@ class Batches:
 class Common:
     """What all groups of a sweep share: the batches, and what each seed begins with."""
 
-    def __init__(self, run: Run, plan: Plan, mesh: jax.sharding.Mesh | None, batches: Any) -> None:
-        self.mesh, self.batches = mesh, batches
+    def __init__(self, run: Run, plan: Plan, mesh: jax.sharding.Mesh | None) -> None:
+        self.mesh = mesh
         self.placed: dict[int, Any] = {}  # data that programs share, by what they are copies of
+        everywhere = devices.on_all(mesh)
+        where: Any = dict(out=everywhere, placed=self.placed)
+        if isinstance(run.batch, Stream):
+            self.batches: Batches | Reader = Reader(run.batch, plan.reports, everywhere)
+        else:
+            own = plan.seeds if plan.order == "own" else None
+            self.batches = Batches(run.batch, plan.reports, own, **where)
         root = jax.random.key(plan.key)
         keys = jax.vmap(lambda seed: jax.random.fold_in(root, seed))(jnp.arange(plan.seeds))
         self.keys = np.asarray(jax.random.key_data(keys))
         self.begun: Any = None
         if make := run.begin:
             begin = lambda bits: jax.vmap(make)(jax.random.wrap_key_data(bits))
-            self.begun = _compiled(begin, self.keys, out=devices.on_all(mesh))(self.keys)
+            self.begun = _compiled(begin, self.keys, **where)(self.keys)
 
 
 class Program:
