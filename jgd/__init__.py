@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _MODULES = {
-    "jgd.pytree": "Schedule Transformation TreeError as_pytree lane stack",
+    "jgd.pytree": "Schedule Transformation as_pytree lane now stack",
+    "jgd.trees": "TreeError leafwise",
+    "jgd.combinators": "add chain divide named subtract with_nesterov",
     "jgd.transforms": """
-        add add_decayed_weights add_noise bias_correction chain decayed_max divide ema identity
-        leafwise moving_average named nesterov_ema rms root running_max running_sum scale
-        scale_by_adam scale_by_adamax scale_by_amsgrad scale_by_learning_rate scale_by_momentum
-        scale_by_rms scale_by_rss scale_by_schedule scale_by_sign scale_by_stddev set_to_zero sign
-        square subtract trace with_nesterov""",
-    "jgd.rules": "difference per_leaf",
+        add_decayed_weights add_noise bias_correction decayed_max ema identity moving_average
+        nesterov_ema rms root running_max running_sum scale scale_by_learning_rate
+        scale_by_momentum scale_by_schedule scale_by_sign set_to_zero sign square trace""",
+    "jgd.per_leaf": "difference per_leaf",
     "jgd.norms": """
         centralize scale_by_param_block_norm scale_by_param_block_rms scale_by_trust_ratio""",
     "jgd.wrappers": """
@@ -24,10 +24,14 @@ _MODULES = {
         schedule_free_eval_params""",
     "jgd.groups": "param_groups scale_by_path scale_by_width",
     "jgd.optimizers.classic": """
-        adagrad adam adamax adamw amsgrad momentum nadam nesterov noisy_sgd rmsprop sgd""",
+        adagrad momentum nesterov noisy_sgd rmsprop scale_by_rms scale_by_rss scale_by_stddev
+        sgd""",
+    "jgd.optimizers.moments": """
+        adam adamax adamaxw adamw amsgrad nadam nadamw scale_by_adam scale_by_adamax
+        scale_by_amsgrad""",
     "jgd.optimizers.adaptive": """
-        adabelief adamaxw adan ademamix nadamw radam scale_by_adan scale_by_ademamix
-        scale_by_belief scale_by_radam scale_by_yogi yogi""",
+        adabelief adan ademamix radam scale_by_adan scale_by_ademamix scale_by_belief
+        scale_by_radam scale_by_yogi yogi""",
     "jgd.optimizers.normalized": """
         adadelta adopt laprop scale_by_adadelta scale_by_adopt scale_by_laprop""",
     "jgd.optimizers.signs": "lion rprop scale_by_lion scale_by_rprop sign_sgd signum",
@@ -66,6 +70,7 @@ __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from jgd.catalog import get as get
+    from jgd.combinators import *  # noqa: F403
     from jgd.groups import *  # noqa: F403
     from jgd.norms import *  # noqa: F403
     from jgd.optimizers.adaptive import *  # noqa: F403
@@ -76,14 +81,16 @@ if TYPE_CHECKING:
     from jgd.optimizers.kronecker import *  # noqa: F403
     from jgd.optimizers.layerwise import *  # noqa: F403
     from jgd.optimizers.lifted import *  # noqa: F403
+    from jgd.optimizers.moments import *  # noqa: F403
     from jgd.optimizers.normalized import *  # noqa: F403
     from jgd.optimizers.orthogonal import *  # noqa: F403
     from jgd.optimizers.signs import *  # noqa: F403
+    from jgd.per_leaf import *  # noqa: F403
     from jgd.pytree import *  # noqa: F403
-    from jgd.rules import *  # noqa: F403
     from jgd.schedules import *  # noqa: F403
     from jgd.training import *  # noqa: F403
     from jgd.transforms import *  # noqa: F403
+    from jgd.trees import *  # noqa: F403
     from jgd.tuning.propose import *  # noqa: F403
     from jgd.tuning.prune import *  # noqa: F403
     from jgd.tuning.space import *  # noqa: F403

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 import jgd.optimizers
-from jgd.arguments import Spec
+from jgd.arguments import spec_of
 
 __all__ = ["Entry", "entries", "get", "markdown"]
 
@@ -35,8 +35,9 @@ class Entry(NamedTuple):
 
 def _names() -> dict[str, bool]:
     """Every optimizer, and whether its math is jgd's."""
-    rooms = jgd.optimizers.ROOMS
-    pairs = [(name, room is not jgd.optimizers.lifted) for room in rooms for name in room.__all__]
+    lifted = jgd.optimizers.lifted
+    families = jgd.optimizers.families
+    pairs = [(name, family is not lifted) for family in families for name in family.__all__]
     return {name: own for name, own in pairs if not name.startswith("scale_by_")}
 
 
@@ -60,9 +61,9 @@ def entries() -> list[Entry]:
 
 def _entry(name: str, own: bool) -> Entry:
     factory = get(name)
-    spec: Spec = factory.__jgd_spec__  # type: ignore[attr-defined]
+    spec = spec_of(factory)
     text = inspect.getdoc(factory) or ""  # Python 3.13 takes the indentation off by itself
-    numeric = [name for name, kind in spec.kinds.items() if kind.name in ("number", "numbers")]
+    numeric = spec.numeric()
     parameters = spec.signature.parameters
     empty = parameters[numeric[0]].empty
     numbers = {n: ... if parameters[n].default is empty else parameters[n].default for n in numeric}

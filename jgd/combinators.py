@@ -1,132 +1,176 @@
-"""Combinators: how words become chains, quotients and named records.
+"""Combinators: how transformations become chains, quotients and named records.
 
 `chain` composes in series, `divide`, `add` and `subtract` in parallel: both sides see the same
-gradient. `with_nesterov` wraps one word, `named` gives the memories of a composition their names.
-The state of a combinator is a plain tuple, that of a word a named tuple.
+gradient. `with_nesterov` wraps one transformation. The state of a combinator is a plain tuple, that
+of a memory a named tuple; `named` gathers the memories of a composition in one record:
+
+    named(divide(ema(b1, name="mu"), rms(b2, eps, name="nu")),
+          record=optax.ScaleByAdamState, shared=["count"])
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from optax import GradientTransformation
 
-from jgd.pytree import TreeError, as_pytree
+from jgd.arithmetic import formula, quotient
+from jgd.pytree import as_pytree
+from jgd.trees import (
+    TreeError,
+    aligned,
+    check_state,
+    is_none,
+    leafwise,
+    like,
+    other_state,
+)
 
-__all__ = ["add", "chain", "divide", "leafwise", "named", "subtract", "with_nesterov"]
+__all__ = [
+    "ScheduledDecayState",
+    "add",
+    "chain",
+    "divide",
+    "leafwise",
+    "named",
+    "partition",
+    "subtract",
+    "with_nesterov",
+]
 
 
-# --- trees -----------------------------------------------------------------------------------
+# --- memories --------------------------------------------------------------------------------
 
 
-def leafwise(f: Callable[..., Any], updates: Any, *trees: Any, keep: bool = False) -> Any:
-    """`f(g, *others)` on each leaf g of `updates` and the leaves in its place in `trees`.
+class Slot(NamedTuple):
+    """A memory by name, and how it starts."""
 
-    Where the update is None the result is None or, with `keep`, the leaf of the first of `trees`:
-    a memory outlives a step without gradient.
+    name: str
+    start: Callable[[Any], Any]  # params -> its first value
+    of_schedule: bool = False  # the memory of a scheduled decay, which no record has a field for
 
-    Raises:
-      TreeError: if a tree has other leaves than `updates`, or a leaf another shape.
+
+class Slots:
+    """The memories of one composition during one update, by name.
+
+    Each is stepped once: whoever asks for a memory that was stepped already is given the result.
     """
-    leaves, structure, columns = aligned(updates, *trees)
-    results = []
-    for index, (g, *others) in enumerate(zip(leaves, *columns, strict=True)):
-        if g is None:
-            results.append(others[0] if keep else None)
-            continue
-        for other in others:
-            if getattr(other, "shape", None) != g.shape:
-                raise misfit(updates, index, other)
-        results.append(f(g, *others))
-    return structure.unflatten(results)
+
+    def __init__(self, old: Mapping[str, Any]) -> None:
+        self.old = old
+        self.new: dict[str, Any] = {}
+
+    def step(self, name: str, advance: Callable[[Any], Any]) -> Any:
+        """Return the new value of a memory, `advance(old)`."""
+        if name not in self.new:
+            self.new[name] = advance(self.old[name])
+        return self.new[name]
+
+    def ahead(self) -> "Slots":
+        """Return the slots as the next update will find them, to look one step ahead."""
+        return Slots({**self.old, **self.new})
 
 
-def aligned(updates: Any, *trees: Any) -> tuple[list[Any], Any, list[list[Any]]]:
-    """The leaves of `updates`, its structure, and what each of `trees` has in their places."""
-    leaves, structure = jax.tree.flatten(updates, is_leaf=_is_none)
-    try:
-        return leaves, structure, [structure.flatten_up_to(tree) for tree in trees]
-    except ValueError:
-        raise TreeError(_first_difference(updates, trees)) from None
+class Plain(optax.GradientTransformationExtraArgs):
+    """A plain pair that knows its memories by name: what `named` gathers."""
+
+    slots: tuple[Slot, ...] | None  # None: a link in it is foreign, or has a schedule
+
+    @classmethod
+    def of(cls, init: Any, update: Any, slots: Iterable[Slot] | None = ()) -> "Plain":
+        self = cls(init, update)
+        self.slots = None if slots is None else tuple(slots)
+        return self
 
 
-def misfit(updates: Any, index: int, other: Any) -> TreeError:
-    """The error for leaf `index` of `updates`, beside which `other` has the wrong shape."""
-    path, g = jax.tree_util.tree_leaves_with_path(updates, is_leaf=_is_none)[index]
-    return TreeError(
-        f"the update at {jax.tree_util.keystr(path) or 'the root'} has shape {jnp.shape(g)},"
-        f" state or params have {jax.tree.map(lambda x: getattr(x, 'shape', x), other)} there"
-    )
+class ScheduledDecayState(NamedTuple):
+    """State of a rule whose decay follows a schedule: that of the rule, and what corrects it."""
+
+    inner: Any
+    logs: dict[str, jax.Array]  # for each average the mean over the steps so far of log(decay)
 
 
-def _is_none(x: Any) -> bool:
-    return x is None
+def remembering(
+    apply: Callable[[Any, Slots, Any], Any], record: Any, fields: Mapping[str, str], *slots: Slot
+) -> Plain:
+    """Return the transformation of `apply(updates, slots, params) -> updates`, with memories.
+
+    Args:
+      record: the named tuple of the state where it stands alone.
+      fields: for each field of `record` the name of its slot.
+      slots: the memories.
+    """
+    extra = [slot.name for slot in slots if slot.of_schedule]
+
+    def pack(values: Mapping[str, Any]) -> Any:
+        inner = record(**{field: values[name] for field, name in fields.items()})
+        return ScheduledDecayState(inner, {n: values[n] for n in extra}) if extra else inner
+
+    def unpack(state: Any) -> dict[str, Any]:
+        logs: Any = {}
+        if extra:
+            state, logs = check_state(state, ScheduledDecayState)
+        check_state(state, record)
+        return {**logs, **{name: getattr(state, field) for field, name in fields.items()}}
+
+    def init(params: Any) -> Any:
+        return pack({slot.name: slot.start(params) for slot in slots})
+
+    def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
+        if isinstance(state, Slots):
+            return apply(updates, state, params), state
+        memories = Slots(unpack(state))
+        updates = apply(updates, memories, params)
+        return updates, pack(like(memories.new, memories.old))
+
+    return Plain.of(init, update, slots)
 
 
-def _first_difference(updates: Any, trees: tuple[Any, ...]) -> str:
-    def paths(tree: Any) -> list[Any]:
-        return [p for p, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_none)]
-
-    show = lambda path: jax.tree_util.keystr(path) or "the root"
-    here = paths(updates)
-    for there in map(paths, trees):  # whose memories may have leaves below one of the updates
-        for path in here:
-            if not any(other[: len(path)] == path for other in there):
-                return f"the updates have a leaf at {show(path)} that state or params lack"
-        for other in there:
-            if not any(other[: len(path)] == path for path in here):
-                return f"the updates lack the leaf at {show(other)} that state or params have"
-    return "the updates are another kind of tree than state or params"
+def present(updates: Any, memory: Any) -> Any:
+    """Return a memory as updates: None where the updates are None."""
+    leaves, structure = jax.tree.flatten(updates, is_leaf=is_none)
+    if all(leaf is not None for leaf in leaves):
+        return memory
+    kept = zip(leaves, structure.flatten_up_to(memory), strict=True)
+    return structure.unflatten([None if g is None else m for g, m in kept])
 
 
-def expect(state: Any, wanted: type) -> Any:
-    if not isinstance(state, wanted):
-        raise TreeError(
-            f"this is the state of another optimizer: {_name(type(state))}, wanted {_name(wanted)}"
-        )
+def stateless(f: Callable[[Any, Any], Any]) -> Plain:
+    """Return `f(updates, params)` as a transformation without memory."""
+
+    def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
+        if isinstance(state, tuple) and jax.tree.leaves(state):  # others are ignored, as by optax
+            check_state(state, optax.EmptyState)
+        return f(updates, params), state
+
+    return Plain.of(optax.init_empty_state, update)
+
+
+# --- series ----------------------------------------------------------------------------------
+
+
+def _slots_of(links: Iterable[GradientTransformation]) -> list[Slot] | None:
+    """Return the slots of all links, or None if not all are known."""
+    slots: list[Slot] = []
+    for link in links:
+        if not isinstance(link, Plain) or link.slots is None:
+            return None
+        slots.extend(link.slots)
+    return slots
+
+
+def _parts(state: Any, n: int) -> tuple[Any, ...]:
+    """Return the states of n links: those in a tuple, or the slots that all of them share."""
+    if isinstance(state, Slots):
+        return (state,) * n
+    if type(state) is not tuple or len(state) != n:
+        raise other_state(f"tuple of {n} states", state)
     return state
 
 
-def with_params(params: Any) -> Any:
-    if params is None:
-        raise TreeError("needs the parameters: call update(updates, state, params)")
-    return params
-
-
-def _name(state_type: type) -> str:
-    return f"{state_type.__module__}.{state_type.__qualname__}"
-
-
-@jax.custom_jvp
-def quotient(numerator: Any, denominator: Any) -> Any:
-    """0 where the denominator is 0, with finite derivatives there."""
-    zero = denominator == 0
-    return jnp.where(zero, 0, numerator / jnp.where(zero, 1, denominator))
-
-
-@quotient.defjvp
-def _quotient_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
-    # JAX's own rule squares the denominator, which leaves float32 below 1e-19
-    q = quotient(*primals)
-    return q, quotient(tangents[0] - q * tangents[1], primals[1])
-
-
-def increment(count: Any) -> Any:
-    """count + 1, as far as its integers go."""
-    return optax.safe_increment(count)
-
-
-def safe_sqrt(v: Any) -> Any:
-    """sqrt(v), and 0 with derivative 0 where v is 0 or, by rounding, below."""
-    zero = v <= 0  # false for NaN, which goes on
-    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, v)))
-
-
-def abs_square(g: Any) -> Any:
-    """|g|^2, real for complex g too."""
-    return (g * jnp.conj(g)).real
+def _joined(states: list[Any]) -> Any:
+    return states[0] if states and isinstance(states[0], Slots) else tuple(states)
 
 
 @as_pytree
@@ -148,93 +192,44 @@ def chain(*links: GradientTransformation) -> GradientTransformation:
         return tuple(link.init(params) for link in inner)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        if type(state) is not tuple or len(state) != len(inner):
-            raise TreeError(
-                f"this is the state of another optimizer: {type(state).__name__}, wanted a tuple"
-                f" of {len(inner)}"
-            )
-        states = []
-        for link, link_state in zip(inner, state, strict=True):
+        states: list[Any] = []
+        for link, link_state in zip(inner, _parts(state, len(inner)), strict=True):
             updates, link_state = link.update(updates, link_state, params, **extra)
             states.append(link_state)
-        return updates, tuple(states)
+        return updates, _joined(states)
 
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def partition(
-    transforms: Mapping[str, GradientTransformation], labels: Callable[[Any], Any]
-) -> GradientTransformation:
-    """Each leaf to the transformation of its label; `labels` maps a tree to one of their names.
-
-    As `optax.partition`, and gradients may be None; misfits are `TreeError`s.
-    """
-    inner = {name: optax.with_extra_args_support(tx) for name, tx in transforms.items()}
-    hidden = optax.MaskedNode()
-
-    def split(tree: Any, found: Any) -> dict[str, Any]:
-        """For each name the tree with only its leaves, and those that are None."""
-        leaves, structure, (names,) = aligned(tree, found)
-        pairs = list(zip(leaves, names, strict=True))
-        keep = lambda name: [x if x is None or n == name else hidden for x, n in pairs]
-        return {name: structure.unflatten(keep(name)) for name in inner}
-
-    def init(params: Any) -> Any:
-        parts = split(params, labels(params))
-        return optax.transforms.PartitionState(
-            {name: optax.MaskedState(tx.init(parts[name])) for name, tx in inner.items()}
-        )
-
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        states = dict(expect(state, optax.transforms.PartitionState).inner_states)
-        if states.keys() != inner.keys():
-            raise TreeError(f"this is the state of other groups: {list(states)}")
-        leafwise(lambda g, *_: g, updates, *(() if params is None else (params,)))
-        found = labels(updates)
-        parts = split(updates, found)
-        seen = dict.fromkeys(inner) if params is None else split(params, found)
-        leaves, structure, (names,) = aligned(updates, found)
-        results: list[Any] = [None] * len(leaves)
-        for name, tx in inner.items():
-            part, moved = tx.update(parts[name], states[name].inner_state, seen[name], **extra)
-            states[name] = optax.MaskedState(moved)
-            for index, u in enumerate(structure.flatten_up_to(part)):
-                if leaves[index] is not None and names[index] == name:
-                    results[index] = u
-        return structure.unflatten(results), optax.transforms.PartitionState(states)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return Plain.of(init, update, _slots_of(inner))
 
 
-def stateless(f: Callable[[Any, Any], Any]) -> GradientTransformation:
-    """`f(updates, params)` as a transformation without memory."""
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        if isinstance(state, tuple) and jax.tree.leaves(state):  # else it is ignored, as by optax
-            expect(state, optax.EmptyState)
-        return f(updates, params), state
-
-    return GradientTransformation(optax.init_empty_state, update)
+# --- parallel --------------------------------------------------------------------------------
 
 
 def _pair(
-    f: Callable[[Any, Any], Any], first: GradientTransformation, second: GradientTransformation
-) -> GradientTransformation:
+    f: Callable[..., Any], first: GradientTransformation, second: GradientTransformation
+) -> Plain:
     one, two = map(optax.with_extra_args_support, (first, second))
 
     def init(params: Any) -> Any:
         return one.init(params), two.init(params)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        if type(state) is not tuple or len(state) != 2:
-            raise TreeError(
-                f"this is the state of another optimizer: {type(state).__name__}, wanted a pair"
-            )
-        left, state_one = one.update(updates, state[0], params, **extra)
-        right, state_two = two.update(updates, state[1], params, **extra)
-        return leafwise(f, left, right), (state_one, state_two)
+        state_one, state_two = _parts(state, 2)
+        left, state_one = one.update(updates, state_one, params, **extra)
+        right, state_two = two.update(updates, state_two, params, **extra)
+        return leafwise(f, left, right), _joined([state_one, state_two])
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return Plain.of(init, update, _slots_of([one, two]))
+
+
+_quotient = formula(quotient)
+
+
+def _sum(x: Any, y: Any) -> Any:
+    return x + y
+
+
+def _difference(x: Any, y: Any) -> Any:
+    return x - y
 
 
 @as_pytree
@@ -245,13 +240,13 @@ def divide(
 
     State: the pair of both states. Derivatives are finite where the magnitude is 0.
     """
-    return _pair(quotient, direction, magnitude)
+    return _pair(_quotient, direction, magnitude)
 
 
 @as_pytree
 def add(first: GradientTransformation, second: GradientTransformation) -> GradientTransformation:
     """u = first(g) + second(g). State: the pair of both states."""
-    return _pair(jnp.add, first, second)
+    return _pair(_sum, first, second)
 
 
 @as_pytree
@@ -259,7 +254,10 @@ def subtract(
     first: GradientTransformation, second: GradientTransformation
 ) -> GradientTransformation:
     """u = first(g) - second(g). State: the pair of both states."""
-    return _pair(jnp.subtract, first, second)
+    return _pair(_difference, first, second)
+
+
+# --- around one ------------------------------------------------------------------------------
 
 
 @as_pytree
@@ -269,7 +267,7 @@ def with_nesterov(inner: GradientTransformation) -> GradientTransformation:
         s' = inner.state(g, s)          u = inner(g, s')
 
     Around `scale_by_momentum(b)` this is Nesterov's accelerated gradient, u = g + b v'. If b is a
-    schedule, the look ahead sees the b of the step ahead; `nesterov` and `trace` take that of now.
+    schedule, both terms have the b of this step.
 
     State: that of `inner`.
     Differs from: `nesterov_ema`, where the two terms carry different bias corrections.
@@ -279,48 +277,116 @@ def with_nesterov(inner: GradientTransformation) -> GradientTransformation:
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         _, advanced = tx.update(updates, state, params, **extra)
-        ahead, _ = tx.update(updates, advanced, params, **extra)
+        seen = advanced.ahead() if isinstance(advanced, Slots) else advanced
+        ahead, _ = tx.update(updates, seen, params, **extra)
         return ahead, advanced
 
-    return optax.GradientTransformationExtraArgs(tx.init, update)
+    return Plain.of(tx.init, update, _slots_of([tx]))
 
 
-@as_pytree
-def named(inner: GradientTransformation, *, record: type, slots: str) -> GradientTransformation:
-    """`inner` with its memories under names of one flat named tuple.
+def _build(value: Any) -> None:
+    value._call.pair()
+
+
+@as_pytree(check=_build)
+def named(
+    inner: GradientTransformation,
+    *,
+    record: type,
+    shared: Iterable[str] = (),
+    fields: Mapping[str, str] | None = None,
+) -> GradientTransformation:
+    """Gather the memories of `inner` in the fields of one flat named tuple.
 
     Args:
-      inner: words put together by `chain`, `divide`, `add`, `subtract`.
-      record: the named tuple. Its fields are found by name with `optax.tree.get`.
-      slots: the field for each slot of the inner states, in their order, separated by spaces. Slots
-        of one name are one: memories that count the same steps share their counter.
-    """
-    fields = slots.split()
+      inner: transformations put together by `chain`, `divide`, `add`, `subtract`. Each memory has
+        the name that the argument `name` of its factory gives it.
+      record: the named tuple, with a field for each memory of that name. Its fields are found by
+        name with `optax.tree.get`.
+      shared: names that stand for one memory although they appear several times, such as the
+        `count` of averages that see the same steps. A shared memory is stepped once per update, by
+        the transformation that comes first; the others use the result.
+      fields: for fields of `record` the name of the memory, where it is another one.
 
-    def collect(inner_state: Any) -> Any:
-        return record(**dict(zip(fields, _slots(inner_state), strict=True)))
+    State: `record`, or `ScheduledDecayState` around it where a decay follows a schedule.
+    Raises: ValueError for a memory without a field, a field without a memory, or a name that
+      appears twice and is not shared.
+    """
+    slots = _slots_of([inner])
+    if slots is None:
+        raise ValueError(
+            "named: inner must be composed of transformations of jgd without schedules, got"
+            f" {inner!r}. Schedules belong to the factory around `named`"
+        )
+    unique = {slot.name: slot for slot in reversed(slots)}
+    names = [slot.name for slot in slots]
+    twice = sorted({name for name in names if names.count(name) > 1}.difference(shared))
+    if twice:
+        raise ValueError(
+            f"named: memories must have different names, got {', '.join(twice)} more than once."
+            f" Name them apart, or declare that they are one: shared={twice}"
+        )
+    of_field = {field: field for field in getattr(record, "_fields", ())} | dict(fields or {})
+    known = {slot.name for slot in slots if not slot.of_schedule}
+    if known != set(of_field.values()):
+        raise ValueError(
+            f"named: the fields of {record.__name__} must be the memories {sorted(known)}, got"
+            f" {sorted(of_field.values())}"
+        )
+    tx = optax.with_extra_args_support(inner)
+
+    def apply(updates: Any, slots: Slots, params: Any) -> Any:
+        return tx.update(updates, slots, params)[0]
+
+    return remembering(apply, record, of_field, *reversed(unique.values()))
+
+
+# --- by label --------------------------------------------------------------------------------
+
+
+def partition(
+    transforms: Mapping[str, GradientTransformation], labels: Callable[[Any], Any]
+) -> GradientTransformation:
+    """Update each leaf by the transformation of its label.
+
+    As `optax.partition`, but gradients may be None, and trees that do not match raise `TreeError`.
+
+    Args:
+      transforms: a transformation for each label.
+      labels: a function from a tree to a tree of labels.
+    """
+    inner = {name: optax.with_extra_args_support(tx) for name, tx in transforms.items()}
+    hidden = optax.MaskedNode()
+
+    def split(tree: Any, names: Any) -> dict[str, Any]:
+        """Return for each label the tree with only its leaves, and those that are None."""
+        leaves, structure, (column,) = aligned(tree, names)
+        pairs = list(zip(leaves, column, strict=True))
+        keep = lambda name: [x if x is None or n == name else hidden for x, n in pairs]
+        return {name: structure.unflatten(keep(name)) for name in inner}
 
     def init(params: Any) -> Any:
-        return collect(inner.init(params))
+        parts = split(params, labels(params))
+        return optax.transforms.PartitionState(
+            {name: optax.MaskedState(tx.init(parts[name])) for name, tx in inner.items()}
+        )
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        expect(state, record)
-        values = iter([getattr(state, field) for field in fields])
-        # the state of no parameters at all shows where each slot goes
-        updates, inner_state = inner.update(updates, _fill(inner.init(()), values), params)
-        return updates, collect(inner_state)
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        states = dict(check_state(state, optax.transforms.PartitionState).inner_states)
+        if states.keys() != inner.keys():
+            raise TreeError(f"expected the state of the groups {list(inner)}, got {list(states)}")
+        leafwise(lambda g, *_: g, updates, *(() if params is None else (params,)))
+        labelled = labels(updates)
+        parts = split(updates, labelled)
+        given = dict.fromkeys(inner) if params is None else split(params, labelled)
+        leaves, structure, (names,) = aligned(updates, labelled)
+        results: list[Any] = [None] * len(leaves)
+        for name, tx in inner.items():
+            part, moved = tx.update(parts[name], states[name].inner_state, given[name], **extra)
+            states[name] = optax.MaskedState(moved)
+            for index, u in enumerate(structure.flatten_up_to(part)):
+                if leaves[index] is not None and names[index] == name:
+                    results[index] = u
+        return structure.unflatten(results), optax.transforms.PartitionState(states)
 
-    return GradientTransformation(init, update)
-
-
-def _slots(state: Any) -> list[Any]:
-    """The fields of all named tuples in a nest of tuples, depth first."""
-    if type(state) is tuple:
-        return [slot for inner in state for slot in _slots(inner)]
-    return list(state)
-
-
-def _fill(skeleton: Any, values: Any) -> Any:
-    if type(skeleton) is tuple:
-        return tuple(_fill(inner, values) for inner in skeleton)
-    return type(skeleton)(*(next(values) for _ in skeleton))
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -16,8 +16,9 @@ from optax import GradientTransformation
 
 from jgd.arguments import Links, Structure
 from jgd.combinators import partition, stateless
-from jgd.pytree import TreeError, as_pytree
-from jgd.words import identity, scale
+from jgd.pytree import as_pytree
+from jgd.transforms import identity, scale
+from jgd.trees import TreeError
 
 __all__ = ["param_groups", "scale_by_path", "scale_by_width"]
 

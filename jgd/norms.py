@@ -6,9 +6,11 @@ import jax.numpy as jnp
 from optax import GradientTransformation
 
 from jgd.arguments import NonNegative, Number, Structure
-from jgd.combinators import abs_square, leafwise, quotient, safe_sqrt, stateless, with_params
-from jgd.pytree import TreeError, as_pytree
-from jgd.words import pointwise
+from jgd.arithmetic import abs_square, quotient, safe_sqrt
+from jgd.combinators import stateless
+from jgd.pytree import as_pytree
+from jgd.transforms import pointwise
+from jgd.trees import TreeError, leafwise, with_params
 
 __all__ = [
     "centralize",

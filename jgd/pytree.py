@@ -12,14 +12,20 @@ the numbers of the call, everything else is structure.
 
 Schedules are values in the same way, callables that are pytrees of their numbers, and any number
 of an optimizer may be one. So are monitors, pairs `(init, update)` over a metric.
+
+The trick applies once, at the door: where a user calls `update`. There numbers become scalars,
+16-bit leaves float32, and errors get the name of the optimizer. Behind it the bodies of jgd's own
+factories call one another as plain functions, and what they return are plain pairs.
 """
 
 import collections.abc
+import contextlib
+import contextvars
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, ParamSpec, overload
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, ParamSpec, Self, overload
 
 import jax
 import jax.core
@@ -27,7 +33,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jgd.arguments import NUMERIC, Spec, Static, is_one_of, is_schedule, scalar, unwrap
+from jgd.arguments import (
+    How,
+    Kind,
+    NumberKind,
+    NumbersKind,
+    Spec,
+    StructureKind,
+    concrete_scalar,
+    exact_scalar,
+    scalar,
+)
+from jgd.nodes import NUMERIC, Static, is_entry, is_schedule, show, unwrap
+from jgd.trees import TreeError, like, path_name
 
 __all__ = [
     "Monitor",
@@ -39,39 +57,71 @@ __all__ = [
     "TreeError",
     "as_pytree",
     "lane",
+    "now",
     "stack",
 ]
 
 P = ParamSpec("P")
 
 
-class TreeError(ValueError):
-    """Updates, state and parameters that do not fit; says which optimizer was asked, and where."""
-
-    def __init__(self, detail: str, optimizer: str = "") -> None:
-        super().__init__(f"{optimizer}: {detail}" if optimizer else detail)
-        self.detail = detail
-
-
-# --- values ----------------------------------------------------------------------------------
-
-
 class SteppedState(NamedTuple):
     """State of a value with a scheduled number whose own state has a `count` already."""
 
     step: jax.Array  # int32 scalar: updates so far
-    inner: Any
+    inner: optax.OptState
 
 
 class ScheduledState(NamedTuple):
     """State of a value with a scheduled number and no `count` of its own."""
 
     count: jax.Array  # int32 scalar: updates so far
-    inner: Any
+    inner: optax.OptState
+
+
+# --- plain pairs, behind the door ------------------------------------------------------------
+
+
+class _Body(NamedTuple):
+    """The body of a factory that runs now."""
+
+    own: bool  # one of jgd's factories: calls of others return plain pairs
+    moving: bool  # a decay of the call follows a schedule
+
+
+# Set while a body builds its pair, never while a pair runs: what a user's function calls inside
+# `update` returns values.
+_USERS = _Body(own=False, moving=False)
+_body = contextvars.ContextVar[_Body]("_body", default=_USERS)
+
+
+@contextlib.contextmanager
+def plainly(own: bool = True, moving: bool = False) -> Iterator[None]:
+    """Within this context calls of jgd's factories return plain pairs."""
+    token = _body.set(_Body(own, moving))
+    try:
+        yield
+    finally:
+        _body.reset(token)
+
+
+def decays_move() -> bool:
+    """Return whether a decay of the call whose body runs now follows a schedule."""
+    return _body.get().moving
+
+
+def _enter(link: Any) -> Any:
+    """Return a link of jgd's own without schedules as a plain pair: one door is enough."""
+    link = unwrap(link)
+    if isinstance(link, Transformation) and link._call.spec.own and not link._call.scheduled:
+        return link._call.pair()
+    return link
+
+
+# --- values ----------------------------------------------------------------------------------
 
 
 class _Call:
-    """A factory and its arguments; the closures are built anew whenever they are needed."""
+    """A factory and its arguments. The body runs anew whenever its pair is needed."""
 
     def __init__(self, spec: Spec, args: tuple[Any, ...]) -> None:
         self.spec = spec
@@ -83,58 +133,103 @@ class _Call:
         leaves, structure = jax.tree.flatten(self.args)
         return self.spec, structure, tuple(map(_leaf_key, leaves))
 
-    @property
-    def scheduled(self) -> bool:
-        """Whether a number, alone or among several, follows a schedule."""
-        return any(
-            is_schedule(number)
-            for kind, arg in zip(self.spec.kinds.values(), self.args, strict=True)
-            if kind.name in ("number", "numbers") and not kind.lazy
-            for number in jax.tree.leaves(arg, is_leaf=is_one_of)
-        )
+    @functools.cached_property
+    def scheduled(self) -> tuple[Kind, ...]:
+        """The kinds of the numbers that follow a schedule, alone or among several."""
+        found: list[Kind] = []
+        for kind, arg in zip(self.spec.kinds.values(), self.args, strict=True):
+            if isinstance(kind, NumberKind) and not kind.lazy and is_schedule(arg):
+                found.append(kind)
+            if isinstance(kind, NumbersKind):
+                several = jax.tree.leaves(arg, is_leaf=is_entry)
+                found.extend(kind for one in several if is_schedule(one))
+        return tuple(found)
 
-    def transformation(self, step: Any = None) -> optax.GradientTransformationExtraArgs:
-        pair = self.spec.call(self.args, step)
-        if not isinstance(pair, optax.GradientTransformation):
-            pair = optax.GradientTransformation(*pair)
-        return optax.with_extra_args_support(pair)
+    def pair(self, step: Any = None) -> optax.GradientTransformationExtraArgs:
+        """Run the body, with schedules at `step`."""
+        own = self.spec.own
+        moving = any(isinstance(kind, NumberKind) and kind.decay for kind in self.scheduled)
+        how = How(concrete_scalar, _enter, step) if own else How(scalar, step=step)
+        with plainly(own, moving):
+            return _extended(self.spec.body(self.args, how))
 
-    def init(self, params: Any) -> Any:
-        params = jax.tree.map(_widen, params)
-        step: Any = jnp.zeros([], jnp.int32) if self.scheduled else None
-        try:
-            inner = self.transformation(step).init(params)
-        except TreeError as error:
-            raise TreeError(error.detail, self.spec.name) from None
+    def init(self, params: optax.Params) -> optax.OptState:
+        step = jnp.zeros([], jnp.int32) if self.scheduled else None
+        with self._door():
+            inner = self.pair(step).init(_wide(params))
         if step is None:
             return inner
         counted = optax.tree.get_all_with_path(inner, "count")
         return (SteppedState if counted else ScheduledState)(step, inner)
 
-    def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        step: Any = None
-        inner = state
-        try:
+    def update(
+        self,
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        step, inner = None, state
+        with self._door():
             if self.scheduled:
                 if not isinstance(state, SteppedState | ScheduledState):
                     raise TreeError(
-                        f"this is the state of another optimizer: {type(state).__name__}, wanted"
-                        " that of a scheduled number"
+                        f"expected the state of a scheduled number, got {type(state).__name__}."
+                        " jgd.compat.optax.state_from(state, tx) converts states of optax"
                     )
                 step, inner = state
-            new_updates, new_inner = self.transformation(step).update(
-                jax.tree.map(_widen, updates), inner, jax.tree.map(_widen, params), **extra
-            )
+            new, new_inner = self.pair(step).update(_wide(updates), inner, _wide(params), **extra)
+        new = _narrowed(new, updates, params)
+        if not self.spec.own and _alike(new_inner, inner):
+            new_inner = like(new_inner, inner)
+        if step is None:
+            return new, new_inner
+        return new, type(state)(optax.safe_increment(step), new_inner)
+
+    @contextlib.contextmanager
+    def _door(self) -> Iterator[None]:
+        """Give errors the name of this optimizer; NumPy's scalars overflow as JAX's do."""
+        try:
+            with np.errstate(all="ignore"):
+                yield
         except TreeError as error:
             raise TreeError(error.detail, self.spec.name) from None
-        # updates that come in pairs, as the parameters of a lookahead, have the dtypes of those
-        like = updates if _alike(new_updates, updates) else params
-        new_updates = _map_if_alike(_narrow, new_updates, like)
-        new_inner = _map_if_alike(_keep_dtype, new_inner, inner)
-        if not self.scheduled:
-            return new_updates, new_inner
-        count: Any = optax.safe_increment(step)
-        return new_updates, type(state)(count, new_inner)
+        except jax.errors.TracerBoolConversionError as error:
+            if self.spec.own:
+                raise
+            raise TypeError(
+                f"{self.spec.name}: the factory branches in Python on a number, which is traced."
+                f" Name it in structure=, as in jgd.as_pytree({self.spec.name},"
+                f" structure={_branching(self.spec, self.args)!r})"
+            ) from error
+
+
+def _branching(spec: Spec, args: tuple[Any, ...]) -> list[str]:
+    """Return the names of the numbers that the body of a factory branches on."""
+    concrete = lambda label, x: np.float64(0.5) if isinstance(x, jax.core.Tracer) else x
+
+    def branches(name: str) -> bool:
+        def build(x: jax.Array) -> None:
+            number = lambda label, value: x if label == spec.labels[name] else concrete("", value)
+            spec.body(args, How(number, step=0))
+
+        try:
+            jax.eval_shape(build, jnp.zeros([]))
+        except jax.errors.TracerBoolConversionError:
+            return True
+        return False
+
+    numeric = spec.numeric()
+    return [name for name in numeric if branches(name)] or numeric
+
+
+def _extended(pair: Any) -> optax.GradientTransformationExtraArgs:
+    """Return a pair as a transformation that takes extra arguments."""
+    if isinstance(pair, optax.GradientTransformationExtraArgs):
+        return pair
+    if not isinstance(pair, optax.GradientTransformation):
+        pair = optax.GradientTransformation(*pair)
+    return optax.with_extra_args_support(pair)
 
 
 def _leaf_key(leaf: Any) -> Any:
@@ -149,16 +244,27 @@ def _leaf_key(leaf: Any) -> Any:
     return leaf
 
 
+# --- dtypes at the door ----------------------------------------------------------------------
+
+
 _WIDE = frozenset(map(jnp.dtype, ("float32", "float64", "complex64", "complex128")))
 
 
-def _float_bits(x: Any) -> int | None:
-    dtype = jnp.result_type(x)
-    return jnp.finfo(dtype).bits if jnp.issubdtype(dtype, jnp.inexact) else None
+def _wide(tree: Any) -> Any:
+    """Return a tree with 16-bit and integer leaves as float32, so that arithmetic is too."""
+    try:
+        return jax.tree.map(_wide_leaf, tree)
+    except TypeError:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            try:
+                _wide_leaf(leaf)
+            except TypeError:
+                kind = type(leaf).__name__ if not hasattr(leaf, "dtype") else leaf.dtype
+                raise TreeError(f"expected an array at {path_name(path)}, got {kind}") from None
+        raise
 
 
-def _widen(leaf: Any) -> Any:
-    """16-bit and integer leaves as float32: arithmetic and accumulators are at least that."""
+def _wide_leaf(leaf: Any) -> Any:
     if isinstance(leaf, jax.Array) and leaf.dtype in _WIDE:
         return leaf
     if isinstance(leaf, jax.ShapeDtypeStruct):  # `init` needs no more than shapes
@@ -167,13 +273,26 @@ def _widen(leaf: Any) -> Any:
     dtype = jnp.result_type(leaf)
     if dtype == jax.dtypes.float0:  # the gradient of an integer
         return jnp.zeros(np.shape(leaf), float)
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        raise TypeError
     if jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_):
         return jnp.asarray(leaf, float)
     return jnp.asarray(leaf) if dtype in _WIDE else jnp.asarray(leaf, jnp.float32)
 
 
+def _narrowed(new: Any, updates: Any, params: Any) -> Any:
+    """Return updates in the precision of the gradients they came from."""
+    if _alike(new, updates):
+        return jax.tree.map(_narrow, new, updates)
+    # updates that come in pairs, as the parameters of a lookahead, have the dtypes of those
+    return jax.tree.map(_narrow, new, params) if _alike(new, params) else new
+
+
+def _alike(new: Any, old: Any) -> bool:
+    return jax.tree.structure(new) == jax.tree.structure(old)
+
+
 def _narrow(new: Any, old: Any) -> Any:
-    """An update in the precision of the gradient it came from."""
     if isinstance(new, jax.Array) and new.dtype == getattr(old, "dtype", None):
         return new
     bits = _float_bits(old)
@@ -184,28 +303,26 @@ def _narrow(new: Any, old: Any) -> Any:
     return jnp.asarray(new, {32: jnp.float32, 64: jnp.float64}[bits])
 
 
-def _keep_dtype(new: Any, old: Any) -> Any:
-    if isinstance(new, jax.Array) and new.dtype == getattr(old, "dtype", None):
-        return new
-    dtype = jnp.result_type(old)
-    return new if jnp.result_type(new) == dtype else jnp.asarray(new, dtype)
+def _float_bits(x: Any) -> int | None:
+    dtype = jnp.result_type(x)
+    return int(jnp.finfo(dtype).bits) if jnp.issubdtype(dtype, jnp.inexact) else None
 
 
-def _alike(new: Any, old: Any) -> bool:
-    return jax.tree.structure(new) == jax.tree.structure(old)
-
-
-def _map_if_alike(f: Callable[[Any, Any], Any], new: Any, old: Any) -> Any:
-    return jax.tree.map(f, new, old) if _alike(new, old) else new
+# --- transformations, schedules, monitors ----------------------------------------------------
 
 
 class _Value:
-    """What transformations and schedules share as values of a call."""
+    """What transformations, schedules and monitors share as values of a call."""
 
     _call: _Call
 
+    @classmethod
+    def _of(cls, spec: Spec, args: Iterable[Any]) -> Self:
+        raise NotImplementedError
+
     def __eq__(self, other: object) -> bool:
-        return self is other or (type(self) is type(other) and self._call.key == other._call.key)  # type: ignore[attr-defined]
+        same = isinstance(other, _Value) and type(self) is type(other)
+        return self is other or (same and self._call.key == other._call.key)
 
     def __ne__(self, other: object) -> bool:
         return not self == other
@@ -228,22 +345,22 @@ class _Value:
         )
 
     def __repr__(self) -> str:
-        shown = []
+        spec, shown = self._call.spec, list[str]()
         for (name, parameter), arg in zip(
-            self._call.spec.signature.parameters.items(), self._call.args, strict=True
+            spec.signature.parameters.items(), self._call.args, strict=True
         ):
             if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-                shown.extend(map(_show, arg))
-            elif self._call.spec.kinds[name].name != "structure" or (
+                shown.extend(map(show, arg))
+            elif not isinstance(spec.kinds[name], StructureKind) or (
                 arg is not None and arg != Static(parameter.default)
             ):
-                shown.append(f"{name}={_show(arg)}")
-        return f"{self._call.spec.name}({', '.join(shown)})"
+                shown.append(f"{name}={show(arg)}")
+        return f"{spec.name}({', '.join(shown)})"
 
     def __reduce__(self) -> Any:
         return type(self)._of, (self._call.spec, self._call.args)
 
-    def _replaced(self, changes: dict[str, Any]) -> Any:
+    def _replaced(self, changes: dict[str, Any]) -> Self:
         spec = self._call.spec
         unknown = set(changes).difference(spec.kinds)
         if unknown:
@@ -257,24 +374,6 @@ class _Value:
             spec.check(new)
         return new
 
-    @classmethod
-    def _of(cls, spec: Spec, args: Iterable[Any]) -> Any:
-        raise TypeError
-
-
-def _show(arg: Any) -> str:
-    if isinstance(arg, jax.core.Tracer) or (hasattr(arg, "dtype") and np.ndim(arg) > 0):
-        return f"{arg.dtype}[{','.join(map(str, arg.shape))}]"  # type: ignore[union-attr]
-    if isinstance(arg, np.number | np.ndarray | jax.Array):
-        return repr(float(arg))
-    if type(arg) is list:
-        return f"[{', '.join(map(_show, arg))}]"
-    if type(arg) is tuple:
-        return f"({', '.join(map(_show, arg))}{',' * (len(arg) == 1)})"
-    if isinstance(arg, dict):
-        return "{" + ", ".join(f"{key!r}: {_show(item)}" for key, item in arg.items()) + "}"
-    return repr(arg)
-
 
 class Transformation(_Value, optax.GradientTransformationExtraArgs):
     """A gradient transformation that is a pytree of its numbers: what jgd's factories return.
@@ -284,13 +383,13 @@ class Transformation(_Value, optax.GradientTransformationExtraArgs):
     """
 
     @classmethod
-    def _of(cls, spec: Spec, args: Iterable[Any]) -> "Transformation":
+    def _of(cls, spec: Spec, args: Iterable[Any]) -> Self:
         call = _Call(spec, tuple(args))
         self = tuple.__new__(cls, (call.init, call.update))
-        self._call = call
+        object.__setattr__(self, "_call", call)
         return self
 
-    def _replace(self, **changes: Any) -> Any:  # type: ignore[override]
+    def _replace(self, **changes: Any) -> Any:
         if changes and {"init", "update"}.issuperset(changes):  # no longer a call of the factory
             pair = optax.GradientTransformationExtraArgs(self.init, self.update)
             return pair._replace(**changes)
@@ -301,21 +400,26 @@ class Schedule(_Value):
     """A function of the step that is a pytree of its numbers: what jgd's schedules return."""
 
     @classmethod
-    def _of(cls, spec: Spec, args: Iterable[Any]) -> "Schedule":
+    def _of(cls, spec: Spec, args: Iterable[Any]) -> Self:
         self = object.__new__(cls)
         self._call = _Call(spec, tuple(args))
         return self
 
     def __call__(self, step: Any) -> jax.Array:
-        """The value at a step: an integer, a traced one, or an array of steps."""
-        return self._call.spec.call(self._call.args)(step)
+        """Return the value at a step: an integer, a traced one, or an array of steps."""
+        call = self._call
+        with np.errstate(all="ignore"):
+            with plainly(call.spec.own):
+                number = concrete_scalar if call.spec.own else scalar
+                schedule = call.spec.body(call.args, How(number))
+            return schedule(step)
 
-    def _replace(self, **changes: Any) -> Any:
+    def _replace(self, **changes: Any) -> Self:
         return self._replaced(changes)
 
 
 class MonitorPair(NamedTuple):
-    """What decides from one number after another, such as a loss: a monitor's factory makes it."""
+    """A pair that decides from one number after another, such as a loss."""
 
     init: Callable[..., Any]  # what to start from, such as a learning rate -> state
     update: Callable[[Any, Any], tuple[Any, Any]]  # (metric, state) -> (decision, state)
@@ -325,24 +429,22 @@ class Monitor(_Value, MonitorPair):
     """A pair over a metric that is a pytree of its numbers: what jgd's callbacks return."""
 
     @classmethod
-    def _of(cls, spec: Spec, args: Iterable[Any]) -> "Monitor":
+    def _of(cls, spec: Spec, args: Iterable[Any]) -> Self:
         call = _Call(spec, tuple(args))
-
-        def number(name: str, x: Any) -> Any:
-            # outside jit decimals keep their digits until they are compared
-            return x if isinstance(x, np.float64) else scalar(spec.name, name, x)
+        label = lambda name: f"{spec.name}: {name}"
 
         def pair() -> MonitorPair:
-            return spec.call(call.args, exact=True)
+            # outside jit decimals keep their digits until they are compared
+            return spec.body(call.args, How(exact_scalar))
 
         def init(*start: Any, **named: Any) -> Any:
-            named = {name: scalar(spec.name, name, x) for name, x in named.items()}
-            return pair().init(*(scalar(spec.name, "the start", x) for x in start), **named)
+            named = {name: scalar(label(name), x) for name, x in named.items()}
+            return pair().init(*(scalar(label("the start"), x) for x in start), **named)
 
         def update(metric: Any, state: Any) -> tuple[Any, Any]:
             metric = np.float64(metric) if isinstance(metric, float | int | np.number) else metric
             try:
-                return pair().update(number("metric", metric), state)
+                return pair().update(exact_scalar(label("metric"), metric), state)
             except TreeError as error:
                 raise TreeError(error.detail, spec.name) from None
 
@@ -350,7 +452,7 @@ class Monitor(_Value, MonitorPair):
         self._call = call
         return self
 
-    def _replace(self, **changes: Any) -> Any:  # type: ignore[override]
+    def _replace(self, **changes: Any) -> Any:
         return self._replaced(changes)
 
 
@@ -358,7 +460,7 @@ def _flatten(value: Any) -> tuple[tuple[Any, ...], Spec]:
     return value._call.args, value._call.spec
 
 
-def _flatten_with_keys(value: Any) -> Any:
+def _flatten_with_keys(value: Any) -> tuple[tuple[tuple[Any, Any], ...], Spec]:
     args, spec = _flatten(value)
     keys = map(jax.tree_util.GetAttrKey, spec.names)
     return tuple(zip(keys, args, strict=True)), spec
@@ -418,13 +520,15 @@ def as_pytree(
       x64). Step counts given as integers become floats as well, exact up to 2^24. 16-bit and
       integer leaves of updates and parameters are handed to the factory as float32, and the updates
       come back in the precision of the gradients. A number of a transformation may be a schedule:
-      then the state carries one step counter.
+      then the state carries one step counter. Inside the body of `factory`, calls of jgd's
+      factories return values as everywhere else.
 
     Raises:
       TypeError: in the call, for an argument of another kind (`adam("0.1")`, `adam(True)`,
-        `adam(optax.sgd(0.1))`); in `init` and `update`, for a number that has an axis.
+        `adam(optax.sgd(0.1))`); in `init` and `update`, for a number that has an axis, or one that
+        the factory branches on.
       ValueError: in the call, for a concrete number out of its range; in `update`, where trees or
-        shapes do not fit (`TreeError`, which names the optimizer and the leaf's path).
+        shapes do not match (`TreeError`, which names the optimizer and the leaf's path).
 
     Differs from: `optax.inject_hyperparams`, which keeps the numbers in the state. Note that
     `optax.chain` hides the leaves of what it holds; `jgd.chain` keeps them.
@@ -432,44 +536,49 @@ def as_pytree(
     if factory is None:
         return functools.partial(as_pytree, structure=structure, numbers=numbers, check=check)
     spec = Spec(factory, structure, numbers, check)
-    value_class: list[type[Any]] = []
+    value_class: list[type[_Value]] = []
 
     @functools.wraps(factory)
     def call(*args: Any, **kwargs: Any) -> Any:
-        try:
-            bound = spec.signature.bind(*args, **kwargs)
-        except TypeError as error:
-            raise TypeError(f"{spec.name}: {error}") from None
-        bound.apply_defaults()
-        admitted = tuple(spec.admit(name, value) for name, value in bound.arguments.items())
+        if _body.get().own and spec.own and not _has_schedule(spec, args, kwargs):
+            result = factory(*args, **kwargs)
+            return _extended(result) if isinstance(result, tuple) else result
+        admitted = spec.bind(args, kwargs)
         if not value_class:
-            value_class.append(_returns(spec, admitted))
+            value_class.append(_class_of(spec, admitted))
         value = value_class[0]._of(spec, admitted)
-        if isinstance(value, Schedule | Monitor):
-            _check(value)
+        if not isinstance(value, Transformation):
+            _check_body(value)
         if check is not None:
             check(value)
         return value
 
     spec.decorated = call
-    call.__jgd_spec__ = spec  # type: ignore[attr-defined]
+    call.__jgd_spec__ = spec  # pyright: ignore[reportFunctionMemberAccess]
     return call
 
 
-def _check(value: Schedule | Monitor) -> None:
-    """The checks in the body of such a value, in the user's call, on concrete numbers."""
-    call = value._call
-    kinds = call.spec.kinds.values()
-    pairs = zip(kinds, call.args, strict=True)
-    if any(kind.name == "number" and is_schedule(arg) for kind, arg in pairs):
+def _has_schedule(spec: Spec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether a number of the call follows a schedule, and needs a count of its own."""
+    named = [*zip(spec.names, args, strict=False), *kwargs.items()]
+    return any(
+        callable(arg) and isinstance(kind := spec.kinds[name], NumberKind) and not kind.lazy
+        for name, arg in named
+    )
+
+
+def _check_body(value: Any) -> None:
+    """Run the checks in the body of a schedule or monitor, in the user's call."""
+    call: _Call = value._call
+    if call.scheduled and not any(isinstance(kind, NumbersKind) for kind in call.scheduled):
         what = type(value).__name__.lower()
         raise TypeError(f"{call.spec.name}: a number of a {what} cannot be a schedule itself")
     if not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(call.args)):
-        call.spec.validate(call.args)
+        call.spec.body(call.args, How(lambda label, number: number))
 
 
-def _returns(spec: Spec, args: tuple[Any, ...]) -> type[Any]:
-    """What the factory gives: by its annotation, or by trying."""
+def _class_of(spec: Spec, args: tuple[Any, ...]) -> type[Any]:
+    """Return the class of a factory's values: by its annotation, or by a trial."""
     if isinstance(spec.returns, type) and issubclass(spec.returns, optax.GradientTransformation):
         return Transformation
     if spec.returns is MonitorPair:
@@ -477,12 +586,8 @@ def _returns(spec: Spec, args: tuple[Any, ...]) -> type[Any]:
     if typing.get_origin(spec.returns) is collections.abc.Callable:
         return Schedule
     first = lambda x: jnp.ravel(x)[0] if isinstance(x, np.ndarray | jax.Array) else x
-    kinds = spec.kinds.values()
-    probe = [
-        jax.tree.map(first, arg) if kind.name == "number" else arg
-        for kind, arg in zip(kinds, args, strict=True)
-    ]
-    result = spec.call(tuple(probe), step=jnp.zeros([], jnp.int32))
+    number = lambda label, x: scalar(label, first(x))
+    result = spec.body(args, How(number, step=jnp.zeros([], jnp.int32)))
     if isinstance(result, tuple) and len(result) == 2:
         return Transformation
     if callable(result):
@@ -493,11 +598,11 @@ def _returns(spec: Spec, args: tuple[Any, ...]) -> type[Any]:
     )
 
 
-# --- batches of values -----------------------------------------------------------------------
+# --- batches of values, and values at a step -------------------------------------------------
 
 
 def stack(settings: Sequence[Any]) -> Any:
-    """Settings of one structure as lanes: each leaf gets a leading axis of `len(settings)`.
+    """Return settings of one structure as lanes: each leaf with a leading axis of `len(settings)`.
 
     Args:
       settings: optimizers (or any pytrees of numbers) that differ in their numbers only.
@@ -533,8 +638,22 @@ def refuse_functions(setting: Any) -> None:
 
 
 def lane(lanes: Any, index: int) -> Any:
-    """Lane `index` of a batch: each leaf without its leading axis. The inverse of `stack`."""
+    """Return lane `index` of a batch: each leaf without its leading axis. Inverts `stack`."""
     leaves = jax.tree.leaves(lanes)
     if leaves and not -len(leaves[0]) <= index < len(leaves[0]):
         raise IndexError(f"lane {index} of {len(leaves[0])} lanes")
     return jax.tree.map(lambda x: x[index], lanes)
+
+
+def now(tx: Any, state: optax.OptState) -> Any:
+    """Return the optimizer with its schedules evaluated at the step of its state.
+
+        jgd.now(tx, state).learning_rate     # what is my learning rate now?
+
+    Args:
+      tx: an optimizer of jgd.
+      state: its state. The step is that of the next update: 0 in a state that `init` returned.
+
+    Raises: TreeError if the state is not that of `tx`.
+    """
+    raise NotImplementedError((tx, state))

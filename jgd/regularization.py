@@ -37,18 +37,13 @@ import jax.numpy as jnp
 import numpy as np
 from optax import GradientTransformation
 
-from jgd.arguments import Fraction, NonNegative, is_number, scalar
-from jgd.combinators import (
-    abs_square,
-    increment,
-    leafwise,
-    quotient,
-    safe_sqrt,
-    stateless,
-    with_params,
-)
+from jgd.arguments import Fraction, NonNegative, scalar
+from jgd.arithmetic import abs_square, increment, quotient, safe_sqrt
+from jgd.combinators import stateless
 from jgd.groups import matching
-from jgd.pytree import TreeError, as_pytree
+from jgd.nodes import is_number
+from jgd.pytree import as_pytree
+from jgd.trees import TreeError, leafwise, with_params
 
 __all__ = [
     "BatchNorm",
@@ -75,11 +70,11 @@ def _number(function: str, name: str, value: Any, hint: Any = NonNegative) -> ja
     """A number as a scalar, refused if it is concrete and outside the range of its annotation."""
     (kind,) = hint.__metadata__
     if not is_number(value):
-        raise TypeError(f"{function}: {name} must be a number {kind.wanted}, got {value!r}")
-    number = scalar(function, name, value)
+        raise TypeError(f"{function}: {name} must be a number {kind.description}, got {value!r}")
+    number = scalar(f"{function}: {name}", value)
     # as a float: inside jit a comparison of concrete arrays is traced
-    if not isinstance(value, jax.core.Tracer) and not kind.accepts(float(value)):
-        raise ValueError(f"{function}: {name} must be {kind.wanted}, got {float(value)!r}")
+    if not isinstance(value, jax.core.Tracer) and not kind.check(float(value)):
+        raise ValueError(f"{function}: {name} must be {kind.description}, got {float(value)!r}")
     return number
 
 

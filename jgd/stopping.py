@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import optax
 
 from jgd.arguments import Count, Fraction, Mixing, NonNegative, Number, Period
-from jgd.combinators import expect, increment, leafwise
+from jgd.arithmetic import increment
 from jgd.pytree import MonitorPair, as_pytree
+from jgd.trees import check_state, leafwise
 
 __all__ = [
     "EarlyStoppingState",
@@ -100,7 +101,7 @@ def early_stopping(
         return EarlyStoppingState(worst(mode), none, zero, zero, none)
 
     def update(metric: Any, state: Any) -> tuple[Any, EarlyStoppingState]:
-        best, best_epoch, wait, epoch, stopped_epoch = expect(state, EarlyStoppingState)
+        best, best_epoch, wait, epoch, stopped_epoch = check_state(state, EarlyStoppingState)
         watched = epoch >= start_from_epoch
         better = watched & ((best_epoch < 0) | improves(mode, metric, best, min_delta))
         beaten = True if baseline is None else improves(mode, metric, baseline, min_delta)
@@ -213,7 +214,7 @@ def reduce_on_plateau(
     ) -> tuple[Any, Any]:
         if value is None:
             raise TypeError("reduce_on_plateau: needs the metric: call update(..., value=loss)")
-        scale, best, bad, cooldown_count, count, average = expect(
+        scale, best, bad, cooldown_count, count, average = check_state(
             state, optax.contrib.ReduceLROnPlateauState
         )
         average = (count * average + jnp.asarray(value, float)) / increment(count)

@@ -1,314 +1,546 @@
-"""The alphabet: words that compose into every optimizer.
+"""The basic transformations: pointwise functions, memories, bias correction, weight decay.
 
-An adaptive optimizer is a direction over a magnitude. `chain` composes in series; `divide` puts
-one chain over another, both fed the same gradient. With these two, and memories to feed them, the
-classical family reads like its formulas:
+Each is a formula on one array, lifted over the tree. Memories have nouns for names
+(`moving_average`, `running_max`), effects have verbs (`scale`, `square`). An adaptive optimizer is
+a direction over a magnitude, and with these the classical family reads like its formulas:
 
     Nesterov   chain(with_nesterov(scale_by_momentum(b)), scale_by_learning_rate(lr))
     AdaGrad    divide(identity(), chain(square(), running_sum(start), root(eps_root=eps)))
     Adam       divide(ema(b1), rms(b2, eps))
 
-Memories have nouns for names (`moving_average`, `running_max`), effects have verbs (`divide`,
-`scale_by_adam`); where optax has a public name, the function of that name takes the same call and
-gives the same numbers. What optax makes NaN is finite here: the square root has derivative 0 at 0,
-and 0 / 0 is 0.
+Where optax has a public name, the function of that name takes the same call and gives the same
+numbers. What optax makes NaN is finite here: the square root has derivative 0 at 0, and 0 / 0 is 0.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import optax
 from jax.typing import DTypeLike
 from optax import GradientTransformation
 
-from jgd.arguments import Decay, Fraction, NonNegative
-from jgd.combinators import add, chain, divide, leafwise, named, subtract, with_nesterov
-from jgd.pytree import as_pytree
-from jgd.words import (
-    add_decayed_weights,
-    add_noise,
-    bias_correction,
-    decayed_max,
-    ema,
-    identity,
-    moving_average,
-    nesterov_ema,
-    rms,
-    root,
-    running_max,
-    running_sum,
-    scale,
-    scale_by_learning_rate,
-    scale_by_momentum,
-    scale_by_schedule,
-    scale_by_sign,
-    set_to_zero,
-    sign,
-    square,
-    trace,
+from jgd.arguments import Decay, Fraction, Key, Mask, NonNegative, Number
+from jgd.arithmetic import (
+    abs_square,
+    formula,
+    increment,
+    log_of,
+    one_minus_exp,
+    one_minus_power,
+    root_of,
 )
+from jgd.combinators import (
+    Plain,
+    Slot,
+    Slots,
+    add,
+    chain,
+    named,
+    present,
+    remembering,
+    stateless,
+    with_nesterov,
+)
+from jgd.pytree import as_pytree, decays_move
+from jgd.trees import leafwise, with_params
 
 __all__ = [
-    "add",
+    "BiasCorrectionState",
+    "MovingAverageState",
+    "RunningMaxState",
+    "RunningSumState",
     "add_decayed_weights",
     "add_noise",
     "bias_correction",
-    "chain",
     "decayed_max",
-    "divide",
     "ema",
     "identity",
-    "leafwise",
     "moving_average",
-    "named",
     "nesterov_ema",
     "rms",
     "root",
     "running_max",
     "running_sum",
     "scale",
-    "scale_by_adam",
-    "scale_by_adamax",
-    "scale_by_amsgrad",
     "scale_by_learning_rate",
     "scale_by_momentum",
-    "scale_by_rms",
-    "scale_by_rss",
     "scale_by_schedule",
     "scale_by_sign",
-    "scale_by_stddev",
     "set_to_zero",
     "sign",
     "square",
-    "subtract",
     "trace",
-    "with_nesterov",
 ]
 
-_correction = bias_correction  # where an argument of optax's bears the word's name
+
+# --- pointwise -------------------------------------------------------------------------------
 
 
-class ScaleByRssState(NamedTuple):
-    """State of `scale_by_rss`."""
-
-    sum_of_squares: Any  # like the parameters, at least float32
-
-
-class ScaleByRmsState(NamedTuple):
-    """State of `scale_by_rms`."""
-
-    nu: Any  # like the parameters, at least float32
+def pointwise(f: Callable[..., Any], *numbers: Any) -> Plain:
+    """Return the transformation without memory of `f(g, *numbers)` on each leaf g."""
+    return stateless(lambda updates, _: leafwise(f, updates, numbers=numbers))
 
 
-class ScaleByRmsWithCountState(NamedTuple):
-    """State of `scale_by_rms` with bias correction."""
-
-    count: jax.Array  # int32 scalar: steps so far
-    nu: Any  # like the parameters, at least float32
-    log_decay: jax.Array  # float32 scalar: mean of log(decay)
+_square = formula(abs_square)
+_sign = formula(jnp.sign)
 
 
-class ScaleByRStdDevState(NamedTuple):
-    """State of `scale_by_stddev`."""
-
-    mu: Any  # like the parameters, at least float32
-    nu: Any
+@formula
+def _root(v: Any, eps: Any, eps_root: Any) -> Any:
+    return root_of(v.real + eps_root) + eps
 
 
-class ScaleByRStdDevWithCountState(NamedTuple):
-    """State of `scale_by_stddev` with bias correction."""
-
-    count: jax.Array  # int32 scalar: steps so far
-    mu: Any  # like the parameters, at least float32
-    nu: Any
-    log_decay: jax.Array  # float32 scalar: mean of log(decay)
+@formula
+def _scaled(g: Any, factor: Any) -> Any:
+    return factor * g
 
 
-class ScaleByAdamState(NamedTuple):
-    """State of `scale_by_adam`."""
-
-    count: jax.Array  # int32 scalar: steps so far
-    mu: Any  # like the parameters, at least float32
-    nu: Any
-    log_b1: jax.Array  # float32 scalars: means of log(b1) and log(b2)
-    log_b2: jax.Array
-
-
-class ScaleByAmsgradState(NamedTuple):
-    """State of `scale_by_amsgrad`."""
-
-    count: jax.Array  # int32 scalar: steps so far
-    mu: Any  # like the parameters, at least float32
-    nu: Any
-    nu_max: Any
-    log_b1: jax.Array  # float32 scalars: means of log(b1) and log(b2)
-    log_b2: jax.Array
-
-
-class ScaleByAdamaxState(NamedTuple):
-    """State of `scale_by_adamax`."""
-
-    count: jax.Array  # int32 scalar: steps so far
-    mu: Any  # like the parameters, at least float32
-    nu: Any
-    log_b1: jax.Array  # float32 scalar: mean of log(b1)
+@formula
+def _decayed(g: Any, p: Any, factor: Any) -> Any:
+    return g + factor * p
 
 
 @as_pytree
-def scale_by_rss(
-    initial_accumulator_value: NonNegative = 0.1, eps: NonNegative = 1e-7
-) -> GradientTransformation:
-    """s <- s + g^2, and u = g / sqrt(s + eps): AdaGrad's quotient.
+def identity() -> GradientTransformation:
+    """u = g. State: `EmptyState`."""
+    return stateless(lambda updates, _: updates)
+
+
+@as_pytree
+def set_to_zero() -> GradientTransformation:
+    """u = 0: freezes the parameters it applies to. State: `EmptyState`."""
+    return stateless(lambda updates, _: jax.tree.map(jnp.zeros_like, updates))
+
+
+@as_pytree
+def square() -> GradientTransformation:
+    """u = g^2, |g|^2 for complex leaves. State: `EmptyState`."""
+    return pointwise(_square)
+
+
+@as_pytree
+def sign() -> GradientTransformation:
+    """u = sign(g), with sign(0) = 0. State: `EmptyState`."""
+    return pointwise(_sign)
+
+
+@as_pytree
+def scale_by_sign() -> GradientTransformation:
+    """u = sign(g): optax's name of `sign`. State: `EmptyState`."""
+    return sign()
+
+
+@as_pytree
+def root(eps: NonNegative = 0.0, eps_root: NonNegative = 0.0) -> GradientTransformation:
+    """u = sqrt(v + eps_root) + eps: both places where papers and frameworks put epsilon.
 
     Args:
-      initial_accumulator_value: at least 0, what s is before the first step.
-      eps: at least 0, inside the root.
+      eps: at least 0, added outside the root.
+      eps_root: at least 0, added inside.
 
-    State: `ScaleByRssState(sum_of_squares)`, one tree like the parameters.
-    Differs from: `scale_by_rms`, which forgets.
-    Source: Duchi, Hazan & Singer 2011.
+    State: `EmptyState`. Where v is 0, or by rounding below, the root is so small that `divide`
+    takes it for 0, and its derivative is 0.
     """
-    magnitude = chain(square(), running_sum(initial_accumulator_value), root(eps_root=eps))
-    return named(divide(identity(), magnitude), record=ScaleByRssState, slots="sum_of_squares")
-
-
-def _root(eps: Any, eps_in_sqrt: bool) -> GradientTransformation:
-    return root(eps_root=eps) if eps_in_sqrt else root(eps)
+    return pointwise(_root, eps, eps_root)
 
 
 @as_pytree
-def scale_by_rms(
-    decay: Decay = 0.9,
-    eps: NonNegative = 1e-8,
-    initial_scale: NonNegative = 0.0,
-    eps_in_sqrt: bool = True,
-    bias_correction: bool = False,
+def scale(step_size: Number) -> GradientTransformation:
+    """u = step_size g.
+
+    Args:
+      step_size: any number, or a schedule.
+
+    State: `EmptyState`, with a step counter around it for a schedule.
+    Differs from: `scale_by_learning_rate`, which flips the sign.
+    """
+    return pointwise(_scaled, step_size)
+
+
+@as_pytree
+def scale_by_schedule(step_size_fn: Number) -> GradientTransformation:
+    """u = step_size_fn(t) g, with t = 0 at the first update: optax's name of `scale` by a schedule.
+
+    State: `ScheduledState`, whose `count` is t.
+    """
+    return scale(step_size_fn)
+
+
+@as_pytree
+def scale_by_learning_rate(
+    learning_rate: Number | None = None, *, flip_sign: bool = True
 ) -> GradientTransformation:
-    """v <- decay v + (1 - decay) g^2, and u = g / sqrt(v + eps): RMSProp's quotient.
+    """u = -learning_rate g: the last link of a descent.
+
+    Args:
+      learning_rate: any number, or a schedule. None leaves the updates as they are, without a flip.
+      flip_sign: False keeps the sign: u = learning_rate g.
+
+    State: `EmptyState`, with a step counter around it for a schedule.
+    """
+    if learning_rate is None:
+        return identity()
+    return scale(-learning_rate if flip_sign else learning_rate)
+
+
+@as_pytree
+def _add_params(factor: Number) -> GradientTransformation:
+    return stateless(
+        lambda updates, params: leafwise(_decayed, updates, with_params(params), numbers=(factor,))
+    )
+
+
+@as_pytree
+def add_decayed_weights(
+    weight_decay: Number = 0.0, mask: Mask | None = None
+) -> GradientTransformation:
+    """u = g + weight_decay p, for parameters p.
+
+    Before the adaptive part of a chain this is L2 regularisation, after it decoupled weight decay.
+
+    Args:
+      weight_decay: any number, or a schedule; 0 by default.
+      mask: a tree of bools like the parameters (or a prefix), or a function from parameters to
+        one; only leaves marked True decay. None: all do.
+
+    State: `EmptyState`, or `optax.MaskedState` around it where there is a mask; with a step counter
+    around it for a schedule.
+    Raises: ValueError in `update` if no parameters are given.
+    """
+    decay = _add_params(weight_decay)
+    return decay if mask is None else optax.masked(decay, mask)
+
+
+@as_pytree
+def add_noise(
+    eta: NonNegative, gamma: Number, key: Key = None, *, seed: int | None = None
+) -> GradientTransformation:
+    """u = g + N(0, eta / t^gamma): normal noise that falls with the step t, from 1.
+
+    Args:
+      eta: at least 0, the variance at the first step.
+      gamma: any number, how fast it falls.
+      key: a random key or an int; None (default) is 0. Lanes share it.
+      seed: optax's older name of key.
+
+    State: `optax.AddNoiseState(count, rng_key)`, no tree.
+    Source: Neelakantan et al. 2015, equation 1, arXiv:1511.06807.
+    """
+    return optax.add_noise(eta, gamma, next((k for k in (key, seed) if k is not None), 0))
+
+
+# --- memories --------------------------------------------------------------------------------
+
+
+class MovingAverageState(NamedTuple):
+    """State of `moving_average`."""
+
+    average: optax.Updates  # like the parameters, at least float32
+
+
+class RunningSumState(NamedTuple):
+    """State of `running_sum`."""
+
+    total: optax.Updates  # like the parameters, at least float32
+
+
+class RunningMaxState(NamedTuple):
+    """State of `running_max` and `decayed_max`."""
+
+    maximum: optax.Updates  # like the parameters, at least float32
+
+
+def memory(
+    record: type,
+    f: Callable[..., Any],
+    *numbers: Any,
+    name: str,
+    start: Any = 0.0,
+    dtype: DTypeLike | None = None,
+) -> Plain:
+    """Return the transformation m <- f(g, m, *numbers), u = m, for m that starts as `start`."""
+
+    kind = None if dtype is None else jax.dtypes.canonicalize_dtype(dtype)
+
+    def first(params: Any) -> Any:
+        return jax.tree.map(lambda p: jnp.full_like(p, start, dtype=kind), params)
+
+    def apply(updates: Any, slots: Slots, _: Any) -> Any:
+        step = lambda old: leafwise(f, updates, old, numbers=numbers, keep=True)
+        return present(updates, slots.step(name, step))
+
+    return remembering(apply, record, {record._fields[0]: name}, Slot(name, first))
+
+
+@formula
+def _sum(g: Any, s: Any) -> Any:
+    return s + g
+
+
+@formula
+def _accumulate(g: Any, v: Any, decay: Any) -> Any:
+    return decay * v + g
+
+
+@formula
+def _average(g: Any, a: Any, decay: Any, new: Any) -> Any:
+    return decay * a + new * g
+
+
+@formula
+def _larger(g: Any, x: Any) -> Any:
+    return jnp.maximum(x, g)
+
+
+@formula
+def _larger_decayed(g: Any, x: Any, decay: Any, eps: Any) -> Any:
+    return jnp.maximum(jnp.abs(g) + eps, decay * x)
+
+
+@as_pytree
+def scale_by_momentum(
+    decay: Fraction, *, accumulator_dtype: DTypeLike | None = None, name: str = "trace"
+) -> GradientTransformation:
+    """v <- decay v + g, and u = v.
+
+    Args:
+      decay: in [0, 1]; the textbooks' momentum, usually 0.9. May be a schedule.
+      accumulator_dtype: of the memory; None: float32 for 16-bit parameters, else theirs.
+      name: of the memory, for `named`.
+
+    State: `optax.TraceState(trace)`, one tree like the parameters, from 0.
+    Differs from: `moving_average`, whose gradients enter with weight 1 - decay, so that its steps
+      are 1 - decay times as long; from `trace` in name only.
+    Source: Polyak 1964.
+    """
+    return memory(optax.TraceState, _accumulate, decay, name=name, dtype=accumulator_dtype)
+
+
+@as_pytree
+def trace(
+    decay: Fraction, nesterov: bool = False, accumulator_dtype: DTypeLike | None = None
+) -> GradientTransformation:
+    """v <- decay v + g, and u = v, or u = g + decay v with `nesterov`: optax's momentum.
+
+    Args, State: as `scale_by_momentum`.
+    """
+    momentum = scale_by_momentum(decay, accumulator_dtype=accumulator_dtype)
+    return with_nesterov(momentum) if nesterov else momentum
+
+
+@as_pytree
+def moving_average(
+    decay: Fraction,
+    start: Number = 0.0,
+    *,
+    accumulator_dtype: DTypeLike | None = None,
+    name: str = "average",
+) -> GradientTransformation:
+    """a <- decay a + (1 - decay) g, and u = a.
+
+    Args:
+      decay: in [0, 1]. May be a schedule.
+      start: what a is before the first step; 0 by default.
+      accumulator_dtype: of the memory; None: float32 for 16-bit parameters, else theirs.
+      name: of the memory, for `named`.
+
+    State: `MovingAverageState(average)`, one tree like the parameters.
+    Differs from: `ema`, which corrects the bias of the start at 0.
+    """
+    return memory(
+        MovingAverageState,
+        _average,
+        decay,
+        1 - decay,
+        name=name,
+        start=start,
+        dtype=accumulator_dtype,
+    )
+
+
+@as_pytree
+def running_sum(start: NonNegative = 0.0, *, name: str = "total") -> GradientTransformation:
+    """s <- s + g, and u = s.
+
+    Args:
+      start: at least 0, what s is before the first step.
+      name: of the memory, for `named`.
+
+    State: `RunningSumState(total)`, one tree like the parameters.
+    """
+    return memory(RunningSumState, _sum, name=name, start=start)
+
+
+@as_pytree
+def running_max(*, name: str = "maximum") -> GradientTransformation:
+    """x <- max(x, g), from 0, and u = x. State: `RunningMaxState(maximum)`, one tree."""
+    return memory(RunningMaxState, _larger, name=name)
+
+
+@as_pytree
+def decayed_max(
+    decay: Fraction, eps: NonNegative = 0.0, *, name: str = "maximum"
+) -> GradientTransformation:
+    """x <- max(decay x, |g| + eps), from 0, and u = x.
+
+    Args:
+      decay: in [0, 1]. May be a schedule.
+      eps: at least 0; keeps x away from 0.
+      name: of the memory, for `named`.
+
+    State: `RunningMaxState(maximum)`, one tree like the parameters.
+    """
+    return memory(RunningMaxState, _larger_decayed, decay, eps, name=name)
+
+
+# --- bias correction -------------------------------------------------------------------------
+
+
+class BiasCorrectionState(NamedTuple):
+    """State of `bias_correction`."""
+
+    count: jax.Array  # int32 scalar: steps so far
+
+
+def count_slot() -> Slot:
+    """Return the memory `count`, which counts the steps."""
+    return Slot("count", lambda _: jnp.zeros([], jnp.int32))
+
+
+def decay_slots(*names: str) -> list[Slot]:
+    """Return the memories that correct averages of these names: none for constant decays."""
+    start = lambda _: jnp.zeros([], float)
+    return [Slot(f"log_{n}", start, of_schedule=True) for n in names] if decays_move() else []
+
+
+def bias_weight(
+    slots: Slots, decay: Any, of: str, *, ahead: bool = False, count: Any = None
+) -> jax.Array:
+    """Return 1 - decay^t, by which an average that started at 0 is too small.
+
+    For a decay that follows a schedule the power is the product of all decays so far. The mean of
+    their logarithms is kept for it, since it stays exact where the decay does not move.
+
+    Args:
+      slots: the memories of this update.
+      decay: the decay of this step.
+      of: the name of the average.
+      ahead: True takes t + 1 for t.
+      count: t; None: the memory `count`.
+    """
+    if count is None:
+        count = slots.step("count", increment)
+    if (name := f"log_{of}") not in slots.old:
+        return one_minus_power(decay, count + 1 if ahead else count)
+    log = log_of(decay)
+    total = count * slots.step(name, lambda mean: mean + (log - mean) / count)
+    return -jnp.expm1(total + log) if ahead else one_minus_exp(decay, count, total)
+
+
+@formula
+def _over(g: Any, weight: Any) -> Any:
+    return g / weight
+
+
+@as_pytree
+def bias_correction(
+    decay: Decay, *, ahead: bool = False, of: str = "decay"
+) -> GradientTransformation:
+    """u = g / (1 - decay^t), with t = 1 at the first step: undoes the start at 0 of an average.
+
+    For a schedule the power is the product of the decays so far: the average of a constant gradient
+    comes out constant.
+
+    Args:
+      decay: in [0, 1), that of the average. May be a schedule; a number that changes between steps
+        without one is taken as if it had been so from the start.
+      ahead: True takes the power t + 1, as Nesterov's look ahead does.
+      of: the name of the average, for `named`. The memory of the steps is named "count".
+
+    State: `BiasCorrectionState(count)`, a scalar; under a schedule one more, see
+      `ScheduledDecayState`.
+    """
+
+    def apply(updates: Any, slots: Slots, _: Any) -> Any:
+        weight = bias_weight(slots, decay, of, ahead=ahead)
+        weight = jnp.where(weight > 0, weight, 1)  # 0 for a decay of 1, whose average stays 0
+        return leafwise(_over, updates, numbers=(weight,))
+
+    slots = count_slot(), *decay_slots(of)
+    return remembering(apply, BiasCorrectionState, {"count": "count"}, *slots)
+
+
+def _count_only() -> Plain:
+    """Return a transformation that counts the steps and does not change the updates."""
+
+    def apply(updates: Any, slots: Slots, _: Any) -> Any:
+        slots.step("count", increment)
+        return updates
+
+    return remembering(apply, BiasCorrectionState, {"count": "count"}, count_slot())
+
+
+@as_pytree
+def ema(
+    decay: Decay,
+    debias: bool = True,
+    accumulator_dtype: DTypeLike | None = None,
+    *,
+    name: str = "ema",
+) -> GradientTransformation:
+    """a <- decay a + (1 - decay) g, and u = a / (1 - decay^t).
 
     Args:
       decay: in [0, 1). May be a schedule.
-      eps: at least 0.
-      initial_scale: at least 0, what v is before the first step.
-      eps_in_sqrt: False puts eps outside: u = g / (sqrt(v) + eps).
-      bias_correction: True divides v by 1 - decay^t first.
+      debias: False gives u = a.
+      accumulator_dtype: of the memory; None: float32 for 16-bit parameters, else theirs.
+      name: of the memory, for `named`.
 
-    State: `ScaleByRmsState(nu)`, one tree like the parameters; with bias correction
-      `ScaleByRmsWithCountState(count, nu, log_decay)`.
-    Differs from: `rms`, which is a magnitude and not yet a quotient.
-    Source: Tieleman & Hinton 2012, lecture 6.5.
+    State: `optax.EmaState(count, ema)`, one tree like the parameters and a scalar.
+    Differs from: `moving_average`, which does not count; `optax.ema` under a schedule, where the
+      correction there takes the last decay for all.
     """
-    average = moving_average(decay, initial_scale)
-    if not bias_correction:
-        magnitude = chain(square(), average, _root(eps, eps_in_sqrt))
-        return named(divide(identity(), magnitude), record=ScaleByRmsState, slots="nu")
-    magnitude = chain(square(), average, _correction(decay), _root(eps, eps_in_sqrt))
-    record, slots = ScaleByRmsWithCountState, "nu count log_decay"
-    return named(divide(identity(), magnitude), record=record, slots=slots)
+    average = moving_average(decay, accumulator_dtype=accumulator_dtype, name=name)
+    correction = bias_correction(decay, of=name) if debias else _count_only()
+    return named(chain(average, correction), record=optax.EmaState, fields={"ema": name})
 
 
 @as_pytree
-def scale_by_stddev(
-    decay: Decay = 0.9,
-    eps: NonNegative = 1e-8,
-    initial_scale: NonNegative = 0.0,
-    eps_in_sqrt: bool = True,
-    bias_correction: bool = False,
+def nesterov_ema(
+    decay: Decay, *, accumulator_dtype: DTypeLike | None = None, name: str = "ema"
 ) -> GradientTransformation:
-    """RMSProp's quotient, centred: u = g / sqrt(v - m^2 + eps).
+    """a <- decay a + (1 - decay) g, and u = decay a / c_(t+1) + (1 - decay) g / c_t.
 
-        m <- decay m + (1 - decay) g            v <- decay v + (1 - decay) g^2
-
-    An estimate of the variance instead of the second moment.
-
-    Args: as `scale_by_rms`; `initial_scale` is that of v, m starts at 0.
-    State: `ScaleByRStdDevState(mu, nu)`, two trees like the parameters; with bias correction
-      `ScaleByRStdDevWithCountState(count, mu, nu, log_decay)`.
-    Differs from: optax where rounding takes v - m^2 below 0: the root is 0 there, not NaN.
-    Source: Graves 2013, equations 38 to 45.
+    The direction of NAdam, with c_t = 1 - decay^t. Args and state: as `ema`.
+    Differs from: `with_nesterov(ema(decay))`, which corrects both terms alike.
+    Source: Dozat 2016, algorithm 2, with one decay for all steps.
     """
-    mean, second = moving_average(decay), chain(square(), moving_average(decay, initial_scale))
-    if not bias_correction:
-        magnitude = chain(subtract(second, chain(mean, square())), _root(eps, eps_in_sqrt))
-        return named(divide(identity(), magnitude), record=ScaleByRStdDevState, slots="nu mu")
-    mean, second = chain(mean, _correction(decay)), chain(second, _correction(decay))
-    magnitude = chain(subtract(second, chain(mean, square())), _root(eps, eps_in_sqrt))
-    record, slots = ScaleByRStdDevWithCountState, "nu count log_decay mu count log_decay"
-    return named(divide(identity(), magnitude), record=record, slots=slots)
-
-
-@as_pytree
-def scale_by_adam(
-    b1: Decay = 0.9,
-    b2: Decay = 0.999,
-    eps: NonNegative = 1e-8,
-    eps_root: NonNegative = 0.0,
-    mu_dtype: DTypeLike | None = None,
-    *,
-    nesterov: bool = False,
-) -> GradientTransformation:
-    """m <- b1 m + (1 - b1) g, v <- b2 v + (1 - b2) g^2, and u = m^ / (sqrt(v^ + eps_root) + eps).
-
-    m^ = m / (1 - b1^t) and v^ = v / (1 - b2^t); with `nesterov` the direction is `nesterov_ema`.
-
-    Args:
-      b1, b2: in [0, 1). May be schedules.
-      eps, eps_root: at least 0, outside and inside the root.
-      mu_dtype: of m; None: float32 for 16-bit parameters, else theirs.
-      nesterov: True looks ahead, as NAdam.
-
-    State: `ScaleByAdamState(count, mu, nu, log_b1, log_b2)`, two trees and three scalars.
-    Differs from: optax in that the correction is right for decays that move.
-    Source: Kingma & Ba 2015, algorithm 1, arXiv:1412.6980.
-    """
-    direction = (
-        nesterov_ema(b1, accumulator_dtype=mu_dtype)
-        if nesterov
-        else ema(b1, accumulator_dtype=mu_dtype)
+    average = chain(
+        moving_average(decay, accumulator_dtype=accumulator_dtype, name=name),
+        bias_correction(decay, ahead=True, of=name),
+        scale(decay),
     )
-    slots = "count mu log_b1 count nu log_b2"
-    return named(divide(direction, rms(b2, eps, eps_root)), record=ScaleByAdamState, slots=slots)
+    gradient = chain(bias_correction(decay, of=name), scale(1 - decay))
+    shared = ["count", f"log_{name}"]
+    both = add(average, gradient)
+    return named(both, record=optax.EmaState, fields={"ema": name}, shared=shared)
 
 
 @as_pytree
-def scale_by_amsgrad(
-    b1: Decay = 0.9,
-    b2: Decay = 0.999,
-    eps: NonNegative = 1e-8,
-    eps_root: NonNegative = 0.0,
-    mu_dtype: DTypeLike | None = None,
-    bias_correction_mu: bool = True,
-    bias_correction_nu: bool = True,
+def rms(
+    decay: Decay, eps: NonNegative = 0.0, eps_root: NonNegative = 0.0, *, name: str = "ema"
 ) -> GradientTransformation:
-    """Adam whose magnitude never shrinks: x <- max(x, v^), and u = m^ / (sqrt(x + eps_root) + eps).
+    """v <- decay v + (1 - decay) g^2, and u = sqrt(v / (1 - decay^t) + eps_root) + eps.
+
+    The magnitude of Adam.
 
     Args:
-      b1, b2, eps, eps_root, mu_dtype: as `scale_by_adam`.
-      bias_correction_mu, bias_correction_nu: False takes m for m^, v for v^, as the paper does.
+      decay: in [0, 1). May be a schedule.
+      eps, eps_root: at least 0, as in `root`.
+      name: of the memory, for `named`.
 
-    State: `ScaleByAmsgradState(count, mu, nu, nu_max, log_b1, log_b2)`, three trees.
-    Differs from: PyTorch and Keras, whose maximum is over v before its correction.
-    Source: Reddi, Kale & Kumar 2018, algorithm 2, arXiv:1904.09237.
+    State: that of the chain square, `ema`, root.
     """
-    direction = ema(b1, bias_correction_mu, mu_dtype)
-    magnitude = chain(square(), ema(b2, bias_correction_nu), running_max(), root(eps, eps_root))
-    slots = "count mu log_b1 count nu log_b2 nu_max"
-    return named(divide(direction, magnitude), record=ScaleByAmsgradState, slots=slots)
-
-
-@as_pytree
-def scale_by_adamax(
-    b1: Decay = 0.9, b2: Fraction = 0.999, eps: NonNegative = 1e-8
-) -> GradientTransformation:
-    """m <- b1 m + (1 - b1) g, x <- max(b2 x, |g| + eps), and u = m / (1 - b1^t) / x.
-
-    Args:
-      b1: in [0, 1). May be a schedule.
-      b2: in [0, 1]. May be a schedule.
-      eps: at least 0, inside the maximum.
-
-    State: `ScaleByAdamaxState(count, mu, nu, log_b1)`, two trees.
-    Differs from: Keras, which adds eps to x when it divides.
-    Source: Kingma & Ba 2015, algorithm 2, arXiv:1412.6980.
-    """
-    slots = "count mu log_b1 nu"
-    return named(divide(ema(b1), decayed_max(b2, eps)), record=ScaleByAdamaxState, slots=slots)
+    return chain(square(), ema(decay, name=name), root(eps, eps_root))

@@ -16,9 +16,9 @@ from jax.typing import DTypeLike
 from optax import GradientTransformation
 
 from jgd.arguments import Fraction, Mixing, NonNegative, NumberOrSchedule, Period, spec_of
-from jgd.combinators import expect, increment, leafwise, quotient, with_params
-from jgd.pytree import TreeError, as_pytree
-from jgd.words import BiasCorrectionState, weights
+from jgd.arithmetic import increment, log_of, one_minus_exp, quotient
+from jgd.pytree import as_pytree
+from jgd.trees import TreeError, check_state, leafwise, like, with_params
 
 __all__ = [
     "accumulate",
@@ -61,7 +61,7 @@ def _accumulate(inner: GradientTransformation, every: Period) -> GradientTransfo
         return AccumulateState(jnp.zeros([], jnp.int32), zeros, tx.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        step, average, inner_state = expect(state, AccumulateState)
+        step, average, inner_state = check_state(state, AccumulateState)
         step = increment(step)
         average = leafwise(lambda g, a: a + (g - a) / step, updates, average, keep=True)
         mean = leafwise(lambda _, a: a, updates, average)
@@ -69,11 +69,12 @@ def _accumulate(inner: GradientTransformation, every: Period) -> GradientTransfo
         def go() -> Any:
             new_updates, new_inner = tx.update(mean, inner_state, params, **extra)
             zeros = jax.tree.map(jnp.zeros_like, average)
-            return new_updates, AccumulateState(jnp.zeros_like(step), zeros, new_inner)
+            new = AccumulateState(jnp.zeros_like(step), zeros, new_inner)
+            return like(new_updates, mean), like(new, state)
 
         def wait() -> Any:
             still = jax.tree.map(jnp.zeros_like, mean)
-            return still, AccumulateState(step, average, inner_state)
+            return still, like(AccumulateState(step, average, inner_state), state)
 
         return jax.lax.cond(step >= every, go, wait)
 
@@ -202,7 +203,7 @@ def lookahead(
         return LookaheadState(tx.init(fast), jnp.zeros([], jnp.int32), slow)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        inner, steps, kept = expect(state, LookaheadState)
+        inner, steps, kept = check_state(state, LookaheadState)
         own = kept is not None
         if not own and not isinstance(params, optax.LookaheadParams):
             raise TreeError("needs parameters as in init: optax.LookaheadParams(fast, slow)")
@@ -219,9 +220,9 @@ def lookahead(
         steps = jnp.where(sync, 0, increment(steps))
         if own:
             kept = leafwise(lambda d, s: s + d, along, slow, keep=True)
-            return new_updates, LookaheadState(inner, steps, kept)
+            return new_updates, like(LookaheadState(inner, steps, kept), state)
         pair = optax.LookaheadParams(fast=new_updates, slow=along)
-        return pair, LookaheadState(inner, steps, None)
+        return pair, like(LookaheadState(inner, steps, None), state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -263,13 +264,16 @@ def average_params(
         return AverageParamsState(steps, log_decay, average, tx.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        steps, log_decay, average, inner_state = expect(state, AverageParamsState)
+        steps, log_decay, average, inner_state = check_state(state, AverageParamsState)
         new_updates, inner_state = tx.update(updates, inner_state, with_params(params), **extra)
-        total, _, (steps, log_decay) = weights(decay, BiasCorrectionState(steps, log_decay))
+        steps = increment(steps)
+        log_decay = log_decay + (log_of(decay) - log_decay) / steps
+        total = one_minus_exp(decay, steps, steps * log_decay)
         part = jnp.where(total > 0, (1 - decay) / jnp.where(total > 0, total, 1), 1 / steps)
         move = lambda u, a, p: a + part * (p + u - a)
         average = leafwise(move, new_updates, average, params, keep=True)
-        return new_updates, AverageParamsState(steps, log_decay, average, inner_state)
+        new = AverageParamsState(steps, log_decay, average, inner_state)
+        return new_updates, like(new, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -280,17 +284,6 @@ def averaged_params(state: Any) -> Any:
     Raises: ValueError if the state holds none, or several.
     """
     return _only(state, AverageParamsState).average
-
-
-class ScheduleFreeState(NamedTuple):
-    """State of `schedule_free`."""
-
-    b1: jax.Array  # float32 scalars
-    weight_sum: jax.Array
-    step_count: jax.Array  # int32 scalar: 1 before the first step
-    max_lr: jax.Array
-    base_optimizer_state: Any
-    z: Any  # like the parameters, at least float32: where the base optimizer is
 
 
 @as_pytree
@@ -313,7 +306,7 @@ def schedule_free(
       weight_lr_power: at least 0; 2 by default.
       state_dtype: of z; None: float32 for 16-bit parameters, else theirs.
 
-    State: `ScheduleFreeState(b1, weight_sum, step_count, max_lr, base_optimizer_state, z)`, one
+    State: `optax.contrib.ScheduleFreeState(b1, weight_sum, step_count, max_lr, base_optimizer_state, z)`, one
       tree and four scalars beside those of the base. The parameters are those of the gradients;
       evaluate at x: `schedule_free_eval_params(state, params)`.
     Raises: ValueError in `update` if no parameters are given.
@@ -323,7 +316,7 @@ def schedule_free(
     tx = optax.with_extra_args_support(base_optimizer)
 
     def init(params: Any) -> Any:
-        return ScheduleFreeState(
+        return optax.contrib.ScheduleFreeState(
             b1=jnp.asarray(b1, float),
             weight_sum=jnp.zeros([], float),
             step_count=jnp.ones([], jnp.int32),
@@ -333,7 +326,7 @@ def schedule_free(
         )
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        _, weight_sum, step, max_lr, base, z = expect(state, ScheduleFreeState)
+        _, weight_sum, step, max_lr, base, z = check_state(state, optax.contrib.ScheduleFreeState)
         rate: Any = learning_rate(step) if callable(learning_rate) else learning_rate
         max_lr = jnp.maximum(max_lr, rate)
         positive = max_lr > 0
@@ -347,7 +340,8 @@ def schedule_free(
         new_updates = leafwise(rule, steps, params, z)
         z = leafwise(lambda u, z: z + u, steps, z, keep=True)
         step = increment(step)
-        return new_updates, ScheduleFreeState(state.b1, weight_sum, step, max_lr, base, z)
+        new = optax.contrib.ScheduleFreeState(state.b1, weight_sum, step, max_lr, base, z)
+        return new_updates, like(new, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -361,6 +355,6 @@ def schedule_free_eval_params(state: Any, params: Any) -> Any:
 
     Raises: ValueError if the state holds none, or several.
     """
-    found = _only(state, ScheduleFreeState, optax.contrib.ScheduleFreeState)
+    found = _only(state, optax.contrib.ScheduleFreeState)
     x = lambda p, z: (p - (1 - found.b1) * z) / found.b1  # as p = (1 - b1) z + b1 x
     return jax.tree.map(lambda p, z: x(p, z).astype(p.dtype), params, found.z)

@@ -5,25 +5,21 @@ whose steps are 1 - momentum times as long; the velocity holds the learning rate
 here, stands outside the root. With eps=0, eps_root=1e-7 it stands inside, as in other chapters.
 """
 
+import optax
 from optax import GradientTransformation
 
 from jgd.arguments import Decay, Fraction, NonNegative, Number
-from jgd.compat.words import scale_by_uncorrected_adam
+from jgd.combinators import chain, divide, named, with_nesterov
+from jgd.compat.shared import Beta, scale_by_uncorrected_adam
 from jgd.pytree import as_pytree
 from jgd.transforms import (
-    ScaleByRmsState,
-    ScaleByRssState,
-    chain,
-    divide,
     identity,
     moving_average,
-    named,
     root,
     running_sum,
     scale_by_learning_rate,
     scale_by_momentum,
     square,
-    with_nesterov,
 )
 
 __all__ = ["adagrad", "adam", "momentum", "momentum_average", "nesterov", "rmsprop", "sgd"]
@@ -51,7 +47,7 @@ def momentum(learning_rate: Number = 0.01, momentum: Fraction = 0.9) -> Gradient
       learning_rate: 0.01 by default. May be a schedule.
       momentum: in [0, 1], 0.9 by default. May be a schedule.
 
-    State: `TraceState(trace)`, one tree, the velocity.
+    State: `optax.TraceState(trace)`, one tree, the velocity.
     Differs from: `jgd.momentum` under a schedule, whose velocity is without the rate.
     """
     return chain(scale_by_learning_rate(learning_rate), scale_by_momentum(momentum))
@@ -102,11 +98,12 @@ def adagrad(
       eps, eps_root: at least 0, outside and inside the root; 1e-7 and 0 by default.
       initial_accumulator_value: at least 0, what s starts from; 0 by default.
 
-    State: `ScaleByRssState(sum_of_squares)`, one tree.
+    State: `optax.ScaleByRssState(sum_of_squares)`, one tree.
     Differs from: `jgd.adagrad` and Keras, which start from 0.1 with eps inside.
     """
-    total = chain(square(), running_sum(initial_accumulator_value), root(eps, eps_root))
-    quotients = named(divide(identity(), total), record=ScaleByRssState, slots="sum_of_squares")
+    total = running_sum(initial_accumulator_value, name="sum_of_squares")
+    quotient = divide(identity(), chain(square(), total, root(eps, eps_root)))
+    quotients = named(quotient, record=optax.ScaleByRssState)
     return chain(quotients, scale_by_learning_rate(learning_rate))
 
 
@@ -126,19 +123,19 @@ def rmsprop(
       decay: in [0, 1), 0.99 by default. May be a schedule.
       eps, eps_root: at least 0, outside and inside the root; 1e-7 and 0 by default.
 
-    State: `ScaleByRmsState(nu)`, one tree.
+    State: `optax.ScaleByRmsState(nu)`, one tree.
     Differs from: `jgd.rmsprop`, whose decay is 0.9 and whose eps is inside.
     """
-    magnitude = chain(square(), moving_average(decay), root(eps, eps_root))
-    quotients = named(divide(identity(), magnitude), record=ScaleByRmsState, slots="nu")
+    magnitude = chain(square(), moving_average(decay, name="nu"), root(eps, eps_root))
+    quotients = named(divide(identity(), magnitude), record=optax.ScaleByRmsState)
     return chain(quotients, scale_by_learning_rate(learning_rate))
 
 
 @as_pytree
 def adam(
     learning_rate: Number = 0.001,
-    b1: Decay = 0.9,
-    b2: Decay = 0.999,
+    b1: Beta = 0.9,
+    b2: Beta = 0.999,
     eps: NonNegative = 1e-7,
     eps_root: NonNegative = 0.0,
 ) -> GradientTransformation:
@@ -155,7 +152,7 @@ def adam(
       b1, b2: in [0, 1); 0.9 and 0.999 by default.
       eps, eps_root: at least 0, outside and inside the root; 1e-7 and 0 by default.
 
-    State: `AdamState(count, mu, nu)`, two trees.
+    State: `optax.ScaleByAdamState(count, mu, nu)`, two trees.
     Differs from: `jgd.adam`, the paper's algorithm 1, whose eps is added after the correction.
     Source: Kingma & Ba 2015, the form before section 2.1, arXiv:1412.6980.
     """

@@ -1,4 +1,4 @@
-"""The dictionary: every named optimizer in a few lines of the alphabet.
+"""Every named optimizer, in a few lines of the basic transformations.
 
 Each descends: the last link multiplies by -learning_rate, so that `optax.apply_updates` adds the
 update to the parameters. Every number may be a tracer or a schedule, every optimizer a lane.
@@ -8,9 +8,10 @@ Common to all. A scheduled number adds one step counter around the state. Memori
 range ValueError; trees, shapes and states that do not fit raise `TreeError`, a ValueError, in
 `update`, and so do missing parameters where weights decay or a formula has p.
 
-The rooms: `classic`, the textbook; `adaptive`, Adam's relatives; `normalized`, which divide first;
-`signs`; `layerwise`, trust ratios; `factored`, rows and columns in place of a magnitude;
-`orthogonal` and `kronecker`, which treat a matrix as a matrix; `dual`, which follow the leader;
+The families: `classic`, the textbook's descent; `moments`, Adam and its kin; `adaptive`, Adam's
+relatives; `normalized`, which divide first; `signs`; `layerwise`, trust ratios; `factored`, rows
+and columns in place of a magnitude; `orthogonal` and `kronecker`, which treat a matrix as a matrix;
+`dual`, which follow the leader;
 `free`, which find their own rate; `lifted`, optax's own made pytrees of their numbers.
 """
 
@@ -23,6 +24,7 @@ from jgd.optimizers import (
     kronecker,
     layerwise,
     lifted,
+    moments,
     normalized,
     orthogonal,
     signs,
@@ -35,12 +37,14 @@ from jgd.optimizers.free import *  # noqa: F403
 from jgd.optimizers.kronecker import *  # noqa: F403
 from jgd.optimizers.layerwise import *  # noqa: F403
 from jgd.optimizers.lifted import *  # noqa: F403
+from jgd.optimizers.moments import *  # noqa: F403
 from jgd.optimizers.normalized import *  # noqa: F403
 from jgd.optimizers.orthogonal import *  # noqa: F403
 from jgd.optimizers.signs import *  # noqa: F403
 
-ROOMS = (
+families = (
     classic,
+    moments,
     adaptive,
     normalized,
     signs,
@@ -53,4 +57,4 @@ ROOMS = (
     lifted,
 )
 
-__all__ = sorted(name for room in ROOMS for name in room.__all__)  # pyright: ignore
+__all__ = sorted(name for family in families for name in family.__all__)  # pyright: ignore

@@ -1,48 +1,58 @@
 """Adam's relatives: other directions over other magnitudes.
 
-Each is `divide(direction, magnitude)` and reads as its formula.
+adabelief   divide(ema(b1), root mean square of g - m)
+radam       divide(ema(b1), rms(b2) held back while it has no variance)
+adan        divide(ema(b1) + what the gradient changes by, rms(b3) of the gradient ahead)
 """
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
+import optax.contrib
 from jax.typing import DTypeLike
 from optax import GradientTransformation
 
-from jgd.arguments import Decay, Fraction, Mask, NonNegative, Number
-from jgd.combinators import expect, leafwise, quotient, safe_sqrt
-from jgd.optimizers.classic import adamw
-from jgd.pytree import as_pytree
-from jgd.rules import difference
-from jgd.transforms import (
-    ScaleByAdamState,
+from jgd.arguments import Decay, Mask, NonNegative, Number
+from jgd.arithmetic import formula, increment, quotient, safe_sqrt
+from jgd.combinators import (
+    Slot,
+    Slots,
     add,
-    add_decayed_weights,
-    bias_correction,
     chain,
     divide,
+    named,
+    remembering,
+    subtract,
+)
+from jgd.per_leaf import difference
+from jgd.pytree import as_pytree
+from jgd.transforms import (
+    BiasCorrectionState,
+    MovingAverageState,
+    add_decayed_weights,
+    bias_correction,
+    bias_weight,
+    count_slot,
+    decay_slots,
     ema,
     identity,
+    memory,
     moving_average,
-    named,
     nesterov_ema,
     rms,
     root,
     scale,
-    scale_by_adamax,
     scale_by_learning_rate,
     square,
-    subtract,
 )
-from jgd.words import BiasCorrectionState, MovingAverageState, memory, weights
+from jgd.trees import leafwise
 
 __all__ = [
     "adabelief",
-    "adamaxw",
     "adan",
     "ademamix",
-    "nadamw",
     "radam",
     "scale_by_adan",
     "scale_by_ademamix",
@@ -53,68 +63,11 @@ __all__ = [
 ]
 
 
-@as_pytree
-def nadamw(
-    learning_rate: Number,
-    b1: Decay = 0.9,
-    b2: Decay = 0.999,
-    eps: NonNegative = 1e-8,
-    eps_root: NonNegative = 0.0,
-    mu_dtype: DTypeLike | None = None,
-    weight_decay: Number = 1e-4,
-    mask: Mask | None = None,
-    *,
-    nesterov: bool = True,
-) -> GradientTransformation:
-    """NAdamW: NAdam with decoupled weight decay.
-
-        m^ = b1 m / (1 - b1^(t+1)) + (1 - b1) g / (1 - b1^t)
-        u  = -learning_rate (m^ / (sqrt(v^ + eps_root) + eps) + weight_decay p)
-
-    Args, State: as `adamw`, which `nesterov=False` is.
-    Differs from: PyTorch's NAdam with decoupled decay, whose b1 follows a schedule.
-    Source: Dozat 2016, algorithm 2; Loshchilov & Hutter 2019, arXiv:1711.05101.
-    """
-    return adamw(
-        learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov=nesterov
-    )
-
-
-@as_pytree
-def adamaxw(
-    learning_rate: Number,
-    b1: Decay = 0.9,
-    b2: Fraction = 0.999,
-    eps: NonNegative = 1e-8,
-    weight_decay: Number = 1e-4,
-    mask: Mask | None = None,
-) -> GradientTransformation:
-    """AdaMaxW: AdaMax with decoupled weight decay.
-
-        x <- max(b2 x, |g| + eps)
-        u = -learning_rate (m / (1 - b1^t) / x + weight_decay p)
-
-    Args:
-      learning_rate, b1, b2, eps: as `adamax`.
-      weight_decay: 1e-4 by default. May be a schedule.
-      mask: which leaves decay, as in `adamw`.
-
-    State: `ScaleByAdamaxState(count, mu, nu, log_b1)`, two trees.
-    Differs from: `adamax` on a loss with an L2 penalty, whose decay passes through the quotient.
-    Source: Kingma & Ba 2015, algorithm 2, arXiv:1412.6980; Loshchilov & Hutter 2019.
-    """
-    return chain(
-        scale_by_adamax(b1, b2, eps),
-        add_decayed_weights(weight_decay, mask),
-        scale_by_learning_rate(learning_rate),
-    )
-
-
 # --- rectified -------------------------------------------------------------------------------
 
 
 def rectification(decay: Any, count: Any, corrected: Any, threshold: Any) -> tuple[Any, Any]:
-    """Whether the variance of the magnitude has an estimate yet, and RAdam's r(t).
+    """Return whether the variance of the magnitude has an estimate yet, and RAdam's r(t).
 
     Args:
       corrected: 1 - decay^count.
@@ -128,19 +81,22 @@ def rectification(decay: Any, count: Any, corrected: Any, threshold: Any) -> tup
     return tractable, r
 
 
+@formula
+def _held_back(x: Any, tractable: Any, r: Any) -> Any:
+    return jnp.where(tractable, quotient(x, r), 1)
+
+
 @as_pytree
-def _rectified(decay: Decay, threshold: Number) -> GradientTransformation:
-    """A magnitude x / r(t), and 1 while its variance has no estimate: RAdam's gate."""
+def rectified(decay: Decay, threshold: Number, *, of: str) -> GradientTransformation:
+    """Magnitude x / r(t), and 1 while its variance has no estimate."""
 
-    def init(params: Any) -> Any:
-        return BiasCorrectionState(jnp.zeros([], jnp.int32), jnp.zeros([], float))
+    def apply(updates: Any, slots: Slots, _: Any) -> Any:
+        corrected = bias_weight(slots, decay, of)
+        gate = rectification(decay, slots.step("count", increment), corrected, threshold)
+        return leafwise(_held_back, updates, numbers=gate)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        corrected, _, state = weights(decay, expect(state, BiasCorrectionState))
-        tractable, r = rectification(decay, state.count, corrected, threshold)
-        return leafwise(lambda x: jnp.where(tractable, quotient(x, r), 1), updates), state
-
-    return GradientTransformation(init, update)
+    slots = count_slot(), *decay_slots(of)
+    return remembering(apply, BiasCorrectionState, {"count": "count"}, *slots)
 
 
 @as_pytree
@@ -155,13 +111,13 @@ def scale_by_radam(
 ) -> GradientTransformation:
     """Adam's quotient times r(t), and the debiased average alone while t is small: see `radam`.
 
-    State: `ScaleByAdamState(count, mu, nu, log_b1, log_b2)`, two trees and three scalars.
+    State: `optax.ScaleByAdamState(count, mu, nu)`, two trees and a scalar.
     Source: Liu et al. 2020, algorithm 2, arXiv:1908.03265.
     """
-    direction = nesterov_ema(b1) if nesterov else ema(b1)
-    magnitude = chain(rms(b2, eps, eps_root), _rectified(b2, threshold))
-    slots = "count mu log_b1 count nu log_b2 count log_b2"
-    return named(divide(direction, magnitude), record=ScaleByAdamState, slots=slots)
+    direction = (nesterov_ema if nesterov else ema)(b1, name="mu")
+    magnitude = chain(rms(b2, eps, eps_root, name="nu"), rectified(b2, threshold, of="nu"))
+    shared = ["count", "log_nu"]
+    return named(divide(direction, magnitude), record=optax.ScaleByAdamState, shared=shared)
 
 
 @as_pytree
@@ -185,7 +141,7 @@ def radam(
       learning_rate, b1, b2, eps, eps_root, nesterov: as `adam`. b2 above 0.6, or l stays below 5.
       threshold: of l, the degrees of freedom of the magnitude; above 4, 5 by default.
 
-    State: `ScaleByAdamState(count, mu, nu, log_b1, log_b2)`, two trees and three scalars.
+    State: `optax.ScaleByAdamState(count, mu, nu)`, two trees and a scalar.
     Differs from: `adam` with a warm-up, which it replaces; from PyTorch, whose eps is added before
       the bias correction.
     Source: Liu et al. 2020, algorithm 2, arXiv:1908.03265.
@@ -199,14 +155,9 @@ def radam(
 # --- other magnitudes ------------------------------------------------------------------------
 
 
-class ScaleByBeliefState(NamedTuple):
-    """State of `scale_by_belief`."""
-
-    count: jax.Array  # int32 scalar: steps so far
-    mu: Any  # like the parameters, at least float32
-    nu: Any
-    log_b1: jax.Array  # float32 scalars: means of log(b1) and log(b2)
-    log_b2: jax.Array
+@formula
+def _added(g: Any, s: Any, decay: Any, eps: Any) -> Any:
+    return decay * s + (1 - decay) * g + eps
 
 
 @as_pytree
@@ -220,15 +171,15 @@ def scale_by_belief(
 ) -> GradientTransformation:
     """m as Adam's, s <- b2 s + (1 - b2) (g - m)^2 + eps_root, and u = m^ / (sqrt(s^) + eps).
 
-    State: `ScaleByBeliefState(count, mu, nu, log_b1, log_b2)`, two trees and three scalars.
+    State: `optax.ScaleByBeliefState(count, mu, nu)`, two trees and a scalar.
     Source: Zhuang et al. 2020, algorithm 2, arXiv:2010.07468.
     """
-    direction = nesterov_ema(b1) if nesterov else ema(b1)
-    surprise = subtract(identity(), moving_average(b1))  # the same mu: it is stored once
-    spread = memory(MovingAverageState, lambda g, s: b2 * s + (1 - b2) * g + eps_root)
-    magnitude = chain(surprise, square(), spread, bias_correction(b2), root(eps))
-    slots = "count mu log_b1 mu nu count log_b2"
-    return named(divide(direction, magnitude), record=ScaleByBeliefState, slots=slots)
+    direction = (nesterov_ema if nesterov else ema)(b1, name="mu")
+    surprise = subtract(identity(), moving_average(b1, name="mu"))
+    spread = memory(MovingAverageState, _added, b2, eps_root, name="nu")
+    magnitude = chain(surprise, square(), spread, bias_correction(b2, of="nu"), root(eps))
+    shared = ["count", "mu"]
+    return named(divide(direction, magnitude), record=optax.ScaleByBeliefState, shared=shared)
 
 
 @as_pytree
@@ -251,7 +202,7 @@ def adabelief(
       eps: at least 0, outside the root; 1e-16 by default.
       eps_root: at least 0, added to s at each step, so that it grows to eps_root / (1 - b2).
 
-    State: `ScaleByBeliefState(count, mu, nu, log_b1, log_b2)`, two trees and three scalars.
+    State: `optax.ScaleByBeliefState(count, mu, nu)`, two trees and a scalar.
     Differs from: `adam`, whose steps are short where gradients are large and steady.
     Source: Zhuang et al. 2020, algorithm 2, arXiv:2010.07468.
     """
@@ -259,6 +210,11 @@ def adabelief(
         scale_by_belief(b1, b2, eps, eps_root, nesterov=nesterov),
         scale_by_learning_rate(learning_rate),
     )
+
+
+@formula
+def _toward(g: Any, v: Any, decay: Any) -> Any:
+    return v - (1 - decay) * jnp.sign(v - g) * g
 
 
 @as_pytree
@@ -271,17 +227,16 @@ def scale_by_yogi(
 ) -> GradientTransformation:
     """m as Adam's, v <- v - (1 - b2) sign(v - g^2) g^2, and u = m^ / (sqrt(v^ + eps_root) + eps).
 
-    State: `ScaleByAdamState(count, mu, nu, log_b1, log_b2)`, two trees and three scalars; both
+    State: `optax.ScaleByAdamState(count, mu, nu)`, two trees and a scalar; both
     trees start at `initial_accumulator_value`.
     Source: Zaheer et al. 2018, algorithm 2.
     """
     start = initial_accumulator_value
-    direction = chain(moving_average(b1, start), bias_correction(b1))
-    toward = lambda g, v: v - (1 - b2) * jnp.sign(v - g) * g
-    average = memory(MovingAverageState, toward, start)
-    magnitude = chain(square(), average, bias_correction(b2), root(eps, eps_root))
-    slots = "mu count log_b1 nu count log_b2"
-    return named(divide(direction, magnitude), record=ScaleByAdamState, slots=slots)
+    direction = chain(moving_average(b1, start, name="mu"), bias_correction(b1, of="mu"))
+    average = memory(MovingAverageState, _toward, b2, name="nu", start=start)
+    magnitude = chain(square(), average, bias_correction(b2, of="nu"), root(eps, eps_root))
+    quotient = divide(direction, magnitude)
+    return named(quotient, record=optax.ScaleByAdamState, shared=["count"])
 
 
 @as_pytree
@@ -297,7 +252,7 @@ def yogi(
       learning_rate, b1, b2: as `adam`.
       eps: at least 0, outside the root; 1e-3 by default.
 
-    State: `ScaleByAdamState(count, mu, nu, log_b1, log_b2)`, two trees and three scalars.
+    State: `optax.ScaleByAdamState(count, mu, nu)`, two trees and a scalar.
     Differs from: `adam`, whose v forgets a rare large gradient at the rate b2.
     Source: Zaheer et al. 2018, algorithm 2, NeurIPS 31; both averages start at 1e-6.
     """
@@ -311,13 +266,10 @@ class ScaleByAdanState(NamedTuple):
     """State of `scale_by_adan`."""
 
     count: jax.Array  # int32 scalar: steps so far
-    m: Any  # like the parameters, at least float32: averages of g, of g - g_old, of the square
-    v: Any
-    n: Any
-    g: Any  # the last gradient
-    log_b1: jax.Array  # float32 scalars: means of log(b1), log(b2), log(b3)
-    log_b2: jax.Array
-    log_b3: jax.Array
+    m: optax.Updates  # like the parameters, at least float32: average of g
+    v: optax.Updates  # average of g - g_old
+    n: optax.Updates  # average of (g + b2 (g - g_old))^2
+    g: optax.Updates  # the gradient of the step before
 
 
 @as_pytree
@@ -330,14 +282,14 @@ def scale_by_adan(
 ) -> GradientTransformation:
     """Adan's quotient: u = (m^ + b2 v^) / (sqrt(n^ + eps_root) + eps), see `adan`.
 
-    State: `ScaleByAdanState(count, m, v, n, g, ...)`, four trees and four scalars.
+    State: `ScaleByAdanState(count, m, v, n, g)`, four trees and a scalar.
     Source: Xie et al. 2022, algorithm 1, arXiv:2208.06677.
     """
-    direction = add(ema(b1), chain(difference(), ema(b2), scale(b2)))
-    ahead = add(identity(), chain(difference(), scale(b2)))
-    slots = "count m log_b1 count g count v log_b2 count g count n log_b3"
-    quotients = divide(direction, chain(ahead, rms(b3, eps, eps_root)))
-    return named(quotients, record=ScaleByAdanState, slots=slots)
+    change = difference(name="g")
+    direction = add(ema(b1, name="m"), chain(change, ema(b2, name="v"), scale(b2)))
+    ahead = add(identity(), chain(change, scale(b2)))
+    quotient = divide(direction, chain(ahead, rms(b3, eps, eps_root, name="n")))
+    return named(quotient, record=ScaleByAdanState, shared=["count", "g"])
 
 
 @as_pytree
@@ -365,7 +317,7 @@ def adan(
       weight_decay: decoupled; 0 by default.
       mask: which leaves decay, as in `adamw`.
 
-    State: `ScaleByAdanState(count, m, v, n, g, ...)`, four trees and four scalars.
+    State: `ScaleByAdanState(count, m, v, n, g)`, four trees and a scalar.
     Differs from: optax, which looks ahead by 1 - b2, 0.08, where the paper's 1 - beta2 is b2, 0.92;
       `nadam`, which looks ahead along m; from the paper, where the decay divides p.
     Source: Xie et al. 2022, algorithm 1, arXiv:2208.06677.
@@ -377,15 +329,16 @@ def adan(
     )
 
 
-class ScaleByAdemamixState(NamedTuple):
-    """State of `scale_by_ademamix`."""
+@as_pytree
+def _counted(*, name: str) -> GradientTransformation:
+    """Count the steps under another name, as optax's state has it."""
 
-    count: jax.Array  # int32 scalar: steps so far
-    m1: Any  # like the parameters, at least float32: the fast and the slow average
-    m2: Any
-    nu: Any
-    log_b1: jax.Array  # float32 scalars: means of log(b1) and log(b2)
-    log_b2: jax.Array
+    def apply(updates: Any, slots: Slots, _: Any) -> Any:
+        slots.step(name, increment)
+        return updates
+
+    zero = Slot(name, lambda _: jnp.zeros([], jnp.int32))
+    return remembering(apply, BiasCorrectionState, {"count": name}, zero)
 
 
 @as_pytree
@@ -400,14 +353,15 @@ def scale_by_ademamix(
 ) -> GradientTransformation:
     """u = (m1^ + alpha m2) / (sqrt(v^ + eps_root) + eps): see `ademamix`.
 
-    State: `ScaleByAdemamixState(count, m1, m2, nu, log_b1, log_b2)`, three trees and three scalars.
+    State: `optax.contrib.ScaleByAdemamixState(count, count_m2, m1, m2, nu)`, three trees
+    and two scalars.
     Source: Pagliardini, Ablin & Grangier 2024, algorithm 1, arXiv:2409.03137.
     """
-    slow = chain(moving_average(b3, accumulator_dtype=mu_dtype), scale(alpha))
-    direction = add(ema(b1, accumulator_dtype=mu_dtype), slow)
-    slots = "count m1 log_b1 m2 count nu log_b2"
-    quotients = divide(direction, rms(b2, eps, eps_root))
-    return named(quotients, record=ScaleByAdemamixState, slots=slots)
+    average = moving_average(b3, accumulator_dtype=mu_dtype, name="m2")
+    slow = chain(average, _counted(name="count_m2"), scale(alpha))
+    direction = add(ema(b1, accumulator_dtype=mu_dtype, name="m1"), slow)
+    quotient = divide(direction, rms(b2, eps, eps_root, name="nu"))
+    return named(quotient, record=optax.contrib.ScaleByAdemamixState, shared=["count"])
 
 
 @as_pytree
@@ -436,7 +390,8 @@ def ademamix(
       weight_decay: decoupled; 0 by default.
       mask: which leaves decay, as in `adamw`.
 
-    State: `ScaleByAdemamixState(count, m1, m2, nu, log_b1, log_b2)`, three trees and three scalars.
+    State: `optax.contrib.ScaleByAdemamixState(count, count_m2, m1, m2, nu)`, three trees
+    and two scalars.
     Differs from: optax, whose mu_dtype is that of v too (in bfloat16, 0.999 v is v).
     Source: Pagliardini, Ablin & Grangier 2024, algorithm 1, arXiv:2409.03137.
     """

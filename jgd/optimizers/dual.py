@@ -5,15 +5,17 @@ Both rules compute where the parameters ought to be and step there, whatever the
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
+import optax
+import optax.contrib
 from optax import GradientTransformation
 
 from jgd.arguments import Decay, NonNegative, Number, Positive
-from jgd.combinators import abs_square, quotient
+from jgd.arithmetic import abs_square, quotient
+from jgd.combinators import chain
+from jgd.per_leaf import per_leaf, real
 from jgd.pytree import as_pytree
-from jgd.rules import per_leaf, real
-from jgd.transforms import add_decayed_weights, chain
+from jgd.transforms import add_decayed_weights
 
 __all__ = ["ftrl", "madgrad", "scale_by_madgrad"]
 
@@ -70,22 +72,13 @@ def ftrl(
     return per_leaf(rule, FtrlState, sum_of_squares=start)
 
 
-class MadgradState(NamedTuple):
-    """State of `scale_by_madgrad`."""
-
-    count: jax.Array  # int32 scalar: steps so far
-    grad_sum_sq: Any  # like the parameters, at least float32: weighted sums of g^2 and of g
-    s: Any
-    x0: Any  # the first parameters
-
-
 @as_pytree
 def scale_by_madgrad(
     learning_rate: Number, momentum: Decay = 0.9, eps: NonNegative = 1e-6
 ) -> GradientTransformation:
     """MADGRAD without weight decay: see `madgrad`. It descends by itself.
 
-    State: `MadgradState(count, grad_sum_sq, s, x0)`, three trees and one scalar.
+    State: `optax.contrib.MadgradState(count, grad_sum_sq, s, x0)`, three trees and one scalar.
     Source: Defazio & Jelassi 2021, algorithm 1, arXiv:2101.11075.
     """
 
@@ -102,7 +95,7 @@ def scale_by_madgrad(
         z = x0 - quotient(s, cube_root(jnp.real(grad_sum_sq)) + eps)
         return (1 - momentum) * (z - p), grad_sum_sq, s, x0
 
-    return per_leaf(rule, MadgradState, x0=jnp.copy)
+    return per_leaf(rule, optax.contrib.MadgradState, x0=jnp.copy)
 
 
 @as_pytree
@@ -123,7 +116,7 @@ def madgrad(
       weight_decay: an L2 penalty: weight_decay p is added to the gradient; 0 by default.
       eps: at least 0, in both places; 1e-6 by default.
 
-    State: `MadgradState(count, grad_sum_sq, s, x0)`, three trees and one scalar.
+    State: `optax.contrib.MadgradState(count, grad_sum_sq, s, x0)`, three trees and one scalar.
     Raises: ValueError in `update` if no parameters are given.
     Differs from: `adagrad`, whose root is square and which starts from where it is.
     Source: Defazio & Jelassi 2021, algorithm 1, arXiv:2101.11075.

@@ -7,39 +7,31 @@ by the product of row and column means.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.typing import DTypeLike
 from optax import GradientTransformation
 
 from jgd.arguments import Decay, Fraction, Mask, NonNegative, Number, Positive, Structure
-from jgd.combinators import abs_square, quotient, safe_sqrt
+from jgd.arithmetic import abs_square, quotient, safe_sqrt
+from jgd.combinators import chain, named
 from jgd.norms import rms_norm, scale_by_param_block_rms
+from jgd.per_leaf import per_leaf
 from jgd.pytree import as_pytree
-from jgd.rules import per_leaf
 from jgd.transforms import (
     add_decayed_weights,
-    chain,
     ema,
     moving_average,
-    named,
+    pointwise,
     scale,
     scale_by_learning_rate,
 )
-from jgd.words import pointwise
 
 __all__ = ["adafactor", "scale_by_factored_rms", "scale_by_sm3", "sm3"]
 
 
 # --- SM3 -------------------------------------------------------------------------------------
-
-
-class ScaleBySM3State(NamedTuple):
-    """State of `scale_by_sm3`."""
-
-    mu: Any  # for each parameter array, one vector per axis
-    nu: Any  # like the parameters, at least float32
 
 
 def _real_dtype(p: Any) -> Any:
@@ -72,7 +64,7 @@ def scale_by_sm3(
       b2: in [0, 1]; below 1 the bound forgets, and g^2 enters with weight 1 - b2.
       eps: at least 0, inside the root.
 
-    State: `ScaleBySM3State(mu, nu)`, one tree, and one vector for each axis of each leaf.
+    State: `optax.ScaleBySM3State(mu, nu)`, one tree, and one vector for each axis of each leaf.
     Source: Anil et al. 2019, algorithm SM3-II, arXiv:1901.11150.
     """
     new = jnp.where(b2 == 1, 1, 1 - b2)
@@ -91,8 +83,8 @@ def scale_by_sm3(
         lengths = [[n] for n in p.shape] if p.ndim > 1 else [p.shape]
         return [jnp.zeros(shape, _real_dtype(p)) for shape in lengths]
 
-    tx = chain(per_leaf(rule, _CoverState, mu=zeros), moving_average(b1))
-    return named(tx, record=ScaleBySM3State, slots="mu nu")
+    tx = chain(per_leaf(rule, _CoverState, mu=zeros), moving_average(b1, name="nu"))
+    return named(tx, record=optax.ScaleBySM3State)
 
 
 @as_pytree
@@ -106,7 +98,7 @@ def sm3(learning_rate: Number, momentum: Decay = 0.9) -> GradientTransformation:
       learning_rate: the step, above 0 to descend. May be a schedule.
       momentum: in [0, 1), of the average of the quotients; 0.9 by default.
 
-    State: `ScaleBySM3State(mu, nu)`, one tree, and one vector for each axis of each leaf.
+    State: `optax.ScaleBySM3State(mu, nu)`, one tree, and one vector for each axis of each leaf.
     Differs from: `adagrad`, whose sum it bounds from above; `adafactor`, which forgets.
     Source: Anil et al. 2019, algorithm SM3-II, arXiv:1901.11150; eps = 1e-8.
     """
@@ -114,15 +106,6 @@ def sm3(learning_rate: Number, momentum: Decay = 0.9) -> GradientTransformation:
 
 
 # --- Adafactor -------------------------------------------------------------------------------
-
-
-class FactoredState(NamedTuple):
-    """State of `scale_by_factored_rms`. A memory that a leaf has no use for has shape (1,)."""
-
-    count: jax.Array  # int32 scalar: steps so far
-    v_row: Any  # average squares over the largest axis, and over the second largest
-    v_col: Any
-    v: Any  # like the leaves that are not factored
 
 
 def _decay_rate_pow(i: Any, exponent: Any = 0.8) -> Any:
@@ -157,7 +140,7 @@ def scale_by_factored_rms(
       decay_rate_fn: (steps so far - step_offset, decay_rate) -> the decay of this step; by default
         1 - (i + 1)^-decay_rate, so that the first step forgets everything before.
 
-    State: `FactoredState(count, v_row, v_col, v)`: for each leaf one tree's worth, or one row and
+    State: `optax.FactoredState(count, v_row, v_col, v)`: for each leaf one tree's worth, or one row and
       one column.
     Source: Shazeer & Stern 2018, algorithm 4, arXiv:1804.04235.
     """
@@ -194,7 +177,7 @@ def scale_by_factored_rms(
         v_col=mean_over(0),
         v=lambda p: unused(p) if axes(p) else jnp.zeros_like(p, dtype=_real_dtype(p)),
     )
-    return per_leaf(rule, FactoredState, **start)
+    return per_leaf(rule, optax.FactoredState, **start)
 
 
 @as_pytree
@@ -235,7 +218,7 @@ def adafactor(
       factored: False keeps all of v, as Adam.
       weight_decay_mask: which leaves decay, as in `adamw`.
 
-    State: `FactoredState(count, v_row, v_col, v)`: a row and a column for each factored leaf, one
+    State: `optax.FactoredState(count, v_row, v_col, v)`: a row and a column for each factored leaf, one
       tree's worth for the others; one tree more with momentum.
     Raises: ValueError in `update` if no parameters are given and they are needed.
     Differs from: Keras and PyTorch, which factor the last two axes and take min(learning_rate,

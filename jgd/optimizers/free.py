@@ -4,12 +4,13 @@ Polyak's step divides by the squared norm of the gradient what is left of the lo
 estimate how far the parameters have to go. Norms are over the whole tree.
 """
 
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 from jax.typing import DTypeLike
 from optax import GradientTransformation
 
@@ -18,35 +19,28 @@ from jgd.arguments import (
     Decay,
     Decays,
     Fraction,
-    Kind,
     Mask,
     Mixing,
     NonNegative,
     Number,
     NumberOrSchedule,
+    NumbersKind,
     Positive,
-    unwrap,
 )
-from jgd.combinators import (
+from jgd.arithmetic import (
     abs_square,
-    expect,
     increment,
-    leafwise,
+    one_minus_power,
     quotient,
     safe_sqrt,
-    with_params,
 )
-from jgd.optimizers.classic import sgd
+from jgd.combinators import chain
+from jgd.nodes import unwrap
+from jgd.optimizers.classic import scale_by_rms, sgd
 from jgd.pytree import as_pytree
 from jgd.schedules import warmup_constant_schedule
-from jgd.transforms import (
-    add_decayed_weights,
-    chain,
-    identity,
-    scale_by_learning_rate,
-    scale_by_rms,
-)
-from jgd.words import below_one
+from jgd.transforms import add_decayed_weights, identity, scale_by_learning_rate
+from jgd.trees import check_state, leafwise, like, with_params
 from jgd.wrappers import schedule_free
 
 __all__ = [
@@ -62,7 +56,7 @@ __all__ = [
 
 
 def _square(tree: Any) -> Any:
-    """The squared norm of a whole tree."""
+    """Return the squared norm of a whole tree."""
     return sum((jnp.sum(abs_square(x)) for x in jax.tree.leaves(tree)), jnp.zeros([], float))
 
 
@@ -154,21 +148,10 @@ def _is_first_step(pair: Any) -> bool:
 
 InitStep = Annotated[
     Any,
-    Kind(
-        "numbers",
-        "'distance', 'learning_rate' or 'heuristic' and a number, at least 0",
-        _is_first_step,
+    NumbersKind(
+        "'distance', 'learning_rate' or 'heuristic' and a number, at least 0", _is_first_step
     ),
 ]
-
-
-class DoGState(NamedTuple):
-    """State of `dog`."""
-
-    is_init_step: jax.Array  # bool scalar
-    init_params: Any  # the first parameters
-    max_dist: jax.Array  # float32 scalars
-    sum_sq_norm_grads: jax.Array
 
 
 @as_pytree
@@ -182,18 +165,19 @@ def _scale_by_dog(init_step: InitStep, eps: NonNegative) -> GradientTransformati
             "learning_rate": 0.0,
         }[kind]
         first = jax.tree.map(jnp.copy, params)
-        return DoGState(jnp.array(True), first, jnp.asarray(reach, float), jnp.zeros([], float))
+        return optax.contrib.DoGState(
+            jnp.array(True), first, jnp.asarray(reach, float), jnp.zeros([], float)
+        )
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        is_first, first, reach, total = expect(state, DoGState)
+        is_first, first, reach, total = check_state(state, optax.contrib.DoGState)
         distance = safe_sqrt(_square(_difference(with_params(params), first)))
         reach, total = jnp.maximum(reach, distance), total + _square(updates)
         rate = quotient(reach, safe_sqrt(total + eps))
         if kind == "learning_rate":
             rate = jnp.where(is_first, value, rate)
-        return leafwise(lambda g, _: rate * g, updates, params), DoGState(
-            jnp.array(False), first, reach, total
-        )
+        new = optax.contrib.DoGState(jnp.array(False), first, reach, total)
+        return leafwise(lambda g, _: rate * g, updates, params), like(new, state)
 
     return GradientTransformation(init, update)
 
@@ -219,7 +203,7 @@ def dog(
       weight_decay: an L2 penalty: weight_decay p is added to the gradient; None (default): none.
       mask: which leaves decay, as in `adamw`.
 
-    State: `DoGState(is_init_step, init_params, max_dist, sum_sq_norm_grads)`, one tree, two scalars
+    State: `optax.contrib.DoGState(is_init_step, init_params, max_dist, sum_sq_norm_grads)`, one tree, two scalars
       and a bool.
     Raises: ValueError in `update` if no parameters are given.
     Differs from: `dowg`, which weighs gradients by the distance at which they were seen. The paper
@@ -233,26 +217,19 @@ def dog(
     )
 
 
-class DoWGState(NamedTuple):
-    """State of `dowg`."""
-
-    init_params: Any  # the first parameters
-    weighted_sq_norm_grads: jax.Array  # float32 scalars
-    estim_sq_dist: jax.Array
-
-
 @as_pytree
 def _scale_by_dowg(start: NonNegative, eps: NonNegative) -> GradientTransformation:
     def init(params: Any) -> Any:
         first = jax.tree.map(jnp.copy, params)
-        return DoWGState(first, jnp.zeros([], float), jnp.asarray(start, float))
+        return optax.contrib.DoWGState(first, jnp.zeros([], float), jnp.asarray(start, float))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        first, total, reach = expect(state, DoWGState)
+        first, total, reach = check_state(state, optax.contrib.DoWGState)
         reach = jnp.maximum(reach, _square(_difference(with_params(params), first)))
         total = total + reach * _square(updates)
         rate = quotient(reach, safe_sqrt(total) + eps)
-        return leafwise(lambda g, _: rate * g, updates, params), DoWGState(first, total, reach)
+        new = optax.contrib.DoWGState(first, total, reach)
+        return leafwise(lambda g, _: rate * g, updates, params), like(new, state)
 
     return GradientTransformation(init, update)
 
@@ -276,7 +253,7 @@ def dowg(
       eps: at least 0, outside the root; 1e-4 by default.
       weight_decay, mask: as `dog`.
 
-    State: `DoWGState(init_params, weighted_sq_norm_grads, estim_sq_dist)`, one tree and two
+    State: `optax.contrib.DoWGState(init_params, weighted_sq_norm_grads, estim_sq_dist)`, one tree and two
       scalars.
     Raises: ValueError in `update` if no parameters are given.
     Differs from: `dog`.
@@ -294,20 +271,7 @@ def dowg(
 
 def _corrected_rate(count: Any, b1: Any, b2: Any) -> Any:
     """sqrt(1 - b2^t) / (1 - b1^t), Adam's two corrections as one factor of the rate."""
-    log = lambda b: jnp.log(jnp.maximum(b, jnp.finfo(b.dtype).tiny))
-    weight = lambda b: below_one(b, count, count * log(b))
-    return jnp.sqrt(weight(b2)) / weight(b1)
-
-
-class DAdaptAdamWState(NamedTuple):
-    """State of `dadapt_adamw`."""
-
-    exp_avg: Any  # like the parameters, at least float32
-    exp_avg_sq: Any
-    grad_sum: Any
-    estim_lr: jax.Array  # float32 scalars
-    numerator_weighted: jax.Array
-    count: jax.Array  # int32 scalar: steps so far
+    return jnp.sqrt(one_minus_power(b2, count)) / one_minus_power(b1, count)
 
 
 @as_pytree
@@ -332,7 +296,7 @@ def dadapt_adamw(
       estim_lr0: above 0, what d starts from, below the solution's distance; 1e-6 by default.
       weight_decay: decoupled; 0 by default.
 
-    State: `DAdaptAdamWState(exp_avg, exp_avg_sq, grad_sum, ...)`, three trees and three scalars.
+    State: `optax.contrib.DAdaptAdamWState(exp_avg, exp_avg_sq, grad_sum, ...)`, three trees and three scalars.
     Raises: ValueError in `update` if no parameters are given.
     Differs from: `prodigy`, whose estimate grows faster.
     Source: Defazio & Mishchenko 2023, algorithm 5, arXiv:2301.07733.
@@ -343,10 +307,10 @@ def dadapt_adamw(
     def init(params: Any) -> Any:
         zeros = lambda: jax.tree.map(jnp.zeros_like, params)
         start = jnp.asarray(estim_lr0, float), jnp.zeros([], float), jnp.zeros([], jnp.int32)
-        return DAdaptAdamWState(zeros(), zeros(), zeros(), *start)
+        return optax.contrib.DAdaptAdamWState(zeros(), zeros(), zeros(), *start)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        m, v, s, d, r, count = expect(state, DAdaptAdamWState)
+        m, v, s, d, r, count = check_state(state, optax.contrib.DAdaptAdamWState)
         count = increment(count)
         k = d * learning_rate * _corrected_rate(count, b1, b2)
         scaled = leafwise(lambda s, v: quotient(s, safe_sqrt(v) + eps), s, v)
@@ -358,21 +322,9 @@ def dadapt_adamw(
         rule = lambda _, m, v, p: -quotient(m, safe_sqrt(v) + eps) - weight_decay * k * p
         new_updates = leafwise(rule, updates, m, v, with_params(params))
         d = jnp.maximum(d, quotient(r, (1 - c) * size))
-        return new_updates, DAdaptAdamWState(m, v, s, d, r, count)
+        return new_updates, like(optax.contrib.DAdaptAdamWState(m, v, s, d, r, count), state)
 
     return GradientTransformation(init, update)
-
-
-class ProdigyState(NamedTuple):
-    """State of `prodigy`."""
-
-    exp_avg: Any  # like the parameters, at least float32
-    exp_avg_sq: Any
-    grad_sum: Any
-    params0: Any  # the first parameters
-    estim_lr: jax.Array  # float32 scalars
-    numerator_weighted: jax.Array
-    count: jax.Array  # int32 scalar: steps so far
 
 
 @as_pytree
@@ -404,7 +356,7 @@ def prodigy(
       weight_decay: decoupled; 0 by default.
       safeguard_warmup: True takes d for k in s, so that a warm-up does not raise the estimate.
 
-    State: `ProdigyState(exp_avg, exp_avg_sq, grad_sum, params0, ...)`, four trees and three
+    State: `optax.contrib.ProdigyState(exp_avg, exp_avg_sq, grad_sum, params0, ...)`, four trees and three
       scalars.
     Raises: ValueError in `update` if no parameters are given.
     Differs from: `dadapt_adamw`, which needs no p0.
@@ -417,10 +369,10 @@ def prodigy(
         zeros = lambda: jax.tree.map(jnp.zeros_like, params)
         first = jax.tree.map(jnp.copy, params)
         start = jnp.asarray(estim_lr0, float), jnp.zeros([], float), jnp.zeros([], jnp.int32)
-        return ProdigyState(zeros(), zeros(), zeros(), first, *start)
+        return optax.contrib.ProdigyState(zeros(), zeros(), zeros(), first, *start)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        m, v, s, first, d, r, count = expect(state, ProdigyState)
+        m, v, s, first, d, r, count = check_state(state, optax.contrib.ProdigyState)
         count = increment(count)
         k = d * learning_rate * _corrected_rate(count, b1, b2)
         covered = _difference(first, with_params(params))
@@ -434,7 +386,7 @@ def prodigy(
         decayed = lambda m, v, p: quotient(m, safe_sqrt(v) + d * eps) + weight_decay * p
         rule = lambda _, m, v, p: -k * decayed(m, v, p)
         new_updates = leafwise(rule, updates, m, v, params)
-        return new_updates, ProdigyState(m, v, s, first, d, r, count)
+        return new_updates, like(optax.contrib.ProdigyState(m, v, s, first, d, r, count), state)
 
     return GradientTransformation(init, update)
 

@@ -10,25 +10,20 @@ import jax.numpy as jnp
 from optax import GradientTransformation
 
 from jgd.arguments import Decay, Fraction, NonNegative, Number, Period, Structure
-from jgd.combinators import (
-    abs_square,
-    expect,
-    increment,
-    quotient,
-    safe_sqrt,
-)
+from jgd.arithmetic import abs_square, increment, quotient, safe_sqrt
+from jgd.combinators import Plain, Slots, chain, named, remembering
 from jgd.linear_algebra import eigenvectors, inverse_root, orthonormal
+from jgd.per_leaf import per_leaf
 from jgd.pytree import as_pytree
-from jgd.rules import per_leaf
 from jgd.transforms import (
-    chain,
+    bias_weight,
+    count_slot,
+    decay_slots,
     identity,
-    named,
     scale,
     scale_by_learning_rate,
     scale_by_momentum,
 )
-from jgd.words import BiasCorrectionState, weights
 
 __all__ = ["scale_by_shampoo", "scale_by_soap", "shampoo", "soap"]
 
@@ -123,8 +118,6 @@ class SoapState(NamedTuple):
     nu: Any
     preconditioners: Any  # for each parameter array, a square matrix per axis that is rotated
     bases: Any  # their approximate eigenvectors
-    log_b1: jax.Array  # float32 scalars: means of log(b1) and log(b2)
-    log_b2: jax.Array
 
 
 class _SoapLeaves(NamedTuple):
@@ -151,8 +144,8 @@ def scale_by_soap(
 ) -> GradientTransformation:
     """Adam in the eigenbases of Shampoo's preconditioners: see `soap`.
 
-    State: `SoapState(count, mu, nu, preconditioners, bases, log_b1, log_b2)`, two trees, three
-      scalars, and two square matrices for each axis that is rotated.
+    State: `SoapState(count, mu, nu, preconditioners, bases)`, two trees, a scalar, and two
+      square matrices for each axis that is rotated.
     Source: Vyas et al. 2024, algorithm 3, arXiv:2409.11321.
     """
     beta = b2 if shampoo_beta is None else shampoo_beta
@@ -185,7 +178,7 @@ def scale_by_soap(
             new.append(orthonormal(h @ jnp.take(basis, order, 1)))
         return into(out_of(mu, bases), new), nu, tuple(new)
 
-    def one_step(count: Any, c1: Any, c2: Any) -> GradientTransformation:
+    def one_step(count: Any, c1: Any, c2: Any) -> Plain:
         first = count == 1
         refresh = jnp.mod(count - 1, precondition_frequency) == 0
 
@@ -212,23 +205,16 @@ def scale_by_soap(
 
         return per_leaf(rule, _SoapLeaves, preconditioners=squares, bases=squares)
 
-    def init(params: Any) -> Any:
-        zeros = lambda: jnp.zeros([], float)  # each its own buffer
-        leaves: Any = one_step(1, 1.0, 1.0).init(params)
-        count = jnp.zeros([], jnp.int32)
-        return SoapState(count, **leaves._asdict(), log_b1=zeros(), log_b2=zeros())
+    def apply(updates: Any, slots: Slots, params: Any) -> Any:
+        count = slots.step("count", increment)
+        t = jnp.maximum(count - 1, 1)  # the first call takes no step
+        c1, c2 = (bias_weight(slots, decay, of, count=t) for decay, of in ((b1, "mu"), (b2, "nu")))
+        return one_step(count, c1, c2).update(updates, slots, params)[0]
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        count, *memories, log_b1, log_b2 = expect(state, SoapState)
-        steps = jnp.maximum(count - 1, 0)
-        c1, _, (_, log_b1) = weights(b1, BiasCorrectionState(steps, log_b1))
-        c2, _, (_, log_b2) = weights(b2, BiasCorrectionState(steps, log_b2))
-        count = increment(count)
-        moved: Any = one_step(count, c1, c2).update(updates, _SoapLeaves(*memories), params)
-        updates, leaves = moved
-        return updates, SoapState(count, **leaves._asdict(), log_b1=log_b1, log_b2=log_b2)
-
-    return GradientTransformation(init, update)
+    leaves = one_step(1, 1.0, 1.0).slots or ()
+    fields = {field: field for field in SoapState._fields}
+    slots = count_slot(), *leaves, *decay_slots("mu", "nu")
+    return remembering(apply, SoapState, fields, *slots)
 
 
 @as_pytree
@@ -261,8 +247,8 @@ def soap(
       max_precond_dim: longer axes are not rotated; 10,000 by default.
       precondition_1d: True rotates vectors too.
 
-    State: `SoapState(count, mu, nu, preconditioners, bases, log_b1, log_b2)`, two trees, three
-      scalars, and two square matrices for each axis that is rotated. The first call looks only: its
+    State: `SoapState(count, mu, nu, preconditioners, bases)`, two trees, a scalar, and two
+      square matrices for each axis that is rotated. The first call looks only: its
       update is 0.
     Raises: ValueError in `update` if no parameters are given.
     Differs from: `shampoo`, which has no memory of signs; `adam`, which it is for vectors. Under
@@ -286,4 +272,4 @@ def soap(
         scale(-learning_rate),
         per_leaf(decay, _CountState),
     )
-    return named(tx, record=SoapState, slots=" ".join([*SoapState._fields, "count"]))
+    return named(tx, record=SoapState, shared=["count"])

@@ -13,15 +13,14 @@ from jax.typing import DTypeLike
 from optax import GradientTransformation
 
 from jgd.arguments import Decay, Fraction, Mask, NonNegative, Number
-from jgd.combinators import abs_square, quotient, safe_sqrt
+from jgd.arithmetic import abs_square, quotient, safe_sqrt
+from jgd.combinators import chain, named
 from jgd.norms import scale_by_trust_ratio
+from jgd.optimizers.moments import scale_by_adam
+from jgd.per_leaf import per_leaf
 from jgd.pytree import as_pytree
-from jgd.rules import per_leaf
 from jgd.transforms import (
     add_decayed_weights,
-    chain,
-    named,
-    scale_by_adam,
     scale_by_learning_rate,
     scale_by_momentum,
     trace,
@@ -62,7 +61,7 @@ def lars(
       momentum: in [0, 1]; 0.9 by default.
       nesterov: look ahead.
 
-    State: `TraceState(trace)`, one tree.
+    State: `optax.TraceState(trace)`, one tree.
     Raises: ValueError in `update` if no parameters are given.
     Differs from: `lamb`, whose direction is Adam's; the learning rate is inside the velocity.
       Layers that are scanned over, in one array, want `per_layer`.
@@ -98,7 +97,7 @@ def lamb(
       weight_decay: inside the trust ratio; 0 by default. May be a schedule.
       mask: which leaves decay, as in `adamw`.
 
-    State: `ScaleByAdamState(count, mu, nu, log_b1, log_b2)`, two trees and three scalars.
+    State: `optax.ScaleByAdamState(count, mu, nu)`, two trees and a scalar.
     Raises: ValueError in `update` if no parameters are given.
     Differs from: Keras, whose decay is outside the ratio. Layers that are scanned over, in one
       array, want `per_layer`.
@@ -136,14 +135,6 @@ def fromage(learning_rate: Number, min_norm: NonNegative = 1e-6) -> GradientTran
     )
 
 
-class ScaleByNovogradState(NamedTuple):
-    """State of `scale_by_novograd`."""
-
-    count: jax.Array  # int32 scalar: steps so far
-    mu: Any  # like the parameters, at least float32
-    nu: Any  # one scalar for each parameter array
-
-
 class _LayerRmsState(NamedTuple):
     count: jax.Array
     nu: Any
@@ -160,7 +151,7 @@ def scale_by_novograd(
 ) -> GradientTransformation:
     """Momentum of gradients over the norm of their layer's gradients: see `novograd`.
 
-    State: `ScaleByNovogradState(count, mu, nu)`, one tree, and one scalar for each leaf.
+    State: `optax.ScaleByNovogradState(count, mu, nu)`, one tree, and one scalar for each leaf.
     Source: Ginsburg et al. 2019, algorithm 1, arXiv:1905.11286.
     """
 
@@ -173,9 +164,9 @@ def scale_by_novograd(
     tx = chain(
         per_leaf(rule, _LayerRmsState, nu=one_per_leaf),
         add_decayed_weights(weight_decay),
-        scale_by_momentum(b1, accumulator_dtype=mu_dtype),
+        scale_by_momentum(b1, accumulator_dtype=mu_dtype, name="mu"),
     )
-    return named(tx, record=ScaleByNovogradState, slots="count nu mu")
+    return named(tx, record=optax.ScaleByNovogradState)
 
 
 @as_pytree
@@ -199,7 +190,7 @@ def novograd(
       eps, eps_root: at least 0, outside and inside the root; 1e-6 and 0 by default.
       weight_decay: inside the momentum; 0 by default.
 
-    State: `ScaleByNovogradState(count, mu, nu)`, one tree, and one scalar for each leaf.
+    State: `optax.ScaleByNovogradState(count, mu, nu)`, one tree, and one scalar for each leaf.
     Raises: ValueError in `update` if no parameters are given.
     Differs from: `lars`, whose ratio has the weights' norm in it.
     Source: Ginsburg et al. 2019, algorithm 1, arXiv:1905.11286.

@@ -9,25 +9,22 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.typing import DTypeLike
 from optax import GradientTransformation
 
 from jgd.arguments import Decay, Mask, NonNegative, Number
-from jgd.combinators import abs_square, quotient, safe_sqrt
+from jgd.arithmetic import abs_square, quotient, safe_sqrt
+from jgd.combinators import chain, divide, named, with_nesterov
+from jgd.per_leaf import per_leaf
 from jgd.pytree import as_pytree
-from jgd.rules import per_leaf
 from jgd.transforms import (
-    ScaleByAdamState,
     add_decayed_weights,
-    chain,
-    divide,
     ema,
     identity,
     moving_average,
-    named,
     rms,
     scale_by_learning_rate,
-    with_nesterov,
 )
 
 __all__ = [
@@ -46,12 +43,11 @@ def scale_by_laprop(
 ) -> GradientTransformation:
     """v as Adam's, m <- b1 m + (1 - b1) g / (sqrt(v^) + eps), and u = m^.
 
-    State: `ScaleByAdamState(count, mu, nu, log_b1, log_b2)`, two trees and three scalars.
+    State: `optax.ScaleByAdamState(count, mu, nu)`, two trees and a scalar.
     Source: Ziyin, Wang & Ueda 2020, algorithm 1, arXiv:2002.04839.
     """
-    slots = "count nu log_b2 count mu log_b1"
-    tx = chain(divide(identity(), rms(b2, eps)), ema(b1))
-    return named(tx, record=ScaleByAdamState, slots=slots)
+    tx = chain(divide(identity(), rms(b2, eps, name="nu")), ema(b1, name="mu"))
+    return named(tx, record=optax.ScaleByAdamState, shared=["count"])
 
 
 @as_pytree
@@ -74,7 +70,7 @@ def laprop(
       weight_decay: decoupled; 0 by default. May be a schedule.
       mask: which leaves decay, as in `adamw`.
 
-    State: `ScaleByAdamState(count, mu, nu, log_b1, log_b2)`, two trees and three scalars.
+    State: `optax.ScaleByAdamState(count, mu, nu)`, two trees and a scalar.
     Differs from: `adam`, which divides the average, and not each gradient, by the magnitude of now.
     Source: Ziyin, Wang & Ueda 2020, algorithm 1, arXiv:2002.04839.
     """
@@ -83,6 +79,14 @@ def laprop(
         add_decayed_weights(weight_decay, mask),
         scale_by_learning_rate(learning_rate),
     )
+
+
+class ScaleByAdoptState(NamedTuple):
+    """State of `scale_by_adopt`."""
+
+    count: jax.Array  # int32 scalar: steps so far
+    mu: Any  # like the parameters, at least float32
+    nu: Any
 
 
 class _AdoptState(NamedTuple):
@@ -122,18 +126,9 @@ def scale_by_adopt(
             first, 1, 1 - b2
         ) * abs_square(g)
 
-    average = moving_average(b1, accumulator_dtype=mu_dtype)
+    average = moving_average(b1, accumulator_dtype=mu_dtype, name="mu")
     average = with_nesterov(average) if nesterov else average
-    tx = chain(per_leaf(rule, _AdoptState), average)
-    return named(tx, record=ScaleByAdoptState, slots="count nu mu")
-
-
-class ScaleByAdoptState(NamedTuple):
-    """State of `scale_by_adopt`."""
-
-    count: jax.Array  # int32 scalar: steps so far
-    mu: Any  # like the parameters, at least float32
-    nu: Any
+    return named(chain(per_leaf(rule, _AdoptState), average), record=ScaleByAdoptState)
 
 
 @as_pytree
@@ -177,18 +172,11 @@ def adopt(
     return chain(direction, scale_by_learning_rate(learning_rate))
 
 
-class ScaleByAdaDeltaState(NamedTuple):
-    """State of `scale_by_adadelta`."""
-
-    e_g: Any  # like the parameters, at least float32: average squares of gradients and of steps
-    e_x: Any
-
-
 @as_pytree
 def scale_by_adadelta(rho: Decay = 0.9, eps: NonNegative = 1e-6) -> GradientTransformation:
     """u = sqrt(e_x + eps) / sqrt(e_g + eps) g, for average squares of g and of u: see `adadelta`.
 
-    State: `ScaleByAdaDeltaState(e_g, e_x)`, two trees.
+    State: `optax.ScaleByAdaDeltaState(e_g, e_x)`, two trees.
     Source: Zeiler 2012, algorithm 1, arXiv:1212.5701.
     """
 
@@ -197,7 +185,7 @@ def scale_by_adadelta(rho: Decay = 0.9, eps: NonNegative = 1e-6) -> GradientTran
         u = quotient(safe_sqrt(e_x + eps), safe_sqrt(e_g + eps)) * g
         return u, e_g, rho * e_x + (1 - rho) * abs_square(u)
 
-    return per_leaf(rule, ScaleByAdaDeltaState)
+    return per_leaf(rule, optax.ScaleByAdaDeltaState)
 
 
 @as_pytree
@@ -220,7 +208,7 @@ def adadelta(
       weight_decay: an L2 penalty: weight_decay p is added to the gradient. May be a schedule.
       weight_decay_mask: which leaves decay, as in `adamw`.
 
-    State: `ScaleByAdaDeltaState(e_g, e_x)`, two trees.
+    State: `optax.ScaleByAdaDeltaState(e_g, e_x)`, two trees.
     Differs from: optax, which without a learning rate does not flip the sign and ascends.
     Source: Zeiler 2012, algorithm 1, arXiv:1212.5701.
     """

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,25 +12,14 @@ from jax.typing import DTypeLike
 from optax import GradientTransformation
 
 from jgd.arguments import Decay, Mask, NonNegative, Number, Numbers, Structure
-from jgd.combinators import (
-    aligned,
-    partition,
-    quotient,
-    safe_sqrt,
-    stateless,
-)
+from jgd.arithmetic import quotient, safe_sqrt
+from jgd.combinators import Slot, Slots, chain, named, partition, remembering, stateless
 from jgd.linear_algebra import orthogonalized
 from jgd.norms import norm
-from jgd.optimizers.classic import adamw
-from jgd.pytree import TreeError, as_pytree
-from jgd.transforms import (
-    add_decayed_weights,
-    chain,
-    ema,
-    named,
-    nesterov_ema,
-    scale_by_learning_rate,
-)
+from jgd.optimizers.moments import adamw
+from jgd.pytree import as_pytree
+from jgd.transforms import add_decayed_weights, ema, nesterov_ema, scale_by_learning_rate
+from jgd.trees import TreeError, aligned
 
 __all__ = ["muon", "scale_by_muon"]
 
@@ -50,29 +39,31 @@ Preconditioning = Literal["frobenius", "spectral", "aol", "schatten"]
 Dimensions = optax.contrib.MuonDimensionNumbers
 
 
-class MuonState(NamedTuple):
-    """State of `scale_by_muon`."""
-
-    count: jax.Array  # int32 scalar: steps so far
-    mu: Any  # like the parameters, at least float32
-    log_beta: jax.Array  # float32 scalar: mean of log(beta)
-
-
-def _coefficients(ns_coeffs: Any, ns_steps: int) -> list[Any]:
-    """One triple for each step."""
+def _coefficients(ns_coeffs: Any, ns_steps: int) -> jax.Array:
+    """Return three coefficients for all steps, or a row of three for each of up to `ns_steps`."""
     if isinstance(ns_coeffs, str):
         if ns_coeffs not in _PRESETS:
             raise ValueError(f"muon: ns_coeffs must be one of {list(_PRESETS)}, got {ns_coeffs!r}")
         ns_coeffs = _PRESETS[ns_coeffs]
-    shape = jnp.shape(jnp.asarray(ns_coeffs))
-    if shape == (3,):
-        return [ns_coeffs] * ns_steps
-    if len(shape) != 2 or shape[1] != 3 or shape[0] > ns_steps:
+    coefficients = jnp.asarray(ns_coeffs, float)
+    shape = coefficients.shape
+    if shape != (3,) and (len(shape) != 2 or shape[1] != 3 or shape[0] > ns_steps):
         raise ValueError(
             f"muon: ns_coeffs must be 3 numbers, or up to ns_steps={ns_steps} rows of 3, got shape"
             f" {shape}"
         )
-    return list(ns_coeffs)
+    return coefficients
+
+
+def _held(coefficients: jax.Array) -> GradientTransformation:
+    """Return a transformation that keeps the coefficients in the state, as optax has them."""
+
+    def apply(updates: Any, slots: Slots, _: Any) -> Any:
+        slots.step("ns_coeffs", lambda _: coefficients)
+        return updates
+
+    slot = Slot("ns_coeffs", lambda _: coefficients)
+    return remembering(apply, optax.EmptyState, {}, slot)
 
 
 def _normalized(x: Any, how: str, eps: Any) -> Any:
@@ -147,14 +138,17 @@ def scale_by_muon(
 ) -> GradientTransformation:
     """The bias-corrected average of gradients, made orthogonal by Newton and Schulz: see `muon`.
 
-    State: `MuonState(count, mu, log_beta)`, one tree and two scalars.
+    State: `optax.contrib.MuonState(count, mu, ns_coeffs)`, one tree, a scalar and the
+      coefficients, as optax has them.
     Raises: ValueError in `update` for a leaf that is no matrix.
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
     """
     coefficients = _coefficients(ns_coeffs, ns_steps)
 
+    triples = [coefficients] * ns_steps if coefficients.ndim == 1 else list(coefficients)
+
     def orthogonal(m: Any) -> Any:
-        o = orthogonalized(_normalized(m, preconditioning, eps), coefficients)
+        o = orthogonalized(_normalized(m, preconditioning, eps), triples)
         return jnp.sum(jnp.conj(m) * o) * o if adaptive else o
 
     def update(updates: Any, params: Any = None) -> Any:
@@ -162,8 +156,9 @@ def scale_by_muon(
         return _each_matrix(each, updates, weight_dimension_numbers)
 
     average = nesterov_ema if nesterov else ema
-    tx = chain(average(beta, accumulator_dtype=mu_dtype), stateless(update))
-    return named(tx, record=MuonState, slots="count mu log_beta")
+    momentum = average(beta, accumulator_dtype=mu_dtype, name="mu")
+    tx = chain(momentum, _held(coefficients), stateless(update))
+    return named(tx, record=optax.contrib.MuonState)
 
 
 @as_pytree
@@ -216,7 +211,7 @@ def muon(
       consistent_rms: at least 0; if given, O is multiplied by consistent_rms sqrt(max(rows,
         columns)) instead.
 
-    State: `MuonState(count, mu, log_beta)`, one tree for matrices, and that of `adamw`, two trees,
+    State: `optax.contrib.MuonState(count, mu, ns_coeffs)`, one tree for matrices, and that of `adamw`, two trees,
       for the rest, each in an `optax.MaskedState`.
     Differs from: Keras and PyTorch, whose momentum has no bias correction.
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; Liu et al. 2025,

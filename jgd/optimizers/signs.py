@@ -4,19 +4,19 @@ Their steps do not shrink with the gradient, so that the learning rate has the u
 and has to be annealed.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
+import optax
 from jax.typing import DTypeLike
 from optax import GradientTransformation
 
 from jgd.arguments import Decay, Fraction, Mask, NonNegative, Number, Positive
+from jgd.combinators import chain
+from jgd.per_leaf import per_leaf, real
 from jgd.pytree import as_pytree
-from jgd.rules import per_leaf, real
 from jgd.transforms import (
     add_decayed_weights,
-    chain,
     ema,
     scale,
     scale_by_learning_rate,
@@ -55,19 +55,12 @@ def signum(
       beta: in [0, 1), of the average; 0.9 by default. May be a schedule.
       accumulator_dtype: of m; None: float32 for 16-bit parameters, else theirs.
 
-    State: `EmaState(count, ema, log_decay)`, one tree and two scalars.
+    State: `optax.EmaState(count, ema)`, one tree and a scalar.
     Differs from: `lion`, which reads and writes its average with different decays.
     Source: Bernstein et al. 2018, algorithm 2, arXiv:1802.04434.
     """
     average = ema(beta, debias=False, accumulator_dtype=accumulator_dtype)
     return chain(average, scale_by_sign(), scale_by_learning_rate(learning_rate))
-
-
-class ScaleByLionState(NamedTuple):
-    """State of `scale_by_lion`."""
-
-    count: jax.Array  # int32 scalar: steps so far
-    mu: Any  # like the parameters, at least float32
 
 
 @as_pytree
@@ -86,7 +79,7 @@ def scale_by_lion(
       mode: "hard" is the sign; "smooth" is tanh(smooth_beta x), "refined" x clipped to [-1, 1].
       smooth_beta: above 0, the slope of "smooth" at 0.
 
-    State: `ScaleByLionState(count, mu)`, one tree and one scalar.
+    State: `optax.ScaleByLionState(count, mu)`, one tree and one scalar.
     Source: Chen et al. 2023, algorithm 2, arXiv:2302.06675.
     """
     squash = {
@@ -98,7 +91,7 @@ def scale_by_lion(
     def rule(g: Any, mu: Any) -> tuple[Any, Any]:
         return squash(b1 * mu + (1 - b1) * g), b2 * mu + (1 - b2) * g
 
-    return per_leaf(rule, ScaleByLionState, mu=lambda p: jnp.zeros_like(p, dtype=mu_dtype))
+    return per_leaf(rule, optax.ScaleByLionState, mu=lambda p: jnp.zeros_like(p, dtype=mu_dtype))
 
 
 @as_pytree
@@ -124,7 +117,7 @@ def lion(
       weight_decay: decoupled; 1e-3 by default.
       mask: which leaves decay, as in `adamw`.
 
-    State: `ScaleByLionState(count, mu)`, one tree and one scalar.
+    State: `optax.ScaleByLionState(count, mu)`, one tree and one scalar.
     Differs from: `signum`, for which b1 = b2.
     Source: Chen et al. 2023, algorithm 2, arXiv:2302.06675.
     """
@@ -133,13 +126,6 @@ def lion(
         add_decayed_weights(weight_decay, mask),
         scale_by_learning_rate(learning_rate),
     )
-
-
-class ScaleByRpropState(NamedTuple):
-    """State of `scale_by_rprop`."""
-
-    step_sizes: Any  # like the parameters, at least float32
-    prev_updates: Any  # the last step, 0 where it turned back
 
 
 @as_pytree
@@ -152,7 +138,7 @@ def scale_by_rprop(
 ) -> GradientTransformation:
     """u = s sign(g), for step sizes s that grow while the sign stays: see `rprop`.
 
-    State: `ScaleByRpropState(step_sizes, prev_updates)`, two trees.
+    State: `optax.ScaleByRpropState(step_sizes, prev_updates)`, two trees.
     Source: Riedmiller & Braun 1993, the variant without backtracking (Rprop-).
     """
 
@@ -164,7 +150,9 @@ def scale_by_rprop(
         u = jnp.where(agreement < 0, 0, s * jnp.sign(g))
         return u, s, u
 
-    return per_leaf(rule, ScaleByRpropState, step_sizes=lambda p: jnp.full_like(p, learning_rate))
+    return per_leaf(
+        rule, optax.ScaleByRpropState, step_sizes=lambda p: jnp.full_like(p, learning_rate)
+    )
 
 
 @as_pytree
@@ -186,7 +174,7 @@ def rprop(
       eta_plus: at least 1, where it stayed; 1.2 by default.
       min_step_size, max_step_size: at least 0; 1e-6 and 50 by default.
 
-    State: `ScaleByRpropState(step_sizes, prev_updates)`, two trees.
+    State: `optax.ScaleByRpropState(step_sizes, prev_updates)`, two trees.
     Differs from: optax, which applies each step one call late; `sign_sgd`, whose steps are all
       alike. For full batches: the signs of mini-batch gradients turn by noise.
     Source: Riedmiller & Braun 1993, doi:10.1109/ICNN.1993.298623; as in PyTorch.

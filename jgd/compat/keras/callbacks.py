@@ -16,9 +16,9 @@ import jax.numpy as jnp
 
 import jgd.stopping
 from jgd.arguments import BelowOne, Count, NonNegative, Number, Structure
-from jgd.combinators import expect
 from jgd.pytree import MonitorPair, as_pytree
 from jgd.stopping import improves, worst
+from jgd.trees import check_state
 
 __all__ = ["ReduceLROnPlateauState", "early_stopping", "reduce_lr_on_plateau"]
 
@@ -188,7 +188,7 @@ def reduce_lr_on_plateau(
         return ReduceLROnPlateauState(learning_rate, worst(direction), none, none, none)
 
     def update(metric: Any, state: Any) -> tuple[Any, ReduceLROnPlateauState]:
-        rate, best, wait, cooling, epoch = expect(state, ReduceLROnPlateauState)
+        rate, best, wait, cooling, epoch = check_state(state, ReduceLROnPlateauState)
         cooling = jnp.maximum(cooling - 1, 0)
         better = (epoch == 0) | improves(direction, metric, best, min_delta)
         bad = ~better & (cooling == 0)

@@ -14,18 +14,17 @@ from collections.abc import Sequence
 from typing import Any, Unpack
 
 import jax.numpy as jnp
+import optax
 from optax import GradientTransformation
 
 import jgd.optimizers
-from jgd.arguments import Count, Decay, Fraction, Mixing, NonNegative, Number, Positive, Structure
-from jgd.combinators import partition
+from jgd.arguments import Count, Fraction, Mixing, NonNegative, Number, Positive, Structure
+from jgd.combinators import chain, divide, named, partition, with_nesterov
 from jgd.compat.keras.options import DecayOptions, Options, optimizer, with_options
-from jgd.compat.words import (
-    AdamState,
+from jgd.compat.shared import (
+    Beta,
     after_decay,
-    average,
     factored_descent,
-    magnitude,
     scale_by_nadam,
     scale_by_uncorrected_adam,
 )
@@ -34,17 +33,15 @@ from jgd.linear_algebra import orthogonalized
 from jgd.norms import norm, scale_by_trust_ratio
 from jgd.schedules import linear_schedule
 from jgd.transforms import (
-    chain,
     decayed_max,
-    divide,
+    ema,
     identity,
-    named,
+    pointwise,
+    rms,
     scale,
     scale_by_learning_rate,
     scale_by_momentum,
-    with_nesterov,
 )
-from jgd.words import pointwise
 from jgd.wrappers import schedule_free
 
 __all__ = [
@@ -81,7 +78,7 @@ def sgd(
       momentum: in [0, 1]; 0 (default) is plain descent.
       nesterov: True gives the second u.
 
-    State: `TraceState(trace)`, one tree.
+    State: `optax.TraceState(trace)`, one tree.
     Differs from: `jgd.sgd` and PyTorch under a schedule, where the rate of now multiplies all of v.
     """
     memory = scale_by_momentum(momentum)
@@ -163,8 +160,8 @@ def adadelta(
 @optimizer
 def adam(
     learning_rate: Number = 0.001,
-    beta_1: Decay = 0.9,
-    beta_2: Decay = 0.999,
+    beta_1: Beta = 0.9,
+    beta_2: Beta = 0.999,
     epsilon: NonNegative = 1e-7,
     amsgrad: bool = False,
     **options: Unpack[DecayOptions],
@@ -180,7 +177,7 @@ def adam(
       epsilon: at least 0, 1e-7 by default: as much as epsilon / sqrt(1 - beta_2^t) in `jgd.adam`.
       amsgrad: True puts the largest v so far in the place of v.
 
-    State: `AdamState(count, mu, nu)`, two trees; `AmsgradState(count, mu, nu, nu_max)`, three.
+    State: `optax.ScaleByAdamState(count, mu, nu)`, two trees; `optax.ScaleByAmsgradState(count, mu, nu, nu_max)`, three.
     Source: Kingma & Ba 2015, the form before section 2.1, arXiv:1412.6980.
     """
     quotients = scale_by_uncorrected_adam(beta_1, beta_2, epsilon, amsgrad=amsgrad)
@@ -192,8 +189,8 @@ def adam(
 def adamw(
     learning_rate: Number = 0.001,
     weight_decay: NonNegative | None = 0.004,
-    beta_1: Decay = 0.9,
-    beta_2: Decay = 0.999,
+    beta_1: Beta = 0.9,
+    beta_2: Beta = 0.999,
     epsilon: NonNegative = 1e-7,
     amsgrad: bool = False,
     **options: Unpack[Options],
@@ -211,7 +208,7 @@ def adamw(
 @optimizer
 def adamax(
     learning_rate: Number = 0.001,
-    beta_1: Decay = 0.9,
+    beta_1: Beta = 0.9,
     beta_2: Fraction = 0.999,
     epsilon: NonNegative = 1e-7,
     **options: Unpack[DecayOptions],
@@ -221,11 +218,11 @@ def adamax(
         x <- max(beta_2 x, |g|)            u = -learning_rate m / (1 - beta_1^t) / (x + epsilon)
 
     Args: as `adam`.
-    State: `AdamState(count, mu, nu)`, two trees.
+    State: `optax.ScaleByAdamState(count, mu, nu)`, two trees.
     Differs from: `jgd.adamax` and PyTorch, whose eps is inside the maximum.
     """
-    largest = chain(decayed_max(beta_2), pointwise(lambda x: x + epsilon))
-    quotients = named(divide(average(beta_1), largest), record=AdamState, slots="mu count nu")
+    largest = chain(decayed_max(beta_2, name="nu"), pointwise(lambda x: x + epsilon))
+    quotients = named(divide(ema(beta_1, name="mu"), largest), record=optax.ScaleByAdamState)
     rule = chain(quotients, scale_by_learning_rate(learning_rate))
     return with_options(rule, learning_rate, **options)
 
@@ -233,8 +230,8 @@ def adamax(
 @optimizer
 def nadam(
     learning_rate: Number = 0.001,
-    beta_1: Decay = 0.9,
-    beta_2: Decay = 0.999,
+    beta_1: Beta = 0.9,
+    beta_2: Beta = 0.999,
     epsilon: NonNegative = 1e-7,
     **options: Unpack[DecayOptions],
 ) -> GradientTransformation:
@@ -304,7 +301,7 @@ def lion(
       learning_rate: 0.001 by default.
       beta_1, beta_2: in [0, 1]; 0.9 and 0.99 by default.
 
-    State: `ScaleByLionState`, one tree.
+    State: `optax.ScaleByLionState`, one tree.
     Source: Chen et al. 2023, algorithm 2, arXiv:2302.06675.
     """
     direction = jgd.optimizers.scale_by_lion(beta_1, beta_2)
@@ -315,8 +312,8 @@ def lion(
 @optimizer
 def lamb(
     learning_rate: Number = 0.001,
-    beta_1: Decay = 0.9,
-    beta_2: Decay = 0.999,
+    beta_1: Beta = 0.9,
+    beta_2: Beta = 0.999,
     epsilon: NonNegative = 1e-7,
     **options: Unpack[DecayOptions],
 ) -> GradientTransformation:
@@ -326,14 +323,14 @@ def lamb(
         u = -learning_rate ||p|| / ||x|| x, and -learning_rate x where a norm is 0
 
     Args: as `adam`.
-    State: `AdamState(count, mu, nu)`, two trees.
+    State: `optax.ScaleByAdamState(count, mu, nu)`, two trees.
     Raises: ValueError in `update` if no parameters are given.
     Differs from: `jgd.lamb`, whose weight decay is inside the ratio, where the paper has it.
     Source: You et al. 2020, algorithm 2, arXiv:1904.00962.
     """
-    quotients = divide(average(beta_1), magnitude(beta_2, epsilon))
+    quotient = divide(ema(beta_1, name="mu"), rms(beta_2, epsilon, name="nu"))
     rule = chain(
-        named(quotients, record=AdamState, slots="mu count nu count"),
+        named(quotient, record=optax.ScaleByAdamState, shared=["count"]),
         scale_by_trust_ratio(),
         scale_by_learning_rate(learning_rate),
     )
@@ -379,8 +376,8 @@ def adafactor(
 @optimizer
 def muon(
     learning_rate: Number = 0.001,
-    adam_beta_1: Decay = 0.9,
-    adam_beta_2: Decay = 0.999,
+    adam_beta_1: Beta = 0.9,
+    adam_beta_2: Beta = 0.999,
     adam_weight_decay: NonNegative | None = 0.004,
     epsilon: NonNegative = 1e-7,
     weight_decay: NonNegative | None = 0.004,
@@ -465,7 +462,7 @@ def is_matrix(
 def schedule_free_adamw(
     learning_rate: Number = 0.0025,
     beta_1: Mixing = 0.9,
-    beta_2: Decay = 0.999,
+    beta_2: Beta = 0.999,
     epsilon: NonNegative = 1e-8,
     warmup_steps: Count = 0,
     **options: Unpack[DecayOptions],
@@ -489,7 +486,7 @@ def schedule_free_adamw(
     """
     warmup = jnp.maximum(warmup_steps, 1)
     base = chain(
-        divide(identity(), magnitude(beta_2, epsilon)),
+        divide(identity(), rms(beta_2, epsilon)),
         scale(linear_schedule(1 / warmup, 1.0, warmup - 1)),
         scale_by_learning_rate(learning_rate),
     )

@@ -9,12 +9,13 @@ import optax
 from optax import GradientTransformation
 
 from jgd.arguments import Fraction, NonNegative, Period, Positive
-from jgd.combinators import expect, increment, leafwise, quotient, stateless, with_params
-from jgd.compat.words import after_decay, with_parameters_of_options
+from jgd.arithmetic import increment, quotient
+from jgd.combinators import chain, stateless
+from jgd.compat.shared import after_decay, with_parameters_of_options
 from jgd.norms import norm
 from jgd.pytree import as_pytree
-from jgd.transforms import chain, scale
-from jgd.words import pointwise
+from jgd.transforms import pointwise, scale
+from jgd.trees import check_state, leafwise, with_params
 from jgd.wrappers import accumulate
 
 __all__ = [
@@ -161,7 +162,7 @@ def _with_average(
         return AverageState(jnp.zeros([], jnp.int32), average, tx.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        steps, average, inner_state = expect(state, AverageState)
+        steps, average, inner_state = check_state(state, AverageState)
         updates, inner_state = tx.update(updates, inner_state, with_params(params), **extra)
         done = steps // every.astype(int)
         kept = jnp.where(done == 0, 0, momentum)
@@ -222,7 +223,7 @@ def loss_scale_optimizer(
         return LossScaleState(initial_scale, jnp.zeros([], jnp.int32), tx.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        factor, steps, inner = expect(state, LossScaleState)
+        factor, steps, inner = check_state(state, LossScaleState)
         finite = jnp.array([jnp.isfinite(g).all() for g in jax.tree.leaves(updates)]).all()
         unscaled = leafwise(lambda g: g / factor, updates)
         stepped, moved = tx.update(unscaled, inner, params, **extra)

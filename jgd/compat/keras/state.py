@@ -15,7 +15,7 @@ import jgd.compat.keras.optimizers as optimizers
 import jgd.compat.keras.schedules as schedules
 from jgd.compat.keras.optimizers import is_matrix
 from jgd.compat.keras.options import AverageState
-from jgd.compat.moving import filled, in_place
+from jgd.compat.state_matching import filled, in_place
 from jgd.groups import paths
 from jgd.pytree import ScheduledState, SteppedState
 from jgd.wrappers import AccumulateState

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from jgd.arguments import BelowOne, Count, NonNegative, Number
-from jgd.combinators import expect
 from jgd.pytree import MonitorPair, as_pytree
 from jgd.stopping import worst
+from jgd.trees import check_state
 
 __all__ = ["ReduceLROnPlateauState", "reduce_lr_on_plateau"]
 
@@ -75,7 +75,7 @@ def reduce_lr_on_plateau(
         return ReduceLROnPlateauState(learning_rate, worst(mode), none, none)
 
     def update(metric: Any, state: Any) -> tuple[Any, ReduceLROnPlateauState]:
-        rate, best, bad, cooling = expect(state, ReduceLROnPlateauState)
+        rate, best, bad, cooling = check_state(state, ReduceLROnPlateauState)
         better = metric > bar(best) if up else metric < bar(best)
         bad = jnp.where(better | (cooling > 0), 0, bad + 1)
         over = bad > patience

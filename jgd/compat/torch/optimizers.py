@@ -20,48 +20,39 @@ import optax
 from optax import GradientTransformation
 
 import jgd.optimizers
-from jgd.arguments import Decay, Decays, Fraction, NonNegative, Number, Numbers, Positive, Structure
-from jgd.combinators import increment, leafwise, stateless
-from jgd.compat.words import (
-    AdamState,
-    AmsgradState,
-    CountState,
-    average,
+from jgd.arguments import Decays, Fraction, NonNegative, Number, Numbers, Positive, Structure
+from jgd.combinators import chain, divide, named, stateless, with_nesterov
+from jgd.compat.shared import (
     correct,
-    correction,
     factored_descent,
-    magnitude,
     scale_by_nadam,
     with_parameters_of_options,
 )
 from jgd.linear_algebra import orthogonalized
 from jgd.norms import norm
-from jgd.optimizers.adaptive import rectification
+from jgd.optimizers.adaptive import rectified
+from jgd.optimizers.classic import scale_by_rms, scale_by_stddev
 from jgd.optimizers.normalized import scale_by_adadelta
-from jgd.pytree import TreeError, as_pytree
-from jgd.rules import per_leaf
+from jgd.per_leaf import per_leaf
+from jgd.pytree import as_pytree
 from jgd.schedules import inverse_time_decay
 from jgd.transforms import (
-    ScaleByRssState,
     add_decayed_weights,
-    chain,
+    bias_correction,
     decayed_max,
-    divide,
+    ema,
     identity,
     moving_average,
-    named,
+    pointwise,
     root,
     running_max,
     running_sum,
     scale,
     scale_by_learning_rate,
     scale_by_momentum,
-    scale_by_rms,
-    scale_by_stddev,
     square,
-    with_nesterov,
 )
-from jgd.words import pointwise
+from jgd.trees import TreeError, leafwise
 
 __all__ = [
     "adadelta",
@@ -205,7 +196,7 @@ def rprop(
       step_sizes: their bounds.
       maximize: True or False.
 
-    State: `ScaleByRpropState`, two trees.
+    State: `optax.ScaleByRpropState`, two trees.
     """
     rule = jgd.optimizers.rprop(jnp.clip(lr, *step_sizes), *etas, *step_sizes)
     return chain(scale(-1.0), rule) if maximize else rule
@@ -237,11 +228,12 @@ def adagrad(
       eps: at least 0, 1e-10 by default.
       maximize: True or False.
 
-    State: `ScaleByRssState(sum_of_squares)`, one tree, and a count.
+    State: `optax.ScaleByRssState(sum_of_squares)`, one tree, and a count.
     Differs from: `jgd.adagrad` and Keras, whose eps is inside the root and whose s starts at 0.1.
     """
-    total = chain(square(), running_sum(initial_accumulator_value), root(eps))
-    quotients = named(divide(identity(), total), record=ScaleByRssState, slots="sum_of_squares")
+    total = running_sum(initial_accumulator_value, name="sum_of_squares")
+    quotient = divide(identity(), chain(square(), total, root(eps)))
+    quotients = named(quotient, record=optax.ScaleByRssState)
     decay = scale(inverse_time_decay(1.0, 1.0, lr_decay))
     return _descent(chain(quotients, decay), lr, weight_decay, maximize)
 
@@ -273,7 +265,7 @@ def rmsprop(
         negative (NaN in PyTorch) the root is 0.
       maximize: True or False.
 
-    State: `ScaleByRmsState(nu)` or, centred, `ScaleByRStdDevState(mu, nu)`, and `TraceState`.
+    State: `optax.ScaleByRmsState(nu)` or, centred, `optax.ScaleByRStdDevState(mu, nu)`, and `optax.TraceState`.
     Differs from: `jgd.rmsprop` and Keras in both respects.
     """
     scaled = scale_by_stddev if centered else scale_by_rms
@@ -300,19 +292,18 @@ def adadelta(
       weight_decay: at least 0, L2.
       maximize: True or False.
 
-    State: `ScaleByAdaDeltaState(e_g, e_x)`, two trees.
+    State: `optax.ScaleByAdaDeltaState(e_g, e_x)`, two trees.
     """
     return _descent(scale_by_adadelta(rho, eps), lr, weight_decay, maximize)
 
 
 def _adam(betas: Any, eps: Any, amsgrad: bool) -> GradientTransformation:
     b1, b2 = betas
-    if not amsgrad:
-        quotients = divide(average(b1), magnitude(b2, eps))
-        return named(quotients, record=AdamState, slots="mu count nu count")
-    largest = chain(square(), moving_average(b2), running_max(), correct(b2), root(eps))
-    quotients = divide(average(b1), largest)
-    return named(quotients, record=AmsgradState, slots="mu count nu nu_max count")
+    largest = [running_max(name="nu_max")] if amsgrad else []
+    average = chain(square(), moving_average(b2, name="nu"), *largest)
+    magnitude = chain(average, bias_correction(b2), root(eps))
+    record = optax.ScaleByAmsgradState if amsgrad else optax.ScaleByAdamState
+    return named(divide(ema(b1, name="mu"), magnitude), record=record, shared=["count"])
 
 
 @optimizer
@@ -340,7 +331,7 @@ def adam(
       amsgrad: True puts the largest v so far in the place of v, before its correction.
       maximize: True or False.
 
-    State: `AdamState(count, mu, nu)`, two trees; `AmsgradState(count, mu, nu, nu_max)`, three.
+    State: `optax.ScaleByAdamState(count, mu, nu)`, two trees; `optax.ScaleByAmsgradState(count, mu, nu, nu_max)`, three.
     Differs from: `jgd.amsgrad`, whose maximum is over corrected v; `jgd.adam` where b1 moves, whose
       correction is the product of all b1 so far.
     """
@@ -382,11 +373,11 @@ def adamax(
         x <- max(b2 x, |g| + eps)            u = -lr m / (1 - b1^t) / x
 
     Args: as `adam`; lr is 0.002 by default.
-    State: `AdamState(count, mu, nu)`, two trees.
+    State: `optax.ScaleByAdamState(count, mu, nu)`, two trees.
     """
     b1, b2 = betas
-    quotients = divide(average(b1), decayed_max(b2, eps))
-    rule = named(quotients, record=AdamState, slots="mu count nu")
+    quotient = divide(ema(b1, name="mu"), decayed_max(b2, eps, name="nu"))
+    rule = named(quotient, record=optax.ScaleByAdamState)
     return _descent(rule, lr, weight_decay, maximize)
 
 
@@ -420,19 +411,6 @@ def nadam(
     return _descent(rule, lr, weight_decay, maximize, decoupled_weight_decay)
 
 
-@as_pytree
-def _rectified(decay: Decay) -> GradientTransformation:
-    """A magnitude x / r(t), and 1 while its variance has no estimate: RAdam's gate."""
-    init = lambda params: CountState(jnp.zeros([], jnp.int32))
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        count = increment(state.count)
-        tractable, r = rectification(decay, count, correction(decay, count.astype(float)), 5.0)
-        return leafwise(lambda x: jnp.where(tractable, x / r, 1), updates), CountState(count)
-
-    return GradientTransformation(init, update)
-
-
 @optimizer
 def radam(
     lr: NonNegative = 1e-3,
@@ -450,13 +428,14 @@ def radam(
         u = -lr m^ r sqrt(1 - b2^t) / (sqrt(v) + eps), or -lr m^ if l is not above 5
 
     Args: as `adam`.
-    State: `AdamState(count, mu, nu)`, two trees.
+    State: `optax.ScaleByAdamState(count, mu, nu)`, two trees.
     Source: Liu et al. 2020, algorithm 2, arXiv:1908.03265.
     """
     b1, b2 = betas
-    roots = chain(square(), moving_average(b2), root(eps), correct(b2, power=-0.5))
-    quotients = divide(average(b1), chain(roots, _rectified(b2)))
-    rule = named(quotients, record=AdamState, slots="mu count nu count count")
+    average = chain(square(), moving_average(b2, name="nu"))
+    roots = chain(average, root(eps), correct(b2, power=-0.5), rectified(b2, 5.0, of="nu"))
+    quotient = divide(ema(b1, name="mu"), roots)
+    rule = named(quotient, record=optax.ScaleByAdamState, shared=["count"])
     return _descent(rule, lr, weight_decay, maximize, decoupled_weight_decay)
 
 

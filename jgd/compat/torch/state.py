@@ -10,7 +10,7 @@ import numpy as np
 from optax import GradientTransformation
 
 import jgd.compat.torch.optimizers as optimizers
-from jgd.compat.moving import filled, in_place
+from jgd.compat.state_matching import filled, in_place
 from jgd.pytree import ScheduledState, SteppedState
 
 __all__ = ["state_from"]

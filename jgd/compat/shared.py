@@ -1,56 +1,44 @@
-"""What both frameworks need beyond jgd's own words: their bias correction, and three rules.
+"""What Keras and PyTorch need beyond jgd's own transformations: their decays, and three rules.
 
-Keras and PyTorch correct with the decay of now, 1 - decay^t, where jgd's words hold the product of
-all decays so far. For a decay that does not move the two are one.
+Both correct a bias with the decay of this step, 1 - decay^t, where jgd keeps the product of all
+decays under a schedule. For a decay that does not move the two are one.
 """
 
 import functools
 import inspect
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, ParamSpec
+from typing import Annotated, Any, NamedTuple, ParamSpec
 
 import jax
 import jax.numpy as jnp
 import optax
 from optax import GradientTransformation
 
-from jgd.arguments import Decay, NonNegative, Number, Positive, Structure
-from jgd.combinators import (
-    abs_square,
-    expect,
-    increment,
-    leafwise,
-    quotient,
-    safe_sqrt,
-    with_params,
-)
+from jgd.arguments import NonNegative, Number, NumberKind, Positive, Structure
+from jgd.arithmetic import abs_square, increment, one_minus_power, quotient, safe_sqrt
+from jgd.combinators import Slots, add, chain, divide, named, remembering
 from jgd.norms import rms_norm
-from jgd.pytree import as_pytree
-from jgd.rules import per_leaf
+from jgd.per_leaf import per_leaf
+from jgd.pytree import as_pytree, plainly
 from jgd.transforms import (
-    add,
-    chain,
-    divide,
+    BiasCorrectionState,
+    count_slot,
     moving_average,
-    named,
+    rms,
     root,
     running_max,
     scale,
     square,
 )
-from jgd.words import below_one
+from jgd.trees import check_state, leafwise, like, with_params
 
 __all__ = [
-    "AdamState",
-    "AmsgradState",
-    "CountState",
+    "Beta",
+    "NadamState",
     "after_decay",
-    "average",
     "correct",
-    "correction",
     "factored_descent",
-    "magnitude",
     "scale_by_nadam",
     "scale_by_uncorrected_adam",
     "with_parameters_of_options",
@@ -87,65 +75,28 @@ def with_parameters_of_options(
     return factory
 
 
-class CountState(NamedTuple):
-    """State of `correct`."""
-
-    count: jax.Array  # int32 scalar: steps so far
-
-
-class AdamState(NamedTuple):
-    """State of Adam and its kin."""
-
-    count: jax.Array  # int32 scalar: steps so far
-    mu: Any  # like the parameters, at least float32
-    nu: Any
-
-
-class AmsgradState(NamedTuple):
-    """State of Adam with `amsgrad`."""
-
-    count: jax.Array  # int32 scalar: steps so far
-    mu: Any  # like the parameters, at least float32
-    nu: Any
-    nu_max: Any
-
-
-def correction(decay: Any, t: Any) -> Any:
-    """1 - decay^t, exact to rounding, with a finite derivative at a decay of 0."""
-    log_decay = jnp.log(jnp.maximum(decay, jnp.finfo(jnp.result_type(float)).tiny))
-    return below_one(decay, t, t * log_decay)
+# A decay whose schedule, if it has one, does not show in the bias correction: only its value at
+# this step does.
+Beta = Annotated[Any, NumberKind("in [0, 1)", lambda x: (x >= 0) & (x < 1))]
 
 
 @as_pytree
-def correct(decay: Decay, *, power: Structure = -1) -> GradientTransformation:
+def correct(decay: Beta, *, power: Structure) -> GradientTransformation:
     """u = g (1 - decay^t)^power, with t = 1 at the first step.
 
     Args:
       decay: in [0, 1), that of an average which started at 0.
-      power: -1 undoes that start; 0.5 is what Keras's Adam does where its magnitude is not yet
-        corrected.
+      power: 0.5 is what Keras's Adam does where its magnitude is not yet corrected.
 
-    State: `CountState(count)`.
-    Differs from: `jgd.bias_correction`, which multiplies the decays of all steps where they move.
+    State: `BiasCorrectionState(count)`.
+    Differs from: `jgd.bias_correction`, whose power is -1.
     """
-    init = lambda params: CountState(jnp.zeros([], jnp.int32))
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        count = increment(expect(state, CountState).count)
-        factor = correction(decay, count.astype(float)) ** power
-        return leafwise(lambda g: g * factor, updates), CountState(count)
+    def apply(updates: Any, slots: Slots, _: Any) -> Any:
+        factor = one_minus_power(decay, slots.step("count", increment)) ** power
+        return leafwise(lambda g: g * factor, updates)
 
-    return GradientTransformation(init, update)
-
-
-def average(decay: Any) -> GradientTransformation:
-    """a <- decay a + (1 - decay) g, and u = a / (1 - decay^t). Slots: average, count."""
-    return chain(moving_average(decay), correct(decay))
-
-
-def magnitude(decay: Any, eps: Any) -> GradientTransformation:
-    """sqrt(v / (1 - decay^t)) + eps, for v the average of squares. Slots: average, count."""
-    return chain(square(), average(decay), root(eps))
+    return remembering(apply, BiasCorrectionState, {"count": "count"}, count_slot())
 
 
 def scale_by_uncorrected_adam(
@@ -155,12 +106,12 @@ def scale_by_uncorrected_adam(
 
     With `amsgrad` the largest v so far takes the place of v.
     """
-    largest = [running_max()] if amsgrad else []
-    roots = chain(square(), moving_average(b2), *largest, root(eps, eps_root))
-    corrected = chain(divide(moving_average(b1), roots), correct(b1), correct(b2, power=0.5))
-    if amsgrad:
-        return named(corrected, record=AmsgradState, slots="mu nu nu_max count count")
-    return named(corrected, record=AdamState, slots="mu nu count count")
+    largest = [running_max(name="nu_max")] if amsgrad else []
+    roots = chain(square(), moving_average(b2, name="nu"), *largest, root(eps, eps_root))
+    quotient = divide(moving_average(b1, name="mu"), roots)
+    record = optax.ScaleByAmsgradState if amsgrad else optax.ScaleByAdamState
+    corrected = chain(quotient, correct(b1, power=-1), correct(b2, power=0.5))
+    return named(corrected, record=record, shared=["count"])
 
 
 @as_pytree
@@ -199,7 +150,7 @@ class NadamState(NamedTuple):
 
 @as_pytree
 def scale_by_nadam(
-    b1: Decay, b2: Decay, eps: NonNegative, momentum_decay: NonNegative
+    b1: Beta, b2: Beta, eps: NonNegative, momentum_decay: NonNegative
 ) -> GradientTransformation:
     """NAdam's quotient, with the momentum that the paper's schedule gives.
 
@@ -211,24 +162,27 @@ def scale_by_nadam(
     """
 
     def quotient_of(now: Any, coming: Any) -> GradientTransformation:
-        direction = add(chain(moving_average(b1), scale(coming)), scale(now))
-        return named(divide(direction, magnitude(b2, eps)), record=AdamState, slots="mu nu count")
+        with plainly():
+            mean = moving_average(b1, name="mu")
+            direction = add(chain(mean, scale(coming)), scale(now))
+            quotient = divide(direction, rms(b2, eps, name="nu"))
+            return named(quotient, record=optax.ScaleByAdamState)
 
     def init(params: Any) -> Any:
         averages: Any = quotient_of(0.0, 0.0).init(params)
-        return NadamState(**averages._asdict(), mu_product=jnp.ones([], float))
+        return NadamState(*averages, mu_product=jnp.ones([], float))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        *averages, product = expect(state, NadamState)
+        *averages, product = check_state(state, NadamState)
         t = increment(averages[0]).astype(float)
         momentum = lambda t: b1 * (1 - 0.5 * 0.96 ** (t * momentum_decay))
         product = product * momentum(t)
         now = (1 - momentum(t)) / (1 - product)
         coming = momentum(t + 1) / (1 - product * momentum(t + 1))
-        inner = quotient_of(now, coming)
+        quotient = quotient_of(now, coming)
         new: Any
-        updates, new = inner.update(updates, AdamState(*averages), params)
-        return updates, NadamState(**new._asdict(), mu_product=product)
+        updates, new = quotient.update(updates, optax.ScaleByAdamState(*averages), params)
+        return updates, like(NadamState(*new, mu_product=product), state)
 
     return GradientTransformation(init, update)
 

@@ -1,0 +1,158 @@
+"""Nodes of the stored form of a call: structure that has no leaves, and links by name.
+
+jax.tree.leaves(Static("float32"))      # []: compared and hashed by value
+Named(["body", "head"], [adam, sgd])    # keeps its order, where JAX sorts the keys of a dict
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+__all__ = ["Named", "Static", "is_entry", "is_schedule", "show", "unwrap"]
+
+
+class Static:
+    """A node without leaves: structure, compared and hashed by value (dtypes, masks, arrays)."""
+
+    __slots__ = ("key", "value")
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self.key = _static_key(value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Static) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __reduce__(self) -> Any:
+        return Static, (self.value,)
+
+    def __repr__(self) -> str:
+        if isinstance(self.value, optax.GradientTransformation):
+            factory, _, _ = getattr(self.value.update, "__qualname__", "?").partition(".")
+            return f"<{factory}>"
+        return getattr(self.value, "__qualname__", None) or repr(self.value)
+
+
+def _flatten_static(node: Static) -> tuple[tuple[()], Static]:
+    return (), node
+
+
+def _unflatten_static(node: Static, _: Iterable[Any]) -> Static:
+    return node
+
+
+jax.tree_util.register_pytree_node(Static, _flatten_static, _unflatten_static)
+
+
+def _static_key(value: Any) -> Any:
+    # The tag keeps keys of different kinds apart; older treedefs raise when compared with others.
+    if isinstance(value, np.ndarray | jax.Array) and not isinstance(value, jax.core.Tracer):
+        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            with jax.ensure_compile_time_eval():  # the values of a key are known inside jit too
+                value = np.asarray(jax.random.key_data(jnp.asarray(value)))
+        return "array", value.shape, str(value.dtype), np.asarray(value).tobytes()
+    leaves, structure = jax.tree.flatten(value)
+    if not jax.tree_util.treedef_is_leaf(structure):
+        return "tree", structure, tuple(_static_key(leaf) for leaf in leaves)
+    try:
+        hash(value)
+    except TypeError:
+        return "object", type(value), id(value)
+    return "value", type(value), value
+
+
+class Named(Mapping[str, Any]):
+    """Links by name: a mapping that keeps its order where JAX would sort a dict by its keys."""
+
+    __slots__ = ("links", "names")
+
+    def __init__(self, names: Iterable[str], links: Iterable[Any]) -> None:
+        self.names, self.links = tuple(names), tuple(links)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.links[self.names.index(name)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __reduce__(self) -> Any:
+        return Named, (self.names, self.links)
+
+
+def _flatten_named(node: Named) -> tuple[tuple[Any, ...], tuple[str, ...]]:
+    return node.links, node.names
+
+
+def _flatten_named_with_keys(node: Named) -> tuple[tuple[tuple[Any, Any], ...], tuple[str, ...]]:
+    keys = map(jax.tree_util.DictKey, node.names)
+    return tuple(zip(keys, node.links, strict=True)), node.names
+
+
+jax.tree_util.register_pytree_with_keys(Named, _flatten_named_with_keys, Named, _flatten_named)
+
+
+def unwrap(arg: Any) -> Any:
+    """Return the value of a `Static`, and anything else as it is."""
+    return arg.value if isinstance(arg, Static) else arg
+
+
+def is_schedule(arg: Any) -> bool:
+    """Return whether the stored form of a number is a schedule."""
+    arg = unwrap(arg)
+    return callable(arg) and not isinstance(arg, type)
+
+
+def is_entry(arg: Any) -> bool:
+    """Return whether `arg` is a single entry among several numbers rather than a container."""
+    return isinstance(arg, Static) or is_schedule(arg)
+
+
+def show(arg: Any) -> str:
+    """Return the repr of the stored form of an argument: numbers as Python writes them."""
+    if isinstance(arg, jax.core.Tracer | np.ndarray | jax.Array | np.generic):
+        if isinstance(arg, jax.core.Tracer) or arg.ndim > 0:
+            return f"{arg.dtype}[{','.join(map(str, arg.shape))}]"
+        return repr(float(arg)) if is_number(arg) else repr(arg)
+    if type(arg) is list:
+        return f"[{', '.join(map(show, arg))}]"
+    if type(arg) is tuple:
+        return f"({', '.join(map(show, arg))}{',' * (len(arg) == 1)})"
+    if isinstance(arg, dict | Named):
+        return "{" + ", ".join(f"{key!r}: {show(item)}" for key, item in arg.items()) + "}"
+    return repr(arg)
+
+
+NUMERIC = (float, int, np.number, np.ndarray, jax.Array)  # bool is an int: tested before
+
+
+def is_number(value: Any) -> bool:
+    """Return whether `value` is a real number or an array of them: no bool, nothing complex."""
+    if isinstance(value, bool | np.bool_ | complex | np.complexfloating):
+        return False
+    if isinstance(value, np.ndarray | jax.Array):
+        return jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)
+    return isinstance(value, NUMERIC)
+
+
+def held_by(function: Callable[..., Any], depth: int = 4) -> Iterator[Any]:
+    """Yield the leaves of what a closure holds, and of what the closures in it hold."""
+    for cell in getattr(function, "__closure__", None) or ():
+        try:
+            leaves = jax.tree.leaves(cell.cell_contents)
+        except ValueError:  # a name that is not bound yet
+            continue
+        for leaf in leaves:
+            yield leaf
+            if depth and callable(leaf):
+                yield from held_by(leaf, depth - 1)

@@ -1,0 +1,136 @@
+"""`per_leaf`: a formula on one array, lifted over the tree.
+
+Where a paper's formula uses a variable twice, or looks at the parameters, it is not forced into a
+composition: it stands as a function of one gradient and its memories. Famous instances are Lion,
+whose average is read with one decay and written with another, and Rprop, whose step sizes follow
+the signs of the gradient.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from optax import GradientTransformation
+
+from jgd.arithmetic import increment
+from jgd.combinators import Plain, Slot, Slots, remembering
+from jgd.pytree import as_pytree
+from jgd.transforms import count_slot
+from jgd.trees import TreeError, aligned, leafwise, misfit, with_params
+
+__all__ = ["difference", "per_leaf"]
+
+
+def per_leaf(rule: Callable[..., Any], record: type, **start: Callable[[Any], Any]) -> Plain:
+    """Lift `rule`, a function of one gradient and its memories, over the tree.
+
+        def rule(g, mu):
+            return jnp.sign(b1 * mu + (1 - b1) * g), b2 * mu + (1 - b2) * g
+
+        lion = per_leaf(rule, LionState)  # class LionState(NamedTuple): mu: Any
+
+    Args:
+      rule: takes, by the names of its parameters: `g`, the gradient; `p`, the parameter; `t`, the
+        number of this step as a float, from 1; any field of `record`, the memory of that name. It
+        returns the update and the new memories in the order of `record`.
+      record: the named tuple of the state. A field `count` counts the steps, each other field is a
+        memory: a tree with one array, or a small tree of arrays, for each parameter.
+      start: for each memory, its value before the first step as a function of the parameter; zeros
+        like it by default.
+
+    Differs from: the basic transformations, which compose; a rule is for what does not come apart.
+    """
+    fields: tuple[str, ...] = getattr(record, "_fields")  # noqa: B009
+    memories = [field for field in fields if field != "count"]
+    parameters = _parameters_of(rule)
+    slots = [
+        Slot(m, functools.partial(jax.tree.map, start.get(m, jnp.zeros_like))) for m in memories
+    ]
+    if "count" in fields:
+        slots.append(Slot("count", lambda _: jnp.zeros([], jnp.int32)))
+
+    def apply(updates: Any, slots: Slots, params: Any) -> Any:
+        trees = {m: slots.old[m] for m in memories}
+        if "p" in parameters:
+            trees["p"] = with_params(params)
+        step: Any = slots.step("count", increment) if "count" in fields else None
+        t = step.astype(float) if "t" in parameters else None
+        leaves, structure, columns = aligned(updates, *trees.values())
+        rows: list[tuple[Any, ...]] = []
+        for index, (g, *others) in enumerate(zip(leaves, *columns, strict=True)):
+            if g is None:
+                rows.append((None, *others[: len(memories)]))
+                continue
+            given = {"g": g, "t": t}
+            for name, value in zip(trees, others, strict=True):
+                given[name] = _checked(value, start.get(name), g)
+                if given[name] is None:
+                    raise misfit(updates, index, value)
+            rows.append(rule(**{name: given[name] for name in parameters}))
+        new_updates, *new = (
+            structure.unflatten([row[i] for row in rows]) for i in range(1 + len(memories))
+        )
+        for name, tree in zip(memories, new, strict=True):
+            slots.step(name, lambda _, tree=tree: tree)
+        return new_updates
+
+    return remembering(apply, record, dict(zip(fields, fields, strict=True)), *slots)
+
+
+@functools.cache
+def _parameters_of_code(code: Any) -> tuple[str, ...]:
+    return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+
+
+def _parameters_of(rule: Callable[..., Any]) -> tuple[str, ...]:
+    code = getattr(rule, "__code__", None)
+    return tuple(inspect.signature(rule).parameters) if code is None else _parameters_of_code(code)
+
+
+def _checked(value: Any, start: Callable[[Any], Any] | None, g: Any) -> Any:
+    """Return what a memory holds for one leaf, or None where its shapes do not fit the gradient."""
+    if start is None:
+        return value if getattr(value, "shape", None) == g.shape else None
+    expected = jax.eval_shape(start, g)
+    held = jax.tree.leaves(value)
+    if [jnp.shape(x) for x in held] != [x.shape for x in jax.tree.leaves(expected)]:
+        return None
+    return jax.tree.unflatten(jax.tree.structure(expected), held)  # flax has its own containers
+
+
+def real(x: Any) -> Any:
+    """Return x. Raises TreeError if it is complex, where numbers need an order."""
+    if jnp.iscomplexobj(x):
+        raise TreeError("is for real parameters: wrap it in optax.contrib.split_real_and_imaginary")
+    return x
+
+
+class DifferenceState(NamedTuple):
+    """State of `difference`."""
+
+    count: jax.Array  # int32 scalar: steps so far
+    last: Any  # like the parameters, at least float32: the last gradient
+
+
+@as_pytree
+def difference(*, name: str = "last") -> GradientTransformation:
+    """u = g - the gradient of the step before, and 0 at the first step.
+
+    Args:
+      name: of the memory, for `named`.
+
+    State: `DifferenceState(count, last)`, one tree like the parameters.
+    Source: Xie et al. 2022, algorithm 1 (Adan), arXiv:2208.06677.
+    """
+
+    def apply(updates: Any, slots: Slots, _: Any) -> Any:
+        first = slots.step("count", increment) == 1
+        slots.step(name, lambda old: leafwise(lambda g, _: g, updates, old, keep=True))
+        return leafwise(lambda g, old: jnp.where(first, 0, g - old), updates, slots.old[name])
+
+    zeros = Slot(name, functools.partial(jax.tree.map, jnp.zeros_like))
+    fields = {"count": "count", "last": name}
+    return remembering(apply, DifferenceState, fields, count_slot(), zeros)
