@@ -81,10 +81,10 @@ class Row(NamedTuple):
 
 
 def own_optimizers() -> dict[str, str]:
-    """Every optimizer whose rule is jgd's own, and its room."""
-    rooms = [room for room in jgd.optimizers.ROOMS if room is not jgd.optimizers.lifted]
-    names = {name: room.__name__.rpartition(".")[2] for room in rooms for name in room.__all__}
-    return {name: room for name, room in names.items() if not name.startswith("scale_by_")}
+    """Return every optimizer whose rule is jgd's own, and its family."""
+    families = [f for f in jgd.optimizers.families if f is not jgd.optimizers.lifted]
+    names = {name: f.__name__.rpartition(".")[2] for f in families for name in f.__all__}
+    return {name: family for name, family in names.items() if not name.startswith("scale_by_")}
 
 
 def at_the_average(run: jgd.Run) -> jgd.Run:

@@ -102,15 +102,13 @@ class NumberKind(Kind):
         if not is_number(value):
             raise TypeError(f"{label} must be a number or a schedule, got {value!r}")
         if isinstance(value, jax.Array):  # tracers too: float32, one trace for all of them
-            concrete = not isinstance(value, jax.core.Tracer)
-            if concrete and jax.core.trace_state_clean() and value.is_ready():
-                self._check(label, np.asarray(value, np.float64))
             return jnp.asarray(value, float)
         value = np.asarray(value, np.float64) if np.ndim(value) else np.float64(value)
-        self._check(label, value)
+        self.check_range(label, value)
         return value
 
-    def _check(self, label: str, value: Any) -> None:
+    def check_range(self, label: str, value: Any) -> None:
+        """Raise ValueError for concrete numbers out of range."""
         passed = self.check(value)
         if not (passed if value.ndim == 0 else np.all(passed)):
             got = f"{float(value)!r}" if value.ndim == 0 else f"{value!r}"
@@ -466,6 +464,13 @@ class Spec:
         if isinstance(kind, LinkKind):
             return tuple(kind.admit(label, link) for link in value)
         return kind.admit(label, value)
+
+    def check_arrays(self, args: tuple[Any, ...]) -> None:
+        """Check the numbers in arrays on a device, if they are there: this does not wait."""
+        for (name, kind), arg in zip(self.kinds.items(), args, strict=True):
+            if isinstance(arg, jax.Array) and isinstance(kind, NumberKind):
+                if not isinstance(arg, jax.core.Tracer) and arg.is_ready():
+                    kind.check_range(self.labels[name], np.asarray(arg, np.float64))
 
     # --- from the stored form to the body
 

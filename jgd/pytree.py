@@ -544,6 +544,8 @@ def as_pytree(
             result = factory(*args, **kwargs)
             return _extended(result) if isinstance(result, tuple) else result
         admitted = spec.bind(args, kwargs)
+        if _body.get() is _USERS:
+            spec.check_arrays(admitted)
         if not value_class:
             value_class.append(_class_of(spec, admitted))
         value = value_class[0]._of(spec, admitted)

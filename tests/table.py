@@ -186,7 +186,7 @@ LABELS = [row.label for row in ROWS]
 
 def own_optimizers() -> list[str]:
     """Every public optimizer whose math is jgd's."""
-    rooms = [room for room in jgd.optimizers.ROOMS if room is not jgd.optimizers.lifted]
+    rooms = [room for room in jgd.optimizers.families if room is not jgd.optimizers.lifted]
     names = [name for room in rooms for name in room.__all__]
     return [name for name in names if not name.startswith("scale_by_")]
 

@@ -139,7 +139,7 @@ def _factories():
 
 
 def _numeric(spec):
-    return [name for name, kind in spec.kinds.items() if kind.name in ("number", "numbers")]
+    return [name for name, kind in spec.kinds.items() if name in spec.numeric()]
 
 
 def _settings(spec):

@@ -387,11 +387,19 @@ def test_inject_hyperparams_and_tree_map_params():
     np.testing.assert_array_equal(optax.tree.get(doubled, "mu")["w"], 2.0)
 
 
-def test_injected_decays_keep_their_correction():
+def test_scheduled_decays_keep_their_correction():
     """optax corrects with the last b1 for all steps; here a constant gradient gives sign(g)."""
-    tx = optax.inject_hyperparams(jgd.adam)(learning_rate=1.0, b1=lambda step: 0.5 + 0.04 * step)
+    tx = jgd.adam(1.0, b1=lambda step: 0.5 + 0.04 * step)
     gradients = jax.tree.map(lambda g: jnp.stack([g] * 8), GRADIENT)
     np.testing.assert_allclose(run(tx, gradients, PARAMS)["b"], -1.0, rtol=1e-5)
+
+
+def test_injected_decays_are_those_of_optax():
+    """A number that moves without a schedule is taken as constant over all steps, as in optax."""
+    inject = lambda f: optax.inject_hyperparams(f)(1.0, b1=lambda step: 0.5 + 0.04 * step)
+    gradients = jax.tree.map(lambda g: jnp.stack([g] * 8), GRADIENT)
+    ours, theirs = (run(inject(f), gradients, PARAMS) for f in (jgd.adam, optax.adam))
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-5)
 
 
 def test_optax_chain_hides_the_leaves_and_ours_keeps_them():
