@@ -103,7 +103,8 @@ class NumberKind(Kind):
             raise TypeError(f"{label} must be a number or a schedule, got {value!r}")
         if isinstance(value, jax.Array):  # tracers too: float32, one trace for all of them
             return jnp.asarray(value, float)
-        value = np.asarray(value, np.float64) if np.ndim(value) else np.float64(value)
+        number: Any = value
+        value = np.asarray(number, np.float64) if np.ndim(number) else np.float64(number)
         self.check_range(label, value)
         return value
 
@@ -468,9 +469,9 @@ class Spec:
     def check_arrays(self, args: tuple[Any, ...]) -> None:
         """Check the numbers in arrays on a device, if they are there: this does not wait."""
         for (name, kind), arg in zip(self.kinds.items(), args, strict=True):
-            if isinstance(arg, jax.Array) and isinstance(kind, NumberKind):
-                if not isinstance(arg, jax.core.Tracer) and arg.is_ready():
-                    kind.check_range(self.labels[name], np.asarray(arg, np.float64))
+            there = isinstance(arg, jax.Array) and not isinstance(arg, jax.core.Tracer)
+            if there and isinstance(kind, NumberKind) and arg.is_ready():
+                kind.check_range(self.labels[name], np.asarray(arg, np.float64))
 
     # --- from the stored form to the body
 
@@ -482,7 +483,8 @@ class Spec:
         for parameter, kind, stored in pairs:
             label = self.labels[parameter.name]
             if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-                positional.extend(kind.resolve(label, one, how) for one in unwrap(stored) or ())
+                several: Any = unwrap(stored)
+                positional.extend(kind.resolve(label, one, how) for one in several)
             elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 keywords.update(unwrap(stored) or {})
             elif parameter.kind is inspect.Parameter.KEYWORD_ONLY:

@@ -273,7 +273,7 @@ def with_nesterov(inner: GradientTransformation) -> GradientTransformation:
     Differs from: `nesterov_ema`, where the two terms carry different bias corrections.
     Source: Sutskever et al. 2013, equations 3 and 4.
     """
-    tx = optax.with_extra_args_support(inner)
+    tx: Any = optax.with_extra_args_support(inner)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         _, advanced = tx.update(updates, state, params, **extra)
@@ -333,7 +333,7 @@ def named(
             f"named: the fields of {record.__name__} must be the memories {sorted(known)}, got"
             f" {sorted(of_field.values())}"
         )
-    tx = optax.with_extra_args_support(inner)
+    tx: Any = optax.with_extra_args_support(inner)
 
     def apply(updates: Any, slots: Slots, params: Any) -> Any:
         return tx.update(updates, slots, params)[0]
@@ -372,7 +372,9 @@ def partition(
         )
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        states = dict(check_state(state, optax.transforms.PartitionState).inner_states)
+        states: dict[Any, Any] = dict(
+            check_state(state, optax.transforms.PartitionState).inner_states
+        )
         if states.keys() != inner.keys():
             raise TreeError(f"expected the state of the groups {list(inner)}, got {list(states)}")
         leafwise(lambda g, *_: g, updates, *(() if params is None else (params,)))

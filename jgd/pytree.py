@@ -24,7 +24,7 @@ import contextvars
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, NamedTuple, ParamSpec, Self, overload
 
 import jax
@@ -95,7 +95,7 @@ _body = contextvars.ContextVar[_Body]("_body", default=_USERS)
 
 
 @contextlib.contextmanager
-def plainly(own: bool = True, moving: bool = False) -> Iterator[None]:
+def plainly(own: bool = True, moving: bool = False) -> Generator[None]:
     """Within this context calls of jgd's factories return plain pairs."""
     token = _body.set(_Body(own, moving))
     try:
@@ -112,9 +112,10 @@ def decays_move() -> bool:
 def _enter(link: Any) -> Any:
     """Return a link of jgd's own without schedules as a plain pair: one door is enough."""
     link = unwrap(link)
-    if isinstance(link, Transformation) and link._call.spec.own and not link._call.scheduled:
-        return link._call.pair()
-    return link
+    if not isinstance(link, Transformation):
+        return link
+    call = call_of(link)
+    return call.pair() if call.spec.own and not call.scheduled else link
 
 
 # --- values ----------------------------------------------------------------------------------
@@ -169,7 +170,8 @@ class _Call:
         params: optax.Params | None = None,
         **extra: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        step, inner = None, state
+        step: Any = None
+        inner: Any = state
         with self._door():
             if self.scheduled:
                 if not isinstance(state, SteppedState | ScheduledState):
@@ -182,12 +184,13 @@ class _Call:
         new = _narrowed(new, updates, params)
         if not self.spec.own and _alike(new_inner, inner):
             new_inner = like(new_inner, inner)
-        if step is None:
+        if not isinstance(state, SteppedState | ScheduledState) or not self.scheduled:
             return new, new_inner
-        return new, type(state)(optax.safe_increment(step), new_inner)
+        count: Any = optax.safe_increment(step)
+        return new, type(state)(count, new_inner)
 
     @contextlib.contextmanager
-    def _door(self) -> Iterator[None]:
+    def _door(self) -> Generator[None]:
         """Give errors the name of this optimizer; NumPy's scalars overflow as JAX's do."""
         try:
             with np.errstate(all="ignore"):
@@ -317,12 +320,14 @@ class _Value:
     _call: _Call
 
     @classmethod
-    def _of(cls, spec: Spec, args: Iterable[Any]) -> Self:
+    def of_call(cls, spec: Spec, args: Iterable[Any]) -> Self:
+        """Return the value of a call in its stored form. JAX unflattens with it: no checks."""
         raise NotImplementedError
 
     def __eq__(self, other: object) -> bool:
-        same = isinstance(other, _Value) and type(self) is type(other)
-        return self is other or (same and self._call.key == other._call.key)
+        if not isinstance(other, _Value) or type(self) is not type(other):
+            return False
+        return self is other or self._call.key == other._call.key
 
     def __ne__(self, other: object) -> bool:
         return not self == other
@@ -358,7 +363,7 @@ class _Value:
         return f"{spec.name}({', '.join(shown)})"
 
     def __reduce__(self) -> Any:
-        return type(self)._of, (self._call.spec, self._call.args)
+        return type(self).of_call, (self._call.spec, self._call.args)
 
     def _replaced(self, changes: dict[str, Any]) -> Self:
         spec = self._call.spec
@@ -369,7 +374,7 @@ class _Value:
             spec.admit(name, changes[name]) if name in changes else arg
             for name, arg in zip(spec.names, self._call.args, strict=True)
         )
-        new = self._of(spec, args)
+        new = self.of_call(spec, args)
         if spec.check is not None:
             spec.check(new)
         return new
@@ -383,7 +388,7 @@ class Transformation(_Value, optax.GradientTransformationExtraArgs):
     """
 
     @classmethod
-    def _of(cls, spec: Spec, args: Iterable[Any]) -> Self:
+    def of_call(cls, spec: Spec, args: Iterable[Any]) -> Self:
         call = _Call(spec, tuple(args))
         self = tuple.__new__(cls, (call.init, call.update))
         object.__setattr__(self, "_call", call)
@@ -400,7 +405,7 @@ class Schedule(_Value):
     """A function of the step that is a pytree of its numbers: what jgd's schedules return."""
 
     @classmethod
-    def _of(cls, spec: Spec, args: Iterable[Any]) -> Self:
+    def of_call(cls, spec: Spec, args: Iterable[Any]) -> Self:
         self = object.__new__(cls)
         self._call = _Call(spec, tuple(args))
         return self
@@ -429,7 +434,7 @@ class Monitor(_Value, MonitorPair):
     """A pair over a metric that is a pytree of its numbers: what jgd's callbacks return."""
 
     @classmethod
-    def _of(cls, spec: Spec, args: Iterable[Any]) -> Self:
+    def of_call(cls, spec: Spec, args: Iterable[Any]) -> Self:
         call = _Call(spec, tuple(args))
         label = lambda name: f"{spec.name}: {name}"
 
@@ -456,6 +461,11 @@ class Monitor(_Value, MonitorPair):
         return self._replaced(changes)
 
 
+def call_of(value: Any) -> _Call:
+    """Return the factory and the arguments behind a value."""
+    return value._call
+
+
 def _flatten(value: Any) -> tuple[tuple[Any, ...], Spec]:
     return value._call.args, value._call.spec
 
@@ -467,7 +477,7 @@ def _flatten_with_keys(value: Any) -> tuple[tuple[tuple[Any, Any], ...], Spec]:
 
 
 for _class in (Transformation, Schedule, Monitor):
-    jax.tree_util.register_pytree_with_keys(_class, _flatten_with_keys, _class._of, _flatten)
+    jax.tree_util.register_pytree_with_keys(_class, _flatten_with_keys, _class.of_call, _flatten)
 
 
 # --- the decorator ---------------------------------------------------------------------------
@@ -548,7 +558,7 @@ def as_pytree(
             spec.check_arrays(admitted)
         if not value_class:
             value_class.append(_class_of(spec, admitted))
-        value = value_class[0]._of(spec, admitted)
+        value = value_class[0].of_call(spec, admitted)
         if not isinstance(value, Transformation):
             _check_body(value)
         if check is not None:
@@ -556,7 +566,7 @@ def as_pytree(
         return value
 
     spec.decorated = call
-    call.__jgd_spec__ = spec  # pyright: ignore[reportFunctionMemberAccess]
+    setattr(call, "__jgd_spec__", spec)  # noqa: B010 (functions have no such attribute)
     return call
 
 

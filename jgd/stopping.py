@@ -214,9 +214,8 @@ def reduce_on_plateau(
     ) -> tuple[Any, Any]:
         if value is None:
             raise TypeError("reduce_on_plateau: needs the metric: call update(..., value=loss)")
-        scale, best, bad, cooldown_count, count, average = check_state(
-            state, optax.contrib.ReduceLROnPlateauState
-        )
+        fields: Any = check_state(state, optax.contrib.ReduceLROnPlateauState)
+        scale, best, bad, cooldown_count, count, average = fields
         average = (count * average + jnp.asarray(value, float)) / increment(count)
         gathered = state._replace(count=increment(count), avg_value=average)
         better = average < (1 - rtol) * best - atol

@@ -209,7 +209,8 @@ def scale_by_soap(
         count = slots.step("count", increment)
         t = jnp.maximum(count - 1, 1)  # the first call takes no step
         c1, c2 = (bias_weight(slots, decay, of, count=t) for decay, of in ((b1, "mu"), (b2, "nu")))
-        return one_step(count, c1, c2).update(updates, slots, params)[0]
+        step: Any = one_step(count, c1, c2)
+        return step.update(updates, slots, params)[0]
 
     leaves = one_step(1, 1.0, 1.0).slots or ()
     fields = {field: field for field in SoapState._fields}

@@ -90,7 +90,7 @@ def _axes(ndim: int, dimensions: Any) -> tuple[tuple[int, ...], ...]:
 
 
 def _as_matrices(f: Callable[[Any], Any], x: Any, dimensions: Any) -> Any:
-    """`f` on each matrix of a leaf, turned so that it has no more rows than columns."""
+    """Return `f` of each matrix of a leaf."""
     if dimensions is None:
         raise TreeError(
             f"muon is for matrices, got shape {x.shape}: give its weight_dimension_numbers"
@@ -102,8 +102,7 @@ def _as_matrices(f: Callable[[Any], Any], x: Any, dimensions: Any) -> Any:
     sizes = [math.prod(x.shape[axis] for axis in group) for group in groups]
     turned = x.transpose(order)
     matrices = turned.reshape(sizes)
-    wide = lambda m: f(m.T).T if m.shape[0] > m.shape[1] else f(m)
-    result = jax.vmap(wide)(matrices).reshape(turned.shape)
+    result = jax.vmap(f)(matrices).reshape(turned.shape)
     return result.transpose([order.index(axis) for axis in range(x.ndim)])
 
 
@@ -148,7 +147,7 @@ def scale_by_muon(
     triples = [coefficients] * ns_steps if coefficients.ndim == 1 else list(coefficients)
 
     def orthogonal(m: Any) -> Any:
-        o = orthogonalized(_normalized(m, preconditioning, eps), triples)
+        o = orthogonalized(m, triples, lambda x: _normalized(x, preconditioning, eps))
         return jnp.sum(jnp.conj(m) * o) * o if adaptive else o
 
     def update(updates: Any, params: Any = None) -> Any:
@@ -211,8 +210,8 @@ def muon(
       consistent_rms: at least 0; if given, O is multiplied by consistent_rms sqrt(max(rows,
         columns)) instead.
 
-    State: `optax.contrib.MuonState(count, mu, ns_coeffs)`, one tree for matrices, and that of `adamw`, two trees,
-      for the rest, each in an `optax.MaskedState`.
+    State: `optax.contrib.MuonState(count, mu, ns_coeffs)`, one tree for matrices, and that of
+      `adamw`, two trees, for the rest, each in an `optax.MaskedState`.
     Differs from: Keras and PyTorch, whose momentum has no bias correction.
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; Liu et al. 2025,
       arXiv:2502.16982 for consistent_rms.
