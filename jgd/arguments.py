@@ -463,11 +463,13 @@ class Spec:
         if self.signature.parameters[name].kind is not inspect.Parameter.VAR_POSITIONAL:
             return kind.admit(label, value)
         if isinstance(kind, LinkKind):
-            return tuple(kind.admit(label, link) for link in value)
+            links: tuple[Any, ...] = value
+            return tuple(kind.admit(label, link) for link in links)
         return kind.admit(label, value)
 
     def check_arrays(self, args: tuple[Any, ...]) -> None:
         """Check the numbers in arrays on a device, if they are there: this does not wait."""
+        arg: Any
         for (name, kind), arg in zip(self.kinds.items(), args, strict=True):
             there = isinstance(arg, jax.Array) and not isinstance(arg, jax.core.Tracer)
             if there and isinstance(kind, NumberKind) and arg.is_ready():

@@ -47,10 +47,6 @@ from jgd.pytree import as_pytree, decays_move
 from jgd.trees import leafwise, with_params
 
 __all__ = [
-    "BiasCorrectionState",
-    "MovingAverageState",
-    "RunningMaxState",
-    "RunningSumState",
     "add_decayed_weights",
     "add_noise",
     "bias_correction",
