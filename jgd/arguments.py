@@ -29,6 +29,7 @@ import optax
 from jgd.nodes import NUMERIC, Named, Static, held_by, is_entry, is_number, is_schedule, unwrap
 
 __all__ = [
+    "AnyNumber",
     "BelowOne",
     "Boundaries",
     "BoundariesAndScales",
@@ -262,6 +263,7 @@ def exact_scalar(label: str, value: Any) -> Any:
 # Where a caller writes any of float, int, NumPy or JAX scalar, tracer or schedule, the body of the
 # factory sees a scalar float array. No static type says both, hence Any.
 Number = Annotated[Any, NumberKind("a finite number", np.isfinite)]
+AnyNumber = Annotated[Any, NumberKind("a number", lambda x: x.dtype == np.float64)]  # NaN too
 NonNegative = Annotated[Any, NumberKind("at least 0", lambda x: x >= 0)]
 Positive = Annotated[Any, NumberKind("above 0", lambda x: x > 0)]
 Fraction = Annotated[Any, NumberKind("in [0, 1]", lambda x: (x >= 0) & (x <= 1))]

@@ -45,7 +45,7 @@ from jgd.arguments import (
     scalar,
 )
 from jgd.nodes import NUMERIC, Static, is_entry, is_schedule, show, unwrap
-from jgd.trees import TreeError, like, path_name
+from jgd.trees import StateError, TreeError, like, other_state, path_name
 
 __all__ = [
     "Monitor",
@@ -175,10 +175,7 @@ class _Call:
         with self._door():
             if self.scheduled:
                 if not isinstance(state, SteppedState | ScheduledState):
-                    raise TreeError(
-                        f"expected the state of a scheduled number, got {type(state).__name__}."
-                        " jgd.compat.optax.state_from(state, tx) converts states of optax"
-                    )
+                    raise other_state("the state of a scheduled number", state)
                 step, inner = state
             new, new_inner = self.pair(step).update(_wide(updates), inner, _wide(params), **extra)
         new = _narrowed(new, updates, params)
@@ -196,7 +193,8 @@ class _Call:
             with np.errstate(all="ignore"):
                 yield
         except TreeError as error:
-            raise TreeError(error.detail, self.spec.name) from None
+            hint = _OTHER_OPTIMIZER if isinstance(error, StateError) else ""
+            raise TreeError(error.detail + hint, self.spec.name) from None
         except jax.errors.TracerBoolConversionError as error:
             if self.spec.own:
                 raise
@@ -205,6 +203,12 @@ class _Call:
                 f" Name it in structure=, as in jgd.as_pytree({self.spec.name},"
                 f" structure={_branching(self.spec, self.args)!r})"
             ) from error
+
+
+_OTHER_OPTIMIZER = (
+    ". Was it created by another optimizer? jgd.compat.optax.state_from(state, tx) converts states"
+    " of optax and of jgd 0.1"
+)
 
 
 def _branching(spec: Spec, args: tuple[Any, ...]) -> list[str]:

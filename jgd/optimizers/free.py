@@ -431,7 +431,7 @@ def schedule_free_sgd(
     Source: Defazio et al. 2024, equations 6 to 8, arXiv:2405.15682.
     """
     rate = _warmed_up(learning_rate, warmup_steps)
-    base = chain(_decay(weight_decay, None), scale_by_learning_rate(rate))
+    base = chain(_decay(weight_decay, None), sgd(rate))
     return schedule_free(base, rate, b1, weight_lr_power, state_dtype)
 
 

@@ -58,12 +58,12 @@ def _coefficients(ns_coeffs: Any, ns_steps: int) -> jax.Array:
 def _held(coefficients: jax.Array) -> GradientTransformation:
     """Return a transformation that keeps the coefficients in the state, as optax has them."""
 
-    def apply(updates: Any, slots: Slots, _: Any) -> Any:
+    def step(updates: Any, slots: Slots, _: Any) -> Any:
         slots.step("ns_coeffs", lambda _: coefficients)
         return updates
 
     slot = Slot("ns_coeffs", lambda _: coefficients)
-    return remembering(apply, optax.EmptyState, {}, slot)
+    return remembering([step], [slot], optax.EmptyState, {})
 
 
 def _normalized(x: Any, how: str, eps: Any) -> Any:
