@@ -24,10 +24,11 @@ from jgd.arguments import (
     Boundaries,
     Count,
     Fraction,
-    Kind,
     NonNegative,
     Number,
+    NumberKind,
     Numbers,
+    NumbersKind,
     Period,
     Positive,
 )
@@ -63,10 +64,10 @@ __all__ = [
     "step_lr",
 ]
 
-Factor = Annotated[Any, Kind("number", "in (0, 1]", lambda x: 0 < x <= 1)]
-Growth = Annotated[Any, Kind("number", "at least 1", lambda x: x >= 1)]
+Factor = Annotated[Any, NumberKind("in (0, 1]", lambda x: 0 < x <= 1)]
+Growth = Annotated[Any, NumberKind("at least 1", lambda x: x >= 1)]
 Milestones = Annotated[
-    Any, Kind("numbers", "at least 0", lambda x: np.min(np.asarray(x), initial=0) >= 0)
+    Any, NumbersKind("at least 0", lambda x: np.min(np.asarray(x), initial=0) >= 0)
 ]
 
 
