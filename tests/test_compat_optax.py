@@ -16,7 +16,7 @@ from table import ROWS, Row, losses, noisy_gradients, parameters
 
 import jgd
 from jgd.compat.optax import state_from, to_optax
-from jgd.pytree import SteppedState
+from jgd.pytree import ScheduledState, SteppedState
 
 SHAPES = {"vector": (5,), "matrix": (4, 3)}
 OLD = Path(__file__).parent / "data" / "states_of_jgd_0_1.msgpack"
@@ -205,7 +205,7 @@ def _as_orbax(node: Any) -> Any:
 
 @pytest.mark.parametrize("name", OF_0_1)
 def test_states_of_0_1(name: str) -> None:
-    """The file has a state after 5 steps, as flax restores it, and the 4 updates of 0.1 then."""
+    """The file was written by jgd 0.1: states after 5 steps, as flax keeps them, and 4 updates."""
     old = flax.serialization.msgpack_restore(OLD.read_bytes())
     case, tx = old["cases"][name], OF_0_1[name]()
     state, params = state_from(case["state"], tx), case["params"]
@@ -325,6 +325,19 @@ def test_errors_of_the_optimizers_name_a_call_that_helps() -> None:
         with pytest.raises(jgd.TreeError, match=r"jgd\.compat\.optax\.state_from\(state, tx\)"):
             tx.update(GRADIENTS[5], there, params)
         tx.update(GRADIENTS[5], jgd.compat.optax.state_from(there, tx), params)
+
+
+def test_a_constant_number_gets_a_schedule() -> None:
+    """Adam counts its steps itself; for a rule that does not, the error says what to do."""
+    params = _single(parameters(SHAPES))
+    rate = jgd.linear_schedule(0.1, 0.01, 20)
+    _, there, _ = _train(optax.adam(0.1), optax.adam(0.1).init(params), params, range(5))
+    chex.assert_trees_all_equal(state_from(there, jgd.adam(rate)).step, jnp.asarray(5))
+    there = optax.sgd(0.1, 0.9).init(params)
+    with pytest.raises(jgd.TreeError, match=r"jgd\.pytree\.ScheduledState\(count, state\)"):
+        state_from(there, jgd.sgd(rate, 0.9))
+    here = ScheduledState(jnp.asarray(5), state_from(there, jgd.sgd(0.1, 0.9)))
+    _train(jgd.sgd(rate, 0.9), here, params, range(1))
 
 
 @pytest.mark.parametrize(
