@@ -5,14 +5,14 @@
     python -m benchmarks.step --optimizers adam muon --trees small GPT-2 --measurements trace run
 
 Both libraries run in this process, in turns, so that a busy machine slows both alike. A ratio is
-the median over rounds of seconds in jgd over seconds in optax. Rounds end after `--seconds`.
+the median over rounds of seconds in jgd over seconds in optax. `--seconds` bounds the rounds.
 
     trace       jax.jit(update).trace of a new function; jax's other caches are warm
     argument    the same with the optimizer as an argument of the function, relative to optax's
                 plain trace
     cold        the first trace after jax.clear_caches(), for the small tree
     compile     XLA, without the persistent cache: smallest of five times, of fewer where they take
-                more than five times `--seconds`
+                more than four times `--seconds`
     run         a compiled update whose state is donated
     counts      equations, bytes, kernels and stack frames: see tests/costs.py
     eager       an update of Adam without jit, for the small tree
@@ -79,11 +79,11 @@ def seconds_of(call: Call, repeats: int = 1) -> float:
 
 
 def in_turns(calls: list[Call], limit: float) -> np.ndarray:
-    """Return the seconds of each call in each round.
+    """Return the seconds of each call in each of up to 50 rounds.
 
-    The first calls only fill caches, unless they take more than four seconds: then they are the only
-    round. A round repeats calls of less than two milliseconds. Every other round goes backwards, so
-    that no call gains by its place.
+    The first calls only fill caches, unless they take more than four seconds: then they are the
+    only round. A round repeats calls of less than two milliseconds. Every other round goes
+    backwards, so that no call gains by its place.
     """
     first = [seconds_of(call) for call in calls]
     if sum(first) > 4:
@@ -91,7 +91,7 @@ def in_turns(calls: list[Call], limit: float) -> np.ndarray:
     fastest = min(seconds_of(call) for call in calls)
     repeats, rounds = max(1, int(2e-3 / fastest)), []
     stop = time.perf_counter() + limit
-    while not rounds or time.perf_counter() < stop:
+    while not rounds or (len(rounds) < 50 and time.perf_counter() < stop):
         order = range(len(calls))[:: -1 if len(rounds) % 2 else 1]
         seconds = {i: seconds_of(calls[i], repeats) for i in order}
         rounds.append([seconds[i] for i in range(len(calls))])
@@ -210,7 +210,7 @@ def measure(results: Results, name: str, tree: str, wanted: set[str], limit: flo
         return
     traced = [call() for call in calls]
     lowered = [one.lower() for one in traced]
-    least, programs = compile_in_turns(lowered, 5 * limit if "compile" in wanted else 0)
+    least, programs = compile_in_turns(lowered, 4 * limit if "compile" in wanted else 0)
     if "compile" in wanted:
         results.add("compile", tree, name, least[0] / least[1])
     if "counts" in wanted:
@@ -220,7 +220,7 @@ def measure(results: Results, name: str, tree: str, wanted: set[str], limit: flo
     if "run" in wanted:
         inputs = arrays(tree, 0), arrays(tree, 1)
         steps = [stepper(p, tx, *inputs) for p, tx in zip(programs, both, strict=True)]
-        results.add("run", tree, name, median_ratio(in_turns(steps, limit)))
+        results.add("run", tree, name, median_ratio(in_turns(steps, 4 * limit)))
 
 
 def measure_cold(results: Results, name: str, rounds: int) -> None:
@@ -256,7 +256,7 @@ def main() -> None:
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, metavar="NAME")
     parser.add_argument("--trees", nargs="+", choices=TREES, default=list(TREES))
     parser.add_argument("--measurements", nargs="+", choices=MEASUREMENTS, default=MEASUREMENTS)
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each cell; default: 1")
+    parser.add_argument("--seconds", type=float, default=0.5, help="for each cell; default: 0.5")
     parser.add_argument("--quick", action="store_true", help="the small tree, 0.1 s for each cell")
     options = parser.parse_args()
     if options.quick:
@@ -279,7 +279,7 @@ def main() -> None:
                 measure(results, name, tree, {"trace"}, limit)
     for name in names:  # last, because they clear jax's caches
         if "cold" in wanted and "small" in options.trees:
-            measure_cold(results, name, 1 if options.quick else 5)
+            measure_cold(results, name, 1 if options.quick else 3)
         if "counts" in wanted:
             for library, module, row in ((jgd, jgd, "jgd"), (OPTAX, optax, "optax")):
                 deepest = frames(OPTIMIZERS[name](library), TREES["small"], module)
