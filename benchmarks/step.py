@@ -1,6 +1,6 @@
 """What one step costs in jgd relative to optax: tracing, compiling and running an update.
 
-    python -m benchmarks.step             # everything: about five minutes on two cores
+    python -m benchmarks.step             # everything: about six minutes on two idle cores
     python -m benchmarks.step --quick     # the small tree alone: less than a minute
     python -m benchmarks.step --optimizers adam muon --trees small GPT-2 --measurements trace run
 
@@ -19,8 +19,8 @@ the median over rounds of seconds in jgd over seconds in optax. `--seconds` boun
     construct   `adam(1e-3)`
 
 Two things are left out. Muon does not run on the leaf of 5000 x 5000, where one step takes minutes.
-Unless `--optimizers` names others, only Adam is compiled, run and made an argument on the thousand
-leaves, where some compilations take half a minute.
+The thousand leaves are only traced, unless `--optimizers` names what to compile and run there,
+since some of those compilations take half a minute.
 """
 
 import argparse
@@ -269,7 +269,7 @@ def main() -> None:
     for tree in options.trees:
         for name in names:
             here = set(wanted)
-            if tree == "thousand" and not options.optimizers and name != "adam":
+            if tree == "thousand" and not options.optimizers:
                 here -= {"argument", "compile", "run", "counts"}
             if tree == "one leaf" and name == "muon":
                 here -= {"run"}
@@ -278,7 +278,9 @@ def main() -> None:
             for name in COMPOSITIONS:
                 measure(results, name, tree, {"trace"}, limit)
     for name in names:  # last, because they clear jax's caches
-        if "cold" in wanted and "small" in options.trees:
+        if "small" not in options.trees:
+            break
+        if "cold" in wanted:
             measure_cold(results, name, 1 if options.quick else 3)
         if "counts" in wanted:
             for library, module, row in ((jgd, jgd, "jgd"), (OPTAX, optax, "optax")):
