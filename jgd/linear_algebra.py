@@ -116,14 +116,17 @@ def orthogonalized(
 
     Args:
       x: a matrix. It is transposed for the iteration if it has more rows than columns.
-      coefficients: a sequence of triples, which drive singular values in (0, 1] towards 1.
+      coefficients: triples as the rows of a matrix, which drive singular values in (0, 1] towards 1.
       normalized: brings the singular values into (0, 1].
       rounded: rounds each matrix that enters another product.
     """
-    if x.shape[0] > x.shape[1]:
-        return orthogonalized(x.T, coefficients, normalized, rounded).T
-    x = normalized(x)
-    for a, b, c in coefficients:
+    tall = x.shape[0] > x.shape[1]
+    x = normalized(x.T if tall else x)
+
+    def iterate(x: Any, triple: Any) -> tuple[Any, None]:
+        a, b, c = triple
         gram = rounded(x @ _adjoint(x))
-        x = rounded(a * x + rounded(b * gram + c * gram @ gram) @ x)
-    return x
+        return rounded(a * x + rounded(b * gram + c * gram @ gram) @ x), None
+
+    x, _ = jax.lax.scan(iterate, x, coefficients.astype(x.real.dtype))
+    return x.T if tall else x

@@ -360,11 +360,10 @@ def join_schedules(schedules: Numbers, boundaries: Boundaries) -> Schedule:
 
     Raises: ValueError in the call of the schedule if the lengths do not fit.
     """
-    edges = as_vector(boundaries)
-    if len(schedules) != edges.size + 1:
+    if len(schedules) != len(boundaries) + 1:
         raise ValueError(
             f"join_schedules: {len(schedules)} schedules need {len(schedules) - 1} boundaries, got"
-            f" {edges.size}"
+            f" {len(boundaries)}"
         )
 
     def value(step: Any) -> Any:
@@ -375,8 +374,8 @@ def join_schedules(schedules: Numbers, boundaries: Boundaries) -> Schedule:
         result = schedules[0](step)
         for index, schedule in enumerate(schedules[1:]):
             # a schedule is asked about its own steps only
-            after = now >= edges[index]
-            own = jnp.where(after, now - edges[index], 0)
+            after = now >= boundaries[index]
+            own = jnp.where(after, now - boundaries[index], 0)
             result = jnp.where(after, schedule(like_step(own)), result)
         return result
 

@@ -20,6 +20,7 @@ import optax.contrib
 from jax.extend.core import Primitive
 
 FRAMES = 9  # at most, from `tx.update` to the arithmetic
+FRAMES_OF = {"muon": 13}  # optax's own has 11: groups of leaves, then matrices, then their norm
 BOUNDS = {"equations": 1.75, "bytes": 1.1, "kernels": 1.15}  # relative to optax
 
 

@@ -22,10 +22,8 @@ SHAPES = {"vector": (5,), "matrix": (4, 3)}
 OLD = Path(__file__).parent / "data" / "states_of_jgd_0_1.msgpack"
 # The states of all others agree where no number follows a schedule.
 CONVERTED = {
-    "adopt",  # a class of jgd's own
     "rmsprop(eps_in_sqrt=False, bias_correction=True)",  # a class that optax does not export
     "schedule_free_adamw",  # the same class
-    "schedule_free_sgd",  # optax nests the chain of `sgd`
 }
 # optax takes no schedule there.
 NO_SCHEDULE = {"sm3", "schedule_free_adamw"}

@@ -350,7 +350,9 @@ def test_reduce_on_plateau_is_that_of_optax(float64):
 
     ours_of = jax.jit(jax.vmap(chex.assert_max_traces(run, n=1)))
     scales = set()
-    for factor, rtol, atol in ((0.1, 1e-4, 0.0), (0.5, 0.0, 0.1), (0.9, 1.0, 0.5), (0.3, 0.2, 0.1)):
+    # no pair under which a metric ties with the bound: it would fall by a fused multiply-add
+    choices = ((0.1, 1e-4, 0.0), (0.5, 0.0, 0.1), (0.9, 1.0, 0.5), (0.3, 0.2, 0.13))
+    for factor, rtol, atol in choices:
 
         def lane(factory, patience, cooldown, size, low, static=(factor, rtol, atol)):
             factor, rtol, atol = static

@@ -83,8 +83,6 @@ _INNER = ["base_optimizer_state", "fast_state", "hessian_fn_state", "inner", "in
 _INNER = [*_INNER, "inner_state", *_INNER_DICTS]
 _COUNTS = {"count", "count_m2", "step"}
 _CONSTANTS = {"ns_coeffs", "hyperparams"}  # `tx` has its own
-# A state of the same fields under another name.
-_SAME_CLASS = {"ScaleByAdoptState": "ScaleByAdamState"}
 # What jgd 0.1 called the mean logarithm of the decay of an average.
 _OLD_LOGS = {
     "log_mu": ["log_b1", "log_beta", "log_decay"],
@@ -279,7 +277,7 @@ class _Filling:
         if [*target.memories, *found.memories] == ["ema", "average"]:  # in jgd 0.1, Keras's average
             found = _Record("", {**found.fields, "ema": found.fields["average"]})
             del found.fields["average"]
-        kinds = {_SAME_CLASS.get(x.kind, x.kind) for x in (target, found)} - {""}
+        kinds = {target.kind, found.kind} - {""}
         if found.memories.keys() != target.memories.keys() or len(kinds) > 1:
             raise _Mismatch(f"expected {target}, got {found}")
         return found

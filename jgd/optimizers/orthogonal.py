@@ -1,5 +1,6 @@
 """Muon: the momentum of a weight matrix, replaced by the orthogonal matrix nearest to it."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -67,7 +68,7 @@ def _held(coefficients: jax.Array) -> GradientTransformation:
 
 
 def _normalized(x: Any, how: str, eps: Any) -> Any:
-    """A matrix with no more rows than columns, its singular values brought into (0, 1]."""
+    """Return a matrix with no more rows than columns, its singular values scaled into (0, 1]."""
     if how == "frobenius":
         return quotient(x, norm(x) + eps)
     if how == "spectral":
@@ -81,7 +82,7 @@ def _normalized(x: Any, how: str, eps: Any) -> Any:
 
 
 def _axes(ndim: int, dimensions: Any) -> tuple[tuple[int, ...], ...]:
-    """The axes of a leaf that make the batch, the rows and the columns of its matrices."""
+    """Return the axes of a leaf that make the batch, the rows and the columns of its matrices."""
     several = lambda axis: (axis,) if isinstance(axis, int) else tuple(axis)
     rows, columns = (tuple(a % ndim for a in several(axis)) for axis in dimensions)
     if set(rows) & set(columns):
@@ -107,7 +108,7 @@ def _as_matrices(f: Callable[[Any], Any], x: Any, dimensions: Any) -> Any:
 
 
 def _dimensions(given: Any, tree: Any) -> Any:
-    """For each leaf which axes make its matrix, None for leaves that are none."""
+    """Return for each leaf the axes that make its matrix, None for leaves that are no matrices."""
     if given is None:
         return jax.tree.map(lambda x: Dimensions() if x.ndim == 2 else None, tree)
     is_one = lambda node: node is None or isinstance(node, Dimensions)
@@ -143,15 +144,16 @@ def scale_by_muon(
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
     """
     coefficients = _coefficients(ns_coeffs, ns_steps)
-
-    triples = [coefficients] * ns_steps if coefficients.ndim == 1 else list(coefficients)
+    rows = (ns_steps, 3) if coefficients.ndim == 1 else coefficients.shape
+    triples = jnp.broadcast_to(coefficients, rows)
+    normalized = functools.partial(_normalized, how=preconditioning, eps=eps)
 
     def orthogonal(m: Any) -> Any:
-        o = orthogonalized(m, triples, lambda x: _normalized(x, preconditioning, eps))
+        o = orthogonalized(m, triples, normalized)
         return jnp.sum(jnp.conj(m) * o) * o if adaptive else o
 
-    def update(updates: Any, params: Any = None) -> Any:
-        each = lambda x, dimensions: _as_matrices(orthogonal, x, dimensions)
+    def update(updates: Any, _: Any) -> Any:
+        each = functools.partial(_as_matrices, orthogonal)
         return _each_matrix(each, updates, weight_dimension_numbers)
 
     average = nesterov_ema if nesterov else ema

@@ -422,7 +422,7 @@ def muon(
     """
 
     def orthogonal(x: Any) -> Any:
-        coefficients = [(muon_a, muon_b, muon_c)] * ns_steps
+        coefficients = jnp.broadcast_to(jnp.stack([muon_a, muon_b, muon_c]), (ns_steps, 3))
         result = orthogonalized(x, coefficients, lambda x: x / (norm(x) + 1e-7))
         return result if rms_rate is None else result * rms_rate * math.sqrt(max(x.shape))
 

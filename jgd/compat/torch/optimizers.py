@@ -530,9 +530,11 @@ def muon(
         rows, columns = x.shape
         # products of bfloat16 numbers are exact in float32, where PyTorch adds them up
         unit = lambda x: rounded(x / jnp.maximum(rounded(norm(x)), rounded(eps)))
-        triple = [jnp.asarray(c, jnp.float32) for c in ns_coefficients]
+        triple = jnp.stack([jnp.asarray(c, jnp.float32) for c in ns_coefficients])
         wide = rounded(x.astype(jnp.float32))
-        result = orthogonalized(wide, [triple] * ns_steps, unit, rounded).astype(x.dtype)
+        result = orthogonalized(
+            wide, jnp.broadcast_to(triple, (ns_steps, 3)), unit, rounded
+        ).astype(x.dtype)
         matched = adjust_lr_fn == "match_rms_adamw"
         factor = 0.2 * math.sqrt(max(x.shape)) if matched else math.sqrt(max(1, rows / columns))
         return factor * result
