@@ -16,7 +16,7 @@ _MODULES = {
         add_decayed_weights add_noise bias_correction decayed_max ema identity moving_average
         nesterov_ema rms root running_max running_sum scale scale_by_learning_rate
         scale_by_momentum scale_by_schedule scale_by_sign set_to_zero sign square trace""",
-    "jgd.per_leaf": "difference per_leaf",
+    "jgd.rules": "difference per_leaf",
     "jgd.norms": """
         centralize scale_by_param_block_norm scale_by_param_block_rms scale_by_trust_ratio""",
     "jgd.wrappers": """
@@ -85,8 +85,8 @@ if TYPE_CHECKING:
     from jgd.optimizers.normalized import *  # noqa: F403
     from jgd.optimizers.orthogonal import *  # noqa: F403
     from jgd.optimizers.signs import *  # noqa: F403
-    from jgd.per_leaf import *  # noqa: F403
     from jgd.pytree import *  # noqa: F403
+    from jgd.rules import *  # noqa: F403
     from jgd.schedules import *  # noqa: F403
     from jgd.training import *  # noqa: F403
     from jgd.transforms import *  # noqa: F403

@@ -385,7 +385,7 @@ class Spec:
             if p.default is None or type(None) in members_of(hints.get(name))
         )
         # inside the bodies of jgd's own factories, calls of others return plain pairs
-        self.own = getattr(factory, "__module__", "").partition(".")[0] == "jgd"
+        self.own = str(getattr(factory, "__module__", None)).partition(".")[0] == "jgd"
         self.decorated = factory
         self._hash = hash((factory, self.structure, self.numbers))
 

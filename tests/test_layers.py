@@ -23,7 +23,7 @@ LAYERS = [
     ("arithmetic", "quotients and roots that are finite at 0"),
     ("combinators", "chain, divide, add, subtract, with_nesterov, named"),
     ("transforms", "the basic transformations: averages, bias correction, roots, decay"),
-    ("per_leaf", "a formula on one array, lifted over the tree"),
+    ("rules", "a formula on one array, lifted over the tree"),
     ("norms", "transformations that look at a whole array"),
     ("linear_algebra", "functions of a matrix with finite derivatives"),
     ("ramps", ""),

@@ -19,8 +19,8 @@ from jgd.arguments import NonNegative, Number, NumberKind, Positive, Structure
 from jgd.arithmetic import abs_square, increment, one_minus_power, quotient, safe_sqrt
 from jgd.combinators import Slots, add, chain, divide, named, remembering
 from jgd.norms import rms_norm
-from jgd.per_leaf import per_leaf
 from jgd.pytree import as_pytree, plainly
+from jgd.rules import per_leaf
 from jgd.transforms import (
     BiasCorrectionState,
     count_slot,

@@ -13,8 +13,8 @@ from jgd.arguments import Decay, Fraction, NonNegative, Number, Period, Structur
 from jgd.arithmetic import abs_square, increment, quotient, safe_sqrt
 from jgd.combinators import Plain, Slots, chain, named, remembering
 from jgd.linear_algebra import eigenvectors, inverse_root, orthonormal
-from jgd.per_leaf import per_leaf
 from jgd.pytree import as_pytree
+from jgd.rules import per_leaf
 from jgd.transforms import (
     bias_weight,
     count_slot,
