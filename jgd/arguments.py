@@ -481,6 +481,11 @@ class Spec:
 
     def body(self, args: tuple[Any, ...], how: How) -> Any:
         """Run the body of the factory with the stored arguments."""
+        positional, keywords = self.resolve(args, how)
+        return self.factory(*positional, **keywords)
+
+    def resolve(self, args: tuple[Any, ...], how: How) -> tuple[list[Any], dict[str, Any]]:
+        """Return the arguments that the body of the factory is given."""
         positional: list[Any] = []
         keywords: dict[str, Any] = {}
         pairs = zip(self.signature.parameters.values(), self.kinds.values(), args, strict=True)
@@ -495,7 +500,7 @@ class Spec:
                 keywords[parameter.name] = kind.resolve(label, stored, how)
             else:
                 positional.append(kind.resolve(label, stored, how))
-        return self.factory(*positional, **keywords)
+        return positional, keywords
 
     def numeric(self) -> list[str]:
         """Return the names of the parameters that are numbers, or several numbers."""

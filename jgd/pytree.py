@@ -151,8 +151,9 @@ class _Call:
         own = self.spec.own
         moving = any(isinstance(kind, NumberKind) and kind.decay for kind in self.scheduled)
         how = How(concrete_scalar, _enter, step) if own else How(scalar, step=step)
+        positional, keywords = self.spec.resolve(self.args, how)  # schedules are a user's functions
         with plainly(own, moving):
-            return _extended(self.spec.body(self.args, how))
+            return _extended(self.spec.factory(*positional, **keywords))
 
     def init(self, params: optax.Params) -> optax.OptState:
         step = jnp.zeros([], jnp.int32) if self.scheduled else None
