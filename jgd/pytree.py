@@ -57,7 +57,6 @@ __all__ = [
     "TreeError",
     "as_pytree",
     "lane",
-    "now",
     "stack",
 ]
 
@@ -600,7 +599,7 @@ def _class_of(spec: Spec, args: tuple[Any, ...]) -> type[Any]:
     )
 
 
-# --- batches of values, and values at a step -------------------------------------------------
+# --- batches of values -----------------------------------------------------------------------
 
 
 def stack(settings: Sequence[Any]) -> Any:
@@ -645,17 +644,3 @@ def lane(lanes: Any, index: int) -> Any:
     if leaves and not -len(leaves[0]) <= index < len(leaves[0]):
         raise IndexError(f"lane {index} of {len(leaves[0])} lanes")
     return jax.tree.map(lambda x: x[index], lanes)
-
-
-def now(tx: Any, state: optax.OptState) -> Any:
-    """Return the optimizer with its schedules evaluated at the step of its state.
-
-        jgd.now(tx, state).learning_rate     # what is my learning rate now?
-
-    Args:
-      tx: an optimizer of jgd.
-      state: its state. The step is that of the next update: 0 in a state that `init` returned.
-
-    Raises: TreeError if the state is not that of `tx`.
-    """
-    raise NotImplementedError((tx, state))
