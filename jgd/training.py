@@ -24,6 +24,7 @@ import optax
 from jgd.arguments import Static
 from jgd.diagnosis import sharpness
 from jgd.pytree import refuse_functions
+from jgd.trees import like
 
 __all__ = [
     "Run",
@@ -117,7 +118,12 @@ def _arity(f: Callable[..., Any]) -> int:
 
 
 def supervised(task: Task) -> Run:
-    """The training run of a task: mini-batch gradients into the setting's optimizer.
+    """Return the training run of a task: mini-batch gradients into the setting's optimizer.
+
+    The optimizer's `update` is given the extra arguments `value` and `grad`, and the functions of
+    the parameters `value_fn`, `grad_fn` and `obj_fn` (that is `value_fn`), in which batch, key and
+    model state are those of the step. Line searches, `sophia` and `momo` need some of them; a
+    function that is not called costs nothing.
 
     Raises: TypeError if `loss` takes neither 2 nor 5 arguments.
     """
@@ -153,15 +159,26 @@ def supervised(task: Task) -> Run:
         params, opt_state, model_state, key = state
         if full:
             key, now = jax.random.split(key)
+            fixed = (model_state, batch, now, setting)
             value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
-            (loss, (metrics, model_state)), grads = value_and_grad(
-                params, model_state, batch, now, setting
-            )
+            (loss, (metrics, model_state)), grads = value_and_grad(params, *fixed)
         else:
             metrics: Mapping[str, Any] = {}
+            fixed = (batch,)
             loss, grads = jax.value_and_grad(loss_of)(params, batch)
+
+        # Optax's line searches refuse extra arguments that `value_fn` does not name. Optimizers
+        # compute in float32, the model in the dtypes of its parameters.
+        def value_fn(at: optax.Params, grad_fn: Any = None, obj_fn: Any = None) -> jax.Array:
+            result = loss_of(like(at, params), *fixed)
+            return result[0] if full else result
+
+        def grad_fn(at: optax.Params, *_: Any) -> optax.Updates:
+            return jax.grad(value_fn)(at)
+
+        functions = dict(value_fn=value_fn, grad_fn=grad_fn, obj_fn=value_fn)
         updates, opt_state = optimizer_of(setting).update(
-            grads, opt_state, params, value=loss, grad=grads
+            grads, opt_state, params, value=loss, grad=grads, **functions
         )
         # sums of products: cheaper than dots where lanes are batched
         products = jax.tree.map(lambda g, u: jnp.sum(jnp.real(jnp.conj(g) * u)), grads, updates)
