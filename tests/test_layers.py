@@ -22,6 +22,7 @@ ORDER = [  # a module may import those before it
     "linear_algebra",
     "schedules",
     "wrappers",
+    "inspection",
     "groups",
     "stopping",
     "regularization",
@@ -73,6 +74,7 @@ ORDER = [  # a module may import those before it
     "tuning.plots",
     "tuning.tasks",
     "tuning",
+    "nnx",
     "cli",
 ]
 EXTRAS = {
@@ -126,7 +128,7 @@ def test_extras_are_imported_where_they_are_used():
                 continue
             for imported, _ in _imports(ast.Module([node], [])):
                 if imported.split(".")[0] in EXTRAS:
-                    assert name in ("tuning.plots", "tuning.screen", "tuning.tasks"), (
+                    assert name in ("nnx", "tuning.plots", "tuning.screen", "tuning.tasks"), (
                         f"{name} imports {imported}"
                     )
 
