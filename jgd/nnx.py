@@ -46,7 +46,7 @@ class Optimizer(nnx.Optimizer):
 
     def __init__(self, model: Any, tx: Any, *, wrt: Any, **options: Any) -> None:
         setting = tx.setting if isinstance(tx, Best) else tx
-        refuse_functions(setting)
+        refuse_functions("Optimizer", setting)
         super().__init__(model, optimizer_of(setting), wrt=wrt, **options)
 
     @property

@@ -44,7 +44,7 @@ from jgd.arguments import (
     exact_scalar,
     scalar,
 )
-from jgd.nodes import NUMERIC, Static, is_entry, is_schedule, show, unwrap
+from jgd.nodes import NUMERIC, Static, brief, is_entry, is_schedule, show, unwrap
 from jgd.trees import TreeError, like, path_name
 
 __all__ = [
@@ -154,8 +154,9 @@ class _Call:
 
     def init(self, params: optax.Params) -> optax.OptState:
         step = jnp.zeros([], jnp.int32) if self.scheduled else None
-        with self._door():
-            inner = self.pair(step).init(_wide(params))
+        use = lambda pair: pair.init(_wide(params))
+        with self._door(use):
+            inner = use(self.pair(step))
         if step is None:
             return inner
         counted = optax.tree.get_all_with_path(inner, "count")
@@ -169,7 +170,8 @@ class _Call:
         **extra: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         step, inner = None, state
-        with self._door():
+        use = lambda pair: pair.update(_wide(updates), inner, _wide(params), **extra)
+        with self._door(use):
             if self.scheduled:
                 if not isinstance(state, SteppedState | ScheduledState):
                     raise TreeError(
@@ -177,7 +179,7 @@ class _Call:
                         " jgd.compat.optax.state_from(state, tx) converts states of optax"
                     )
                 step, inner = state
-            new, new_inner = self.pair(step).update(_wide(updates), inner, _wide(params), **extra)
+            new, new_inner = use(self.pair(step))
         new = _narrowed(new, updates, params)
         if not self.spec.own and _alike(new_inner, inner):
             new_inner = like(new_inner, inner)
@@ -186,40 +188,56 @@ class _Call:
         return new, type(state)(optax.safe_increment(step), new_inner)
 
     @contextlib.contextmanager
-    def _door(self) -> Iterator[None]:
+    def _door(self, use: Callable[[Any], Any]) -> Iterator[None]:
         """Give errors the name of this optimizer; NumPy's scalars overflow as JAX's do."""
         try:
             with np.errstate(all="ignore"):
                 yield
         except TreeError as error:
             raise TreeError(error.detail, self.spec.name) from None
-        except jax.errors.TracerBoolConversionError as error:
-            if self.spec.own:
-                raise
-            raise TypeError(
-                f"{self.spec.name}: the factory branches in Python on a number, which is traced."
-                f" Name it in structure=, as in jgd.as_pytree({self.spec.name},"
-                f" structure={_branching(self.spec, self.args)!r})"
-            ) from error
+        except _NEEDS_A_VALUE as error:
+            _name_structure(error, self.spec, self.args, use)
+            raise
 
 
-def _branching(spec: Spec, args: tuple[Any, ...]) -> list[str]:
-    """Return the names of the numbers that the body of a factory branches on."""
-    concrete = lambda label, x: np.float64(0.5) if isinstance(x, jax.core.Tracer) else x
+_NEEDS_A_VALUE = (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError)
 
-    def branches(name: str) -> bool:
-        def build(x: jax.Array) -> None:
-            number = lambda label, value: x if label == spec.labels[name] else concrete("", value)
-            spec.body(args, How(number, step=0))
 
-        try:
-            jax.eval_shape(build, jnp.zeros([]))
-        except jax.errors.TracerBoolConversionError:
-            return True
+def _name_structure(
+    error: Exception, spec: Spec, args: tuple[Any, ...], use: Callable[[Any], Any]
+) -> None:
+    """Raise TypeError with the names of the numbers on which a lifted factory branches in Python.
+
+    Args:
+      use: a call of what the factory returns. It may be this call that branches.
+    """
+    if spec.own or _branches(spec, args, use, None):  # on a gradient, for example
+        return
+    if names := [name for name in spec.numeric() if _branches(spec, args, use, name)]:
+        raise TypeError(
+            f"{spec.name}: {', '.join(names)} must be structure, since the factory needs the value"
+            f" in Python, got a traced number. Lift it with jgd.as_pytree({spec.name},"
+            f" structure={names!r})"
+        ) from error
+
+
+def _branches(
+    spec: Spec, args: tuple[Any, ...], use: Callable[[Any], Any], name: str | None
+) -> bool:
+    """Return whether a lifted factory branches where of its numbers `name` alone is traced."""
+    concrete = lambda x: 0.5 if isinstance(x, jax.core.Tracer) else np.asarray(x, np.float64)[()]
+
+    def build(x: jax.Array) -> None:
+        number = lambda label, value: x if label == spec.labels.get(name) else concrete(value)
+        use(spec.body(args, How(number, step=jnp.zeros([], jnp.int32))))
+
+    try:
+        jax.eval_shape(build, jnp.zeros([]))
+    except _NEEDS_A_VALUE:
+        return True
+    except Exception:  # of a stand-in, which says nothing about `name`
         return False
-
-    numeric = spec.numeric()
-    return [name for name in numeric if branches(name)] or numeric
+    return False
 
 
 def _extended(pair: Any) -> optax.GradientTransformationExtraArgs:
@@ -363,7 +381,8 @@ class _Value:
         spec = self._call.spec
         unknown = set(changes).difference(spec.kinds)
         if unknown:
-            raise ValueError(f"{spec.name} has no argument {', '.join(sorted(unknown))}")
+            names = ", ".join(sorted(unknown))
+            raise ValueError(f"{spec.name} has no argument {names}{spec.nearest(min(unknown))}")
         args = tuple(
             spec.admit(name, changes[name]) if name in changes else arg
             for name, arg in zip(spec.names, self._call.args, strict=True)
@@ -406,12 +425,15 @@ class Schedule(_Value):
 
     def __call__(self, step: Any) -> jax.Array:
         """Return the value at a step: an integer, a traced one, or an array of steps."""
-        call = self._call
-        with np.errstate(all="ignore"):
-            with plainly(call.spec.own):
-                number = concrete_scalar if call.spec.own else scalar
-                schedule = call.spec.body(call.args, How(number))
-            return schedule(step)
+        spec, args = self._call.spec, self._call.args
+        try:
+            with np.errstate(all="ignore"):
+                with plainly(spec.own):
+                    schedule = spec.body(args, How(concrete_scalar if spec.own else scalar))
+                return schedule(step)
+        except _NEEDS_A_VALUE as error:
+            _name_structure(error, spec, args, lambda schedule: schedule(step))
+            raise
 
     def _replace(self, **changes: Any) -> Self:
         return self._replaced(changes)
@@ -544,7 +566,7 @@ def as_pytree(
             return _extended(result) if isinstance(result, tuple) else result
         admitted = spec.bind(args, kwargs)
         if _body.get() is _USERS:
-            spec.check_arrays(admitted)
+            spec.check_call(admitted)
         if not value_class:
             value_class.append(_class_of(spec, admitted))
         value = value_class[0]._of(spec, admitted)
@@ -588,14 +610,19 @@ def _class_of(spec: Spec, args: tuple[Any, ...]) -> type[Any]:
         return Schedule
     first = lambda x: jnp.ravel(x)[0] if isinstance(x, np.ndarray | jax.Array) else x
     number = lambda label, x: scalar(label, first(x))
-    result = spec.body(args, How(number, step=jnp.zeros([], jnp.int32)))
+    try:
+        with plainly(own=False):
+            result = spec.body(args, How(number, step=jnp.zeros([], jnp.int32)))
+    except _NEEDS_A_VALUE as error:
+        _name_structure(error, spec, args, lambda result: result)
+        raise
     if isinstance(result, tuple) and len(result) == 2:
         return Transformation
     if callable(result):
         return Schedule
     raise TypeError(
-        f"{spec.name} returns {type(result).__name__}: neither a transformation, nor a pair (init,"
-        " update), nor a schedule"
+        f"{spec.name}: the factory must return a transformation, a pair (init, update) or a"
+        f" schedule, got {brief(result)}"
     )
 
 
@@ -614,32 +641,35 @@ def stack(settings: Sequence[Any]) -> Any:
     if not settings:
         raise ValueError("stack: needs at least one setting")
     for setting in settings:
-        refuse_functions(setting)
+        refuse_functions("stack", setting)
     structures = [jax.tree.structure(setting) for setting in settings]
     for index, structure in enumerate(structures):
         if structure != structures[0]:
             raise ValueError(
-                f"stack: setting {index} has another structure than setting 0:\n"
-                f"  {settings[index]!r}\n  {settings[0]!r}\n"
-                "Lanes share one program: stack settings of one structure and sweep the others as "
-                "a group of their own; lift links of optax with jgd.as_pytree, so that their "
-                "numbers are leaves, and give all lanes the same function objects"
+                f"stack: setting {index} has another structure than setting 0, got"
+                f" {brief(settings[index])} beside {brief(settings[0])}. Sweep it as a group of its"
+                " own, or lift links of optax with jgd.as_pytree, so that their numbers are leaves,"
+                " and give all settings the same function objects"
             )
     return jax.tree.map(lambda *xs: jnp.stack([jnp.asarray(x, float) for x in xs]), *settings)
 
 
-def refuse_functions(setting: Any) -> None:
+def refuse_functions(function: str, setting: Any) -> None:
     """Raise TypeError for a setting whose leaves are functions, such as an optimizer of optax."""
-    if any(map(callable, jax.tree.leaves(setting))):
+    hides = lambda x: any(map(callable, jax.tree.leaves(x)))
+    if hides(setting):
+        of_optax = lambda x: isinstance(x, optax.GradientTransformation) and hides(x)
+        hidden = next(filter(hides, jax.tree.leaves(setting, is_leaf=of_optax)))
         raise TypeError(
-            "this setting hides its numbers in functions: lift a factory of optax with"
-            " jgd.as_pytree, as in jgd.as_pytree(optax.lion)(1e-4), and put links together with"
-            " jgd.chain instead of optax.chain"
+            f"{function}: a setting must be a pytree of numbers, got {brief(hidden)}, which hides"
+            " its numbers in functions. Lift a factory of optax with jgd.as_pytree, as in"
+            " jgd.as_pytree(optax.lion)(1e-4), and use jgd.chain in place of optax.chain"
         )
 
 
 def lane(lanes: Any, index: int) -> Any:
     """Return lane `index` of a batch: each leaf without its leading axis. Inverts `stack`."""
+    refuse_functions("lane", lanes)
     leaves = jax.tree.leaves(lanes)
     if leaves and not -len(leaves[0]) <= index < len(leaves[0]):
         raise IndexError(f"lane {index} of {len(leaves[0])} lanes")

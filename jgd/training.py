@@ -104,8 +104,8 @@ def optimizer_of(setting: Any) -> optax.GradientTransformationExtraArgs:
     found = [node for node in nodes if _is_transformation(node)]
     if len(found) != 1:
         raise TypeError(
-            f"a setting needs exactly one optimizer, this one has {len(found)}; to a sweep, a dict"
-            " is batches of settings by name"
+            f"a setting must hold exactly one optimizer, got {len(found)}. A sweep takes a dict for"
+            " batches of settings by name"
         )
     return optax.with_extra_args_support(found[0])
 
@@ -130,8 +130,8 @@ def supervised(task: Task) -> Run:
     arity = _arity(task.loss)
     if arity not in (2, 5):
         raise TypeError(
-            "loss must take (params, batch) or (params, model_state, batch, key, setting), this one"
-            f" takes {arity} arguments"
+            "loss must take (params, batch) or (params, model_state, batch, key, setting), got a"
+            f" function of {arity} arguments"
         )
     full, seen = arity == 5, min(max(_arity(task.evaluate), 1), 3)
 
@@ -139,8 +139,7 @@ def supervised(task: Task) -> Run:
         found = task.loss(*arguments)
         if shape := jnp.shape(found[0] if full else found):
             raise TypeError(
-                f"loss must return a scalar, this one returns an array of shape {shape}: take its"
-                " mean"
+                f"loss must return a scalar, got an array of shape {shape}. Take its mean"
             )
         return found
 
@@ -239,7 +238,7 @@ def minibatches(data: Any, batch_size: int | None, key: jax.Array) -> Callable[[
     leaves = jax.tree.leaves(data)
     sizes = {np.shape(leaf)[0] for leaf in leaves}
     if len(sizes) != 1:
-        raise ValueError(f"minibatches: arrays of one leading length wanted, got {sorted(sizes)}")
+        raise ValueError(f"minibatches: data must have one leading length, got {sorted(sizes)}")
     (examples,) = sizes
     data = jax.tree.map(jnp.asarray, data)
     if batch_size is None:
@@ -290,7 +289,7 @@ def train(
     """
     if operator.index(steps) < 1:
         raise ValueError(f"train: steps must be at least 1, got {steps}")
-    refuse_functions(setting)
+    refuse_functions("train", setting)
     return _train(Static(operator.index(steps)), _as_arguments(task), setting, key)
 
 

@@ -170,10 +170,14 @@ def test_inside_jit_and_over_lanes():
     states = jax.vmap(steps)(lanes, jnp.array([2, 5]))
     rates = jax.vmap(jgd.now)(lanes, states).learning_rate
     np.testing.assert_allclose(rates, [0.08, 0.1], rtol=1e-6)
-    with pytest.raises(TypeError, match=r"init_value has shape \(2,\).*jax\.vmap"):
+    with pytest.raises(
+        TypeError, match=r"init_value must be a scalar, got shape \(2,\).*jax\.vmap"
+    ):
         jgd.now(lanes, states)
     shared = jgd.adam(optax.linear_schedule(0.2, 0.0, 10))
-    with pytest.raises(TypeError, match=r"learning_rate has shape \(2,\).*jax\.vmap"):
+    with pytest.raises(
+        TypeError, match=r"learning_rate must be a scalar, got shape \(2,\).*jax\.vmap"
+    ):
         jgd.now(shared, jax.vmap(steps, (None, 0))(shared, jnp.array([2, 5])))
 
 

@@ -100,10 +100,10 @@ def test_flax_refuses_arrays_and_retraces():
     with pytest.raises(ValueError, match="data"):
         nnx.Optimizer(_model(), jgd.lane(LANES, 0), wrt=nnx.Param)
     step = _compiled()
+    pairs = [(model := _model(), nnx.Optimizer(model, jgd.adam(r), wrt=nnx.Param)) for r in (1, 2)]
+    step(*pairs[0])
     with pytest.raises(AssertionError, match="traced > 1 times"):
-        for rate in (0.1, 0.2):
-            model = _model()
-            step(model, nnx.Optimizer(model, jgd.adam(rate), wrt=nnx.Param))
+        step(*pairs[1])
 
 
 def test_the_best_of_a_sweep():
@@ -156,7 +156,7 @@ def test_extra_arguments_and_now():
 
 
 def test_an_optimizer_of_optax_is_refused():
-    with pytest.raises(TypeError, match=r"jgd\.as_pytree"):
+    with pytest.raises(TypeError, match=r"^Optimizer: a setting must be .*jgd\.as_pytree"):
         _both(optax.adam(0.1))
     with pytest.raises(TypeError, match="exactly one optimizer"):
         _both({"rate": 0.1})

@@ -47,7 +47,7 @@ def test_full_batch_and_single_examples():
 
 
 def test_minibatches_refuse_what_does_not_fit():
-    with pytest.raises(ValueError, match=r"one leading length wanted, got \[3, 4\]"):
+    with pytest.raises(ValueError, match=r"must have one leading length, got \[3, 4\]"):
         jgd.minibatches((np.zeros(3), np.zeros(4)), 2, jax.random.key(0))
     for wrong in (0, 13):
         with pytest.raises(ValueError, match=rf"batch_size must be in 1 to 12, got {wrong}"):
@@ -210,9 +210,11 @@ def test_lanes_of_optimizers_that_call_the_loss():
 
 def test_losses_of_another_form_are_refused():
     task = _line()._replace(loss=lambda params: 0.0)
-    with pytest.raises(TypeError, match=r"loss must take \(params, batch\).*takes 1 arguments"):
+    with pytest.raises(
+        TypeError, match=r"loss must take \(params, batch\).*got a function of 1 arguments"
+    ):
         jgd.train(task, jgd.sgd(0.1), 5, jax.random.key(0))
-    with pytest.raises(TypeError, match="exactly one optimizer, this one has 0"):
+    with pytest.raises(TypeError, match="exactly one optimizer, got 0"):
         jgd.train(_line(), {"rate": jnp.ones(())}, 5, jax.random.key(0))
 
 
