@@ -39,6 +39,7 @@ from jgd.nodes import (
 )
 
 __all__ = [
+    "AnyNumber",
     "BelowOne",
     "Boundaries",
     "BoundariesAndScales",
@@ -116,7 +117,8 @@ class NumberKind(Kind):
             raise TypeError(f"{label} must be a number or a schedule, got {brief(value)}")
         if isinstance(value, jax.Array):  # tracers too: float32, one trace for all of them
             return jnp.asarray(value, float)
-        value = np.asarray(value, np.float64) if np.ndim(value) else np.float64(value)
+        number: Any = value
+        value = np.asarray(number, np.float64) if np.ndim(number) else np.float64(number)
         self.check_range(label, value)
         return value
 
@@ -315,6 +317,7 @@ def exact_scalar(label: str, value: Any) -> Any:
 # Where a caller writes any of float, int, NumPy or JAX scalar, tracer or schedule, the body of the
 # factory sees a scalar float array. No static type says both, hence Any.
 Number = Annotated[Any, NumberKind("a finite number", np.isfinite)]
+AnyNumber = Annotated[Any, NumberKind("a number", lambda x: x.dtype == np.float64)]  # NaN too
 NonNegative = Annotated[Any, NumberKind("at least 0", lambda x: x >= 0)]
 Positive = Annotated[Any, NumberKind("above 0", lambda x: x > 0)]
 Fraction = Annotated[Any, NumberKind("in [0, 1]", lambda x: (x >= 0) & (x <= 1))]
@@ -514,7 +517,8 @@ class Spec:
         if self.signature.parameters[name].kind is not inspect.Parameter.VAR_POSITIONAL:
             return kind.admit(label, value)
         if isinstance(kind, LinkKind):
-            return tuple(kind.admit(label, link) for link in value)
+            links: tuple[Any, ...] = value
+            return tuple(kind.admit(label, link) for link in links)
         return kind.admit(label, value)
 
     def nearest(self, unknown: str) -> str:
@@ -542,7 +546,8 @@ class Spec:
         for parameter, kind, stored in pairs:
             label = self.labels[parameter.name]
             if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-                positional.extend(kind.resolve(label, one, how) for one in unwrap(stored) or ())
+                several: Any = unwrap(stored)
+                positional.extend(kind.resolve(label, one, how) for one in several)
             elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 keywords.update(unwrap(stored) or {})
             elif parameter.kind is inspect.Parameter.KEYWORD_ONLY:

@@ -52,17 +52,14 @@ class Slot(NamedTuple):
 
 
 class Slots:
-    """The memories of one composition during one update, by name.
-
-    Each is stepped once: whoever asks for a memory that was stepped already is given the result.
-    """
+    """The memories of one composition during one update, by name: as they were, and as they are."""
 
     def __init__(self, old: Mapping[str, Any]) -> None:
         self.old = old
         self.new: dict[str, Any] = {}
 
     def step(self, name: str, advance: Callable[[Any], Any]) -> Any:
-        """Return the new value of a memory, `advance(old)`."""
+        """Step a memory by `advance(old)`, if this update has not yet, and return its new value."""
         if name not in self.new:
             self.new[name] = advance(self.old[name])
         return self.new[name]
@@ -72,15 +69,21 @@ class Slots:
         return Slots({**self.old, **self.new})
 
 
-class Plain(optax.GradientTransformationExtraArgs):
-    """A plain pair that knows its memories by name: what `named` gathers."""
+Step = Callable[[Any, Slots, Any], Any]  # (updates, slots, params) -> updates
 
-    slots: tuple[Slot, ...] | None  # None: a link in it is foreign, or has a schedule
+
+class Plain(optax.GradientTransformationExtraArgs):
+    """A plain pair that also knows its steps and its memories by name: what `named` gathers."""
+
+    slots: tuple[Slot, ...]
+    steps: tuple[Step, ...] | None  # in series; None: a link is foreign, or has a schedule
 
     @classmethod
-    def of(cls, init: Any, update: Any, slots: Iterable[Slot] | None = ()) -> "Plain":
+    def of(
+        cls, init: Any, update: Any, steps: Iterable[Step] | None, slots: Iterable[Slot] = ()
+    ) -> "Plain":
         self = cls(init, update)
-        self.slots = None if slots is None else tuple(slots)
+        self.slots, self.steps = tuple(slots), None if steps is None else tuple(steps)
         return self
 
 
@@ -92,15 +95,17 @@ class ScheduledDecayState(NamedTuple):
 
 
 def remembering(
-    apply: Callable[[Any, Slots, Any], Any], record: Any, fields: Mapping[str, str], *slots: Slot
+    steps: Iterable[Step], slots: Iterable[Slot], record: Any, fields: Mapping[str, str]
 ) -> Plain:
-    """Return the transformation of `apply(updates, slots, params) -> updates`, with memories.
+    """Return the transformation that takes `steps` in series, with memories.
 
     Args:
-      record: the named tuple of the state where it stands alone.
-      fields: for each field of `record` the name of its slot.
+      steps: functions (updates, slots, params) -> updates.
       slots: the memories.
+      record: the named tuple of the state where the transformation stands alone.
+      fields: for each field of `record` the name of its slot.
     """
+    steps, slots = tuple(steps), tuple(slots)
     extra = [slot.name for slot in slots if slot.of_schedule]
 
     def pack(values: Mapping[str, Any]) -> Any:
@@ -118,13 +123,12 @@ def remembering(
         return pack({slot.name: slot.start(params) for slot in slots})
 
     def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
-        if isinstance(state, Slots):
-            return apply(updates, state, params), state
         memories = Slots(unpack(state))
-        updates = apply(updates, memories, params)
+        for step in steps:
+            updates = step(updates, memories, params)
         return updates, pack(like(memories.new, memories.old))
 
-    return Plain.of(init, update, slots)
+    return Plain.of(init, update, steps, slots)
 
 
 def present(updates: Any, memory: Any) -> Any:
@@ -144,33 +148,24 @@ def stateless(f: Callable[[Any, Any], Any]) -> Plain:
             check_state(state, optax.EmptyState)
         return f(updates, params), state
 
-    return Plain.of(optax.init_empty_state, update)
+    return Plain.of(optax.init_empty_state, update, [lambda updates, _, params: f(updates, params)])
 
 
 # --- series ----------------------------------------------------------------------------------
 
 
-def _slots_of(links: Iterable[GradientTransformation]) -> list[Slot] | None:
-    """Return the slots of all links, or None if not all are known."""
-    slots: list[Slot] = []
-    for link in links:
-        if not isinstance(link, Plain) or link.slots is None:
-            return None
-        slots.extend(link.slots)
-    return slots
+def _steps_of(link: GradientTransformation) -> tuple[Step, ...] | None:
+    return link.steps if isinstance(link, Plain) else None
 
 
-def _parts(state: Any, n: int) -> tuple[Any, ...]:
-    """Return the states of n links: those in a tuple, or the slots that all of them share."""
-    if isinstance(state, Slots):
-        return (state,) * n
+def _slots_of(*links: GradientTransformation) -> list[Slot]:
+    return [slot for link in links if isinstance(link, Plain) for slot in link.slots]
+
+
+def _check_tuple(state: Any, n: int) -> Any:
     if type(state) is not tuple or len(state) != n:
-        raise other_state(f"tuple of {n} states", state)
+        raise other_state(f"a tuple of {n} states", state)
     return state
-
-
-def _joined(states: list[Any]) -> Any:
-    return states[0] if states and isinstance(states[0], Slots) else tuple(states)
 
 
 @as_pytree
@@ -193,12 +188,16 @@ def chain(*links: GradientTransformation) -> GradientTransformation:
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         states: list[Any] = []
-        for link, link_state in zip(inner, _parts(state, len(inner)), strict=True):
+        for link, link_state in zip(inner, _check_tuple(state, len(inner)), strict=True):
             updates, link_state = link.update(updates, link_state, params, **extra)
             states.append(link_state)
-        return updates, _joined(states)
+        return updates, tuple(states)
 
-    return Plain.of(init, update, _slots_of(inner))
+    series: list[Step] | None = []
+    for link in inner:
+        steps = _steps_of(link)
+        series = None if series is None or steps is None else [*series, *steps]
+    return Plain.of(init, update, series, _slots_of(*inner))
 
 
 # --- parallel --------------------------------------------------------------------------------
@@ -208,17 +207,27 @@ def _pair(
     f: Callable[..., Any], first: GradientTransformation, second: GradientTransformation
 ) -> Plain:
     one, two = map(optax.with_extra_args_support, (first, second))
+    left_steps, right_steps = _steps_of(one), _steps_of(two)
 
     def init(params: Any) -> Any:
         return one.init(params), two.init(params)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        state_one, state_two = _parts(state, 2)
+        state_one, state_two = _check_tuple(state, 2)
         left, state_one = one.update(updates, state_one, params, **extra)
         right, state_two = two.update(updates, state_two, params, **extra)
-        return leafwise(f, left, right), _joined([state_one, state_two])
+        return leafwise(f, left, right), (state_one, state_two)
 
-    return Plain.of(init, update, _slots_of([one, two]))
+    def both(updates: Any, slots: Slots, params: Any) -> Any:
+        left = right = updates
+        for step in left_steps or ():
+            left = step(left, slots, params)
+        for step in right_steps or ():
+            right = step(right, slots, params)
+        return leafwise(f, left, right)
+
+    known = left_steps is not None and right_steps is not None
+    return Plain.of(init, update, [both] if known else None, _slots_of(one, two))
 
 
 _quotient = formula(quotient)
@@ -274,14 +283,23 @@ def with_nesterov(inner: GradientTransformation) -> GradientTransformation:
     Source: Sutskever et al. 2013, equations 3 and 4.
     """
     tx = optax.with_extra_args_support(inner)
+    steps = _steps_of(tx)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         _, advanced = tx.update(updates, state, params, **extra)
-        seen = advanced.ahead() if isinstance(advanced, Slots) else advanced
-        ahead, _ = tx.update(updates, seen, params, **extra)
+        ahead, _ = tx.update(updates, advanced, params, **extra)
         return ahead, advanced
 
-    return Plain.of(tx.init, update, _slots_of([tx]))
+    def twice(updates: Any, slots: Slots, params: Any) -> Any:
+        now = ahead = updates
+        for step in steps or ():
+            now = step(now, slots, params)
+        memories = slots.ahead()
+        for step in steps or ():
+            ahead = step(ahead, memories, params)
+        return ahead
+
+    return Plain.of(tx.init, update, None if steps is None else [twice], _slots_of(tx))
 
 
 def _build(value: Any) -> None:
@@ -312,8 +330,8 @@ def named(
     Raises: ValueError for a memory without a field, a field without a memory, or a name that
       appears twice and is not shared.
     """
-    slots = _slots_of([inner])
-    if slots is None:
+    slots, steps = _slots_of(inner), _steps_of(inner)
+    if steps is None:
         raise ValueError(
             "named: inner must be composed of transformations of jgd without schedules, got"
             f" {inner!r}. Schedules belong to the factory around `named`"
@@ -333,12 +351,7 @@ def named(
             f"named: the fields of {record.__name__} must be the memories {sorted(known)}, got"
             f" {sorted(of_field.values())}"
         )
-    tx = optax.with_extra_args_support(inner)
-
-    def apply(updates: Any, slots: Slots, params: Any) -> Any:
-        return tx.update(updates, slots, params)[0]
-
-    return remembering(apply, record, of_field, *reversed(unique.values()))
+    return remembering(steps, reversed(unique.values()), record, of_field)
 
 
 # --- by label --------------------------------------------------------------------------------
@@ -372,7 +385,9 @@ def partition(
         )
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        states = dict(check_state(state, optax.transforms.PartitionState).inner_states)
+        states: dict[Any, Any] = dict(
+            check_state(state, optax.transforms.PartitionState).inner_states
+        )
         if states.keys() != inner.keys():
             raise TreeError(f"expected the state of the groups {list(inner)}, got {list(states)}")
         leafwise(lambda g, *_: g, updates, *(() if params is None else (params,)))

@@ -11,7 +11,7 @@ import optax
 
 from jgd.arguments import Kind, LinkKind, LinksKind, NumberKind, NumbersKind, scalar, spec_of
 from jgd.nodes import is_entry, is_schedule, unwrap
-from jgd.pytree import ScheduledState, SteppedState, Transformation
+from jgd.pytree import ScheduledState, SteppedState, Transformation, call_of
 from jgd.trees import TreeError
 from jgd.wrappers import per_layer
 
@@ -51,7 +51,8 @@ def _at_step(tx: Any, state: Any, layered: bool) -> Any:
     """
     if not _follows_schedules(tx):
         return tx
-    call, spec, step = tx._call, tx._call.spec, None
+    call, step = call_of(tx), None
+    spec = call.spec
     if call.scheduled:
         if not isinstance(state, SteppedState | ScheduledState):
             return None
@@ -81,7 +82,7 @@ def _at_step(tx: Any, state: Any, layered: bool) -> Any:
             args.append(jax.tree.map(one, arg, is_leaf=is_entry))
         else:
             args.append(arg)
-    return tx._of(spec, args)
+    return tx.of_call(spec, args)
 
 
 def _search(link: Any, state: Any, layered: bool) -> Any:
@@ -110,7 +111,7 @@ def _children(node: Any) -> list[Any]:
 
 
 def _arguments(tx: Transformation) -> Iterator[tuple[Kind, Any]]:
-    return zip(tx._call.spec.kinds.values(), tx._call.args, strict=True)
+    return zip(call_of(tx).spec.kinds.values(), call_of(tx).args, strict=True)
 
 
 def _links(tx: Transformation) -> list[tuple[str | None, Any]]:
@@ -135,7 +136,7 @@ def _is_lazy(kind: Kind, arg: Any) -> bool:
 def _follows_schedules(link: Any) -> bool:
     """Return whether an argument of an optimizer, or of a link in it, is a schedule."""
     return isinstance(link, Transformation) and (
-        bool(link._call.scheduled)
+        bool(call_of(link).scheduled)
         or any(_is_lazy(*pair) for pair in _arguments(link))
         or any(_follows_schedules(inner) for _, inner in _links(link))
     )

@@ -5,6 +5,7 @@ the whole matrix has a derivative there all the same; where a basis is arbitrary
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -99,17 +100,33 @@ def _orthonormal_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
     return q, q @ (below - _adjoint(below))
 
 
-def orthogonalized(x: Any, coefficients: Any, rounded: Any = lambda x: x) -> Any:
-    """Newton and Schulz: singular values of x in (0, 1] are driven towards 1.
+def _as_it_is(x: Any) -> Any:
+    return x
 
-        x <- a x + (b x x^T + c (x x^T)^2) x            for each (a, b, c)
+
+def orthogonalized(
+    x: Any,
+    coefficients: Any,
+    normalized: Callable[[Any], Any],
+    rounded: Callable[[Any], Any] = _as_it_is,
+) -> Any:
+    """Return the matrix that the iteration of Newton and Schulz makes orthogonal: Muon's step.
+
+        x <- normalized(x), then x <- a x + (b x x^T + c (x x^T)^2) x for each (a, b, c)
 
     Args:
-      x: a matrix with no more rows than columns.
-      coefficients: a sequence of triples.
-      rounded: what happens to each matrix that another product is made of.
+      x: a matrix. It is transposed for the iteration if it has more rows than columns.
+      coefficients: triples as the rows of a matrix, which drive singular values in (0, 1] to 1.
+      normalized: brings the singular values into (0, 1].
+      rounded: rounds each matrix that enters another product.
     """
-    for a, b, c in coefficients:
+    tall = x.shape[0] > x.shape[1]
+    x = normalized(x.T if tall else x)
+
+    def iterate(x: Any, triple: Any) -> tuple[Any, None]:
+        a, b, c = triple
         gram = rounded(x @ _adjoint(x))
-        x = rounded(a * x + rounded(b * gram + c * gram @ gram) @ x)
-    return x
+        return rounded(a * x + rounded(b * gram + c * gram @ gram) @ x), None
+
+    x, _ = jax.lax.scan(iterate, x, coefficients.astype(x.real.dtype))
+    return x.T if tall else x

@@ -52,12 +52,12 @@ def per_leaf(rule: Callable[..., Any], record: type, **start: Callable[[Any], An
     if "count" in fields:
         slots.append(Slot("count", lambda _: jnp.zeros([], jnp.int32)))
 
-    def apply(updates: Any, slots: Slots, params: Any) -> Any:
+    def step(updates: Any, slots: Slots, params: Any) -> Any:
         trees = {m: slots.old[m] for m in memories}
         if "p" in parameters:
             trees["p"] = with_params(params)
-        step: Any = slots.step("count", increment) if "count" in fields else None
-        t = step.astype(float) if "t" in parameters else None
+        count: Any = slots.step("count", increment) if "count" in fields else None
+        t = count.astype(float) if "t" in parameters else None
         leaves, structure, columns = aligned(updates, *trees.values())
         rows: list[tuple[Any, ...]] = []
         for index, (g, *others) in enumerate(zip(leaves, *columns, strict=True)):
@@ -74,10 +74,10 @@ def per_leaf(rule: Callable[..., Any], record: type, **start: Callable[[Any], An
             structure.unflatten([row[i] for row in rows]) for i in range(1 + len(memories))
         )
         for name, tree in zip(memories, new, strict=True):
-            slots.step(name, lambda _, tree=tree: tree)
+            slots.new[name] = tree
         return new_updates
 
-    return remembering(apply, record, dict(zip(fields, fields, strict=True)), *slots)
+    return remembering([step], slots, record, dict(zip(fields, fields, strict=True)))
 
 
 @functools.cache
@@ -126,11 +126,11 @@ def difference(*, name: str = "last") -> GradientTransformation:
     Source: Xie et al. 2022, algorithm 1 (Adan), arXiv:2208.06677.
     """
 
-    def apply(updates: Any, slots: Slots, _: Any) -> Any:
+    def step(updates: Any, slots: Slots, _: Any) -> Any:
         first = slots.step("count", increment) == 1
         slots.step(name, lambda old: leafwise(lambda g, _: g, updates, old, keep=True))
         return leafwise(lambda g, old: jnp.where(first, 0, g - old), updates, slots.old[name])
 
     zeros = Slot(name, functools.partial(jax.tree.map, jnp.zeros_like))
     fields = {"count": "count", "last": name}
-    return remembering(apply, DifferenceState, fields, count_slot(), zeros)
+    return remembering([step], [count_slot(), zeros], DifferenceState, fields)

@@ -24,7 +24,7 @@ import contextvars
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, NamedTuple, ParamSpec, Self, overload
 
 import jax
@@ -45,7 +45,7 @@ from jgd.arguments import (
     scalar,
 )
 from jgd.nodes import NUMERIC, Static, brief, is_entry, is_schedule, show, unwrap
-from jgd.trees import TreeError, like, path_name
+from jgd.trees import StateError, TreeError, like, other_state, path_name
 
 __all__ = [
     "Monitor",
@@ -94,7 +94,7 @@ _body = contextvars.ContextVar[_Body]("_body", default=_USERS)
 
 
 @contextlib.contextmanager
-def plainly(own: bool = True, moving: bool = False) -> Iterator[None]:
+def plainly(own: bool = True, moving: bool = False) -> Generator[None]:
     """Within this context calls of jgd's factories return plain pairs."""
     token = _body.set(_Body(own, moving))
     try:
@@ -111,9 +111,10 @@ def decays_move() -> bool:
 def _enter(link: Any) -> Any:
     """Return a link of jgd's own without schedules as a plain pair: one door is enough."""
     link = unwrap(link)
-    if isinstance(link, Transformation) and link._call.spec.own and not link._call.scheduled:
-        return link._call.pair()
-    return link
+    if not isinstance(link, Transformation):
+        return link
+    call = call_of(link)
+    return call.pair() if call.spec.own and not call.scheduled else link
 
 
 # --- values ----------------------------------------------------------------------------------
@@ -169,37 +170,41 @@ class _Call:
         params: optax.Params | None = None,
         **extra: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        step, inner = None, state
+        step: Any = None
+        inner: Any = state
         use = lambda pair: pair.update(_wide(updates), inner, _wide(params), **extra)
         with self._door(use):
             if self.scheduled:
                 if not isinstance(state, SteppedState | ScheduledState):
-                    raise TreeError(
-                        f"expected the state of a scheduled number, got {type(state).__name__}."
-                        " jgd.compat.optax.state_from(state, tx) converts states of optax"
-                    )
+                    raise other_state("the state of a scheduled number", state)
                 step, inner = state
             new, new_inner = use(self.pair(step))
         new = _narrowed(new, updates, params)
         if not self.spec.own and _alike(new_inner, inner):
             new_inner = like(new_inner, inner)
-        if step is None:
+        if not isinstance(state, SteppedState | ScheduledState) or not self.scheduled:
             return new, new_inner
-        return new, type(state)(optax.safe_increment(step), new_inner)
+        count: Any = optax.safe_increment(step)
+        return new, type(state)(count, new_inner)
 
     @contextlib.contextmanager
-    def _door(self, use: Callable[[Any], Any]) -> Iterator[None]:
+    def _door(self, use: Callable[[Any], Any]) -> Generator[None]:
         """Give errors the name of this optimizer; NumPy's scalars overflow as JAX's do."""
         try:
             with np.errstate(all="ignore"):
                 yield
         except TreeError as error:
-            raise TreeError(error.detail, self.spec.name) from None
+            hint = _OTHER_OPTIMIZER if isinstance(error, StateError) else ""
+            raise TreeError(error.detail + hint, self.spec.name) from None
         except _NEEDS_A_VALUE as error:
             _name_structure(error, self.spec, self.args, use)
             raise
 
 
+_OTHER_OPTIMIZER = (
+    ". Was it created by another optimizer? jgd.compat.optax.state_from(state, tx) converts states"
+    " of optax and of jgd 0.1"
+)
 _NEEDS_A_VALUE = (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError)
 
 
@@ -229,7 +234,9 @@ def _branches(
 
     def build(x: jax.Array) -> None:
         number = lambda label, value: x if label == spec.labels.get(name) else concrete(value)
-        use(spec.body(args, How(number, step=jnp.zeros([], jnp.int32))))
+        with plainly(own=False):
+            result = spec.body(args, How(number, step=jnp.zeros([], jnp.int32)))
+        use(_extended(result) if isinstance(result, tuple) else result)
 
     try:
         jax.eval_shape(build, jnp.zeros([]))
@@ -334,12 +341,14 @@ class _Value:
     _call: _Call
 
     @classmethod
-    def _of(cls, spec: Spec, args: Iterable[Any]) -> Self:
+    def of_call(cls, spec: Spec, args: Iterable[Any]) -> Self:
+        """Return the value of a call in its stored form. JAX unflattens with it: no checks."""
         raise NotImplementedError
 
     def __eq__(self, other: object) -> bool:
-        same = isinstance(other, _Value) and type(self) is type(other)
-        return self is other or (same and self._call.key == other._call.key)
+        if not isinstance(other, _Value) or type(self) is not type(other):
+            return False
+        return self is other or self._call.key == other._call.key
 
     def __ne__(self, other: object) -> bool:
         return not self == other
@@ -375,7 +384,7 @@ class _Value:
         return f"{spec.name}({', '.join(shown)})"
 
     def __reduce__(self) -> Any:
-        return type(self)._of, (self._call.spec, self._call.args)
+        return type(self).of_call, (self._call.spec, self._call.args)
 
     def _replaced(self, changes: dict[str, Any]) -> Self:
         spec = self._call.spec
@@ -387,7 +396,7 @@ class _Value:
             spec.admit(name, changes[name]) if name in changes else arg
             for name, arg in zip(spec.names, self._call.args, strict=True)
         )
-        new = self._of(spec, args)
+        new = self.of_call(spec, args)
         if spec.check is not None:
             spec.check(new)
         return new
@@ -401,7 +410,7 @@ class Transformation(_Value, optax.GradientTransformationExtraArgs):
     """
 
     @classmethod
-    def _of(cls, spec: Spec, args: Iterable[Any]) -> Self:
+    def of_call(cls, spec: Spec, args: Iterable[Any]) -> Self:
         call = _Call(spec, tuple(args))
         self = tuple.__new__(cls, (call.init, call.update))
         object.__setattr__(self, "_call", call)
@@ -418,7 +427,7 @@ class Schedule(_Value):
     """A function of the step that is a pytree of its numbers: what jgd's schedules return."""
 
     @classmethod
-    def _of(cls, spec: Spec, args: Iterable[Any]) -> Self:
+    def of_call(cls, spec: Spec, args: Iterable[Any]) -> Self:
         self = object.__new__(cls)
         self._call = _Call(spec, tuple(args))
         return self
@@ -450,7 +459,7 @@ class Monitor(_Value, MonitorPair):
     """A pair over a metric that is a pytree of its numbers: what jgd's callbacks return."""
 
     @classmethod
-    def _of(cls, spec: Spec, args: Iterable[Any]) -> Self:
+    def of_call(cls, spec: Spec, args: Iterable[Any]) -> Self:
         call = _Call(spec, tuple(args))
         label = lambda name: f"{spec.name}: {name}"
 
@@ -477,6 +486,11 @@ class Monitor(_Value, MonitorPair):
         return self._replaced(changes)
 
 
+def call_of(value: Any) -> _Call:
+    """Return the factory and the arguments behind a value."""
+    return value._call
+
+
 def _flatten(value: Any) -> tuple[tuple[Any, ...], Spec]:
     return value._call.args, value._call.spec
 
@@ -488,7 +502,7 @@ def _flatten_with_keys(value: Any) -> tuple[tuple[tuple[Any, Any], ...], Spec]:
 
 
 for _class in (Transformation, Schedule, Monitor):
-    jax.tree_util.register_pytree_with_keys(_class, _flatten_with_keys, _class._of, _flatten)
+    jax.tree_util.register_pytree_with_keys(_class, _flatten_with_keys, _class.of_call, _flatten)
 
 
 # --- the decorator ---------------------------------------------------------------------------
@@ -569,7 +583,7 @@ def as_pytree(
             spec.check_call(admitted)
         if not value_class:
             value_class.append(_class_of(spec, admitted))
-        value = value_class[0]._of(spec, admitted)
+        value = value_class[0].of_call(spec, admitted)
         if not isinstance(value, Transformation):
             _check_body(value)
         if check is not None:
@@ -577,7 +591,7 @@ def as_pytree(
         return value
 
     spec.decorated = call
-    call.__jgd_spec__ = spec  # pyright: ignore[reportFunctionMemberAccess]
+    setattr(call, "__jgd_spec__", spec)  # noqa: B010 (functions have no such attribute)
     return call
 
 

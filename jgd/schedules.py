@@ -27,6 +27,7 @@ from jgd.arguments import (
     Positive,
 )
 from jgd.pytree import as_pytree
+from jgd.ramps import as_float, as_vector, ramp, safe_power, safe_ratio, whole_ratio
 
 __all__ = [
     "constant_schedule",
@@ -50,52 +51,14 @@ __all__ = [
 ]
 
 
-# --- pieces ----------------------------------------------------------------------------------
-
-
-def _float(step: Any) -> jax.Array:
-    return jnp.asarray(step, float)  # exact up to 2^24 in float32
-
-
-def _ratio(x: Any, length: Any) -> Any:
-    """x / length, and 0 for a length of 0 or less, where optax holds the initial value."""
-    positive = length > 0
-    return jnp.where(positive, x / jnp.where(positive, length, 1), 0)
-
-
-def _ramp(step: Any, begin: Any, length: Any) -> Any:
-    """0 up to `begin`, 1 from `begin + length` on, a straight line between."""
-    return jnp.clip(_ratio(_float(step) - begin, length), 0, 1)
-
-
-def _whole(x: Any, length: Any) -> Any:
-    """floor(x / length) that is exact at multiples: compilers turn division into multiplication."""
-    quotient = jnp.floor(_ratio(x, length))
-    rest = x - quotient * length
-    return quotient + jnp.where(rest >= length, 1.0, 0.0) - jnp.where(rest < 0, 1.0, 0.0)
-
-
-def _power(base: Any, exponent: Any) -> Any:
-    """base^exponent for a base of 0 or more, with finite derivatives at 0."""
-    positive = base > 0
-    power = jnp.where(positive, base, 1) ** exponent
-    return jnp.where(positive, power, jnp.where(exponent == 0, 1.0, 0.0))
-
-
-def _vector(numbers: Any) -> jax.Array:
-    if isinstance(numbers, tuple | list):
-        return jnp.stack(numbers) if numbers else jnp.zeros([0])
-    return numbers
-
-
 def _boundaries_and_scales(pairs: Any) -> tuple[jax.Array, jax.Array]:
     """Two arrays, from optax's dict or from a pair of sequences."""
     if pairs is None:
         pairs = {}
     if isinstance(pairs, dict):
         ordered = sorted(pairs)
-        return _vector([_float(b) for b in ordered]), _vector([pairs[b] for b in ordered])
-    boundaries, scales = map(_vector, pairs)
+        return as_vector([as_float(b) for b in ordered]), as_vector([pairs[b] for b in ordered])
+    boundaries, scales = map(as_vector, pairs)
     if boundaries.shape != scales.shape:
         raise ValueError(f"{boundaries.size} boundaries need as many scales, got {scales.size}")
     return boundaries, scales
@@ -136,11 +99,11 @@ def polynomial_schedule(
 
     def value(step: Any) -> Any:
         begin = jnp.maximum(transition_begin, 0)
-        passed = _ramp(step, begin, transition_steps)
+        passed = ramp(step, begin, transition_steps)
         # the second half is counted from the end, which is exact then too: roots are steep there
-        left = _ramp(begin + transition_steps - _float(step), 0, transition_steps)
+        left = ramp(begin + transition_steps - as_float(step), 0, transition_steps)
         rest = jnp.where(passed < 0.5, 1 - passed, left)
-        return end_value + (init_value - end_value) * _power(rest, power)
+        return end_value + (init_value - end_value) * safe_power(rest, power)
 
     return value
 
@@ -176,8 +139,8 @@ def exponential_decay(
     """
 
     def value(step: Any) -> Any:
-        passed = jnp.maximum(_float(step) - jnp.maximum(transition_begin, 0), 0)
-        floor = _whole if staircase else _ratio
+        passed = jnp.maximum(as_float(step) - jnp.maximum(transition_begin, 0), 0)
+        floor = whole_ratio if staircase else safe_ratio
         decays = decay_rate > 0
         rate = jnp.where(decays, decay_rate, 1)
         decayed = init_value * rate ** jnp.where(
@@ -209,8 +172,8 @@ def inverse_time_decay(
       decay_rate: at least 0; 0 is constant.
       staircase: True floors step / transition_steps; a multiple has the lower value already.
     """
-    floor = _whole if staircase else _ratio
-    return lambda step: init_value / (1 + decay_rate * floor(_float(step), transition_steps))
+    floor = whole_ratio if staircase else safe_ratio
+    return lambda step: init_value / (1 + decay_rate * floor(as_float(step), transition_steps))
 
 
 @as_pytree
@@ -227,7 +190,7 @@ def inverse_sqrt_decay(peak_value: Number, warmup_steps: NonNegative = 1.0) -> S
     """
 
     def value(step: Any) -> Any:
-        now, warmup = _float(step) + 1, jnp.maximum(warmup_steps, 1)
+        now, warmup = as_float(step) + 1, jnp.maximum(warmup_steps, 1)
         return peak_value * jnp.minimum(now / warmup, jnp.sqrt(warmup / now))
 
     return value
@@ -252,8 +215,8 @@ def cosine_decay_schedule(
     """
 
     def value(step: Any) -> Any:
-        cosine = 0.5 * (1 + jnp.cos(jnp.pi * _ramp(step, 0, decay_steps)))
-        return init_value * ((1 - alpha) * _power(cosine, exponent) + alpha)
+        cosine = 0.5 * (1 + jnp.cos(jnp.pi * ramp(step, 0, decay_steps)))
+        return init_value * ((1 - alpha) * safe_power(cosine, exponent) + alpha)
 
     return value
 
@@ -273,13 +236,13 @@ def piecewise_constant(boundaries: Boundaries, values: Numbers) -> Schedule:
     Differs from: `piecewise_constant_schedule`, which multiplies; Keras, where the old value still
       holds at a boundary.
     """
-    edges, levels = _vector(boundaries), _vector(values)
+    edges, levels = as_vector(boundaries), as_vector(values)
     if levels.shape != (edges.size + 1,):
         raise ValueError(
             f"piecewise_constant: {edges.size} boundaries need {edges.size + 1} values, got"
             f" {levels.size}"
         )
-    return lambda step: levels[jnp.searchsorted(edges, _float(step), side="right")]
+    return lambda step: levels[jnp.searchsorted(edges, as_float(step), side="right")]
 
 
 @as_pytree
@@ -298,7 +261,7 @@ def piecewise_constant_schedule(
     """
     edges, scales = _boundaries_and_scales(boundaries_and_scales)
     levels = init_value * jnp.concatenate([jnp.ones([1]), jnp.cumprod(scales)])
-    return lambda step: levels[jnp.searchsorted(edges, _float(step), side="right")]
+    return lambda step: levels[jnp.searchsorted(edges, as_float(step), side="right")]
 
 
 @as_pytree
@@ -328,10 +291,10 @@ def piecewise_interpolate_schedule(
     last = edges.size
 
     def value(step: Any) -> Any:
-        now = _float(step)
+        now = as_float(step)
         left = jnp.clip(jnp.searchsorted(knots, now, side="right") - 1, 0, last)
         right = jnp.minimum(left + 1, last)
-        x = _ramp(now, knots[left], knots[right] - knots[left])
+        x = ramp(now, knots[left], knots[right] - knots[left])
         if interpolate_type == "cosine":
             x = 0.5 * (1 - jnp.cos(jnp.pi * x))
         return levels[left] + (levels[right] - levels[left]) * x
@@ -397,23 +360,22 @@ def join_schedules(schedules: Numbers, boundaries: Boundaries) -> Schedule:
 
     Raises: ValueError in the call of the schedule if the lengths do not fit.
     """
-    edges = _vector(boundaries)
-    if len(schedules) != edges.size + 1:
+    if len(schedules) != len(boundaries) + 1:
         raise ValueError(
             f"join_schedules: {len(schedules)} schedules need {len(schedules) - 1} boundaries, got"
-            f" {edges.size}"
+            f" {len(boundaries)}"
         )
 
     def value(step: Any) -> Any:
-        now, kind = _float(step), jnp.result_type(step)
+        now, kind = as_float(step), jnp.result_type(step)
         # whole steps stay integers for a function that indexes with them
         whole = jnp.issubdtype(kind, jnp.integer)
         like_step = lambda own: own.astype(kind) if whole else own
         result = schedules[0](step)
         for index, schedule in enumerate(schedules[1:]):
             # a schedule is asked about its own steps only
-            after = now >= edges[index]
-            own = jnp.where(after, now - edges[index], 0)
+            after = now >= boundaries[index]
+            own = jnp.where(after, now - boundaries[index], 0)
             result = jnp.where(after, schedule(like_step(own)), result)
         return result
 
@@ -510,6 +472,6 @@ def sgdr_schedule(cosine_kwargs: Numbers) -> Schedule:
     """
     if not cosine_kwargs:
         raise ValueError("sgdr_schedule: needs at least one cycle")
-    ends = jnp.cumsum(_vector([cycle["decay_steps"] for cycle in cosine_kwargs]))
+    ends = jnp.cumsum(as_vector([cycle["decay_steps"] for cycle in cosine_kwargs]))
     cycles = [warmup_cosine_decay_schedule(**cycle) for cycle in cosine_kwargs]
     return join_schedules(cycles, ends[:-1])

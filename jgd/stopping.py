@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jgd.arguments import Count, Fraction, Mixing, NonNegative, Number, Period
+from jgd.arguments import AnyNumber, Count, Fraction, Mixing, NonNegative, Number, Period
 from jgd.arithmetic import increment
 from jgd.pytree import MonitorPair, as_pytree
 from jgd.trees import check_state, leafwise
@@ -64,7 +64,7 @@ def early_stopping(
     patience: Count = 0,
     min_delta: Number = 0.0,
     mode: Literal["min", "max"] = "min",
-    baseline: Number | None = None,
+    baseline: AnyNumber | None = None,
     start_from_epoch: Count = 0,
 ) -> MonitorPair:
     """Stop when a metric has not improved for `patience` epochs: Keras's rule, to the letter.
@@ -214,9 +214,8 @@ def reduce_on_plateau(
     ) -> tuple[Any, Any]:
         if value is None:
             raise TypeError("reduce_on_plateau: needs the metric: call update(..., value=loss)")
-        scale, best, bad, cooldown_count, count, average = check_state(
-            state, optax.contrib.ReduceLROnPlateauState
-        )
+        fields: Any = check_state(state, optax.contrib.ReduceLROnPlateauState)
+        scale, best, bad, cooldown_count, count, average = fields
         average = (count * average + jnp.asarray(value, float)) / increment(count)
         gathered = state._replace(count=increment(count), avg_value=average)
         better = average < (1 - rtol) * best - atol

@@ -47,10 +47,6 @@ from jgd.pytree import as_pytree, decays_move
 from jgd.trees import leafwise, with_params
 
 __all__ = [
-    "BiasCorrectionState",
-    "MovingAverageState",
-    "RunningMaxState",
-    "RunningSumState",
     "add_decayed_weights",
     "add_noise",
     "bias_correction",
@@ -267,11 +263,12 @@ def memory(
     def first(params: Any) -> Any:
         return jax.tree.map(lambda p: jnp.full_like(p, start, dtype=kind), params)
 
-    def apply(updates: Any, slots: Slots, _: Any) -> Any:
-        step = lambda old: leafwise(f, updates, old, numbers=numbers, keep=True)
-        return present(updates, slots.step(name, step))
+    def step(updates: Any, slots: Slots, _: Any) -> Any:
+        if name not in slots.new:  # a shared memory is stepped once
+            slots.new[name] = leafwise(f, updates, slots.old[name], numbers=numbers, keep=True)
+        return present(updates, slots.new[name])
 
-    return remembering(apply, record, {record._fields[0]: name}, Slot(name, first))
+    return remembering([step], [Slot(name, first)], record, {record._fields[0]: name})
 
 
 @formula
@@ -463,23 +460,23 @@ def bias_correction(
       `ScheduledDecayState`.
     """
 
-    def apply(updates: Any, slots: Slots, _: Any) -> Any:
+    def step(updates: Any, slots: Slots, _: Any) -> Any:
         weight = bias_weight(slots, decay, of, ahead=ahead)
         weight = jnp.where(weight > 0, weight, 1)  # 0 for a decay of 1, whose average stays 0
         return leafwise(_over, updates, numbers=(weight,))
 
-    slots = count_slot(), *decay_slots(of)
-    return remembering(apply, BiasCorrectionState, {"count": "count"}, *slots)
+    slots = [count_slot(), *decay_slots(of)]
+    return remembering([step], slots, BiasCorrectionState, {"count": "count"})
 
 
 def _count_only() -> Plain:
     """Return a transformation that counts the steps and does not change the updates."""
 
-    def apply(updates: Any, slots: Slots, _: Any) -> Any:
+    def step(updates: Any, slots: Slots, _: Any) -> Any:
         slots.step("count", increment)
         return updates
 
-    return remembering(apply, BiasCorrectionState, {"count": "count"}, count_slot())
+    return remembering([step], [count_slot()], BiasCorrectionState, {"count": "count"})
 
 
 @as_pytree

@@ -23,6 +23,10 @@ class TreeError(ValueError):
         self.detail = detail
 
 
+class StateError(TreeError):
+    """Raised when a state is not of the type that its optimizer has."""
+
+
 def leafwise(
     f: Callable[..., Any],
     updates: optax.Updates,
@@ -105,17 +109,14 @@ def _first_difference(updates: optax.Updates, trees: Iterable[Any]) -> str:
 def check_state(state: Any, expected: type[State]) -> State:
     """Return `state`. Raises TreeError if it is not of the type `expected`."""
     if not isinstance(state, expected):
-        raise other_state(_type_name(expected), state)
+        raise other_state(f"a state of type {_type_name(expected)}", state)
     return state
 
 
-def other_state(expected: str, state: Any) -> TreeError:
-    """Return the error for a state of another type than `expected`."""
-    return TreeError(
-        f"expected a state of type {expected}, got {_type_name(type(state))}. Was it created by"
-        " another optimizer? jgd.compat.optax.state_from(state, tx) converts states of optax and"
-        " of jgd 0.1"
-    )
+def other_state(expected: str, state: Any) -> StateError:
+    """Return the error for a state that is not what `expected` says."""
+    count = f" of {len(state)}" if type(state) is tuple else ""
+    return StateError(f"expected {expected}, got {_type_name(type(state))}{count}")
 
 
 def _type_name(kind: type) -> str:

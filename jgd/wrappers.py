@@ -306,7 +306,8 @@ def schedule_free(
       weight_lr_power: at least 0; 2 by default.
       state_dtype: of z; None: float32 for 16-bit parameters, else theirs.
 
-    State: `optax.contrib.ScheduleFreeState(b1, weight_sum, step_count, max_lr, base_optimizer_state, z)`, one
+    State: `optax.contrib.ScheduleFreeState(b1, weight_sum, step_count, max_lr,
+      base_optimizer_state, z)`, one
       tree and four scalars beside those of the base. The parameters are those of the gradients;
       evaluate at x: `schedule_free_eval_params(state, params)`.
     Raises: ValueError in `update` if no parameters are given.

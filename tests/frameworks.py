@@ -11,6 +11,8 @@ import numpy as np
 import optax
 import torch
 
+torch.set_num_threads(1)  # the tensors are small, and pytest-xdist has a worker for each core
+
 SHAPES = {
     "scalar": (),
     "vector": (5,),

@@ -376,7 +376,7 @@ def test_what_stacking_means():
 
 PROGRAM = """
 import os
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
 import jax, jax.numpy as jnp, numpy as np, optax, jgd
 from jax.sharding import NamedSharding, PartitionSpec as P
 

@@ -8,6 +8,7 @@ import pytest
 from test_training import _line
 
 import jgd
+import jgd.compat.torch as jt
 
 PARAMS = {"w": jnp.ones(3), "b": {"c": jnp.zeros(())}}
 ADAM = jgd.adam(0.1)
@@ -92,6 +93,11 @@ KINDS = {
         lambda: jgd.adam(optax.linear_schedule),
         "adam: learning_rate must be a number or a schedule, got the function linear_schedule."
         " Call it: linear_schedule(...)",
+    ),
+    "one of another framework": (
+        lambda: jgd.sgd(jt.multi_step_lr),
+        "sgd: learning_rate must be a number or a schedule, got the function multi_step_lr."
+        " Call it: multi_step_lr(...)",
     ),
     "one in a pair": (
         lambda: jgd.prodigy(betas=(jgd.exponential_decay, 0.9)),
@@ -265,11 +271,16 @@ def by_an_integer(rate, power=3, decay=0.1):
 
 
 @jgd.as_pytree
+def as_a_pair(rate, power=0.5, decay=0.1):
+    return (lambda params: ()), (lambda g, s, p=None: (g if power > 0.1 else None, s))
+
+
+@jgd.as_pytree
 def as_a_schedule(rate, power=2.0):
     return lambda step: rate * step if power > 1 else rate
 
 
-@pytest.mark.parametrize("factory", [in_the_body, in_the_update, by_an_integer])
+@pytest.mark.parametrize("factory", [in_the_body, in_the_update, by_an_integer, as_a_pair])
 def test_numbers_that_are_branched_on_are_named(factory):
     name = factory.__name__
     message = (

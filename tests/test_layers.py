@@ -1,4 +1,4 @@
-"""Arrows between modules only point down, and `import jgd` costs what optax costs."""
+"""Imports only point down, and `import jgd` costs what optax costs."""
 
 import ast
 import subprocess
@@ -11,72 +11,82 @@ import jgd.schedules
 import jgd.transforms
 
 PACKAGE = Path(jgd.__file__).parent
-ORDER = [  # a module may import those before it
-    "arguments",
-    "pytree",
-    "combinators",
-    "words",
-    "transforms",
-    "rules",
-    "norms",
-    "linear_algebra",
-    "schedules",
-    "wrappers",
-    "inspection",
-    "groups",
-    "stopping",
-    "regularization",
-    "optimizers.classic",
-    "optimizers.adaptive",
-    "optimizers.normalized",
-    "optimizers.signs",
-    "optimizers.layerwise",
-    "optimizers.factored",
-    "optimizers.orthogonal",
-    "optimizers.kronecker",
-    "optimizers.dual",
-    "optimizers.free",
-    "optimizers.lifted",
-    "optimizers",
-    "compat.words",
-    "compat.moving",
-    "compat.keras.options",
-    "compat.keras.optimizers",
-    "compat.keras.schedules",
-    "compat.keras.callbacks",
-    "compat.keras.state",
-    "compat.keras",
-    "compat.torch.optimizers",
-    "compat.torch.schedules",
-    "compat.torch.callbacks",
-    "compat.torch.state",
-    "compat.torch",
-    "compat.textbook",
-    "compat",
-    "catalog",
-    "diagnosis",
-    "training",
-    "tuning.space",
-    "tuning.prune",
-    "tuning.plan",
-    "tuning.devices",
-    "tuning.streams",
-    "tuning.programs",
-    "tuning.waiting",
-    "tuning.widths",
-    "tuning.checks",
-    "tuning.driver",
-    "tuning.results",
-    "tuning.store",
-    "tuning.screen",
-    "tuning.sweep",
-    "tuning.propose",
-    "tuning.plots",
-    "tuning.tasks",
-    "tuning",
-    "nnx",
-    "cli",
+README = PACKAGE.parent / "README.md"
+
+# From bottom to top: a module may import those above it in this list. What several modules in a
+# row are for is said once. `python tests/test_layers.py` draws the picture in the README anew.
+LAYERS = [
+    ("nodes", "structure without leaves"),
+    ("arguments", "what the arguments of a factory may be"),
+    ("trees", "walks over leaves, and the errors where trees do not match"),
+    ("pytree", "the one trick: a call of a factory becomes a pytree of its numbers"),
+    ("arithmetic", "quotients and roots that are finite at 0"),
+    ("combinators", "chain, divide, add, subtract, with_nesterov, named"),
+    ("transforms", "the basic transformations: averages, bias correction, roots, decay"),
+    ("per_leaf", "a formula on one array, lifted over the tree"),
+    ("norms", "transformations that look at a whole array"),
+    ("linear_algebra", "functions of a matrix with finite derivatives"),
+    ("ramps", ""),
+    ("schedules", "step -> value; every argument may be traced"),
+    ("wrappers", "wrappers of whole optimizers"),
+    ("inspection", "what an optimizer does now"),
+    ("groups", "optimizers by path, rates by width"),
+    ("stopping", "early stopping and plateaus: pairs over a metric"),
+    ("regularization", "penalties, dropout, batch norm"),
+    ("optimizers.classic", ""),
+    ("optimizers.moments", ""),
+    ("optimizers.adaptive", ""),
+    ("optimizers.normalized", ""),
+    ("optimizers.signs", ""),
+    ("optimizers.layerwise", ""),
+    ("optimizers.factored", ""),
+    ("optimizers.orthogonal", ""),
+    ("optimizers.kronecker", ""),
+    ("optimizers.dual", ""),
+    ("optimizers.free", ""),
+    ("optimizers.lifted", ""),
+    ("optimizers", "one file for each family: `scale_by_x` directly above `x`"),
+    ("compat.shared", ""),
+    ("compat.state_matching", ""),
+    ("compat.keras.options", ""),
+    ("compat.keras.optimizers", ""),
+    ("compat.keras.schedules", ""),
+    ("compat.keras.callbacks", ""),
+    ("compat.keras.state", ""),
+    ("compat.keras", ""),
+    ("compat.torch.optimizers", ""),
+    ("compat.torch.schedules", ""),
+    ("compat.torch.callbacks", ""),
+    ("compat.torch.state", ""),
+    ("compat.torch", ""),
+    ("compat.textbook", ""),
+    ("compat.optax", ""),
+    ("compat", "keras, torch, textbook, optax: other conventions, states carried over"),
+    ("catalog", "the optimizers by name, and their table"),
+    ("diagnosis", "verdicts from the loss"),
+    ("training", "Task, Run, train"),
+    ("tuning.space", ""),
+    ("tuning.prune", ""),
+    ("tuning.plan", ""),
+    ("tuning.devices", ""),
+    ("tuning.streams", ""),
+    ("tuning.programs", ""),
+    ("tuning.waiting", ""),
+    ("tuning.widths", ""),
+    ("tuning.checks", ""),
+    ("tuning.driver", ""),
+    ("tuning.results", ""),
+    ("tuning.store", ""),
+    ("tuning.screen", ""),
+    ("tuning.sweep", ""),
+    ("tuning.propose", ""),
+    ("tuning.plots", ""),
+    ("tuning.tasks", ""),
+    ("tuning", "the host side of a sweep: space, plan, programs, driver, store, results"),
+    ("nnx", "flax's training object, with the numbers as data"),
+    ("cli", "the command line"),
 ]
+ORDER = [name for name, _ in LAYERS]
 EXTRAS = {
     "keras",
     "torch",
@@ -108,7 +118,17 @@ def _imports(tree):
                 yield (module if module.removeprefix("jgd.") in ORDER else node.module), node
 
 
-def test_arrows_point_down():
+def _picture():
+    rows = []
+    for name, purpose in LAYERS:
+        package = (PACKAGE / name.replace(".", "/")).is_dir()
+        if purpose and (package or (PACKAGE / (name.replace(".", "/") + ".py")).exists()):
+            file = f"jgd/{name.replace('.', '/')}{'/' if package else '.py'}"
+            rows.append(f"{file:24}{purpose}")
+    return "\n".join(rows)
+
+
+def test_imports_point_down():
     found = dict(_modules())
     assert set(found) <= set(ORDER)
     for name, tree in found.items():
@@ -145,9 +165,19 @@ def test_import_jgd_loads_nothing_and_no_extra():
     assert not (_loaded_by(everything) - _loaded_by("import optax")) & EXTRAS
 
 
+def test_the_picture_in_the_readme_is_that_of_the_layers():
+    assert f"```\n{_picture()}\n```" in README.read_text()
+
+
 def test_public_names_are_those_of_their_modules():
     for name in jgd.__all__:
         assert getattr(jgd, name) is not None
         assert name in dir(jgd)
     for module in (jgd.transforms, jgd.optimizers, jgd.schedules):
         assert set(module.__all__) <= set(jgd.__all__)
+
+
+if __name__ == "__main__":
+    text = README.read_text()
+    before, mark, rest = text.partition("## Layout\n\n```\n")
+    README.write_text(f"{before}{mark}{_picture()}\n{rest[rest.index('```') :]}")

@@ -27,7 +27,7 @@ def _start(folder, *more, devices=2):
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
     }
     command = [sys.executable, "-m", "jgd.cli", *more]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -350,7 +350,9 @@ def test_reduce_on_plateau_is_that_of_optax(float64):
 
     ours_of = jax.jit(jax.vmap(chex.assert_max_traces(run, n=1)))
     scales = set()
-    for factor, rtol, atol in ((0.1, 1e-4, 0.0), (0.5, 0.0, 0.1), (0.9, 1.0, 0.5), (0.3, 0.2, 0.1)):
+    # no pair under which a metric ties with the bound: it would fall by a fused multiply-add
+    choices = ((0.1, 1e-4, 0.0), (0.5, 0.0, 0.1), (0.9, 1.0, 0.5), (0.3, 0.2, 0.13))
+    for factor, rtol, atol in choices:
 
         def lane(factory, patience, cooldown, size, low, static=(factor, rtol, atol)):
             factor, rtol, atol = static
@@ -411,7 +413,7 @@ def test_monitors_are_values(value):
     assert jax.tree.map(jnp.result_type, state) == jax.tree.map(jnp.result_type, after)
     with pytest.raises(TypeError, match=r"metric must be a scalar, got shape \(3,\).*jax\.vmap"):
         value.update(jnp.ones(3), state)
-    with pytest.raises(ValueError, match=r"_\w+: this is the state of another"):
+    with pytest.raises(ValueError, match=r"_\w+: expected a state of type .*State, got tuple of 0"):
         value.update(1.0, ())
 
 

@@ -92,11 +92,11 @@ def correct(decay: Beta, *, power: Structure) -> GradientTransformation:
     Differs from: `jgd.bias_correction`, whose power is -1.
     """
 
-    def apply(updates: Any, slots: Slots, _: Any) -> Any:
+    def step(updates: Any, slots: Slots, _: Any) -> Any:
         factor = one_minus_power(decay, slots.step("count", increment)) ** power
         return leafwise(lambda g: g * factor, updates)
 
-    return remembering(apply, BiasCorrectionState, {"count": "count"}, count_slot())
+    return remembering([step], [count_slot()], BiasCorrectionState, {"count": "count"})
 
 
 def scale_by_uncorrected_adam(

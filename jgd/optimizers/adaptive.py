@@ -90,13 +90,13 @@ def _held_back(x: Any, tractable: Any, r: Any) -> Any:
 def rectified(decay: Decay, threshold: Number, *, of: str) -> GradientTransformation:
     """Magnitude x / r(t), and 1 while its variance has no estimate."""
 
-    def apply(updates: Any, slots: Slots, _: Any) -> Any:
+    def step(updates: Any, slots: Slots, _: Any) -> Any:
         corrected = bias_weight(slots, decay, of)
         gate = rectification(decay, slots.step("count", increment), corrected, threshold)
         return leafwise(_held_back, updates, numbers=gate)
 
-    slots = count_slot(), *decay_slots(of)
-    return remembering(apply, BiasCorrectionState, {"count": "count"}, *slots)
+    slots = [count_slot(), *decay_slots(of)]
+    return remembering([step], slots, BiasCorrectionState, {"count": "count"})
 
 
 @as_pytree
@@ -333,12 +333,12 @@ def adan(
 def _counted(*, name: str) -> GradientTransformation:
     """Count the steps under another name, as optax's state has it."""
 
-    def apply(updates: Any, slots: Slots, _: Any) -> Any:
+    def step(updates: Any, slots: Slots, _: Any) -> Any:
         slots.step(name, increment)
         return updates
 
     zero = Slot(name, lambda _: jnp.zeros([], jnp.int32))
-    return remembering(apply, BiasCorrectionState, {"count": name}, zero)
+    return remembering([step], [zero], BiasCorrectionState, {"count": name})
 
 
 @as_pytree

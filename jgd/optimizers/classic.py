@@ -287,8 +287,8 @@ def rmsprop(
       nesterov: look ahead; needs momentum.
       bias_correction: True divides the averages by 1 - decay^t.
 
-    State: `optax.ScaleByRmsState(nu)`, one tree; centred `optax.ScaleByRStdDevState(mu, nu)`, two; one more,
-      `optax.TraceState(trace)`, with momentum.
+    State: `optax.ScaleByRmsState(nu)`, one tree; centred `optax.ScaleByRStdDevState(mu, nu)`, two;
+      one more, `optax.TraceState(trace)`, with momentum.
     Differs from: `adam` with b1=0, which corrects the bias; from PyTorch under a schedule with
       momentum, whose velocity is without the learning rate.
     Source: Tieleman & Hinton 2012, lecture 6.5; Graves 2013 for the centred form.

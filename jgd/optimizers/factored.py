@@ -140,8 +140,8 @@ def scale_by_factored_rms(
       decay_rate_fn: (steps so far - step_offset, decay_rate) -> the decay of this step; by default
         1 - (i + 1)^-decay_rate, so that the first step forgets everything before.
 
-    State: `optax.FactoredState(count, v_row, v_col, v)`: for each leaf one tree's worth, or one row and
-      one column.
+    State: `optax.FactoredState(count, v_row, v_col, v)`: for each leaf one tree's worth, or one row
+      and one column.
     Source: Shazeer & Stern 2018, algorithm 4, arXiv:1804.04235.
     """
 
@@ -218,8 +218,8 @@ def adafactor(
       factored: False keeps all of v, as Adam.
       weight_decay_mask: which leaves decay, as in `adamw`.
 
-    State: `optax.FactoredState(count, v_row, v_col, v)`: a row and a column for each factored leaf, one
-      tree's worth for the others; one tree more with momentum.
+    State: `optax.FactoredState(count, v_row, v_col, v)`: a row and a column for each factored leaf,
+      one tree's worth for the others; one tree more with momentum.
     Raises: ValueError in `update` if no parameters are given and they are needed.
     Differs from: Keras and PyTorch, which factor the last two axes and take min(learning_rate,
       1 / sqrt(t)); optax's decay is off the learning rate, theirs is not.

@@ -203,8 +203,8 @@ def dog(
       weight_decay: an L2 penalty: weight_decay p is added to the gradient; None (default): none.
       mask: which leaves decay, as in `adamw`.
 
-    State: `optax.contrib.DoGState(is_init_step, init_params, max_dist, sum_sq_norm_grads)`, one tree, two scalars
-      and a bool.
+    State: `optax.contrib.DoGState(is_init_step, init_params, max_dist, sum_sq_norm_grads)`, one
+      tree, two scalars and a bool.
     Raises: ValueError in `update` if no parameters are given.
     Differs from: `dowg`, which weighs gradients by the distance at which they were seen. The paper
       averages the iterates: wrap it in `average_params`.
@@ -253,8 +253,8 @@ def dowg(
       eps: at least 0, outside the root; 1e-4 by default.
       weight_decay, mask: as `dog`.
 
-    State: `optax.contrib.DoWGState(init_params, weighted_sq_norm_grads, estim_sq_dist)`, one tree and two
-      scalars.
+    State: `optax.contrib.DoWGState(init_params, weighted_sq_norm_grads, estim_sq_dist)`, one tree
+      and two scalars.
     Raises: ValueError in `update` if no parameters are given.
     Differs from: `dog`.
     Source: Khaled, Mishchenko & Jin 2023, algorithm 1, arXiv:2305.16284.
@@ -296,7 +296,8 @@ def dadapt_adamw(
       estim_lr0: above 0, what d starts from, below the solution's distance; 1e-6 by default.
       weight_decay: decoupled; 0 by default.
 
-    State: `optax.contrib.DAdaptAdamWState(exp_avg, exp_avg_sq, grad_sum, ...)`, three trees and three scalars.
+    State: `optax.contrib.DAdaptAdamWState(exp_avg, exp_avg_sq, grad_sum, ...)`, three trees and
+      three scalars.
     Raises: ValueError in `update` if no parameters are given.
     Differs from: `prodigy`, whose estimate grows faster.
     Source: Defazio & Mishchenko 2023, algorithm 5, arXiv:2301.07733.
@@ -356,8 +357,8 @@ def prodigy(
       weight_decay: decoupled; 0 by default.
       safeguard_warmup: True takes d for k in s, so that a warm-up does not raise the estimate.
 
-    State: `optax.contrib.ProdigyState(exp_avg, exp_avg_sq, grad_sum, params0, ...)`, four trees and three
-      scalars.
+    State: `optax.contrib.ProdigyState(exp_avg, exp_avg_sq, grad_sum, params0, ...)`, four trees and
+      three scalars.
     Raises: ValueError in `update` if no parameters are given.
     Differs from: `dadapt_adamw`, which needs no p0.
     Source: Mishchenko & Defazio 2024, algorithm 4, arXiv:2306.06101.
@@ -430,7 +431,7 @@ def schedule_free_sgd(
     Source: Defazio et al. 2024, equations 6 to 8, arXiv:2405.15682.
     """
     rate = _warmed_up(learning_rate, warmup_steps)
-    base = chain(_decay(weight_decay, None), scale_by_learning_rate(rate))
+    base = chain(_decay(weight_decay, None), sgd(rate))
     return schedule_free(base, rate, b1, weight_lr_power, state_dtype)
 
 

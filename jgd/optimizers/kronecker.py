@@ -205,16 +205,16 @@ def scale_by_soap(
 
         return per_leaf(rule, _SoapLeaves, preconditioners=squares, bases=squares)
 
-    def apply(updates: Any, slots: Slots, params: Any) -> Any:
+    def step(updates: Any, slots: Slots, params: Any) -> Any:
         count = slots.step("count", increment)
         t = jnp.maximum(count - 1, 1)  # the first call takes no step
         c1, c2 = (bias_weight(slots, decay, of, count=t) for decay, of in ((b1, "mu"), (b2, "nu")))
-        return one_step(count, c1, c2).update(updates, slots, params)[0]
+        (rule,) = one_step(count, c1, c2).steps or ()
+        return rule(updates, slots, params)
 
-    leaves = one_step(1, 1.0, 1.0).slots or ()
     fields = {field: field for field in SoapState._fields}
-    slots = count_slot(), *leaves, *decay_slots("mu", "nu")
-    return remembering(apply, SoapState, fields, *slots)
+    slots = [count_slot(), *one_step(1, 1.0, 1.0).slots, *decay_slots("mu", "nu")]
+    return remembering([step], slots, SoapState, fields)
 
 
 @as_pytree

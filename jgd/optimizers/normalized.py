@@ -81,14 +81,6 @@ def laprop(
     )
 
 
-class ScaleByAdoptState(NamedTuple):
-    """State of `scale_by_adopt`."""
-
-    count: jax.Array  # int32 scalar: steps so far
-    mu: Any  # like the parameters, at least float32
-    nu: Any
-
-
 class _AdoptState(NamedTuple):
     count: jax.Array
     nu: Any
@@ -111,7 +103,7 @@ def scale_by_adopt(
 ) -> GradientTransformation:
     """The average of g / max(sqrt(v), eps), for the v of the step before: see `adopt`.
 
-    State: `ScaleByAdoptState(count, mu, nu)`, two trees and one scalar.
+    State: `optax.ScaleByAdamState(count, mu, nu)`, two trees and one scalar.
     Source: Taniguchi et al. 2024, algorithm 2, arXiv:2411.02853.
     """
 
@@ -128,7 +120,7 @@ def scale_by_adopt(
 
     average = moving_average(b1, accumulator_dtype=mu_dtype, name="mu")
     average = with_nesterov(average) if nesterov else average
-    return named(chain(per_leaf(rule, _AdoptState), average), record=ScaleByAdoptState)
+    return named(chain(per_leaf(rule, _AdoptState), average), record=optax.ScaleByAdamState)
 
 
 @as_pytree
@@ -156,7 +148,7 @@ def adopt(
       use_clipping: False does not clip x.
       clip_value_fn: the bound of |x|, as a function of the steps so far.
 
-    State: `ScaleByAdoptState(count, mu, nu)`, two trees and one scalar. The first update is 0.
+    State: `optax.ScaleByAdamState(count, mu, nu)`, two trees and one scalar. The first update is 0.
     Differs from: `laprop`, whose magnitude has seen the gradient it divides.
     Source: Taniguchi et al. 2024, algorithm 2, arXiv:2411.02853.
     """

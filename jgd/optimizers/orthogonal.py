@@ -1,5 +1,6 @@
 """Muon: the momentum of a weight matrix, replaced by the orthogonal matrix nearest to it."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -58,16 +59,16 @@ def _coefficients(ns_coeffs: Any, ns_steps: int) -> jax.Array:
 def _held(coefficients: jax.Array) -> GradientTransformation:
     """Return a transformation that keeps the coefficients in the state, as optax has them."""
 
-    def apply(updates: Any, slots: Slots, _: Any) -> Any:
+    def step(updates: Any, slots: Slots, _: Any) -> Any:
         slots.step("ns_coeffs", lambda _: coefficients)
         return updates
 
     slot = Slot("ns_coeffs", lambda _: coefficients)
-    return remembering(apply, optax.EmptyState, {}, slot)
+    return remembering([step], [slot], optax.EmptyState, {})
 
 
 def _normalized(x: Any, how: str, eps: Any) -> Any:
-    """A matrix with no more rows than columns, its singular values brought into (0, 1]."""
+    """Return a matrix with no more rows than columns, its singular values scaled into (0, 1]."""
     if how == "frobenius":
         return quotient(x, norm(x) + eps)
     if how == "spectral":
@@ -81,7 +82,7 @@ def _normalized(x: Any, how: str, eps: Any) -> Any:
 
 
 def _axes(ndim: int, dimensions: Any) -> tuple[tuple[int, ...], ...]:
-    """The axes of a leaf that make the batch, the rows and the columns of its matrices."""
+    """Return the axes of a leaf that make the batch, the rows and the columns of its matrices."""
     several = lambda axis: (axis,) if isinstance(axis, int) else tuple(axis)
     rows, columns = (tuple(a % ndim for a in several(axis)) for axis in dimensions)
     if set(rows) & set(columns):
@@ -90,7 +91,7 @@ def _axes(ndim: int, dimensions: Any) -> tuple[tuple[int, ...], ...]:
 
 
 def _as_matrices(f: Callable[[Any], Any], x: Any, dimensions: Any) -> Any:
-    """`f` on each matrix of a leaf, turned so that it has no more rows than columns."""
+    """Return `f` of each matrix of a leaf."""
     if dimensions is None:
         raise TreeError(
             f"muon is for matrices, got shape {x.shape}: give its weight_dimension_numbers"
@@ -102,13 +103,12 @@ def _as_matrices(f: Callable[[Any], Any], x: Any, dimensions: Any) -> Any:
     sizes = [math.prod(x.shape[axis] for axis in group) for group in groups]
     turned = x.transpose(order)
     matrices = turned.reshape(sizes)
-    wide = lambda m: f(m.T).T if m.shape[0] > m.shape[1] else f(m)
-    result = jax.vmap(wide)(matrices).reshape(turned.shape)
+    result = jax.vmap(f)(matrices).reshape(turned.shape)
     return result.transpose([order.index(axis) for axis in range(x.ndim)])
 
 
 def _dimensions(given: Any, tree: Any) -> Any:
-    """For each leaf which axes make its matrix, None for leaves that are none."""
+    """Return for each leaf the axes that make its matrix, None for leaves that are no matrices."""
     if given is None:
         return jax.tree.map(lambda x: Dimensions() if x.ndim == 2 else None, tree)
     is_one = lambda node: node is None or isinstance(node, Dimensions)
@@ -144,15 +144,16 @@ def scale_by_muon(
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
     """
     coefficients = _coefficients(ns_coeffs, ns_steps)
-
-    triples = [coefficients] * ns_steps if coefficients.ndim == 1 else list(coefficients)
+    rows = (ns_steps, 3) if coefficients.ndim == 1 else coefficients.shape
+    triples = jnp.broadcast_to(coefficients, rows)
+    normalized = functools.partial(_normalized, how=preconditioning, eps=eps)
 
     def orthogonal(m: Any) -> Any:
-        o = orthogonalized(_normalized(m, preconditioning, eps), triples)
+        o = orthogonalized(m, triples, normalized)
         return jnp.sum(jnp.conj(m) * o) * o if adaptive else o
 
-    def update(updates: Any, params: Any = None) -> Any:
-        each = lambda x, dimensions: _as_matrices(orthogonal, x, dimensions)
+    def update(updates: Any, _: Any) -> Any:
+        each = functools.partial(_as_matrices, orthogonal)
         return _each_matrix(each, updates, weight_dimension_numbers)
 
     average = nesterov_ema if nesterov else ema
@@ -211,8 +212,8 @@ def muon(
       consistent_rms: at least 0; if given, O is multiplied by consistent_rms sqrt(max(rows,
         columns)) instead.
 
-    State: `optax.contrib.MuonState(count, mu, ns_coeffs)`, one tree for matrices, and that of `adamw`, two trees,
-      for the rest, each in an `optax.MaskedState`.
+    State: `optax.contrib.MuonState(count, mu, ns_coeffs)`, one tree for matrices, and that of
+      `adamw`, two trees, for the rest, each in an `optax.MaskedState`.
     Differs from: Keras and PyTorch, whose momentum has no bias correction.
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; Liu et al. 2025,
       arXiv:2502.16982 for consistent_rms.

@@ -140,7 +140,9 @@ class Plan:
     @classmethod
     def of_json(cls, written: Mapping[str, Any]) -> "Plan":
         """The plan that was written."""
-        return cls(**{**written, "groups": [Group(**group) for group in written["groups"]]})
+        fields = dict[str, Any](written)
+        fields["groups"] = [Group(**group) for group in written["groups"]]
+        return cls(**fields)
 
     def as_json(self) -> dict[str, Any]:
         return plain(dataclasses.asdict(self))

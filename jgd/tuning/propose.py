@@ -132,7 +132,7 @@ Trials = dict[tuple[str, int], Any]  # by group and setting
 
 
 def _by_setting(
-    names: list[str], points: list[tuple], asked: list[Any], groups: Mapping[str, Lanes]
+    names: list[str], points: list[tuple[Any, ...]], asked: list[Any], groups: Mapping[str, Lanes]
 ) -> Trials:
     """Which trial is which setting of which group; in a group they keep their order."""
     found: Trials = {}

@@ -186,7 +186,7 @@ class Board:
         """The lanes that still go on."""
         return np.flatnonzero(self.alive[group])
 
-    def key(self, group: str, setting: int) -> tuple:
+    def key(self, group: str, setting: int) -> tuple[Any, ...]:
         """Sorts settings, best first."""
         return (
             *(float(x[0]) for x in self._measures(group, np.array([setting]))),

@@ -76,7 +76,9 @@ class Collector:
             empty = lambda lanes=lanes, reports=reports: np.full((lanes, reports), np.nan)
             metrics = {name: empty() for name in self.plan.metrics}
             self.curves[group.name] = Curves(np.array(self.plan.reports), empty(), metrics)
-        self.best: list[tuple[tuple, str, int, dict[int, Any]]] = []  # with rank, best first
+        self.best: list[
+            tuple[tuple[Any, ...], str, int, dict[int, Any]]
+        ] = []  # with rank, best first
         self.open: dict[tuple[str, int], dict[int, Any]] = {}  # states of settings, by seed
 
     def add(self, report: Report) -> None:
@@ -248,7 +250,7 @@ class Collector:
         plan = self.plan
         return Result(ranked, self.curves, kept[0], kept, plan.metric, plan.mode, plan)
 
-    def _best(self, row: dict, group: str, setting: int, states: dict[int, Any]) -> Best:
+    def _best(self, row: dict[str, Any], group: str, setting: int, states: dict[int, Any]) -> Best:
         chosen = jax.tree.map(lambda x: x[setting], self.groups[group].settings)
         state = states[int(self.board.scores(group, setting).argmin())] if states else None
         return Best(row, chosen, state)

@@ -254,9 +254,9 @@ def is_scalar(x: Any) -> bool:
     return is_number(x) and np.ndim(x) == 0
 
 
-def batch(factory: Callable[..., Any], names: list[str], points: Sequence[tuple]) -> Any:
+def batch(factory: Callable[..., Any], names: list[str], points: Sequence[tuple[Any, ...]]) -> Any:
     """The settings at some points: `Lanes`, or a dict of them where structure varies."""
-    groups: dict[tuple, list[tuple]] = {}
+    groups: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
     for point in points:  # what is no number is structure
         structure = tuple((i, Static(x)) for i, x in enumerate(point) if not is_scalar(x))
         groups.setdefault(structure, []).append(point)
@@ -281,7 +281,9 @@ def batch(factory: Callable[..., Any], names: list[str], points: Sequence[tuple]
     return batches if len(batches) > 1 else next(iter(batches.values()))
 
 
-def _try_each_value(factory: Callable[..., Any], names: list[str], points: Sequence[tuple]) -> None:
+def _try_each_value(
+    factory: Callable[..., Any], names: list[str], points: Sequence[tuple[Any, ...]]
+) -> None:
     """Call the factory once with each value, so that a bad one is refused before any training."""
     tried = set()
     for point in points:

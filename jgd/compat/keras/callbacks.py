@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 import jgd.stopping
-from jgd.arguments import BelowOne, Count, NonNegative, Number, Structure
+from jgd.arguments import AnyNumber, BelowOne, Count, NonNegative, Number, Structure
 from jgd.pytree import MonitorPair, as_pytree
 from jgd.stopping import improves, worst
 from jgd.trees import check_state
@@ -102,7 +102,7 @@ def early_stopping(
     patience: Count = 0,
     verbose: Structure = 0,
     mode: Mode = "auto",
-    baseline: Number | None = None,
+    baseline: AnyNumber | None = None,
     restore_best_weights: bool = False,
     start_from_epoch: Count = 0,
 ) -> MonitorPair:

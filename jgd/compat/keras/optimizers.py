@@ -177,7 +177,8 @@ def adam(
       epsilon: at least 0, 1e-7 by default: as much as epsilon / sqrt(1 - beta_2^t) in `jgd.adam`.
       amsgrad: True puts the largest v so far in the place of v.
 
-    State: `optax.ScaleByAdamState(count, mu, nu)`, two trees; `optax.ScaleByAmsgradState(count, mu, nu, nu_max)`, three.
+    State: `optax.ScaleByAdamState(count, mu, nu)`, two trees; `optax.ScaleByAmsgradState(count, mu,
+      nu, nu_max)`, three.
     Source: Kingma & Ba 2015, the form before section 2.1, arXiv:1412.6980.
     """
     quotients = scale_by_uncorrected_adam(beta_1, beta_2, epsilon, amsgrad=amsgrad)
@@ -421,10 +422,8 @@ def muon(
     """
 
     def orthogonal(x: Any) -> Any:
-        wide = x.T if x.shape[0] > x.shape[1] else x
-        coefficients = [(muon_a, muon_b, muon_c)] * ns_steps
-        result = orthogonalized(wide / (norm(wide) + 1e-7), coefficients)
-        result = result.T if x.shape[0] > x.shape[1] else result
+        coefficients = jnp.broadcast_to(jnp.stack([muon_a, muon_b, muon_c]), (ns_steps, 3))
+        result = orthogonalized(x, coefficients, lambda x: x / (norm(x) + 1e-7))
         return result if rms_rate is None else result * rms_rate * math.sqrt(max(x.shape))
 
     def labels(tree: Any) -> Any:

@@ -18,13 +18,8 @@ from optax import Schedule
 
 from jgd.arguments import Boundaries, Count, NonNegative, Number, Numbers, Positive
 from jgd.pytree import as_pytree
+from jgd.ramps import as_float, as_vector, ramp, safe_power, safe_ratio, whole_ratio
 from jgd.schedules import (
-    _float,
-    _power,
-    _ramp,
-    _ratio,
-    _vector,
-    _whole,
     cosine_decay_schedule,
     join_schedules,
     linear_schedule,
@@ -62,9 +57,9 @@ def exponential_decay(
 
     Differs from: `jgd.exponential_decay`, which can begin late and stop at a bound.
     """
-    exponent = _whole if staircase else _ratio
+    exponent = whole_ratio if staircase else safe_ratio
     return lambda step: (
-        initial_learning_rate * _power(decay_rate, exponent(_float(step), decay_steps))
+        initial_learning_rate * safe_power(decay_rate, exponent(as_float(step), decay_steps))
     )
 
 
@@ -85,13 +80,13 @@ def piecewise_constant_decay(
     Raises: ValueError if the lengths do not fit.
     Differs from: `jgd.piecewise_constant` and torch, which have the new value at a boundary.
     """
-    edges, levels = _vector(boundaries), _vector(values)
+    edges, levels = as_vector(boundaries), as_vector(values)
     if levels.shape != (edges.size + 1,):
         raise ValueError(
             f"piecewise_constant_decay: values must be {edges.size + 1} for {edges.size}"
             f" boundaries, got {levels.size}"
         )
-    return lambda step: levels[jnp.searchsorted(edges, _float(step), side="left")]
+    return lambda step: levels[jnp.searchsorted(edges, as_float(step), side="left")]
 
 
 @as_pytree
@@ -121,8 +116,8 @@ def polynomial_decay(
     of_fraction = polynomial_schedule(initial_learning_rate, end_learning_rate, power, 1.0)
 
     def value(step: Any) -> Any:
-        now = _float(step)
-        cycles = jnp.maximum(-_whole(-now, decay_steps), 1)  # ceil, and 1 at step 0
+        now = as_float(step)
+        cycles = jnp.maximum(-whole_ratio(-now, decay_steps), 1)  # ceil, and 1 at step 0
         return of_fraction(now / (decay_steps * cycles))
 
     return value
@@ -214,9 +209,9 @@ def cosine_decay_restarts(
     """
 
     def value(step: Any) -> Any:
-        cycle, x = _cycle(_float(step), first_decay_steps, t_mul)
+        cycle, x = _cycle(as_float(step), first_decay_steps, t_mul)
         # the half angle is exact near the end of a cycle, where 1 + cos is mere rounding
-        height = _power(m_mul, cycle) * jnp.cos(jnp.pi / 2 * x) ** 2
+        height = safe_power(m_mul, cycle) * jnp.cos(jnp.pi / 2 * x) ** 2
         return initial_learning_rate * ((1 - alpha) * height + alpha)
 
     return value
@@ -233,6 +228,6 @@ def _cycle(now: jax.Array, first: Any, growth: Any) -> tuple[jax.Array, jax.Arra
     small = jnp.finfo(now.dtype).eps
     solved = jnp.log1p(jnp.maximum(more * now / first, small - 1)) / log
     # the logarithms may round to a hair below the restart that is meant
-    cycle = jnp.where(even, _whole(now, first), jnp.floor(solved * (1 + 8 * small)))
+    cycle = jnp.where(even, whole_ratio(now, first), jnp.floor(solved * (1 + 8 * small)))
     begin = jnp.where(even, cycle, jnp.expm1(cycle * log) / more)
-    return cycle, _ramp(now, first * begin, first * growth**cycle)
+    return cycle, ramp(now, first * begin, first * growth**cycle)

@@ -36,7 +36,7 @@ _MEMORIES = {
     "muon": {"momentums": "mu", "adam_velocities": "nu"},
     "nadam": {"_momentums": "mu", "_velocities": "nu"},
     "rmsprop": {"_velocities": "nu", "_momentums": "trace", "_average_gradients": "mu"},
-    "schedule_free_adamw": {"_momentums": "z", "_velocities": "average"},
+    "schedule_free_adamw": {"_momentums": "z", "_velocities": "ema"},
     "sgd": {"momentums": "trace"},
 }
 

@@ -265,7 +265,8 @@ def rmsprop(
         negative (NaN in PyTorch) the root is 0.
       maximize: True or False.
 
-    State: `optax.ScaleByRmsState(nu)` or, centred, `optax.ScaleByRStdDevState(mu, nu)`, and `optax.TraceState`.
+    State: `optax.ScaleByRmsState(nu)` or, centred, `optax.ScaleByRStdDevState(mu, nu)`, and
+      `optax.TraceState`.
     Differs from: `jgd.rmsprop` and Keras in both respects.
     """
     scaled = scale_by_stddev if centered else scale_by_rms
@@ -331,7 +332,8 @@ def adam(
       amsgrad: True puts the largest v so far in the place of v, before its correction.
       maximize: True or False.
 
-    State: `optax.ScaleByAdamState(count, mu, nu)`, two trees; `optax.ScaleByAmsgradState(count, mu, nu, nu_max)`, three.
+    State: `optax.ScaleByAdamState(count, mu, nu)`, two trees; `optax.ScaleByAmsgradState(count, mu,
+      nu, nu_max)`, three.
     Differs from: `jgd.amsgrad`, whose maximum is over corrected v; `jgd.adam` where b1 moves, whose
       correction is the product of all b1 so far.
     """
@@ -527,13 +529,15 @@ def muon(
             raise TreeError(f"is for matrices, got shape {x.shape}")
         rows, columns = x.shape
         # products of bfloat16 numbers are exact in float32, where PyTorch adds them up
-        wide = rounded((x.T if rows > columns else x).astype(jnp.float32))
-        wide = rounded(wide / jnp.maximum(rounded(norm(wide)), rounded(eps)))
-        triple = [jnp.asarray(c, jnp.float32) for c in ns_coefficients]
-        result = orthogonalized(wide, [triple] * ns_steps, rounded).astype(x.dtype)
+        unit = lambda x: rounded(x / jnp.maximum(rounded(norm(x)), rounded(eps)))
+        triple = jnp.stack([jnp.asarray(c, jnp.float32) for c in ns_coefficients])
+        wide = rounded(x.astype(jnp.float32))
+        result = orthogonalized(
+            wide, jnp.broadcast_to(triple, (ns_steps, 3)), unit, rounded
+        ).astype(x.dtype)
         matched = adjust_lr_fn == "match_rms_adamw"
         factor = 0.2 * math.sqrt(max(x.shape)) if matched else math.sqrt(max(1, rows / columns))
-        return factor * (result.T if rows > columns else result)
+        return factor * result
 
     memory = moving_average(momentum)
     rule = chain(with_nesterov(memory) if nesterov else memory, pointwise(orthogonal))

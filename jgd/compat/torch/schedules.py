@@ -24,21 +24,18 @@ from jgd.arguments import (
     Boundaries,
     Count,
     Fraction,
-    Kind,
     NonNegative,
     Number,
+    NumberKind,
     Numbers,
+    NumbersKind,
     Period,
     Positive,
 )
 from jgd.compat.keras.schedules import cosine_decay_restarts
 from jgd.pytree import as_pytree
+from jgd.ramps import as_float, as_vector, ramp, safe_power, whole_ratio
 from jgd.schedules import (
-    _float,
-    _power,
-    _ramp,
-    _vector,
-    _whole,
     cosine_decay_schedule,
     join_schedules,
     linear_schedule,
@@ -63,10 +60,10 @@ __all__ = [
     "step_lr",
 ]
 
-Factor = Annotated[Any, Kind("number", "in (0, 1]", lambda x: 0 < x <= 1)]
-Growth = Annotated[Any, Kind("number", "at least 1", lambda x: x >= 1)]
+Factor = Annotated[Any, NumberKind("in (0, 1]", lambda x: (x > 0) & (x <= 1))]
+Growth = Annotated[Any, NumberKind("at least 1", lambda x: x >= 1)]
 Milestones = Annotated[
-    Any, Kind("numbers", "at least 0", lambda x: np.min(np.asarray(x), initial=0) >= 0)
+    Any, NumbersKind("at least 0", lambda x: np.min(np.asarray(x), initial=0) >= 0)
 ]
 
 
@@ -95,7 +92,7 @@ def step_lr(lr: NonNegative, step_size: Period, gamma: NonNegative = 0.1) -> Sch
       step_size: at least 1.
       gamma: at least 0.
     """
-    return lambda step: lr * _power(gamma, _whole(_float(step), step_size))
+    return lambda step: lr * safe_power(gamma, whole_ratio(as_float(step), step_size))
 
 
 @as_pytree
@@ -109,11 +106,11 @@ def multi_step_lr(lr: NonNegative, milestones: Milestones, gamma: NonNegative = 
       milestones: steps, a sequence or an array in any order; one that is repeated counts again.
       gamma: at least 0.
     """
-    edges = _vector(milestones)
+    edges = as_vector(milestones)
 
     def value(step: Any) -> Any:
-        passed = jnp.sum(edges <= jnp.expand_dims(_float(step), -1), -1)
-        return lr * _power(gamma, _float(passed))
+        passed = jnp.sum(edges <= jnp.expand_dims(as_float(step), -1), -1)
+        return lr * safe_power(gamma, as_float(passed))
 
     return value
 
@@ -129,7 +126,7 @@ def constant_lr(lr: NonNegative, factor: Fraction = 1.0 / 3, total_iters: Count 
     """
 
     def value(step: Any) -> Any:
-        over = (total_iters > 0) & (_float(step) >= total_iters)
+        over = (total_iters > 0) & (as_float(step) >= total_iters)
         return lr * jnp.where(over, 1, factor)
 
     return value
@@ -163,7 +160,7 @@ def exponential_lr(lr: NonNegative, gamma: NonNegative) -> Schedule:
       lr: at least 0, the value at step 0.
       gamma: at least 0; 0 leaves nothing after step 0.
     """
-    return lambda step: lr * _power(gamma, _float(step))
+    return lambda step: lr * safe_power(gamma, as_float(step))
 
 
 @as_pytree
@@ -194,8 +191,8 @@ def cosine_annealing_lr(lr: NonNegative, T_max: Period, eta_min: Number = 0.0) -
     fall = cosine_decay_schedule(lr - eta_min, T_max)
 
     def value(step: Any) -> Any:
-        now, period = _float(step), 2 * T_max
-        along = now - period * _whole(now, period)
+        now, period = as_float(step), 2 * T_max
+        along = now - period * whole_ratio(now, period)
         return eta_min + fall(jnp.minimum(along, period - along))  # the way back is the way there
 
     return value
@@ -307,12 +304,15 @@ def _phases(total: Any, pct_start: Any, strategy: str, levels: tuple[Any, ...]) 
     ends = [n * (pct_start * total - 1) for n in range(1, len(levels) - 1)]
 
     def value(step: Any) -> Any:
-        now = jnp.minimum(_float(step), total - 1)
+        now = jnp.minimum(as_float(step), total - 1)
         phase: Any = sum((now > end).astype(int) for end in ends)  # at its end a phase still holds
-        knots, heights = _vector([_float(x) for x in (0, *ends, total - 1)]), _vector([*levels])
+        knots, heights = (
+            as_vector([as_float(x) for x in (0, *ends, total - 1)]),
+            as_vector([*levels]),
+        )
         left, right = knots[phase], knots[phase + 1]
         # the rest of the way: exact at the end, where little is left of the rate
-        rest = _ramp(right - now, 0, right - left)
+        rest = ramp(right - now, 0, right - left)
         if strategy == "cos":
             rest = jnp.sin(jnp.pi / 2 * rest) ** 2
         return heights[phase + 1] + (heights[phase] - heights[phase + 1]) * rest
@@ -360,7 +360,7 @@ def cyclic_lr(
     base = _given("cyclic_lr", base_lr=base_lr, lr=lr)
     peak = _given("cyclic_lr", max_lr=max_lr)
     swing = _swing(step_size_up, step_size_down, mode, gamma, scale_fn, scale_mode)
-    return lambda step: base + (peak - base) * swing(_float(step))
+    return lambda step: base + (peak - base) * swing(as_float(step))
 
 
 @as_pytree
@@ -389,7 +389,7 @@ def cyclic_momentum(
     if not cycle_momentum:
         raise _unmoved("cyclic_momentum")
     swing = _swing(step_size_up, step_size_down, mode, gamma, scale_fn, scale_mode)
-    return lambda step: max_momentum - (max_momentum - base_momentum) * swing(_float(step))
+    return lambda step: max_momentum - (max_momentum - base_momentum) * swing(as_float(step))
 
 
 def _swing(
@@ -399,14 +399,14 @@ def _swing(
     down = up if down is None else down
 
     def value(now: jax.Array) -> Any:
-        cycle = _whole(now, up + down)
+        cycle = whole_ratio(now, up + down)
         along = now - cycle * (up + down)
         triangle = jnp.minimum(along / up, (up + down - along) / down)
         if scale_fn is not None:
             return triangle * scale_fn(cycle + 1 if scale_mode == "cycle" else now)
         if mode == "triangular2":
             return triangle * 0.5**cycle
-        return triangle * _power(gamma, now) if mode == "exp_range" else triangle
+        return triangle * safe_power(gamma, now) if mode == "exp_range" else triangle
 
     return value
 

@@ -1,0 +1,357 @@
+"""States of optax's optimizers and of jgd 0.1, for the optimizers of jgd, and back.
+
+    state = jgd.compat.optax.state_from(optax_state, tx)       # tx of jgd
+    state = jgd.compat.optax.to_optax(jgd_state, optax_tx)
+
+Most states need no call: jgd returns optax's classes. These two convert the others: a learning rate
+that follows a schedule (optax counts its steps inside the chain, jgd around it), the classes that
+optax does not export, and all states of jgd 0.1. A conversion asks the optimizer for the structure
+of its state and fills it, memory by memory and in order, with the fields of the same names.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+
+from jgd.combinators import ScheduledDecayState
+from jgd.trees import TreeError
+
+__all__ = ["state_from", "to_optax"]
+
+
+def state_from(
+    state: optax.OptState,
+    tx: optax.GradientTransformation,
+    params: optax.Params | None = None,
+) -> optax.OptState:
+    """Return the state with which `tx` continues a training of optax or of jgd 0.1.
+
+        state = jgd.compat.optax.state_from(state, jgd.adamw(jgd.linear_schedule(1e-3, 0, 1000)))
+
+    Args:
+      state: the state of the optimizer of that name; or what orbax, without a template, or
+        `flax.serialization.msgpack_restore` returns for its checkpoint: dicts and lists instead of
+        named tuples. The state inside `optax.inject_hyperparams` counts, its numbers do not: those
+        are in `tx`.
+      tx: the optimizer of jgd that continues.
+      params: the parameters or their `jax.ShapeDtypeStruct`s. None: found in the memories of the
+        state. Give them if they hold lists or tuples and the state dicts and lists; if the state
+        has no memory of their shapes (`galore`); as `optax.LookaheadParams` for `lookahead`.
+
+    Returns: a state as `tx.init` returns it, in the dtypes of `tx`. The step of its schedules is
+      the count of the schedules in `state`, else that of its memories. Where a decay follows a
+      schedule and `state` has no logarithms of it, they are those of `tx` after as many steps.
+    Raises: TreeError, naming the memory, if `state` lacks one or has one more, or one of another
+      shape. Memories of dicts and lists are told apart by their fields alone.
+    Differs from: optax in `adan`, whose average of squares is another one: it is not converted.
+    """
+    return _converted("state_from", state, tx, params)
+
+
+def to_optax(
+    state: optax.OptState,
+    tx: optax.GradientTransformation,
+    params: optax.Params | None = None,
+) -> optax.OptState:
+    """Return the state with which `tx`, an optimizer of optax, continues a training of jgd.
+
+        state = jgd.compat.optax.to_optax(state, optax.adamw(optax.linear_schedule(1e-3, 0, 1000)))
+
+    Args:
+      state: the state of the optimizer of jgd with that name, or what a checkpoint of it restores
+        to without a template.
+      tx: the optimizer of optax that continues.
+      params: as in `state_from`. Give them as well if they have 16 bits, as optax's memories then
+        have; without them memories stay float32.
+
+    Returns: a state as `tx.init` returns it.
+    Raises: TreeError as `state_from`.
+    """
+    return _converted("to_optax", state, tx, params)
+
+
+# --- reading a state -------------------------------------------------------------------------
+
+# Fields that hold the state of another transformation, or a dict of states.
+_INNER_DICTS = ["hyperparams_states", "inner_states"]
+_INNER = ["base_optimizer_state", "fast_state", "hessian_fn_state", "inner", "inner_opt_state"]
+_INNER = [*_INNER, "inner_state", *_INNER_DICTS]
+_COUNTS = {"count", "count_m2", "step"}
+_CONSTANTS = {"ns_coeffs", "hyperparams"}  # `tx` has its own
+# What jgd 0.1 called the mean logarithm of the decay of an average.
+_OLD_LOGS = {
+    "log_mu": ["log_b1", "log_beta", "log_decay"],
+    "log_nu": ["log_b2", "log_decay"],
+    "log_ema": ["log_decay"],
+    "log_m": ["log_b1"],
+    "log_m1": ["log_b1"],
+    "log_v": ["log_b2"],
+    "log_n": ["log_b3"],
+}
+
+
+class _Record(NamedTuple):
+    """The fields of one transformation's state that hold arrays."""
+
+    kind: str  # the name of the class; empty for a dict
+    fields: dict[str, Any]
+
+    @property
+    def memories(self) -> dict[str, Any]:
+        """The fields by which a state is recognised: none for a counter of steps."""
+        derived = _COUNTS | _CONSTANTS
+        return {n: x for n, x in self.fields.items() if n not in derived and n[:4] != "log_"}
+
+    def __str__(self) -> str:
+        names = ", ".join(sorted(self.fields))
+        return f"{self.kind} of {names}" if self.kind else names
+
+
+def _fields_of(node: Any) -> Mapping[str, Any]:
+    return node if isinstance(node, Mapping) else node._asdict()
+
+
+def _record_of(node: Any) -> _Record:
+    kind = "" if isinstance(node, Mapping) else type(node).__name__
+    own = {n: x for n, x in _fields_of(node).items() if n not in _INNER and jax.tree.leaves(x)}
+    return _Record(kind, own)
+
+
+def _records(state: Any) -> list[_Record]:
+    """Return the records of a state, depth first, whether of named tuples or of dicts."""
+    if state is None:
+        return []
+    if isinstance(state, Mapping) and all(str(key).isdigit() for key in state):
+        state = [state[key] for key in sorted(state, key=int)]  # a tuple, as flax writes it
+    if isinstance(state, tuple | list) and not hasattr(state, "_fields"):
+        return [record for inner in state for record in _records(inner)]
+    if not isinstance(state, tuple | Mapping):
+        raise TreeError(f"expected a state of tuples, lists and dicts, got {type(state).__name__}")
+    record, inner = _record_of(state), list[_Record]()
+    for name in _INNER:
+        value = _fields_of(state).get(name)
+        if name in _INNER_DICTS and value:
+            value = [value[label] for label in sorted(value)]
+        inner += _records(value)
+    if logs := record.fields.pop("logs", None):
+        inner[0] = inner[0]._replace(fields=inner[0].fields | logs)
+    return [record, *inner] if record.fields else inner
+
+
+# --- the shapes of the parameters ------------------------------------------------------------
+
+
+def _candidates(records: list[_Record]) -> Iterator[Any]:
+    """Yield what may have the shapes of the parameters: each memory, the largest first."""
+    shapes: list[Any] = []
+    for record in records:
+        memories = jax.eval_shape(lambda trees: trees, record.memories)
+        shapes += memories.values()
+        if "v_row" in memories:
+            means = (memories.get(name) for name in ("v_row", "v_col", "v"))
+            shapes.append(jax.tree.map(_unfactored, *means))
+    is_float = lambda tree: all(jnp.issubdtype(x.dtype, jnp.inexact) for x in jax.tree.leaves(tree))
+    size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    shapes = sorted(filter(is_float, shapes), key=size, reverse=True)
+    for tree in shapes:
+        for other in shapes:  # each group of parameters has a memory of its own
+            tree = _joined(tree, other)
+        yield tree
+    if not shapes:
+        yield jax.ShapeDtypeStruct((), float)  # without memories all parameters are alike
+
+
+def _joined(tree: Any, other: Any) -> Any:
+    """Return `tree` with the leaves of `other` where it has none: a mask hides them."""
+    is_hidden = lambda node: not jax.tree.leaves(node)
+    join = lambda x, y: y if is_hidden(x) else x
+    try:
+        return jax.tree.map(join, tree, other, is_leaf=is_hidden)
+    except ValueError:
+        return tree
+
+
+def _unfactored(row: Any, column: Any, v: Any) -> Any:
+    """Return the shape of a parameter from Adafactor's means over its rows and columns."""
+    if row.shape == (1,):  # there are no means
+        return v
+    for axis in range(row.ndim + 1):
+        shape = (*row.shape[:axis], max(column.shape), *row.shape[axis:])
+        second, largest = np.argsort(shape)[-2:]
+        if largest == axis and tuple(np.delete(shape, second)) == column.shape:
+            return jax.ShapeDtypeStruct(shape, v.dtype)
+    return v
+
+
+# --- the conversion --------------------------------------------------------------------------
+
+
+class _Mismatch(TreeError):
+    """Raised where a state does not fit the optimizer, or the shapes taken for the parameters."""
+
+
+def _converted(
+    where: str, state: Any, tx: optax.GradientTransformation, params: optax.Params | None
+) -> Any:
+    """Return `state` in the structure of the states of `tx`."""
+    first: TreeError | None = None
+    try:
+        records = _records(state)
+        for shapes in _candidates(records) if params is None else [params]:
+            try:
+                return _Filling(records, tx, shapes).state()
+            except _Mismatch as error:
+                first = first or error
+    except TreeError as error:
+        raise TreeError(error.detail, where) from None
+    detail = f"{first.detail if first else ''}. Was the state created by another optimizer?"
+    if params is None:
+        detail += f" If not, give the parameters: {where}(state, tx, params)"
+    raise TreeError(detail, where)
+
+
+class _Filling:
+    """A walk over the state of `tx`, depth first, that takes the records of another in turn."""
+
+    def __init__(self, records: list[_Record], tx: Any, params: Any) -> None:
+        self.tx = optax.with_extra_args_support(tx)
+        try:
+            self.params = jax.eval_shape(lambda tree: tree, params)
+            self.template = jax.eval_shape(tx.init, params)
+        except Exception as error:  # what `init` raises for shapes that are not the parameters'
+            raise _Mismatch(str(error)) from error
+        self.records = records
+        self.left = [record for record in records if record.memories]
+        self.counters = self.matching_counters()
+        self.latest = _Record("", {})
+        self.decays = 0  # states of scheduled decays so far
+
+    def state(self) -> Any:
+        """Return the state of `tx`, filled."""
+        leaves, structure = jax.tree.flatten(self.node(self.template))
+        if self.left:
+            raise _Mismatch(f"the state has {self.left[0]}, which tx does not keep")
+        missing = [i for i, x in enumerate(leaves) if isinstance(x, jax.ShapeDtypeStruct)]
+        if missing:  # compiled, so that what else `init` returns is not computed
+            zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.params)
+            initial = lambda: jax.tree.leaves(self.tx.init(zeros()))
+            constants = jax.jit(lambda: [initial()[i] for i in missing])()
+            for i, x in zip(missing, constants, strict=True):
+                leaves[i] = x
+        return structure.unflatten(leaves)
+
+    def node(self, node: Any) -> Any:
+        """Return a part of the template, filled."""
+        if isinstance(node, ScheduledDecayState):
+            inner = self.node(node.inner)
+            return ScheduledDecayState(inner, self.logs(node.logs, inner.count))
+        if isinstance(node, dict):
+            return {label: self.node(node[label]) for label in sorted(node)}
+        if node is None:
+            return None
+        if not hasattr(node, "_fields"):
+            if not isinstance(node, tuple | list):
+                raise TreeError(f"tx must have a state of tuples, got {type(node).__name__} in it")
+            return type(node)(map(self.node, node))
+        target, new = _record_of(node), dict[str, Any]()
+        if target.fields:
+            record = self.latest = self.matching(target)
+            new = {name: self.value(record, name, x) for name, x in target.fields.items()}
+        for name in _INNER:
+            if hasattr(node, name):
+                new[name] = self.node(getattr(node, name))
+        return node._replace(**new)
+
+    def matching(self, target: _Record) -> _Record:
+        """Return the record of the state for one of the template."""
+        if not target.memories:
+            return next(self.counters)
+        if not self.left:
+            raise _Mismatch(f"expected {target}, got a state without it")
+        found = self.left.pop(0)
+        if [*target.memories, *found.memories] == ["ema", "average"]:  # in jgd 0.1, Keras's average
+            found = _Record("", {**found.fields, "ema": found.fields["average"]})
+            del found.fields["average"]
+        kinds = {target.kind, found.kind} - {""}
+        if found.memories.keys() != target.memories.keys() or len(kinds) > 1:
+            raise _Mismatch(f"expected {target}, got {found}")
+        return found
+
+    def matching_counters(self) -> Iterator[_Record]:
+        """Yield for each counter of the template that of the state, or what all agree on."""
+        counters = lambda records: [record for record in records if not record.memories]
+        here, there = counters(_records(self.template)), counters(self.records)
+        common = None if len(here) == len(there) else _Record("", {"count": self.common_count()})
+        yield from there if common is None else [common] * len(here)
+
+    def common_count(self) -> Any:
+        """Return the count of the counters or, where there are none, of the memories."""
+        counters = [record for record in self.records if not record.memories]
+        fields = [record.fields for record in counters or self.records]
+        counts = [x for own in fields for name, x in own.items() if name in _COUNTS]
+        counts = counts or [own["step_count"] - 1 for own in fields if "step_count" in own]
+        if not counts:
+            raise TreeError(
+                "a schedule needs a count of the steps so far, the state has none. Convert it for a"
+                " constant number and put that state in jgd.pytree.ScheduledState(count, state)"
+            )
+        known = {int(x) for x in counts if not isinstance(x, Tracer) and not jnp.ndim(x)}
+        if len(known) > 1:
+            raise TreeError(f"the counts of the state must agree, got {sorted(known)}")
+        return counts[0]
+
+    def value(self, record: _Record, name: str, target: Any) -> Any:
+        """Return a field of the template, filled."""
+        if name in _CONSTANTS:
+            return target
+        fields = record.fields
+        if name in _COUNTS and name not in fields:
+            counts = [fields[known] for known in sorted(_COUNTS) if known in fields]
+            return _like(target, counts[0] if counts else self.common_count(), name)
+        if name not in fields:
+            raise _Mismatch(f"expected a field {name}, got {record}")
+        return _like(target, fields[name], name)
+
+    def logs(self, target: dict[str, Any], steps: Any) -> dict[str, Any]:
+        """Return the mean logarithms of decays: those of the state, or of `tx` after `steps`."""
+        own, index = self.latest.fields, self.decays
+        self.decays += 1
+        known = {n: [own[k] for k in (n, *_OLD_LOGS.get(n, [])) if k in own] for n in target}
+        if all(known.values()):
+            return {name: _like(x, known[name][0], name) for name, x in target.items()}
+        small = jax.tree.map(lambda x: jnp.zeros([1] * len(x.shape), x.dtype), self.params)
+        step = lambda _, state: self.tx.update(small, state, small, value=jnp.ones([]))[1]
+        state = jax.lax.fori_loop(0, steps, step, self.tx.init(small))
+        is_found = lambda node: isinstance(node, ScheduledDecayState)
+        return [n for n in jax.tree.leaves(state, is_leaf=is_found) if is_found(n)][index].logs
+
+
+def _like(target: Any, value: Any, name: str) -> Any:
+    """Return `value` in the containers and dtypes of `target`."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(target)
+    there = {_path(path): x for path, x in jax.tree_util.tree_leaves_with_path(value)}
+    here = {_path(path): x for path, x in leaves}
+    for path in sorted(here.keys() ^ there.keys()):
+        has = "has a leaf" if path in there else "has no leaf"
+        raise _Mismatch(f"{name} of the state {has} at {path or 'its root'}, unlike the parameters")
+    return structure.unflatten([_cast(there[path], x, name + path) for path, x in here.items()])
+
+
+def _cast(x: Any, target: jax.ShapeDtypeStruct, name: str) -> Any:
+    if jnp.shape(x) != target.shape:
+        raise _Mismatch(f"{name} must have shape {target.shape}, got {jnp.shape(x)}")
+    if jnp.iscomplexobj(x) and not jnp.issubdtype(target.dtype, jnp.complexfloating):
+        raise TreeError(f"{name} must be real, got {x.dtype}")
+    is_key = jnp.issubdtype(target.dtype, jax.dtypes.prng_key)
+    return x if is_key else jnp.asarray(x, target.dtype)
+
+
+def _path(path: Any) -> str:
+    """Return a path as checkpoints spell it: keys of dicts, places in lists and fields alike."""
+    parts = (getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))) for key in path)
+    return "".join(f"[{part}]" for part in parts)
