@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _MODULES = {
-    "jgd.pytree": "Schedule Transformation as_pytree lane now stack",
+    "jgd.pytree": "Schedule Transformation as_pytree lane stack",
     "jgd.trees": "TreeError leafwise",
     "jgd.combinators": "add chain divide named subtract with_nesterov",
     "jgd.transforms": """
@@ -54,6 +54,7 @@ _MODULES = {
         piecewise_interpolate_schedule polynomial_schedule sgdr_schedule warmup_constant_schedule
         warmup_cosine_decay_schedule warmup_exponential_decay_schedule
         warmup_stable_decay_schedule""",
+    "jgd.inspection": "now",
     "jgd.catalog": "get",
     "jgd.training": "Run Task minibatches supervised train with_sharpness",
     "jgd.tuning.prune": "hyperband successive_halving",
@@ -63,7 +64,7 @@ _MODULES = {
     "jgd.tuning.sweep": "iter_sweep sweep",
     "jgd.tuning.propose": "optuna_search",
 }
-_SUBMODULES = ("compat", "regularization", "stopping")
+_SUBMODULES = ("compat", "nnx", "regularization", "stopping")
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     from jgd.catalog import get as get
     from jgd.combinators import *  # noqa: F403
     from jgd.groups import *  # noqa: F403
+    from jgd.inspection import *  # noqa: F403
     from jgd.norms import *  # noqa: F403
     from jgd.optimizers.adaptive import *  # noqa: F403
     from jgd.optimizers.classic import *  # noqa: F403

@@ -26,7 +26,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jgd.nodes import NUMERIC, Named, Static, held_by, is_entry, is_number, is_schedule, unwrap
+from jgd.nodes import (
+    NUMERIC,
+    Named,
+    Static,
+    brief,
+    held_by,
+    is_entry,
+    is_number,
+    is_schedule,
+    unwrap,
+)
 
 __all__ = [
     "AnyNumber",
@@ -79,6 +89,9 @@ class Kind:
         """Return the stored form of an argument. Raises for one of another kind or range."""
         raise NotImplementedError
 
+    def check_call(self, label: str, stored: Any) -> None:
+        """Check what is checked in a user's call only: arrays on a device, closures of links."""
+
     def resolve(self, label: str, stored: Any, how: How) -> Any:
         """Return what the body of the factory is given."""
         return unwrap(stored)
@@ -101,7 +114,7 @@ class NumberKind(Kind):
         if callable(value) and not isinstance(value, type):
             return admit_schedule(label, value)
         if not is_number(value):
-            raise TypeError(f"{label} must be a number or a schedule, got {value!r}")
+            raise TypeError(f"{label} must be a number or a schedule, got {brief(value)}")
         if isinstance(value, jax.Array):  # tracers too: float32, one trace for all of them
             return jnp.asarray(value, float)
         number: Any = value
@@ -113,8 +126,13 @@ class NumberKind(Kind):
         """Raise ValueError for concrete numbers out of range."""
         passed = self.check(value)
         if not (passed if value.ndim == 0 else np.all(passed)):
-            got = f"{float(value)!r}" if value.ndim == 0 else f"{value!r}"
-            raise ValueError(f"{label} must be {self.description}, got {got}")
+            first = tuple(np.argwhere(~np.asarray(passed))[0].tolist())
+            at = f" at index {', '.join(map(str, first))}" if first else ""
+            raise ValueError(f"{label} must be {self.description}, got {value[first]!s}{at}")
+
+    def check_call(self, label: str, stored: Any) -> None:
+        if isinstance(stored, jax.Array) and _is_ready(stored):
+            self.check_range(label, np.asarray(stored))
 
     def resolve(self, label: str, stored: Any, how: How) -> Any:
         if stored is None or not is_schedule(stored):
@@ -125,7 +143,7 @@ class NumberKind(Kind):
 
 @dataclass(frozen=True)
 class NumbersKind(Kind):
-    """A list, tuple, dict or array of numbers or schedules; a word among them is structure."""
+    """A list, tuple, dict or array of numbers or schedules; a string among them is structure."""
 
     description: str = "numbers"
     check: Callable[[Any], Any] | None = None
@@ -134,10 +152,21 @@ class NumbersKind(Kind):
         value = tuple(value) if type(value) is list else value
         one = lambda x: Static(x) if isinstance(x, str) else NumberKind().admit(label, x)
         stored = jax.tree.map(one, value, is_leaf=callable)
-        concrete = not any(isinstance(x, jax.Array) for x in jax.tree.leaves(stored))
-        if self.check is not None and concrete and not self.check(stored):
-            raise ValueError(f"{label} must be {self.description}, got {value!r}")
+        if not any(isinstance(x, jax.Array) for x in jax.tree.leaves(stored)):
+            self.check_range(label, stored)
         return stored
+
+    def check_range(self, label: str, stored: Any) -> None:
+        """Raise ValueError for concrete numbers that do not go together."""
+        if self.check is not None and not self.check(stored):
+            shown = jax.tree.map(lambda x: x.tolist() if np.ndim(x) else float(str(x)), stored)
+            raise ValueError(f"{label} must be {self.description}, got {brief(shown)}")
+
+    def check_call(self, label: str, stored: Any) -> None:
+        arrays = [x for x in jax.tree.leaves(stored) if isinstance(x, jax.Array)]
+        if arrays and all(map(_is_ready, arrays)):
+            as_numpy = lambda x: np.asarray(x)[()] if isinstance(x, jax.Array) else x
+            self.check_range(label, jax.tree.map(as_numpy, stored))
 
     def resolve(self, label: str, stored: Any, how: How) -> Any:
         def one(x: Any) -> Any:
@@ -159,16 +188,20 @@ class LinkKind(Kind):
     def admit(self, label: str, value: Any) -> Any:
         link = unwrap(value)
         if not isinstance(link, optax.GradientTransformation):
-            raise TypeError(f"{label} must be {self.description}, got {value!r}")
-        if not any(map(callable, jax.tree.leaves(link))):
-            return value
-        # a transformation whose leaves are its closures is no pytree of numbers
-        if any(isinstance(x, jax.core.Tracer) for f in link for x in held_by(f)):
             raise TypeError(
-                f"{label} must not hold traced numbers in closures, got {Static(link)!r}. Lift its"
-                " factory with jgd.as_pytree, so that its numbers are leaves"
+                f"{label} must be {self.description}, got {brief(value)}{_call_of(value)}"
             )
-        return Static(link)
+        # a transformation whose leaves are its closures is no pytree of numbers
+        return Static(link) if any(map(callable, jax.tree.leaves(link))) else value
+
+    def check_call(self, label: str, stored: Any) -> None:
+        for link in stored if type(stored) is tuple else (stored,):
+            closures = link.value if isinstance(link, Static) else ()
+            if any(isinstance(x, jax.core.Tracer) for f in closures for x in held_by(f)):
+                raise TypeError(
+                    f"{label} must not hold traced numbers in closures, got {link!r}. Lift its"
+                    " factory with jgd.as_pytree, so that its numbers are leaves"
+                )
 
     def resolve(self, label: str, stored: Any, how: How) -> Any:
         return how.link(stored)
@@ -180,12 +213,16 @@ class LinksKind(LinkKind):
 
     def admit(self, label: str, value: Any) -> Any:
         if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
-            raise TypeError(f"{label} must be a dict of names, got {value!r}")
+            raise TypeError(f"{label} must be a dict of names, got {brief(value)}")
         links = {
             name: super(LinksKind, self).admit(f"{label}[{name!r}]", link)
             for name, link in dict[str, Any](value).items()
         }
         return Named(links, links.values())
+
+    def check_call(self, label: str, stored: Any) -> None:
+        for name, link in stored.items():
+            super().check_call(f"{label}[{name!r}]", link)
 
     def resolve(self, label: str, stored: Any, how: How) -> Any:
         return {name: how.link(link) for name, link in stored.items()}
@@ -199,16 +236,19 @@ class StructureKind(Kind):
 
     def admit(self, label: str, value: Any) -> Any:
         if self.hint is bool and not isinstance(value, bool | np.bool_):
-            raise TypeError(f"{label} must be True or False, got {value!r}")
+            raise TypeError(f"{label} must be True or False, got {brief(value)}")
         if typing.get_origin(self.hint) is Literal and value not in typing.get_args(self.hint):
             choices = typing.get_args(self.hint)
-            raise ValueError(f"{label} must be one of {choices}, got {value!r}")
+            raise ValueError(f"{label} must be one of {choices}, got {brief(value)}")
         return value if value is None else Static(self._canonical(label, value))
 
     def _canonical(self, label: str, value: Any) -> Any:
         """Return structure as it compares: dtypes and integers by what they mean."""
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value)):
-            raise TypeError(f"{label} shapes the program and cannot be traced, got {value!r}")
+            raise TypeError(
+                f"{label} must not be traced, got {brief(value)}. It shapes the program: make an"
+                " optimizer for each value"
+            )
         if label.endswith("dtype") or isinstance(value, np.dtype):
             if isinstance(value, bool):
                 raise TypeError(f"{label} must be a dtype, got {value!r}")
@@ -226,13 +266,27 @@ class KeyKind(Kind):
 
 def admit_schedule(label: str, value: Any) -> Any:
     """Return the stored form of a schedule: a callable pytree keeps its numbers as leaves."""
-    factory = getattr(value, "__name__", "")
-    if hasattr(value, "__jgd_spec__") or value in vars(optax.schedules).values():
-        raise TypeError(
-            f"{label} must be a number or a schedule, got the function {factory}, which makes one."
-            f" Call it: {factory}(...)"
-        )
+    if _is_factory(value):
+        called = _call_of(value) if "schedule" in f"{value.__module__}.{value.__name__}" else ""
+        raise TypeError(f"{label} must be a number or a schedule, got {brief(value)}{called}")
     return Static(value) if jax.tree_util.all_leaves([value]) else value
+
+
+def _is_factory(value: Any) -> bool:
+    """Return whether a function is a factory of jgd or optax, not what a factory returns."""
+    if inspect.isfunction(value) and value.__module__.partition(".")[0] == "optax":
+        return "<locals>" not in value.__qualname__
+    return hasattr(value, "__jgd_spec__")
+
+
+def _call_of(value: Any) -> str:
+    """Return the cure for a factory that was not called."""
+    return f". Call it: {value.__name__}(...)" if _is_factory(value) else ""
+
+
+def _is_ready(array: jax.Array) -> bool:
+    """Return whether the values of an array are known, so that they can be read without waiting."""
+    return not isinstance(array, jax.core.Tracer) and array.is_ready()
 
 
 def scalar(label: str, value: Any) -> jax.Array:
@@ -240,7 +294,7 @@ def scalar(label: str, value: Any) -> jax.Array:
     number = jnp.asarray(value, float)
     if number.ndim:
         raise TypeError(
-            f"{label} has shape {number.shape}; this is a batch of settings, so map over it with"
+            f"{label} must be a scalar, got shape {number.shape}. Map over a batch of settings with"
             " jax.vmap"
         )
     return number
@@ -283,7 +337,8 @@ Mask = Any | Callable[[Any], Any]  # a tree of bools, or a function from paramet
 def _is_pair_of_decays(pair: Any) -> bool:
     if not hasattr(pair, "__len__") or len(pair) != 2:
         return False
-    return all(0 <= x < 1 for x in pair if isinstance(x, np.floating))  # others are schedules
+    numbers = [x for x in pair if isinstance(x, np.floating | np.ndarray)]  # others are schedules
+    return all(np.all((x >= 0) & (x < 1)) for x in numbers)
 
 
 def _is_rising(steps: Any) -> bool:
@@ -445,15 +500,12 @@ class Spec:
         try:
             bound = self.signature.bind(*args, **kwargs)
         except TypeError as error:
-            close = [difflib.get_close_matches(k, self.names, 1, 0.5) for k in kwargs]
-            initials = ["".join(word[0] for word in name.split("_")) for name in self.names]
-            hints = [
-                near[0] if near else self.names[initials.index(k)]
-                for k, near in zip(kwargs, close, strict=True)
-                if k not in self.kinds and (near or k in initials)
-            ]
-            hint = f"; did you mean {hints[0]}?" if hints else ""
-            raise TypeError(f"{self.name}: {error}{hint}") from None
+            kinds = {p.kind for p in self.signature.parameters.values()}
+            for name in kwargs if inspect.Parameter.VAR_KEYWORD not in kinds else ():
+                if name not in self.kinds:
+                    detail = f"got an unexpected keyword argument {name!r}{self.nearest(name)}"
+                    raise TypeError(f"{self.name}: {detail}") from None
+            raise TypeError(f"{self.name}: {error}") from None
         bound.apply_defaults()
         return tuple(self.admit(name, value) for name, value in bound.arguments.items())
 
@@ -469,13 +521,20 @@ class Spec:
             return tuple(kind.admit(label, link) for link in links)
         return kind.admit(label, value)
 
-    def check_arrays(self, args: tuple[Any, ...]) -> None:
-        """Check the numbers in arrays on a device, if they are there: this does not wait."""
-        arg: Any
+    def nearest(self, unknown: str) -> str:
+        """Return a question for the parameter that an unknown name may stand for."""
+        close = difflib.get_close_matches(unknown, self.names, 1, 0.5)
+        initials = ["".join(word[:1] for word in name.split("_")) for name in self.names]
+        close += [
+            name for name, letters in zip(self.names, initials, strict=True) if letters == unknown
+        ]
+        return f"; did you mean {close[0]}?" if close else ""
+
+    def check_call(self, args: tuple[Any, ...]) -> None:
+        """Check what is checked in a user's call only, and not in the body of a factory."""
         for (name, kind), arg in zip(self.kinds.items(), args, strict=True):
-            there = isinstance(arg, jax.Array) and not isinstance(arg, jax.core.Tracer)
-            if there and isinstance(kind, NumberKind) and arg.is_ready():
-                kind.check_range(self.labels[name], np.asarray(arg, np.float64))
+            if arg is not None and type(arg) is not np.float64:
+                kind.check_call(self.labels[name], arg)
 
     # --- from the stored form to the body
 

@@ -4,6 +4,7 @@ jax.tree.leaves(Static("float32"))      # []: compared and hashed by value
 Named(["body", "head"], [adam, sgd])    # keeps its order, where JAX sorts the keys of a dict
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-__all__ = ["Named", "Static", "is_entry", "is_schedule", "show", "unwrap"]
+__all__ = ["Named", "Static", "brief", "is_entry", "is_schedule", "show", "unwrap"]
 
 
 class Static:
@@ -133,6 +134,18 @@ def show(arg: Any) -> str:
     return repr(arg)
 
 
+def brief(value: Any) -> str:
+    """Return how an error names a value: on one line, and not at length."""
+    if isinstance(value, optax.GradientTransformation):
+        text = repr(Static(value) if any(map(callable, jax.tree.leaves(value))) else value)
+    elif callable(value) and hasattr(value, "__name__"):
+        text = f"the function {value.__name__}"
+    else:
+        text = repr(value)
+    text = " ".join(text.split())
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
 NUMERIC = (float, int, np.number, np.ndarray, jax.Array)  # bool is an int: tested before
 
 
@@ -146,13 +159,12 @@ def is_number(value: Any) -> bool:
 
 
 def held_by(function: Callable[..., Any], depth: int = 4) -> Iterator[Any]:
-    """Yield the leaves of what a closure holds, and of what the closures in it hold."""
+    """Yield the leaves of what a closure or a method holds, and of what the closures in it hold."""
+    held = list(getattr(getattr(function, "__self__", None), "__dict__", {}).values())
     for cell in getattr(function, "__closure__", None) or ():
-        try:
-            leaves = jax.tree.leaves(cell.cell_contents)
-        except ValueError:  # a name that is not bound yet
-            continue
-        for leaf in leaves:
-            yield leaf
-            if depth and callable(leaf):
-                yield from held_by(leaf, depth - 1)
+        with contextlib.suppress(ValueError):  # a name that is not bound yet
+            held.append(cell.cell_contents)
+    for leaf in jax.tree.leaves(held):
+        yield leaf
+        if depth and callable(leaf):
+            yield from held_by(leaf, depth - 1)

@@ -44,7 +44,7 @@ from jgd.arguments import (
     exact_scalar,
     scalar,
 )
-from jgd.nodes import NUMERIC, Static, is_entry, is_schedule, show, unwrap
+from jgd.nodes import NUMERIC, Static, brief, is_entry, is_schedule, show, unwrap
 from jgd.trees import StateError, TreeError, like, other_state, path_name
 
 __all__ = [
@@ -57,7 +57,6 @@ __all__ = [
     "TreeError",
     "as_pytree",
     "lane",
-    "now",
     "stack",
 ]
 
@@ -157,8 +156,9 @@ class _Call:
 
     def init(self, params: optax.Params) -> optax.OptState:
         step = jnp.zeros([], jnp.int32) if self.scheduled else None
-        with self._door():
-            inner = self.pair(step).init(_wide(params))
+        use = lambda pair: pair.init(_wide(params))
+        with self._door(use):
+            inner = use(self.pair(step))
         if step is None:
             return inner
         counted = optax.tree.get_all_with_path(inner, "count")
@@ -173,12 +173,13 @@ class _Call:
     ) -> tuple[optax.Updates, optax.OptState]:
         step: Any = None
         inner: Any = state
-        with self._door():
+        use = lambda pair: pair.update(_wide(updates), inner, _wide(params), **extra)
+        with self._door(use):
             if self.scheduled:
                 if not isinstance(state, SteppedState | ScheduledState):
                     raise other_state("the state of a scheduled number", state)
                 step, inner = state
-            new, new_inner = self.pair(step).update(_wide(updates), inner, _wide(params), **extra)
+            new, new_inner = use(self.pair(step))
         new = _narrowed(new, updates, params)
         if not self.spec.own and _alike(new_inner, inner):
             new_inner = like(new_inner, inner)
@@ -188,7 +189,7 @@ class _Call:
         return new, type(state)(count, new_inner)
 
     @contextlib.contextmanager
-    def _door(self) -> Generator[None]:
+    def _door(self, use: Callable[[Any], Any]) -> Generator[None]:
         """Give errors the name of this optimizer; NumPy's scalars overflow as JAX's do."""
         try:
             with np.errstate(all="ignore"):
@@ -196,39 +197,55 @@ class _Call:
         except TreeError as error:
             hint = _OTHER_OPTIMIZER if isinstance(error, StateError) else ""
             raise TreeError(error.detail + hint, self.spec.name) from None
-        except jax.errors.TracerBoolConversionError as error:
-            if self.spec.own:
-                raise
-            raise TypeError(
-                f"{self.spec.name}: the factory branches in Python on a number, which is traced."
-                f" Name it in structure=, as in jgd.as_pytree({self.spec.name},"
-                f" structure={_branching(self.spec, self.args)!r})"
-            ) from error
+        except _NEEDS_A_VALUE as error:
+            _name_structure(error, self.spec, self.args, use)
+            raise
 
 
 _OTHER_OPTIMIZER = (
     ". Was it created by another optimizer? jgd.compat.optax.state_from(state, tx) converts states"
     " of optax and of jgd 0.1"
 )
+_NEEDS_A_VALUE = (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError)
 
 
-def _branching(spec: Spec, args: tuple[Any, ...]) -> list[str]:
-    """Return the names of the numbers that the body of a factory branches on."""
-    concrete = lambda label, x: np.float64(0.5) if isinstance(x, jax.core.Tracer) else x
+def _name_structure(
+    error: Exception, spec: Spec, args: tuple[Any, ...], use: Callable[[Any], Any]
+) -> None:
+    """Raise TypeError with the names of the numbers on which a lifted factory branches in Python.
 
-    def branches(name: str) -> bool:
-        def build(x: jax.Array) -> None:
-            number = lambda label, value: x if label == spec.labels[name] else concrete("", value)
-            spec.body(args, How(number, step=0))
+    Args:
+      use: a call of what the factory returns. It may be this call that branches.
+    """
+    if spec.own or _branches(spec, args, use, None):  # on a gradient, for example
+        return
+    if names := [name for name in spec.numeric() if _branches(spec, args, use, name)]:
+        raise TypeError(
+            f"{spec.name}: {', '.join(names)} must be structure, since the factory needs the value"
+            f" in Python, got a traced number. Lift it with jgd.as_pytree({spec.name},"
+            f" structure={names!r})"
+        ) from error
 
-        try:
-            jax.eval_shape(build, jnp.zeros([]))
-        except jax.errors.TracerBoolConversionError:
-            return True
+
+def _branches(
+    spec: Spec, args: tuple[Any, ...], use: Callable[[Any], Any], name: str | None
+) -> bool:
+    """Return whether a lifted factory branches where of its numbers `name` alone is traced."""
+    concrete = lambda x: 0.5 if isinstance(x, jax.core.Tracer) else np.asarray(x, np.float64)[()]
+
+    def build(x: jax.Array) -> None:
+        number = lambda label, value: x if label == spec.labels.get(name) else concrete(value)
+        with plainly(own=False):
+            result = spec.body(args, How(number, step=jnp.zeros([], jnp.int32)))
+        use(_extended(result) if isinstance(result, tuple) else result)
+
+    try:
+        jax.eval_shape(build, jnp.zeros([]))
+    except _NEEDS_A_VALUE:
+        return True
+    except Exception:  # of a stand-in, which says nothing about `name`
         return False
-
-    numeric = spec.numeric()
-    return [name for name in numeric if branches(name)] or numeric
+    return False
 
 
 def _extended(pair: Any) -> optax.GradientTransformationExtraArgs:
@@ -374,7 +391,8 @@ class _Value:
         spec = self._call.spec
         unknown = set(changes).difference(spec.kinds)
         if unknown:
-            raise ValueError(f"{spec.name} has no argument {', '.join(sorted(unknown))}")
+            names = ", ".join(sorted(unknown))
+            raise ValueError(f"{spec.name} has no argument {names}{spec.nearest(min(unknown))}")
         args = tuple(
             spec.admit(name, changes[name]) if name in changes else arg
             for name, arg in zip(spec.names, self._call.args, strict=True)
@@ -417,12 +435,15 @@ class Schedule(_Value):
 
     def __call__(self, step: Any) -> jax.Array:
         """Return the value at a step: an integer, a traced one, or an array of steps."""
-        call = self._call
-        with np.errstate(all="ignore"):
-            with plainly(call.spec.own):
-                number = concrete_scalar if call.spec.own else scalar
-                schedule = call.spec.body(call.args, How(number))
-            return schedule(step)
+        spec, args = self._call.spec, self._call.args
+        try:
+            with np.errstate(all="ignore"):
+                with plainly(spec.own):
+                    schedule = spec.body(args, How(concrete_scalar if spec.own else scalar))
+                return schedule(step)
+        except _NEEDS_A_VALUE as error:
+            _name_structure(error, spec, args, lambda schedule: schedule(step))
+            raise
 
     def _replace(self, **changes: Any) -> Self:
         return self._replaced(changes)
@@ -560,7 +581,7 @@ def as_pytree(
             return _extended(result) if isinstance(result, tuple) else result
         admitted = spec.bind(args, kwargs)
         if _body.get() is _USERS:
-            spec.check_arrays(admitted)
+            spec.check_call(admitted)
         if not value_class:
             value_class.append(_class_of(spec, admitted))
         value = value_class[0].of_call(spec, admitted)
@@ -604,18 +625,23 @@ def _class_of(spec: Spec, args: tuple[Any, ...]) -> type[Any]:
         return Schedule
     first = lambda x: jnp.ravel(x)[0] if isinstance(x, np.ndarray | jax.Array) else x
     number = lambda label, x: scalar(label, first(x))
-    result = spec.body(args, How(number, step=jnp.zeros([], jnp.int32)))
+    try:
+        with plainly(own=False):
+            result = spec.body(args, How(number, step=jnp.zeros([], jnp.int32)))
+    except _NEEDS_A_VALUE as error:
+        _name_structure(error, spec, args, lambda result: result)
+        raise
     if isinstance(result, tuple) and len(result) == 2:
         return Transformation
     if callable(result):
         return Schedule
     raise TypeError(
-        f"{spec.name} returns {type(result).__name__}: neither a transformation, nor a pair (init,"
-        " update), nor a schedule"
+        f"{spec.name}: the factory must return a transformation, a pair (init, update) or a"
+        f" schedule, got {brief(result)}"
     )
 
 
-# --- batches of values, and values at a step -------------------------------------------------
+# --- batches of values -----------------------------------------------------------------------
 
 
 def stack(settings: Sequence[Any]) -> Any:
@@ -630,47 +656,36 @@ def stack(settings: Sequence[Any]) -> Any:
     if not settings:
         raise ValueError("stack: needs at least one setting")
     for setting in settings:
-        refuse_functions(setting)
+        refuse_functions("stack", setting)
     structures = [jax.tree.structure(setting) for setting in settings]
     for index, structure in enumerate(structures):
         if structure != structures[0]:
             raise ValueError(
-                f"stack: setting {index} has another structure than setting 0:\n"
-                f"  {settings[index]!r}\n  {settings[0]!r}\n"
-                "Lanes share one program: stack settings of one structure and sweep the others as "
-                "a group of their own; lift links of optax with jgd.as_pytree, so that their "
-                "numbers are leaves, and give all lanes the same function objects"
+                f"stack: setting {index} has another structure than setting 0, got"
+                f" {brief(settings[index])} beside {brief(settings[0])}. Sweep it as a group of its"
+                " own, or lift links of optax with jgd.as_pytree, so that their numbers are leaves,"
+                " and give all settings the same function objects"
             )
     return jax.tree.map(lambda *xs: jnp.stack([jnp.asarray(x, float) for x in xs]), *settings)
 
 
-def refuse_functions(setting: Any) -> None:
+def refuse_functions(function: str, setting: Any) -> None:
     """Raise TypeError for a setting whose leaves are functions, such as an optimizer of optax."""
-    if any(map(callable, jax.tree.leaves(setting))):
+    hides = lambda x: any(map(callable, jax.tree.leaves(x)))
+    if hides(setting):
+        of_optax = lambda x: isinstance(x, optax.GradientTransformation) and hides(x)
+        hidden = next(filter(hides, jax.tree.leaves(setting, is_leaf=of_optax)))
         raise TypeError(
-            "this setting hides its numbers in functions: lift a factory of optax with"
-            " jgd.as_pytree, as in jgd.as_pytree(optax.lion)(1e-4), and put links together with"
-            " jgd.chain instead of optax.chain"
+            f"{function}: a setting must be a pytree of numbers, got {brief(hidden)}, which hides"
+            " its numbers in functions. Lift a factory of optax with jgd.as_pytree, as in"
+            " jgd.as_pytree(optax.lion)(1e-4), and use jgd.chain in place of optax.chain"
         )
 
 
 def lane(lanes: Any, index: int) -> Any:
     """Return lane `index` of a batch: each leaf without its leading axis. Inverts `stack`."""
+    refuse_functions("lane", lanes)
     leaves = jax.tree.leaves(lanes)
     if leaves and not -len(leaves[0]) <= index < len(leaves[0]):
         raise IndexError(f"lane {index} of {len(leaves[0])} lanes")
     return jax.tree.map(lambda x: x[index], lanes)
-
-
-def now(tx: Any, state: optax.OptState) -> Any:
-    """Return the optimizer with its schedules evaluated at the step of its state.
-
-        jgd.now(tx, state).learning_rate     # what is my learning rate now?
-
-    Args:
-      tx: an optimizer of jgd.
-      state: its state. The step is that of the next update: 0 in a state that `init` returned.
-
-    Raises: TreeError if the state is not that of `tx`.
-    """
-    raise NotImplementedError((tx, state))

@@ -24,6 +24,7 @@ import optax
 from jgd.arguments import Static
 from jgd.diagnosis import sharpness
 from jgd.pytree import refuse_functions
+from jgd.trees import like
 
 __all__ = [
     "Run",
@@ -103,8 +104,8 @@ def optimizer_of(setting: Any) -> optax.GradientTransformationExtraArgs:
     found = [node for node in nodes if _is_transformation(node)]
     if len(found) != 1:
         raise TypeError(
-            f"a setting needs exactly one optimizer, this one has {len(found)}; to a sweep, a dict"
-            " is batches of settings by name"
+            f"a setting must hold exactly one optimizer, got {len(found)}. A sweep takes a dict for"
+            " batches of settings by name"
         )
     return optax.with_extra_args_support(found[0])
 
@@ -117,15 +118,20 @@ def _arity(f: Callable[..., Any]) -> int:
 
 
 def supervised(task: Task) -> Run:
-    """The training run of a task: mini-batch gradients into the setting's optimizer.
+    """Return the training run of a task: mini-batch gradients into the setting's optimizer.
+
+    The optimizer's `update` is given the extra arguments `value` and `grad`, and the functions of
+    the parameters `value_fn`, `grad_fn` and `obj_fn` (that is `value_fn`), in which batch, key and
+    model state are those of the step. Line searches, `sophia` and `momo` need some of them; a
+    function that is not called costs nothing.
 
     Raises: TypeError if `loss` takes neither 2 nor 5 arguments.
     """
     arity = _arity(task.loss)
     if arity not in (2, 5):
         raise TypeError(
-            "loss must take (params, batch) or (params, model_state, batch, key, setting), this one"
-            f" takes {arity} arguments"
+            "loss must take (params, batch) or (params, model_state, batch, key, setting), got a"
+            f" function of {arity} arguments"
         )
     full, seen = arity == 5, min(max(_arity(task.evaluate), 1), 3)
 
@@ -133,8 +139,7 @@ def supervised(task: Task) -> Run:
         found = task.loss(*arguments)
         if shape := jnp.shape(found[0] if full else found):
             raise TypeError(
-                f"loss must return a scalar, this one returns an array of shape {shape}: take its"
-                " mean"
+                f"loss must return a scalar, got an array of shape {shape}. Take its mean"
             )
         return found
 
@@ -153,15 +158,26 @@ def supervised(task: Task) -> Run:
         params, opt_state, model_state, key = state
         if full:
             key, now = jax.random.split(key)
+            fixed = (model_state, batch, now, setting)
             value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
-            (loss, (metrics, model_state)), grads = value_and_grad(
-                params, model_state, batch, now, setting
-            )
+            (loss, (metrics, model_state)), grads = value_and_grad(params, *fixed)
         else:
             metrics: Mapping[str, Any] = {}
+            fixed = (batch,)
             loss, grads = jax.value_and_grad(loss_of)(params, batch)
+
+        # Optax's line searches refuse extra arguments that `value_fn` does not name. Optimizers
+        # compute in float32, the model in the dtypes of its parameters.
+        def value_fn(at: optax.Params, grad_fn: Any = None, obj_fn: Any = None) -> jax.Array:
+            result = loss_of(like(at, params), *fixed)
+            return result[0] if full else result
+
+        def grad_fn(at: optax.Params, *_: Any) -> optax.Updates:
+            return jax.grad(value_fn)(at)
+
+        functions = dict(value_fn=value_fn, grad_fn=grad_fn, obj_fn=value_fn)
         updates, opt_state = optimizer_of(setting).update(
-            grads, opt_state, params, value=loss, grad=grads
+            grads, opt_state, params, value=loss, grad=grads, **functions
         )
         # sums of products: cheaper than dots where lanes are batched
         products = jax.tree.map(lambda g, u: jnp.sum(jnp.real(jnp.conj(g) * u)), grads, updates)
@@ -222,7 +238,7 @@ def minibatches(data: Any, batch_size: int | None, key: jax.Array) -> Callable[[
     leaves = jax.tree.leaves(data)
     sizes = {np.shape(leaf)[0] for leaf in leaves}
     if len(sizes) != 1:
-        raise ValueError(f"minibatches: arrays of one leading length wanted, got {sorted(sizes)}")
+        raise ValueError(f"minibatches: data must have one leading length, got {sorted(sizes)}")
     (examples,) = sizes
     data = jax.tree.map(jnp.asarray, data)
     if batch_size is None:
@@ -273,7 +289,7 @@ def train(
     """
     if operator.index(steps) < 1:
         raise ValueError(f"train: steps must be at least 1, got {steps}")
-    refuse_functions(setting)
+    refuse_functions("train", setting)
     return _train(Static(operator.index(steps)), _as_arguments(task), setting, key)
 
 

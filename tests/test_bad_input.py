@@ -58,7 +58,7 @@ CASES = {
     ),
     "a loss that is no scalar": (
         _of(loss=lambda params, batch: batch[0] @ params["w"]),
-        "loss must return a scalar, this one returns an array of shape \\(4,\\)",
+        "loss must return a scalar, got an array of shape \\(4,\\)",
     ),
     "metrics that are no scalars": (
         _of(evaluate=lambda params: {"loss": params["w"]}),
@@ -77,7 +77,7 @@ CASES = {
     ),
     "a setting without an optimizer": (
         _of(settings={"x": {"rate": jnp.ones(3)}}),
-        "a setting needs exactly one optimizer, this one has 0",
+        "a setting must hold exactly one optimizer, got 0",
     ),
     "an option that is none": (
         lambda: list(jgd.iter_sweep(_line(), ADAM, 10, patience=3)),

@@ -148,7 +148,7 @@ def test_extras_are_imported_where_they_are_used():
                 continue
             for imported, _ in _imports(ast.Module([node], [])):
                 if imported.split(".")[0] in EXTRAS:
-                    assert name in ("tuning.plots", "tuning.screen", "tuning.tasks"), (
+                    assert name in ("nnx", "tuning.plots", "tuning.screen", "tuning.tasks"), (
                         f"{name} imports {imported}"
                     )
 

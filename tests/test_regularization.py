@@ -233,7 +233,9 @@ def test_what_is_no_number_is_refused():
     for wrong in (True, "0.1", None, 1j, jnp.array(True)):
         with pytest.raises(TypeError, match=r"^l2: strength must be a number at least 0, got"):
             l2(jnp.ones(2), wrong)
-    with pytest.raises(TypeError, match=r"^l2: strength has shape \(3,\).*jax\.vmap"):
+    with pytest.raises(
+        TypeError, match=r"^l2: strength must be a scalar, got shape \(3,\).*jax\.vmap"
+    ):
         l2(jnp.ones(2), jnp.ones(3))
     for mode in ("row", None, 0):
         with pytest.raises(ValueError, match=r"^orthogonal: mode must be one of"):
@@ -416,7 +418,9 @@ def test_dropout_refuses():
                 dropout(key, x, wrong, training=training)
     with pytest.raises(TypeError, match=r"^dropout: rate must be a number in \[0, 1\], got 'half'"):
         dropout(key, x, "half", training=True)
-    with pytest.raises(TypeError, match=r"^dropout: rate has shape \(3,\).*jax\.vmap"):
+    with pytest.raises(
+        TypeError, match=r"^dropout: rate must be a scalar, got shape \(3,\).*jax\.vmap"
+    ):
         dropout(key, x, jnp.ones(3), training=True)
     with pytest.raises(
         ValueError, match=r"^dropout: training must be one of \(True, False\), got 1"

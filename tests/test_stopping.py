@@ -411,7 +411,7 @@ def test_monitors_are_values(value):
     state = value.init(**start)
     after = jax.jit(value.update)(1.0, state)[1]
     assert jax.tree.map(jnp.result_type, state) == jax.tree.map(jnp.result_type, after)
-    with pytest.raises(TypeError, match=r"metric has shape \(3,\).*jax\.vmap"):
+    with pytest.raises(TypeError, match=r"metric must be a scalar, got shape \(3,\).*jax\.vmap"):
         value.update(jnp.ones(3), state)
     with pytest.raises(ValueError, match=r"_\w+: expected a state of type .*State, got tuple of 0"):
         value.update(1.0, ())

@@ -12,6 +12,7 @@ from jgd.training import TrainState, start
 from jgd.tuning.tasks import digits
 
 X = np.random.default_rng(0).uniform(-1, 1, (12, 2)).astype(np.float32)
+KEY = jax.random.key(0)
 Y = X @ np.array([1.0, -2.0], np.float32) + 0.5
 
 
@@ -46,7 +47,7 @@ def test_full_batch_and_single_examples():
 
 
 def test_minibatches_refuse_what_does_not_fit():
-    with pytest.raises(ValueError, match=r"one leading length wanted, got \[3, 4\]"):
+    with pytest.raises(ValueError, match=r"must have one leading length, got \[3, 4\]"):
         jgd.minibatches((np.zeros(3), np.zeros(4)), 2, jax.random.key(0))
     for wrong in (0, 13):
         with pytest.raises(ValueError, match=rf"batch_size must be in 1 to 12, got {wrong}"):
@@ -117,11 +118,103 @@ def setting_of(l2):
     return {"tx": jgd.sgd(0.1), "l2": jnp.asarray(l2, float)}
 
 
+BACKTRACKING = optax.scale_by_backtracking_linesearch(max_backtracking_steps=15)
+ZOOM = optax.scale_by_zoom_linesearch(max_linesearch_steps=10)
+WITH_FUNCTIONS = {
+    "sophia": jgd.sophia(0.1),
+    "momo": jgd.momo(0.5),
+    "momo_adam": jgd.momo_adam(0.1),
+    "polyak_sgd": jgd.polyak_sgd(1.0),
+    "backtracking": jgd.chain(jgd.sgd(1.0), BACKTRACKING),
+    "a lifted line search, after a link without extra arguments": jgd.chain(
+        optax.clip(10.0),
+        jgd.sgd(1.0),
+        jgd.as_pytree(optax.scale_by_backtracking_linesearch, structure=["max_backtracking_steps"])(
+            max_backtracking_steps=15
+        ),
+    ),
+    "zoom": jgd.chain(jgd.sgd(1.0), ZOOM),
+    "lbfgs": jgd.chain(optax.lbfgs()),
+    "in wrappers": jgd.lookahead(jgd.accumulate(jgd.cautious(jgd.sophia(0.2)), 2), 5, 0.5),
+}
+
+
+@pytest.mark.parametrize("name", WITH_FUNCTIONS)
+def test_optimizers_that_call_the_loss(name):
+    _, history = jgd.train(_line(), WITH_FUNCTIONS[name], 60, jax.random.key(0))
+    assert history["loss"][-10:].max() < history["loss"][0] / 2
+
+
+def _recorded(calls):
+    """A link that stores the loss and gradients it computes by itself."""
+
+    def update(updates, state, params=None, *, value, grad, value_fn, grad_fn, obj_fn, **extra):
+        calls.append(extra)
+        shifted = jax.tree.map(lambda p: p + 1, params)
+        gaps = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), grad_fn(params), grad)
+        gap = jnp.abs(value_fn(params) - value) + sum(jax.tree.leaves(gaps))
+        return updates, jnp.array([gap, value_fn(shifted) - obj_fn(shifted), value_fn(shifted)])
+
+    return optax.GradientTransformationExtraArgs(lambda params: jnp.zeros(3), update)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_functions_are_those_of_the_step(dtype):
+    """Batch, key, model state and setting are fixed: same parameters, same loss and gradients."""
+    calls = []
+
+    def loss(params, model_state, batch, key, setting):
+        x, y = batch
+        keep = jax.random.bernoulli(key, 0.5, x.shape)
+        fit = jnp.mean(((x * keep) @ params["w"].astype(jnp.float32) - y) ** 2)
+        loss = fit + model_state + setting["l2"] * jnp.sum(params["w"] ** 2)
+        return loss, ({}, model_state + 1)
+
+    init = lambda key: ({"w": jnp.ones(2, dtype)}, jnp.zeros([]))
+    task = jgd.Task(init, loss, _line().batch, lambda params: {})
+    tx = jgd.chain(jgd.sgd(0.1), _recorded(calls))
+    setting = {"tx": tx, "l2": 0.5}
+    state, history = jgd.train(jgd.supervised(task), setting, 3, jax.random.key(0))
+    gap, difference, shifted = state.opt_state[1]
+    assert gap < 1e-5
+    assert difference == 0
+    assert shifted != history["loss"][-1]
+    assert calls == [{}]
+
+
+def test_functions_that_are_not_called_cost_nothing():
+    traces, plain = [], _line()
+
+    def loss(params, batch):
+        traces.append(1)
+        return plain.loss(params, batch)
+
+    jgd.train(plain._replace(loss=loss), jgd.chain(optax.clip(1.0), jgd.adam(0.1)), 5, KEY)
+    assert len(traces) == 1
+
+
+def test_lanes_of_optimizers_that_call_the_loss():
+    searching = lambda rate: jgd.chain(jgd.sgd(rate), BACKTRACKING)
+    settings = {
+        "sophia": jgd.grid(jgd.sophia, learning_rate=[0.01, 0.1]),
+        "search": jgd.grid(searching, rate=[0.5, 1.0]),
+    }
+    result = jgd.sweep(_line(), settings, 30, seeds=2)
+    assert len(result.rows) == 4
+    assert all(np.isfinite(row["loss"]) for row in result.rows)
+    alone, _ = jgd.train(_line(), searching(0.5), 20, KEY)
+    lanes = jgd.stack([searching(0.5), searching(1.0)])
+    together, _ = jax.vmap(lambda tx: jgd.train(_line(), tx, 20, KEY))(lanes)
+    chex.assert_trees_all_close(jgd.lane(together, 0), alone, rtol=1e-4)
+
+
 def test_losses_of_another_form_are_refused():
     task = _line()._replace(loss=lambda params: 0.0)
-    with pytest.raises(TypeError, match=r"loss must take \(params, batch\).*takes 1 arguments"):
+    with pytest.raises(
+        TypeError, match=r"loss must take \(params, batch\).*got a function of 1 arguments"
+    ):
         jgd.train(task, jgd.sgd(0.1), 5, jax.random.key(0))
-    with pytest.raises(TypeError, match="exactly one optimizer, this one has 0"):
+    with pytest.raises(TypeError, match="exactly one optimizer, got 0"):
         jgd.train(_line(), {"rate": jnp.ones(())}, 5, jax.random.key(0))
 
 

@@ -46,7 +46,7 @@ _bias_correction = bias_correction  # an argument below has optax's name, which 
 def _nesterov_needs_momentum(tx: Any) -> None:
     if tx.nesterov and tx.momentum is None:
         name = tx._call.spec.name
-        raise ValueError(f"{name}: nesterov=True needs a momentum, got momentum=None")
+        raise ValueError(f"{name}: momentum must be a number where nesterov is True, got None")
 
 
 @as_pytree(check=_nesterov_needs_momentum)

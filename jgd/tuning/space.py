@@ -80,7 +80,7 @@ def lanes_of(settings: Any) -> Lanes:
     """
     if isinstance(settings, Lanes):
         return settings
-    refuse_functions(settings)
+    refuse_functions("sweep", settings)
     leaves = jax.tree_util.tree_leaves_with_path(settings)
     sizes = {np.shape(leaf)[:1] for _, leaf in leaves}
     if len(sizes) != 1 or () in sizes:
@@ -290,4 +290,5 @@ def _try_each_value(
         values = {(i, repr(x)) for i, x in enumerate(point)}
         if not values <= tried:
             tried |= values
-            refuse_functions(factory(**dict(zip(names, point, strict=True))))
+            setting = factory(**dict(zip(names, point, strict=True)))
+            refuse_functions(getattr(factory, "__name__", "factory"), setting)

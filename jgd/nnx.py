@@ -1,0 +1,73 @@
+"""Optimizers of jgd inside flax nnx: the numbers are Variables, so a new rate does not retrace.
+
+optimizer = jgd.nnx.Optimizer(model, jgd.adam(1e-3), wrt=nnx.Param)
+optimizer.update(model, grads)                              # inside nnx.jit, as in flax
+optimizer.tx = optimizer.tx._replace(learning_rate=1e-4)    # the same compiled program
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from jgd.pytree import refuse_functions
+from jgd.training import optimizer_of
+from jgd.tuning.results import Best
+
+__all__ = ["Number", "Optimizer"]
+
+
+class Number(nnx.OptState):
+    """A number of an optimizer, such as its learning rate."""
+
+
+class Optimizer(nnx.Optimizer):
+    """`flax.nnx.Optimizer` whose optimizer holds its numbers as Variables.
+
+        result = jgd.sweep(task, jgd.grid(jgd.adam, learning_rate=rates), steps)
+        optimizer = jgd.nnx.Optimizer(model, result.best, wrt=nnx.Param)
+
+    `nnx.state`, `nnx.split` and checkpoints hold the numbers under `numbers`, as `Number`, which is
+    an `nnx.OptState`.
+
+    Args:
+      model: a module of flax.
+      tx: an optimizer of jgd, with floats or arrays as numbers, a setting that holds one, or the
+        best of a sweep. Its state begins anew.
+      wrt: which Variables are trained, as in flax.
+      options: other arguments of `flax.nnx.Optimizer`.
+
+    Raises: TypeError for an optimizer that is not a pytree of its numbers, such as one of optax.
+    Differs from: `flax.nnx.Optimizer`, which holds the optimizer as structure: it refuses arrays as
+      numbers, and another learning rate compiles `nnx.jit` again.
+    """
+
+    def __init__(self, model: Any, tx: Any, *, wrt: Any, **options: Any) -> None:
+        setting = tx.setting if isinstance(tx, Best) else tx
+        refuse_functions("Optimizer", setting)
+        super().__init__(model, optimizer_of(setting), wrt=wrt, **options)
+
+    @property
+    def tx(self) -> optax.GradientTransformationExtraArgs:
+        """The optimizer, with arrays as numbers. Assign another one to change the numbers."""
+        return jax.tree.map(lambda number: number[...], self.numbers, is_leaf=_is_number)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "tx":
+            super().__setattr__(name, value)
+            return
+        arrays = jax.tree.map(lambda x: jnp.asarray(x, float), value)
+        if "numbers" in vars(self) and jax.tree.structure(arrays) == jax.tree.structure(self.tx):
+            jax.tree.map(_assign, self.numbers, arrays, is_leaf=_is_number)
+        else:
+            self.numbers = nnx.data(jax.tree.map(Number, arrays))
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, Number)
+
+
+def _assign(number: Any, value: jax.Array) -> None:
+    number[...] = value
