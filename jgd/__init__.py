@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _MODULES = {
-    "jgd.pytree": "Schedule Transformation as_pytree lane stack",
+    "jgd.pytree": "Schedule Transformation as_pytree",
+    "jgd.lanes": "lane stack",
     "jgd.trees": "TreeError leafwise",
     "jgd.combinators": "add chain divide named subtract with_nesterov",
     "jgd.transforms": """
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
     from jgd.combinators import *  # noqa: F403
     from jgd.groups import *  # noqa: F403
     from jgd.inspection import *  # noqa: F403
+    from jgd.lanes import *  # noqa: F403
     from jgd.norms import *  # noqa: F403
     from jgd.optimizers.adaptive import *  # noqa: F403
     from jgd.optimizers.classic import *  # noqa: F403

@@ -18,8 +18,11 @@ README = PACKAGE.parent / "README.md"
 LAYERS = [
     ("nodes", "structure without leaves"),
     ("arguments", "what the arguments of a factory may be"),
+    ("calls", "the calls of a factory, and the bodies that run"),
     ("trees", "walks over leaves, and the errors where trees do not match"),
+    ("dtypes", "float32 at least inside, the gradient's precision outside"),
     ("pytree", "the one trick: a call of a factory becomes a pytree of its numbers"),
+    ("lanes", "batches of optimizers"),
     ("arithmetic", "quotients and roots that are finite at 0"),
     ("combinators", "chain, divide, add, subtract, with_nesterov, named"),
     ("transforms", "the basic transformations: averages, bias correction, roots, decay"),

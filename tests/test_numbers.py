@@ -12,7 +12,7 @@ import pytest
 
 import jgd
 import jgd.optimizers
-from jgd.arguments import Spec
+from jgd.calls import Spec
 
 # An argument of any factory is given the number of its name, chosen away from kinks.
 NUMBERS = {
@@ -203,7 +203,7 @@ def test_every_number_is_a_lane_and_differentiable(name, float64):
     moves = np.concatenate([-0.07 * np.diag(np.abs(point)), np.diag(step), -np.diag(step)])
     together = np.asarray(jax.jit(jax.vmap(total))(point + moves))
     lifted = name in LIFTED  # whose derivatives are optax's affair
-    # one program for the values alone and the gradient: a second one would only cost its compilation
+    # one program for the values alone and for the gradient, which saves a compilation
     alone = jax.jit((lambda x: (total(x), None)) if lifted else jax.value_and_grad(total))
     solo = [alone(lane)[0] for lane in (point + moves)[:n]]
     np.testing.assert_allclose(together[:n], solo, rtol=1e-9, err_msg=str(labels))
