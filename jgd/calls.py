@@ -18,6 +18,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -191,7 +192,7 @@ class Spec:
         if self.signature.parameters[name].kind is not inspect.Parameter.VAR_POSITIONAL:
             return kind.admit(label, value)
         if isinstance(kind, LinkKind):
-            links: tuple[Any, ...] = value
+            links: Any = value
             return tuple(kind.admit(label, link) for link in links)
         return kind.admit(label, value)
 
@@ -285,7 +286,8 @@ def _branches(
     concrete = lambda x: 0.5 if isinstance(x, jax.core.Tracer) else np.asarray(x, np.float64)[()]
 
     def build(x: jax.Array) -> None:
-        number = lambda label, value: x if label == spec.labels.get(name) else concrete(value)
+        traced = lambda label: name is not None and label == spec.labels[name]
+        number = lambda label, value: x if traced(label) else concrete(value)
         with plainly(own=False):
             result = spec.body(args, How(number, step=jnp.zeros([], jnp.int32)))
         use(extended(result) if isinstance(result, tuple) else result)

@@ -209,8 +209,9 @@ def scale_by_soap(
         count = slots.step("count", increment)
         t = jnp.maximum(count - 1, 1)  # the first call takes no step
         c1, c2 = (bias_weight(slots, decay, of, count=t) for decay, of in ((b1, "mu"), (b2, "nu")))
-        (rule,) = one_step(count, c1, c2).steps or ()
-        return rule(updates, slots, params)
+        for rule in one_step(count, c1, c2).steps or ():
+            updates = rule(updates, slots, params)
+        return updates
 
     fields = {field: field for field in SoapState._fields}
     slots = [count_slot(), *one_step(1, 1.0, 1.0).slots, *decay_slots("mu", "nu")]
