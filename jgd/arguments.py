@@ -284,7 +284,7 @@ def _call_of(value: Any) -> str:
     return f". Call it: {value.__name__}(...)" if _is_factory(value) else ""
 
 
-def _is_ready(array: jax.Array) -> bool:
+def _is_ready(array: Any) -> bool:
     """Return whether the values of an array are known, so that they can be read without waiting."""
     return not isinstance(array, jax.core.Tracer) and array.is_ready()
 
@@ -517,7 +517,7 @@ class Spec:
         if self.signature.parameters[name].kind is not inspect.Parameter.VAR_POSITIONAL:
             return kind.admit(label, value)
         if isinstance(kind, LinkKind):
-            links: tuple[Any, ...] = value
+            links: Any = value
             return tuple(kind.admit(label, link) for link in links)
         return kind.admit(label, value)
 

@@ -23,7 +23,7 @@ class Number(nnx.OptState):
     """A number of an optimizer, such as its learning rate."""
 
 
-class Optimizer(nnx.Optimizer):
+class Optimizer(nnx.Optimizer[Any]):
     """`flax.nnx.Optimizer` whose optimizer holds its numbers as Variables.
 
         result = jgd.sweep(task, jgd.grid(jgd.adam, learning_rate=rates), steps)

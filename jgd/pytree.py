@@ -233,7 +233,8 @@ def _branches(
     concrete = lambda x: 0.5 if isinstance(x, jax.core.Tracer) else np.asarray(x, np.float64)[()]
 
     def build(x: jax.Array) -> None:
-        number = lambda label, value: x if label == spec.labels.get(name) else concrete(value)
+        traced = lambda label: name is not None and label == spec.labels[name]
+        number = lambda label, value: x if traced(label) else concrete(value)
         with plainly(own=False):
             result = spec.body(args, How(number, step=jnp.zeros([], jnp.int32)))
         use(_extended(result) if isinstance(result, tuple) else result)
