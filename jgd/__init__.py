@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _MODULES = {
-    "jgd.pytree": "Schedule Transformation as_pytree lane stack",
+    "jgd.pytree": "Schedule Transformation as_pytree",
+    "jgd.lanes": "lane stack",
     "jgd.trees": "TreeError leafwise",
     "jgd.combinators": "add chain divide named subtract with_nesterov",
     "jgd.transforms": """
         add_decayed_weights add_noise bias_correction decayed_max ema identity moving_average
         nesterov_ema rms root running_max running_sum scale scale_by_learning_rate
         scale_by_momentum scale_by_schedule scale_by_sign set_to_zero sign square trace""",
-    "jgd.per_leaf": "difference per_leaf",
+    "jgd.rules": "difference per_leaf",
     "jgd.norms": """
         centralize scale_by_param_block_norm scale_by_param_block_rms scale_by_trust_ratio""",
     "jgd.wrappers": """
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
     from jgd.combinators import *  # noqa: F403
     from jgd.groups import *  # noqa: F403
     from jgd.inspection import *  # noqa: F403
+    from jgd.lanes import *  # noqa: F403
     from jgd.norms import *  # noqa: F403
     from jgd.optimizers.adaptive import *  # noqa: F403
     from jgd.optimizers.classic import *  # noqa: F403
@@ -87,8 +89,8 @@ if TYPE_CHECKING:
     from jgd.optimizers.normalized import *  # noqa: F403
     from jgd.optimizers.orthogonal import *  # noqa: F403
     from jgd.optimizers.signs import *  # noqa: F403
-    from jgd.per_leaf import *  # noqa: F403
     from jgd.pytree import *  # noqa: F403
+    from jgd.rules import *  # noqa: F403
     from jgd.schedules import *  # noqa: F403
     from jgd.training import *  # noqa: F403
     from jgd.transforms import *  # noqa: F403

@@ -6,17 +6,13 @@ Each parameter of a factory has a kind: a number (or a schedule of one), several
     kind.admit("adam: b1", 0.9)             # checks an argument and returns its stored form
     kind.resolve("adam: b1", stored, how)   # the value that the body of the factory is given
 
-The stored form of a call is a pytree whose leaves are its numbers. `Spec` holds the kinds of the
-parameters of one factory, binds calls to them, and runs the body.
+The stored form of a call is a pytree whose leaves are its numbers (`calls.py`).
 """
 
-import difflib
-import functools
-import importlib
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -63,9 +59,10 @@ __all__ = [
     "NumbersKind",
     "Period",
     "Positive",
-    "Spec",
     "Structure",
     "StructureKind",
+    "kind_of",
+    "members_of",
 ]
 
 
@@ -368,7 +365,7 @@ def members_of(hint: Any) -> list[Any]:
     return [hint]
 
 
-def _kind(parameter: inspect.Parameter, hint: Any) -> Kind:
+def kind_of(parameter: inspect.Parameter, hint: Any) -> Kind:
     """Return the kind of a parameter, read from its annotation, its position and its default."""
     members = members_of(hint)
     for member in members:
@@ -392,175 +389,3 @@ def _kind(parameter: inspect.Parameter, hint: Any) -> Kind:
         return NumberKind()
     several = isinstance(default, tuple | list) and all(map(is_number, default))
     return NumbersKind() if several else structure
-
-
-# --- a factory and its calls -----------------------------------------------------------------
-
-
-class Spec:
-    """A factory and the kinds of its parameters: the structure of its values."""
-
-    def __init__(
-        self,
-        factory: Callable[..., Any],
-        structure: Iterable[str] = (),
-        numbers: Iterable[str] = (),
-        check: Callable[[Any], None] | None = None,
-    ) -> None:
-        self.factory, self.check = factory, check
-        self.name: str = getattr(factory, "__name__", repr(factory)).lstrip("_")
-        names_of = lambda names: frozenset([names] if isinstance(names, str) else names)
-        self.structure, self.numbers = names_of(structure), names_of(numbers)
-        self.signature = inspect.signature(factory)
-        parameters = self.signature.parameters
-        hints: dict[str, Any] = {name: p.annotation for name, p in parameters.items()}
-        hints["return"] = self.signature.return_annotation
-        if any(isinstance(hint, str) for hint in hints.values()):
-            try:
-                hints = typing.get_type_hints(factory, include_extras=True)
-            except NameError:  # a name that only type checkers import
-                hints = {}
-        self.returns = hints.get("return")
-        unknown = (self.structure | self.numbers).difference(parameters)
-        if unknown:
-            raise ValueError(f"{self.name} has no parameter {', '.join(sorted(unknown))}")
-        given: dict[str, Kind] = {
-            **dict.fromkeys(self.numbers, NumberKind()),
-            **dict.fromkeys(self.structure, StructureKind()),
-        }
-        self.kinds = {
-            name: given.get(name) or _kind(p, hints.get(name, p.empty))
-            for name, p in parameters.items()
-        }
-        self.names = tuple(self.kinds)
-        self.labels = {name: f"{self.name}: {name}" for name in self.names}
-        self.optional = frozenset(
-            name
-            for name, p in parameters.items()
-            if p.default is None or type(None) in members_of(hints.get(name))
-        )
-        # inside the bodies of jgd's own factories, calls of others return plain pairs
-        self.own = getattr(factory, "__module__", "").partition(".")[0] == "jgd"
-        self.decorated = factory
-        self._hash = hash((factory, self.structure, self.numbers))
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or (
-            isinstance(other, Spec)
-            and self.factory == other.factory
-            and (self.structure, self.numbers) == (other.structure, other.numbers)
-        )
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __reduce__(self) -> Any:
-        decorated = self.decorated
-        module = importlib.import_module(decorated.__module__)
-        if getattr(module, decorated.__qualname__, None) is decorated:
-            return spec_of, (decorated,)
-        return Spec, (self.factory, tuple(self.structure), tuple(self.numbers))
-
-    # --- from a call to its stored form
-
-    @functools.cached_property
-    def _defaults(self) -> dict[str, Any]:
-        """The stored form of a call without arguments: one entry for each parameter."""
-        empty, stored = inspect.Parameter.empty, dict[str, Any]()
-        for name, p in self.signature.parameters.items():
-            stored[name] = p.default if p.default is empty else self.admit(name, p.default)
-        return stored
-
-    @functools.cached_property
-    def _positional(self) -> tuple[str, ...] | None:
-        """The names of positional parameters; None if there are `*args` or `**kwargs`."""
-        kinds = {p.kind for p in self.signature.parameters.values()}
-        if kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
-            return None
-        keyword_only = inspect.Parameter.KEYWORD_ONLY
-        return tuple(n for n, p in self.signature.parameters.items() if p.kind != keyword_only)
-
-    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-        """Return the stored form of a call. Raises TypeError for arguments that do not fit."""
-        positional = self._positional
-        if positional is None or len(args) > len(positional):
-            return self._bind_by_signature(args, kwargs)
-        given = dict(zip(positional, args, strict=False))
-        if not kwargs.keys().isdisjoint(given) or not kwargs.keys() <= self.kinds.keys():
-            return self._bind_by_signature(args, kwargs)
-        given.update(kwargs)
-        stored = self._defaults | {name: self.admit(name, x) for name, x in given.items()}
-        if any(x is inspect.Parameter.empty for x in stored.values()):
-            return self._bind_by_signature(args, kwargs)
-        return tuple(stored.values())
-
-    def _bind_by_signature(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[Any, ...]:
-        try:
-            bound = self.signature.bind(*args, **kwargs)
-        except TypeError as error:
-            kinds = {p.kind for p in self.signature.parameters.values()}
-            for name in kwargs if inspect.Parameter.VAR_KEYWORD not in kinds else ():
-                if name not in self.kinds:
-                    detail = f"got an unexpected keyword argument {name!r}{self.nearest(name)}"
-                    raise TypeError(f"{self.name}: {detail}") from None
-            raise TypeError(f"{self.name}: {error}") from None
-        bound.apply_defaults()
-        return tuple(self.admit(name, value) for name, value in bound.arguments.items())
-
-    def admit(self, name: str, value: Any) -> Any:
-        """Return the stored form of an argument. Raises for one of another kind or range."""
-        kind, label = self.kinds[name], self.labels[name]
-        if value is None and name in self.optional:
-            return None
-        if self.signature.parameters[name].kind is not inspect.Parameter.VAR_POSITIONAL:
-            return kind.admit(label, value)
-        if isinstance(kind, LinkKind):
-            links: Any = value
-            return tuple(kind.admit(label, link) for link in links)
-        return kind.admit(label, value)
-
-    def nearest(self, unknown: str) -> str:
-        """Return a question for the parameter that an unknown name may stand for."""
-        close = difflib.get_close_matches(unknown, self.names, 1, 0.5)
-        initials = ["".join(word[:1] for word in name.split("_")) for name in self.names]
-        close += [
-            name for name, letters in zip(self.names, initials, strict=True) if letters == unknown
-        ]
-        return f"; did you mean {close[0]}?" if close else ""
-
-    def check_call(self, args: tuple[Any, ...]) -> None:
-        """Check what is checked in a user's call only, and not in the body of a factory."""
-        for (name, kind), arg in zip(self.kinds.items(), args, strict=True):
-            if arg is not None and type(arg) is not np.float64:
-                kind.check_call(self.labels[name], arg)
-
-    # --- from the stored form to the body
-
-    def body(self, args: tuple[Any, ...], how: How) -> Any:
-        """Run the body of the factory with the stored arguments."""
-        positional: list[Any] = []
-        keywords: dict[str, Any] = {}
-        pairs = zip(self.signature.parameters.values(), self.kinds.values(), args, strict=True)
-        for parameter, kind, stored in pairs:
-            label = self.labels[parameter.name]
-            if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-                several: Any = unwrap(stored)
-                positional.extend(kind.resolve(label, one, how) for one in several)
-            elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                keywords.update(unwrap(stored) or {})
-            elif parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-                keywords[parameter.name] = kind.resolve(label, stored, how)
-            else:
-                positional.append(kind.resolve(label, stored, how))
-        return self.factory(*positional, **keywords)
-
-    def numeric(self) -> list[str]:
-        """Return the names of the parameters that are numbers, or several numbers."""
-        return [n for n, kind in self.kinds.items() if isinstance(kind, NumberKind | NumbersKind)]
-
-
-def spec_of(decorated: Callable[..., Any]) -> Spec:
-    """Return the `Spec` of a factory that `as_pytree` decorated."""
-    return getattr(decorated, "__jgd_spec__")  # noqa: B009 (functions have no such attribute)

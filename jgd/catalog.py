@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 import jgd.optimizers
-from jgd.arguments import spec_of
+from jgd.calls import spec_of
 
 __all__ = ["Entry", "entries", "get", "markdown"]
 

@@ -27,17 +27,7 @@ from jgd.trees import (
     other_state,
 )
 
-__all__ = [
-    "ScheduledDecayState",
-    "add",
-    "chain",
-    "divide",
-    "leafwise",
-    "named",
-    "partition",
-    "subtract",
-    "with_nesterov",
-]
+__all__ = ["add", "chain", "divide", "named", "subtract", "with_nesterov"]
 
 
 # --- memories --------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import optax
 
-from jgd.arguments import Kind, LinkKind, LinksKind, NumberKind, NumbersKind, scalar, spec_of
+from jgd.arguments import Kind, LinkKind, LinksKind, NumberKind, NumbersKind, scalar
+from jgd.calls import spec_of
 from jgd.nodes import is_entry, is_schedule, unwrap
 from jgd.pytree import ScheduledState, SteppedState, Transformation, call_of
 from jgd.trees import TreeError

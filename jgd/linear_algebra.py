@@ -116,7 +116,7 @@ def orthogonalized(
 
     Args:
       x: a matrix. It is transposed for the iteration if it has more rows than columns.
-      coefficients: triples as the rows of a matrix, which drive singular values in (0, 1] to 1.
+      coefficients: triples as rows, which drive singular values in (0, 1] towards 1.
       normalized: brings the singular values into (0, 1].
       rounded: rounds each matrix that enters another product.
     """

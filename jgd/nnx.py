@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jgd.pytree import refuse_functions
+from jgd.lanes import refuse_functions
 from jgd.training import optimizer_of
 from jgd.tuning.results import Best
 

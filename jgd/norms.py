@@ -1,4 +1,4 @@
-"""Words that look at a parameter array as a whole: its norm, or the mean of its gradient."""
+"""Transformations that look at an array as a whole: its norm, or the mean of its gradient."""
 
 from typing import Any
 
@@ -21,17 +21,17 @@ __all__ = [
 
 
 def norm(x: Any) -> Any:
-    """The Euclidean norm of all entries, with derivative 0 at 0."""
+    """Return the Euclidean norm of all entries, with derivative 0 at 0."""
     return safe_sqrt(jnp.sum(abs_square(x)))
 
 
 def rms_norm(x: Any) -> Any:
-    """The root mean square of all entries, with derivative 0 at 0; 0 for no entries."""
+    """Return the root mean square of all entries, with derivative 0 at 0; 0 for no entries."""
     return safe_sqrt(jnp.sum(abs_square(x)) / max(x.size, 1))
 
 
 def _by_params(f: Any) -> GradientTransformation:
-    """A word without memory that looks at the parameters."""
+    """Return the transformation without memory of `f(g, p)` on each leaf."""
     return stateless(lambda updates, params: leafwise(f, updates, with_params(params)))
 
 

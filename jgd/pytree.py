@@ -20,11 +20,10 @@ factories call one another as plain functions, and what they return are plain pa
 
 import collections.abc
 import contextlib
-import contextvars
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, NamedTuple, ParamSpec, Self, overload
 
 import jax
@@ -38,14 +37,15 @@ from jgd.arguments import (
     Kind,
     NumberKind,
     NumbersKind,
-    Spec,
     StructureKind,
     concrete_scalar,
     exact_scalar,
     scalar,
 )
+from jgd.calls import NEEDS_A_VALUE, NONE, Spec, extended, name_structure, plainly, running
+from jgd.dtypes import alike, narrowed, wide
 from jgd.nodes import NUMERIC, Static, brief, is_entry, is_schedule, show, unwrap
-from jgd.trees import StateError, TreeError, like, other_state, path_name
+from jgd.trees import StateError, TreeError, like, other_state
 
 __all__ = [
     "Monitor",
@@ -54,10 +54,7 @@ __all__ = [
     "ScheduledState",
     "SteppedState",
     "Transformation",
-    "TreeError",
     "as_pytree",
-    "lane",
-    "stack",
 ]
 
 P = ParamSpec("P")
@@ -78,34 +75,6 @@ class ScheduledState(NamedTuple):
 
 
 # --- plain pairs, behind the door ------------------------------------------------------------
-
-
-class _Body(NamedTuple):
-    """The body of a factory that runs now."""
-
-    own: bool  # one of jgd's factories: calls of others return plain pairs
-    moving: bool  # a decay of the call follows a schedule
-
-
-# Set while a body builds its pair, never while a pair runs: what a user's function calls inside
-# `update` returns values.
-_USERS = _Body(own=False, moving=False)
-_body = contextvars.ContextVar[_Body]("_body", default=_USERS)
-
-
-@contextlib.contextmanager
-def plainly(own: bool = True, moving: bool = False) -> Generator[None]:
-    """Within this context calls of jgd's factories return plain pairs."""
-    token = _body.set(_Body(own, moving))
-    try:
-        yield
-    finally:
-        _body.reset(token)
-
-
-def decays_move() -> bool:
-    """Return whether a decay of the call whose body runs now follows a schedule."""
-    return _body.get().moving
 
 
 def _enter(link: Any) -> Any:
@@ -150,12 +119,13 @@ class _Call:
         own = self.spec.own
         moving = any(isinstance(kind, NumberKind) and kind.decay for kind in self.scheduled)
         how = How(concrete_scalar, _enter, step) if own else How(scalar, step=step)
+        positional, keywords = self.spec.resolve(self.args, how)  # schedules are a user's functions
         with plainly(own, moving):
-            return _extended(self.spec.body(self.args, how))
+            return extended(self.spec.factory(*positional, **keywords))
 
     def init(self, params: optax.Params) -> optax.OptState:
         step = jnp.zeros([], jnp.int32) if self.scheduled else None
-        use = lambda pair: pair.init(_wide(params))
+        use = lambda pair: pair.init(wide(params))
         with self._door(use):
             inner = use(self.pair(step))
         if step is None:
@@ -172,15 +142,14 @@ class _Call:
     ) -> tuple[optax.Updates, optax.OptState]:
         step: Any = None
         inner: Any = state
-        use = lambda pair: pair.update(_wide(updates), inner, _wide(params), **extra)
-        with self._door(use):
+        with self._door(lambda pair: pair.update(wide(updates), inner, wide(params), **extra)):
             if self.scheduled:
                 if not isinstance(state, SteppedState | ScheduledState):
                     raise other_state("the state of a scheduled number", state)
                 step, inner = state
-            new, new_inner = use(self.pair(step))
-        new = _narrowed(new, updates, params)
-        if not self.spec.own and _alike(new_inner, inner):
+            new, new_inner = self.pair(step).update(wide(updates), inner, wide(params), **extra)
+        new = narrowed(new, updates, params)
+        if not self.spec.own and alike(new_inner, inner):
             new_inner = like(new_inner, inner)
         if not isinstance(state, SteppedState | ScheduledState) or not self.scheduled:
             return new, new_inner
@@ -196,8 +165,8 @@ class _Call:
         except TreeError as error:
             hint = _OTHER_OPTIMIZER if isinstance(error, StateError) else ""
             raise TreeError(error.detail + hint, self.spec.name) from None
-        except _NEEDS_A_VALUE as error:
-            _name_structure(error, self.spec, self.args, use)
+        except NEEDS_A_VALUE as error:
+            name_structure(error, self.spec, self.args, use)
             raise
 
 
@@ -205,56 +174,6 @@ _OTHER_OPTIMIZER = (
     ". Was it created by another optimizer? jgd.compat.optax.state_from(state, tx) converts states"
     " of optax and of jgd 0.1"
 )
-_NEEDS_A_VALUE = (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError)
-
-
-def _name_structure(
-    error: Exception, spec: Spec, args: tuple[Any, ...], use: Callable[[Any], Any]
-) -> None:
-    """Raise TypeError with the names of the numbers on which a lifted factory branches in Python.
-
-    Args:
-      use: a call of what the factory returns. It may be this call that branches.
-    """
-    if spec.own or _branches(spec, args, use, None):  # on a gradient, for example
-        return
-    if names := [name for name in spec.numeric() if _branches(spec, args, use, name)]:
-        raise TypeError(
-            f"{spec.name}: {', '.join(names)} must be structure, since the factory needs the value"
-            f" in Python, got a traced number. Lift it with jgd.as_pytree({spec.name},"
-            f" structure={names!r})"
-        ) from error
-
-
-def _branches(
-    spec: Spec, args: tuple[Any, ...], use: Callable[[Any], Any], name: str | None
-) -> bool:
-    """Return whether a lifted factory branches where of its numbers `name` alone is traced."""
-    concrete = lambda x: 0.5 if isinstance(x, jax.core.Tracer) else np.asarray(x, np.float64)[()]
-
-    def build(x: jax.Array) -> None:
-        traced = lambda label: name is not None and label == spec.labels[name]
-        number = lambda label, value: x if traced(label) else concrete(value)
-        with plainly(own=False):
-            result = spec.body(args, How(number, step=jnp.zeros([], jnp.int32)))
-        use(_extended(result) if isinstance(result, tuple) else result)
-
-    try:
-        jax.eval_shape(build, jnp.zeros([]))
-    except _NEEDS_A_VALUE:
-        return True
-    except Exception:  # of a stand-in, which says nothing about `name`
-        return False
-    return False
-
-
-def _extended(pair: Any) -> optax.GradientTransformationExtraArgs:
-    """Return a pair as a transformation that takes extra arguments."""
-    if isinstance(pair, optax.GradientTransformationExtraArgs):
-        return pair
-    if not isinstance(pair, optax.GradientTransformation):
-        pair = optax.GradientTransformation(*pair)
-    return optax.with_extra_args_support(pair)
 
 
 def _leaf_key(leaf: Any) -> Any:
@@ -267,70 +186,6 @@ def _leaf_key(leaf: Any) -> Any:
     except TypeError:
         return id(leaf)
     return leaf
-
-
-# --- dtypes at the door ----------------------------------------------------------------------
-
-
-_WIDE = frozenset(map(jnp.dtype, ("float32", "float64", "complex64", "complex128")))
-
-
-def _wide(tree: Any) -> Any:
-    """Return a tree with 16-bit and integer leaves as float32, so that arithmetic is too."""
-    try:
-        return jax.tree.map(_wide_leaf, tree)
-    except TypeError:
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            try:
-                _wide_leaf(leaf)
-            except TypeError:
-                kind = type(leaf).__name__ if not hasattr(leaf, "dtype") else leaf.dtype
-                raise TreeError(f"expected an array at {path_name(path)}, got {kind}") from None
-        raise
-
-
-def _wide_leaf(leaf: Any) -> Any:
-    if isinstance(leaf, jax.Array) and leaf.dtype in _WIDE:
-        return leaf
-    if isinstance(leaf, jax.ShapeDtypeStruct):  # `init` needs no more than shapes
-        wide = leaf.dtype if leaf.dtype in _WIDE else jnp.zeros([], float).dtype
-        return jax.ShapeDtypeStruct(leaf.shape, wide, sharding=leaf.sharding)
-    dtype = jnp.result_type(leaf)
-    if dtype == jax.dtypes.float0:  # the gradient of an integer
-        return jnp.zeros(np.shape(leaf), float)
-    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        raise TypeError
-    if jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_):
-        return jnp.asarray(leaf, float)
-    return jnp.asarray(leaf) if dtype in _WIDE else jnp.asarray(leaf, jnp.float32)
-
-
-def _narrowed(new: Any, updates: Any, params: Any) -> Any:
-    """Return updates in the precision of the gradients they came from."""
-    if _alike(new, updates):
-        return jax.tree.map(_narrow, new, updates)
-    # updates that come in pairs, as the parameters of a lookahead, have the dtypes of those
-    return jax.tree.map(_narrow, new, params) if _alike(new, params) else new
-
-
-def _alike(new: Any, old: Any) -> bool:
-    return jax.tree.structure(new) == jax.tree.structure(old)
-
-
-def _narrow(new: Any, old: Any) -> Any:
-    if isinstance(new, jax.Array) and new.dtype == getattr(old, "dtype", None):
-        return new
-    bits = _float_bits(old)
-    if bits is None or bits == _float_bits(new):
-        return new
-    if jnp.iscomplexobj(new) == jnp.iscomplexobj(old):
-        return jnp.asarray(new, jnp.result_type(old))
-    return jnp.asarray(new, {32: jnp.float32, 64: jnp.float64}[bits])
-
-
-def _float_bits(x: Any) -> int | None:
-    dtype = jnp.result_type(x)
-    return int(jnp.finfo(dtype).bits) if jnp.issubdtype(dtype, jnp.inexact) else None
 
 
 # --- transformations, schedules, monitors ----------------------------------------------------
@@ -441,8 +296,8 @@ class Schedule(_Value):
                 with plainly(spec.own):
                     schedule = spec.body(args, How(concrete_scalar if spec.own else scalar))
                 return schedule(step)
-        except _NEEDS_A_VALUE as error:
-            _name_structure(error, spec, args, lambda schedule: schedule(step))
+        except NEEDS_A_VALUE as error:
+            name_structure(error, spec, args, lambda schedule: schedule(step))
             raise
 
     def _replace(self, **changes: Any) -> Self:
@@ -576,11 +431,11 @@ def as_pytree(
 
     @functools.wraps(factory)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if _body.get().own and spec.own and not _has_schedule(spec, args, kwargs):
+        if running.get().own and spec.own and not _has_schedule(spec, args, kwargs):
             result = factory(*args, **kwargs)
-            return _extended(result) if isinstance(result, tuple) else result
+            return extended(result) if isinstance(result, tuple) else result
         admitted = spec.bind(args, kwargs)
-        if _body.get() is _USERS:
+        if running.get() is NONE:
             spec.check_call(admitted)
         if not value_class:
             value_class.append(_class_of(spec, admitted))
@@ -628,8 +483,8 @@ def _class_of(spec: Spec, args: tuple[Any, ...]) -> type[Any]:
     try:
         with plainly(own=False):
             result = spec.body(args, How(number, step=jnp.zeros([], jnp.int32)))
-    except _NEEDS_A_VALUE as error:
-        _name_structure(error, spec, args, lambda result: result)
+    except NEEDS_A_VALUE as error:
+        name_structure(error, spec, args, lambda result: result)
         raise
     if isinstance(result, tuple) and len(result) == 2:
         return Transformation
@@ -639,53 +494,3 @@ def _class_of(spec: Spec, args: tuple[Any, ...]) -> type[Any]:
         f"{spec.name}: the factory must return a transformation, a pair (init, update) or a"
         f" schedule, got {brief(result)}"
     )
-
-
-# --- batches of values -----------------------------------------------------------------------
-
-
-def stack(settings: Sequence[Any]) -> Any:
-    """Return settings of one structure as lanes: each leaf with a leading axis of `len(settings)`.
-
-    Args:
-      settings: optimizers (or any pytrees of numbers) that differ in their numbers only.
-
-    Raises:
-      ValueError: if there are none, or their structures differ: those are groups, not lanes.
-    """
-    if not settings:
-        raise ValueError("stack: needs at least one setting")
-    for setting in settings:
-        refuse_functions("stack", setting)
-    structures = [jax.tree.structure(setting) for setting in settings]
-    for index, structure in enumerate(structures):
-        if structure != structures[0]:
-            raise ValueError(
-                f"stack: setting {index} has another structure than setting 0, got"
-                f" {brief(settings[index])} beside {brief(settings[0])}. Sweep it as a group of its"
-                " own, or lift links of optax with jgd.as_pytree, so that their numbers are leaves,"
-                " and give all settings the same function objects"
-            )
-    return jax.tree.map(lambda *xs: jnp.stack([jnp.asarray(x, float) for x in xs]), *settings)
-
-
-def refuse_functions(function: str, setting: Any) -> None:
-    """Raise TypeError for a setting whose leaves are functions, such as an optimizer of optax."""
-    hides = lambda x: any(map(callable, jax.tree.leaves(x)))
-    if hides(setting):
-        of_optax = lambda x: isinstance(x, optax.GradientTransformation) and hides(x)
-        hidden = next(filter(hides, jax.tree.leaves(setting, is_leaf=of_optax)))
-        raise TypeError(
-            f"{function}: a setting must be a pytree of numbers, got {brief(hidden)}, which hides"
-            " its numbers in functions. Lift a factory of optax with jgd.as_pytree, as in"
-            " jgd.as_pytree(optax.lion)(1e-4), and use jgd.chain in place of optax.chain"
-        )
-
-
-def lane(lanes: Any, index: int) -> Any:
-    """Return lane `index` of a batch: each leaf without its leading axis. Inverts `stack`."""
-    refuse_functions("lane", lanes)
-    leaves = jax.tree.leaves(lanes)
-    if leaves and not -len(leaves[0]) <= index < len(leaves[0]):
-        raise IndexError(f"lane {index} of {len(leaves[0])} lanes")
-    return jax.tree.map(lambda x: x[index], lanes)

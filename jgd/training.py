@@ -23,7 +23,7 @@ import optax
 
 from jgd.arguments import Static
 from jgd.diagnosis import sharpness
-from jgd.pytree import refuse_functions
+from jgd.lanes import refuse_functions
 from jgd.trees import like
 
 __all__ = [

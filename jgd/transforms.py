@@ -31,6 +31,7 @@ from jgd.arithmetic import (
     one_minus_power,
     root_of,
 )
+from jgd.calls import decays_move
 from jgd.combinators import (
     Plain,
     Slot,
@@ -43,7 +44,7 @@ from jgd.combinators import (
     stateless,
     with_nesterov,
 )
-from jgd.pytree import as_pytree, decays_move
+from jgd.pytree import as_pytree
 from jgd.trees import leafwise, with_params
 
 __all__ = [

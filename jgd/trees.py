@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-__all__ = ["TreeError", "aligned", "check_state", "leafwise", "like", "with_params"]
+__all__ = ["TreeError", "leafwise"]
 
 State = TypeVar("State")
 

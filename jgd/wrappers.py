@@ -15,8 +15,9 @@ import optax.contrib
 from jax.typing import DTypeLike
 from optax import GradientTransformation
 
-from jgd.arguments import Fraction, Mixing, NonNegative, NumberOrSchedule, Period, spec_of
+from jgd.arguments import Fraction, Mixing, NonNegative, NumberOrSchedule, Period
 from jgd.arithmetic import increment, log_of, one_minus_exp, quotient
+from jgd.calls import spec_of
 from jgd.pytree import as_pytree
 from jgd.trees import TreeError, check_state, leafwise, like, with_params
 

@@ -29,19 +29,23 @@ def _verdict(losses, strides=None):
 @pytest.mark.parametrize("steps", [20, 50, 100, 200])
 @pytest.mark.parametrize("curvature", [0.037, 1.0, 100.0])
 def test_rates_on_a_parabola(curvature, steps):
-    def of(rate):
-        return str(_verdict(*_descent(rate / curvature, curvature, steps)))
-
-    for rate in (1e-9, 1e-6, 1e-4, 1e-3, 5e-3, 0.01, 0.015, 0.0199):
-        assert of(rate) == "too small", rate
-    for rate in (0.3, 0.5, 0.7, 0.99, 1.0):
-        assert of(rate) == "good", rate
-    for rate in (2.0, 2.0001, 2.01, 2.1, 3.0, 10.0, 1e6):
-        assert of(rate) in ("oscillating", "diverged"), rate
-    assert of(10.0) == "diverged"
+    too_small = (1e-9, 1e-6, 1e-4, 1e-3, 5e-3, 0.01, 0.015, 0.0199)
+    good = (0.3, 0.5, 0.7, 0.99, 1.0)
+    too_large = (2.0, 2.0001, 2.01, 2.1, 3.0, 10.0, 1e6)
+    rates = (*too_small, *good, *too_large, 1.3, 1.99)
+    curves = [_descent(rate / curvature, curvature, steps) for rate in rates]
+    losses, strides = (np.stack(each, axis=1) for each in zip(*curves, strict=True))
+    of = dict(zip(rates, _verdict(losses, strides), strict=True))  # a rate per lane
+    for rate in too_small:
+        assert of[rate] == "too small", rate
+    for rate in good:
+        assert of[rate] == "good", rate
+    for rate in too_large:
+        assert of[rate] in ("oscillating", "diverged"), rate
+    assert of[10.0] == "diverged"
     # between 1/a and 2/a the parameter jumps over the valley while the loss falls
-    assert of(1.3) == "good"
-    assert of(1.99) == "oscillating"
+    assert of[1.3] == "good"
+    assert of[1.99] == "oscillating"
 
 
 def _planted(kind, rng, steps=400):

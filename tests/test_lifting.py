@@ -86,9 +86,10 @@ def test_a_user_function_called_by_an_optimizer_sees_values():
         seen.append(tx)
         return tx.learning_rate * (step + 1)
 
-    tx = jgd.adopt(0.1, clip_value_fn=bound)
-    tx.update(PARAMS, tx.init(PARAMS), PARAMS)
-    assert seen
+    for tx in (jgd.adopt(0.1, clip_value_fn=bound), jgd.adam(bound), jgd.chain(jgd.adam(bound))):
+        before = len(seen)
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+        assert len(seen) > before
     assert all(isinstance(value, jgd.Transformation) for value in seen)
     assert isinstance(jgd.sgd(jgd.linear_schedule(0.1, 0.0, 5)).learning_rate, jgd.Schedule)
 

@@ -79,8 +79,8 @@ def to_optax(
 
 # Fields that hold the state of another transformation, or a dict of states.
 _INNER_DICTS = ["hyperparams_states", "inner_states"]
-_INNER = ["base_optimizer_state", "fast_state", "hessian_fn_state", "inner", "inner_opt_state"]
-_INNER = [*_INNER, "inner_state", *_INNER_DICTS]
+_INNER_STATES = ["base_optimizer_state", "fast_state", "hessian_fn_state", "inner"]
+_INNER = [*_INNER_STATES, "inner_opt_state", "inner_state", *_INNER_DICTS]
 _COUNTS = {"count", "count_m2", "step"}
 _CONSTANTS = {"ns_coeffs", "hyperparams"}  # `tx` has its own
 # What jgd 0.1 called the mean logarithm of the decay of an average.

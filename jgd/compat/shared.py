@@ -17,10 +17,11 @@ from optax import GradientTransformation
 
 from jgd.arguments import NonNegative, Number, NumberKind, Positive, Structure
 from jgd.arithmetic import abs_square, increment, one_minus_power, quotient, safe_sqrt
+from jgd.calls import plainly
 from jgd.combinators import Slots, add, chain, divide, named, remembering
 from jgd.norms import rms_norm
-from jgd.per_leaf import per_leaf
-from jgd.pytree import as_pytree, plainly
+from jgd.pytree import as_pytree
+from jgd.rules import per_leaf
 from jgd.transforms import (
     BiasCorrectionState,
     count_slot,

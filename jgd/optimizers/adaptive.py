@@ -26,8 +26,8 @@ from jgd.combinators import (
     remembering,
     subtract,
 )
-from jgd.per_leaf import difference
 from jgd.pytree import as_pytree
+from jgd.rules import difference
 from jgd.transforms import (
     BiasCorrectionState,
     MovingAverageState,

@@ -17,8 +17,8 @@ from jgd.arguments import Decay, Fraction, Mask, NonNegative, Number, Positive, 
 from jgd.arithmetic import abs_square, quotient, safe_sqrt
 from jgd.combinators import chain, named
 from jgd.norms import rms_norm, scale_by_param_block_rms
-from jgd.per_leaf import per_leaf
 from jgd.pytree import as_pytree
+from jgd.rules import per_leaf
 from jgd.transforms import (
     add_decayed_weights,
     ema,

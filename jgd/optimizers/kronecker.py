@@ -13,8 +13,8 @@ from jgd.arguments import Decay, Fraction, NonNegative, Number, Period, Structur
 from jgd.arithmetic import abs_square, increment, quotient, safe_sqrt
 from jgd.combinators import Plain, Slots, chain, named, remembering
 from jgd.linear_algebra import eigenvectors, inverse_root, orthonormal
-from jgd.per_leaf import per_leaf
 from jgd.pytree import as_pytree
+from jgd.rules import per_leaf
 from jgd.transforms import (
     bias_weight,
     count_slot,
@@ -209,8 +209,9 @@ def scale_by_soap(
         count = slots.step("count", increment)
         t = jnp.maximum(count - 1, 1)  # the first call takes no step
         c1, c2 = (bias_weight(slots, decay, of, count=t) for decay, of in ((b1, "mu"), (b2, "nu")))
-        (rule,) = one_step(count, c1, c2).steps or ()
-        return rule(updates, slots, params)
+        for rule in one_step(count, c1, c2).steps or ():
+            updates = rule(updates, slots, params)
+        return updates
 
     fields = {field: field for field in SoapState._fields}
     slots = [count_slot(), *one_step(1, 1.0, 1.0).slots, *decay_slots("mu", "nu")]

@@ -17,8 +17,8 @@ from jgd.arithmetic import abs_square, quotient, safe_sqrt
 from jgd.combinators import chain, named
 from jgd.norms import scale_by_trust_ratio
 from jgd.optimizers.moments import scale_by_adam
-from jgd.per_leaf import per_leaf
 from jgd.pytree import as_pytree
+from jgd.rules import per_leaf
 from jgd.transforms import (
     add_decayed_weights,
     scale_by_learning_rate,

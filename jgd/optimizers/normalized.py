@@ -16,8 +16,8 @@ from optax import GradientTransformation
 from jgd.arguments import Decay, Mask, NonNegative, Number
 from jgd.arithmetic import abs_square, quotient, safe_sqrt
 from jgd.combinators import chain, divide, named, with_nesterov
-from jgd.per_leaf import per_leaf
 from jgd.pytree import as_pytree
+from jgd.rules import per_leaf
 from jgd.transforms import (
     add_decayed_weights,
     ema,

@@ -13,8 +13,8 @@ from optax import GradientTransformation
 
 from jgd.arguments import Decay, Fraction, Mask, NonNegative, Number, Positive
 from jgd.combinators import chain
-from jgd.per_leaf import per_leaf, real
 from jgd.pytree import as_pytree
+from jgd.rules import per_leaf, real
 from jgd.transforms import (
     add_decayed_weights,
     ema,

@@ -19,7 +19,7 @@ import numpy as np
 import scipy.stats
 
 from jgd.arguments import Static, is_number
-from jgd.pytree import refuse_functions
+from jgd.lanes import refuse_functions
 
 __all__ = [
     "Choice",

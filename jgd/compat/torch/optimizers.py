@@ -33,8 +33,8 @@ from jgd.norms import norm
 from jgd.optimizers.adaptive import rectified
 from jgd.optimizers.classic import scale_by_rms, scale_by_stddev
 from jgd.optimizers.normalized import scale_by_adadelta
-from jgd.per_leaf import per_leaf
 from jgd.pytree import as_pytree
+from jgd.rules import per_leaf
 from jgd.schedules import inverse_time_decay
 from jgd.transforms import (
     add_decayed_weights,

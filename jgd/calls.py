@@ -1,0 +1,301 @@
+"""The calls of a factory: from arguments to their stored form, and from that to the body.
+
+    spec = Spec(adam)                        # the kinds of the parameters of one factory
+    stored = spec.bind((1e-3,), {})          # a tuple whose leaves are the numbers of the call
+    spec.body(stored, How(scalar))           # runs the body with float32 scalars
+
+While the body of one of jgd's own factories runs, calls of the others return plain pairs.
+"""
+
+import contextlib
+import contextvars
+import difflib
+import functools
+import importlib
+import inspect
+import typing
+from collections.abc import Callable, Generator, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jgd.arguments import (
+    How,
+    Kind,
+    LinkKind,
+    NumberKind,
+    NumbersKind,
+    StructureKind,
+    kind_of,
+    members_of,
+)
+from jgd.nodes import unwrap
+
+__all__ = ["Spec", "decays_move", "plainly", "spec_of"]
+
+
+# --- the body that runs now ------------------------------------------------------------------
+
+
+class Body(NamedTuple):
+    """The body of a factory that runs now."""
+
+    own: bool  # one of jgd's factories: calls of others return plain pairs
+    moving: bool  # a decay of the call follows a schedule
+
+
+# Set while a body builds its pair, never while a pair runs: what a user's function calls inside
+# `update` returns values.
+NONE = Body(own=False, moving=False)
+running = contextvars.ContextVar[Body]("running", default=NONE)
+
+
+@contextlib.contextmanager
+def plainly(own: bool = True, moving: bool = False) -> Generator[None]:
+    """Within this context calls of jgd's factories return plain pairs."""
+    token = running.set(Body(own, moving))
+    try:
+        yield
+    finally:
+        running.reset(token)
+
+
+def decays_move() -> bool:
+    """Return whether a decay of the call whose body runs now follows a schedule."""
+    return running.get().moving
+
+
+# --- a factory and its calls -----------------------------------------------------------------
+
+
+class Spec:
+    """A factory and the kinds of its parameters: the structure of its values."""
+
+    def __init__(
+        self,
+        factory: Callable[..., Any],
+        structure: Iterable[str] = (),
+        numbers: Iterable[str] = (),
+        check: Callable[[Any], None] | None = None,
+    ) -> None:
+        self.factory, self.check = factory, check
+        self.name: str = getattr(factory, "__name__", repr(factory)).lstrip("_")
+        names_of = lambda names: frozenset([names] if isinstance(names, str) else names)
+        self.structure, self.numbers = names_of(structure), names_of(numbers)
+        self.signature = inspect.signature(factory)
+        parameters = self.signature.parameters
+        hints: dict[str, Any] = {name: p.annotation for name, p in parameters.items()}
+        hints["return"] = self.signature.return_annotation
+        if any(isinstance(hint, str) for hint in hints.values()):
+            try:
+                hints = typing.get_type_hints(factory, include_extras=True)
+            except NameError:  # a name that only type checkers import
+                hints = {}
+        self.returns = hints.get("return")
+        unknown = (self.structure | self.numbers).difference(parameters)
+        if unknown:
+            raise ValueError(f"{self.name} has no parameter {', '.join(sorted(unknown))}")
+        given: dict[str, Kind] = {
+            **dict.fromkeys(self.numbers, NumberKind()),
+            **dict.fromkeys(self.structure, StructureKind()),
+        }
+        self.kinds = {
+            name: given.get(name) or kind_of(p, hints.get(name, p.empty))
+            for name, p in parameters.items()
+        }
+        self.names = tuple(self.kinds)
+        self.labels = {name: f"{self.name}: {name}" for name in self.names}
+        self.optional = frozenset(
+            name
+            for name, p in parameters.items()
+            if p.default is None or type(None) in members_of(hints.get(name))
+        )
+        # inside the bodies of jgd's own factories, calls of others return plain pairs
+        self.own = str(getattr(factory, "__module__", None)).partition(".")[0] == "jgd"
+        self.decorated = factory
+        self._hash = hash((factory, self.structure, self.numbers))
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (
+            isinstance(other, Spec)
+            and self.factory == other.factory
+            and (self.structure, self.numbers) == (other.structure, other.numbers)
+        )
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> Any:
+        decorated = self.decorated
+        module = importlib.import_module(decorated.__module__)
+        if getattr(module, decorated.__qualname__, None) is decorated:
+            return spec_of, (decorated,)
+        return Spec, (self.factory, tuple(self.structure), tuple(self.numbers))
+
+    # --- from a call to its stored form
+
+    @functools.cached_property
+    def _defaults(self) -> dict[str, Any]:
+        """The stored form of a call without arguments: one entry for each parameter."""
+        empty, stored = inspect.Parameter.empty, dict[str, Any]()
+        for name, p in self.signature.parameters.items():
+            stored[name] = p.default if p.default is empty else self.admit(name, p.default)
+        return stored
+
+    @functools.cached_property
+    def _positional(self) -> tuple[str, ...] | None:
+        """The names of positional parameters; None if there are `*args` or `**kwargs`."""
+        kinds = {p.kind for p in self.signature.parameters.values()}
+        if kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+            return None
+        keyword_only = inspect.Parameter.KEYWORD_ONLY
+        return tuple(n for n, p in self.signature.parameters.items() if p.kind != keyword_only)
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Return the stored form of a call. Raises TypeError for arguments that do not fit."""
+        positional = self._positional
+        if positional is None or len(args) > len(positional):
+            return self._bind_by_signature(args, kwargs)
+        given = dict(zip(positional, args, strict=False))
+        if not kwargs.keys().isdisjoint(given) or not kwargs.keys() <= self.kinds.keys():
+            return self._bind_by_signature(args, kwargs)
+        given.update(kwargs)
+        stored = self._defaults | {name: self.admit(name, x) for name, x in given.items()}
+        if any(x is inspect.Parameter.empty for x in stored.values()):
+            return self._bind_by_signature(args, kwargs)
+        return tuple(stored.values())
+
+    def _bind_by_signature(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Any, ...]:
+        try:
+            bound = self.signature.bind(*args, **kwargs)
+        except TypeError as error:
+            kinds = {p.kind for p in self.signature.parameters.values()}
+            for name in kwargs if inspect.Parameter.VAR_KEYWORD not in kinds else ():
+                if name not in self.kinds:
+                    detail = f"got an unexpected keyword argument {name!r}{self.nearest(name)}"
+                    raise TypeError(f"{self.name}: {detail}") from None
+            raise TypeError(f"{self.name}: {error}") from None
+        bound.apply_defaults()
+        return tuple(self.admit(name, value) for name, value in bound.arguments.items())
+
+    def admit(self, name: str, value: Any) -> Any:
+        """Return the stored form of an argument. Raises for one of another kind or range."""
+        kind, label = self.kinds[name], self.labels[name]
+        if value is None and name in self.optional:
+            return None
+        if self.signature.parameters[name].kind is not inspect.Parameter.VAR_POSITIONAL:
+            return kind.admit(label, value)
+        if isinstance(kind, LinkKind):
+            links: Any = value
+            return tuple(kind.admit(label, link) for link in links)
+        return kind.admit(label, value)
+
+    def nearest(self, unknown: str) -> str:
+        """Return a question for the parameter that an unknown name may stand for."""
+        close = difflib.get_close_matches(unknown, self.names, 1, 0.5)
+        initials = ["".join(word[:1] for word in name.split("_")) for name in self.names]
+        close += [
+            name for name, letters in zip(self.names, initials, strict=True) if letters == unknown
+        ]
+        return f"; did you mean {close[0]}?" if close else ""
+
+    def check_call(self, args: tuple[Any, ...]) -> None:
+        """Check what is checked in a user's call only, and not in the body of a factory."""
+        for (name, kind), arg in zip(self.kinds.items(), args, strict=True):
+            if arg is not None and type(arg) is not np.float64:
+                kind.check_call(self.labels[name], arg)
+
+    # --- from the stored form to the body
+
+    def body(self, args: tuple[Any, ...], how: How) -> Any:
+        """Run the body of the factory with the stored arguments."""
+        positional, keywords = self.resolve(args, how)
+        return self.factory(*positional, **keywords)
+
+    def resolve(self, args: tuple[Any, ...], how: How) -> tuple[list[Any], dict[str, Any]]:
+        """Return the arguments that the body of the factory is given."""
+        positional: list[Any] = []
+        keywords: dict[str, Any] = {}
+        pairs = zip(self.signature.parameters.values(), self.kinds.values(), args, strict=True)
+        for parameter, kind, stored in pairs:
+            label = self.labels[parameter.name]
+            if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+                several: Any = unwrap(stored)
+                positional.extend(kind.resolve(label, one, how) for one in several)
+            elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                keywords.update(unwrap(stored) or {})
+            elif parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+                keywords[parameter.name] = kind.resolve(label, stored, how)
+            else:
+                positional.append(kind.resolve(label, stored, how))
+        return positional, keywords
+
+    def numeric(self) -> list[str]:
+        """Return the names of the parameters that are numbers, or several numbers."""
+        return [n for n, kind in self.kinds.items() if isinstance(kind, NumberKind | NumbersKind)]
+
+
+def spec_of(decorated: Callable[..., Any]) -> Spec:
+    """Return the `Spec` of a factory that `as_pytree` decorated."""
+    return getattr(decorated, "__jgd_spec__")  # noqa: B009 (functions have no such attribute)
+
+
+def extended(pair: Any) -> optax.GradientTransformationExtraArgs:
+    """Return a pair as a transformation that takes extra arguments."""
+    if isinstance(pair, optax.GradientTransformationExtraArgs):
+        return pair
+    if not isinstance(pair, optax.GradientTransformation):
+        pair = optax.GradientTransformation(*pair)
+    return optax.with_extra_args_support(pair)
+
+
+# --- what a lifted factory needs as structure ------------------------------------------------
+
+
+NEEDS_A_VALUE = (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError)
+
+
+def name_structure(
+    error: Exception, spec: Spec, args: tuple[Any, ...], use: Callable[[Any], Any]
+) -> None:
+    """Raise TypeError with the names of the numbers on which a lifted factory branches in Python.
+
+    Args:
+      use: a call of what the factory returns. It may be this call that branches.
+    """
+    if spec.own or _branches(spec, args, use, None):  # on a gradient, for example
+        return
+    if names := [name for name in spec.numeric() if _branches(spec, args, use, name)]:
+        raise TypeError(
+            f"{spec.name}: {', '.join(names)} must be structure, since the factory needs the value"
+            f" in Python, got a traced number. Lift it with jgd.as_pytree({spec.name},"
+            f" structure={names!r})"
+        ) from error
+
+
+def _branches(
+    spec: Spec, args: tuple[Any, ...], use: Callable[[Any], Any], name: str | None
+) -> bool:
+    """Return whether a lifted factory branches where of its numbers `name` alone is traced."""
+    concrete = lambda x: 0.5 if isinstance(x, jax.core.Tracer) else np.asarray(x, np.float64)[()]
+
+    def build(x: jax.Array) -> None:
+        traced = lambda label: name is not None and label == spec.labels[name]
+        number = lambda label, value: x if traced(label) else concrete(value)
+        with plainly(own=False):
+            result = spec.body(args, How(number, step=jnp.zeros([], jnp.int32)))
+        use(extended(result) if isinstance(result, tuple) else result)
+
+    try:
+        jax.eval_shape(build, jnp.zeros([]))
+    except NEEDS_A_VALUE:
+        return True
+    except Exception:  # of a stand-in, which says nothing about `name`
+        return False
+    return False

@@ -1,0 +1,77 @@
+"""The dtypes at the door of an optimizer: arithmetic is float32 at least, updates come back narrow.
+
+wide({"w": bfloat16})                    # {"w": float32}
+narrowed(updates, gradients, params)     # in the precision of the gradients
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jgd.trees import TreeError, path_name
+
+__all__ = ["alike", "narrowed", "wide"]
+
+
+_WIDE = frozenset(map(jnp.dtype, ("float32", "float64", "complex64", "complex128")))
+
+
+def wide(tree: Any) -> Any:
+    """Return a tree with 16-bit and integer leaves as float32, so that arithmetic is too."""
+    try:
+        return jax.tree.map(_wide_leaf, tree)
+    except TypeError:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            try:
+                _wide_leaf(leaf)
+            except TypeError:
+                kind = type(leaf).__name__ if not hasattr(leaf, "dtype") else leaf.dtype
+                raise TreeError(f"expected an array at {path_name(path)}, got {kind}") from None
+        raise
+
+
+def _wide_leaf(leaf: Any) -> Any:
+    if isinstance(leaf, jax.Array) and leaf.dtype in _WIDE:
+        return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):  # `init` needs no more than shapes
+        wide = leaf.dtype if leaf.dtype in _WIDE else jnp.zeros([], float).dtype
+        return jax.ShapeDtypeStruct(leaf.shape, wide, sharding=leaf.sharding)
+    dtype = jnp.result_type(leaf)
+    if dtype == jax.dtypes.float0:  # the gradient of an integer
+        return jnp.zeros(np.shape(leaf), float)
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        raise TypeError
+    if jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_):
+        return jnp.asarray(leaf, float)
+    return jnp.asarray(leaf) if dtype in _WIDE else jnp.asarray(leaf, jnp.float32)
+
+
+def narrowed(new: Any, updates: Any, params: Any) -> Any:
+    """Return updates in the precision of the gradients they came from."""
+    if alike(new, updates):
+        return jax.tree.map(_narrow, new, updates)
+    # updates that come in pairs, as the parameters of a lookahead, have the dtypes of those
+    return jax.tree.map(_narrow, new, params) if alike(new, params) else new
+
+
+def alike(new: Any, old: Any) -> bool:
+    """Return whether two trees have one structure."""
+    return jax.tree.structure(new) == jax.tree.structure(old)
+
+
+def _narrow(new: Any, old: Any) -> Any:
+    if isinstance(new, jax.Array) and new.dtype == getattr(old, "dtype", None):
+        return new
+    bits = _float_bits(old)
+    if bits is None or bits == _float_bits(new):
+        return new
+    if jnp.iscomplexobj(new) == jnp.iscomplexobj(old):
+        return jnp.asarray(new, jnp.result_type(old))
+    return jnp.asarray(new, {32: jnp.float32, 64: jnp.float64}[bits])
+
+
+def _float_bits(x: Any) -> int | None:
+    dtype = jnp.result_type(x)
+    return int(jnp.finfo(dtype).bits) if jnp.issubdtype(dtype, jnp.inexact) else None
