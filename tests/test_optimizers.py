@@ -451,31 +451,6 @@ def test_exponents_of_composition():
         assert _errors(run(ours, gradients, params), run(theirs, gradients, params)).max() <= 2e-5
 
 
-def test_words_are_what_their_docstrings_say():
-    g = {"w": jnp.array([-2.0, 0.0, 3.0])}
-    words = {
-        "square": ([], [4.0, 0.0, 9.0]),
-        "sign": ([], [-1.0, 0.0, 1.0]),
-        "scale_by_sign": ([], [-1.0, 0.0, 1.0]),
-        "identity": ([], [-2.0, 0.0, 3.0]),
-        "set_to_zero": ([], [0.0, 0.0, 0.0]),
-        "scale": ([2], [-4.0, 0.0, 6.0]),
-        "moving_average": ([0.9, 1.0], [0.7, 0.9, 1.2]),
-        "running_sum": ([0.5], [-1.5, 0.5, 3.5]),
-        "running_max": ([], [0.0, 0.0, 3.0]),
-        "decayed_max": ([0.5, 0.1], [2.1, 0.1, 3.1]),
-        "bias_correction": ([0.75], [-8.0, 0.0, 12.0]),
-        "scale_by_schedule": ([lambda step: step + 2], [-4.0, 0.0, 6.0]),
-    }
-    for name, (arguments, expected) in words.items():
-        tx = getattr(jgd, name)(*arguments)
-        np.testing.assert_allclose(tx.update(g, tx.init(g))[0]["w"], expected, rtol=1e-6)
-    both = [jgd.scale(2.0), jgd.scale(3.0)]
-    for word, factor in (("add", 5.0), ("subtract", -1.0)):
-        tx = getattr(jgd, word)(*both)
-        np.testing.assert_allclose(tx.update(g, tx.init(g))[0]["w"], factor * g["w"])
-
-
 def test_zero_over_zero_is_zero_with_finite_derivatives():
     zero = {"w": jnp.zeros(3)}
     for tx in itertools.starmap(lambda n, z: getattr(jgd, n)(0.1, **z), QUOTIENTS.items()):
