@@ -116,7 +116,8 @@ def test_the_full_form_of_a_loss():
         mean = 0.9 * model_state["mean"] + 0.1 * x.mean(0)
         fit = jnp.mean(((x * keep - mean) @ params["w"] - y) ** 2)
         penalty = setting["l2"] * jnp.sum(params["w"] ** 2)
-        return fit + penalty, ({"kept": keep.mean()}, {"mean": mean})
+        metrics = {"kept": keep.mean(), "fit": fit, "mean": mean}
+        return fit + penalty, (metrics, {"mean": mean})
 
     def evaluate(params, model_state, setting):
         return {"norm": jnp.sum(params["w"] ** 2), "l2": setting["l2"], **model_state}
@@ -125,12 +126,18 @@ def test_the_full_form_of_a_loss():
     task = jgd.Task(init, loss, batch, lambda p, s, t: {"norm": evaluate(p, s, t)["norm"]})
     setting = lambda strength: {"tx": jgd.sgd(0.1), "l2": strength}
     params, history = jgd.train(task, setting(0.0), 40, jax.random.key(0))
-    shrunk, _ = jgd.train(task, setting(3.0), 40, jax.random.key(0))
+    shrunk, penalized = jgd.train(task, setting(3.0), 40, jax.random.key(0))
     chex.assert_shape([params["w"], history["loss"], history["kept"]], [(2,), (40,), (40,)])
     chex.assert_type(jax.tree.leaves((params, history)), jnp.float32)
     kept = np.asarray(history["kept"])
     assert len(set(kept.tolist())) > 1  # another mask at each step
     chex.assert_trees_all_equal(8 * kept, np.round(8 * kept))  # of eight numbers
+    chex.assert_trees_all_equal(history["loss"], history["fit"])
+    chex.assert_trees_all_close(penalized["loss"][0], penalized["fit"][0] + 6, rtol=1e-6)  # 3 |1|^2
+    means = [np.zeros(2)]
+    for step in range(40):
+        means.append(0.9 * means[-1] + 0.1 * np.asarray(batch(step)[0], np.float64).mean(0))
+    chex.assert_trees_all_close(history["mean"], np.float32(means[1:]), rtol=1e-5, atol=1e-7)
     assert jnp.sum(shrunk["w"] ** 2) < jnp.sum(params["w"] ** 2)
     lanes = jgd.grid(setting_of, l2=[0.0, 3.0])
     result = jgd.sweep(task, {"ridge": lanes}, 40, metric="norm")
