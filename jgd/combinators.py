@@ -334,9 +334,12 @@ def named(
             f"named: memories must have different names, got {', '.join(twice)} more than once."
             f" Name them apart, or declare that they are one: shared={twice}"
         )
-    of_field = {field: field for field in getattr(record, "_fields", ())} | dict(fields or {})
+    of_field = {field: field for field in getattr(record, "_fields", ())}
+    if unknown := sorted(set(fields or ()).difference(of_field)):
+        raise ValueError(f"named: fields must name fields of {record.__name__}, got {unknown}")
+    of_field |= fields or {}
     known = {slot.name for slot in slots if not slot.of_schedule}
-    if known != set(of_field.values()):
+    if sorted(known) != sorted(of_field.values()):
         raise ValueError(
             f"named: the fields of {record.__name__} must be the memories {sorted(known)}, got"
             f" {sorted(of_field.values())}"

@@ -34,6 +34,13 @@ def pytest_configure(config: pytest.Config) -> None:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Notebooks take minutes."""
+    for item in items:
+        if item.path.suffix == ".ipynb":
+            item.add_marker("slow")
+
+
 @contextlib.contextmanager
 def _float64() -> Iterator[None]:
     before = jax.config.jax_enable_x64  # type: ignore[attr-defined]

@@ -50,14 +50,28 @@ def _oracle_updates(row, gradients, params):
     return updates
 
 
-def _errors(updates, truth):
-    """max|u - truth| / max|truth| over the tree, for each step; idle steps by the usual."""
-    truth = jax.tree.map(lambda x: np.asarray(x, np.float64), truth)
-    largest = lambda tree: np.max([np.abs(x.reshape(len(x), -1)).max(1) for x in tree if x.size], 0)
-    gaps = jax.tree.map(lambda u, t: np.asarray(u, np.float64) - t, updates, truth)
-    sizes = largest(jax.tree.leaves(truth))
+def _relative(updates, truth):
+    """Return both with each step divided by its largest |truth|, idle steps by the usual one."""
+    updates, truth = jax.tree.map(lambda x: np.asarray(x, np.float64), (updates, truth))
+    flat = [np.abs(x.reshape(len(x), -1)) for x in jax.tree.leaves(truth) if x.size]
+    sizes = np.max([x.max(1) for x in flat], 0)
     usual = np.median(sizes)
-    return largest(jax.tree.leaves(gaps)) / np.where(sizes > 1e-4 * usual, sizes, usual)
+    sizes = np.where(sizes > 1e-4 * usual, sizes, usual)
+    scaled = lambda x: x / sizes.reshape(-1, *[1] * (x.ndim - 1))
+    return jax.tree.map(scaled, updates), jax.tree.map(scaled, truth)
+
+
+def _assert_close(updates, truth, limit):
+    """Assert that updates differ by at most `limit` times the largest update of their step."""
+    chex.assert_trees_all_equal_shapes(updates, truth)
+    chex.assert_tree_all_finite(truth)
+    chex.assert_trees_all_close(*_relative(updates, truth), rtol=0, atol=limit)
+
+
+def _error(updates, truth):
+    """Return the largest difference of a step, relative to its largest update."""
+    gaps = jax.tree.map(lambda u, t: np.abs(u - t), *_relative(updates, truth))
+    return max(x.max() for x in jax.tree.leaves(gaps) if x.size)
 
 
 def _both(row, steps, dtype):
@@ -69,14 +83,14 @@ def _both(row, steps, dtype):
 def test_equals_its_peer_over_200_steps(row):
     params, gradients = _both(row, 200, jnp.float32)
     ours = run(row.ours(**row.arguments), gradients, params)
-    assert _errors(ours, run(row.peer(**row.arguments), gradients, params)).max() <= row.peer32
+    _assert_close(ours, run(row.peer(**row.arguments), gradients, params), row.peer32)
 
 
 @peered
 def test_equals_its_peer_in_float64(row, float64):
     params, gradients = _both(row, 200, jnp.float64)
     ours = run(row.ours(**row.arguments), gradients, params)
-    assert _errors(ours, run(row.peer(**row.arguments), gradients, params)).max() <= row.peer64
+    _assert_close(ours, run(row.peer(**row.arguments), gradients, params), row.peer64)
 
 
 @every_row
@@ -84,7 +98,7 @@ def test_equals_the_paper_in_float64(row, float64):
     params, gradients = parameters(row.shapes), noisy_gradients(300, row.shapes)
     truth = stacked(_oracle_updates(row, gradients, params), jnp.float64)
     ours = run(row.ours(**row.arguments), stacked(gradients, jnp.float64), params)
-    assert _errors(ours, truth).max() <= 1e-9
+    _assert_close(ours, truth, 1e-9)
 
 
 @peered
@@ -99,8 +113,8 @@ def test_never_further_from_the_paper_than_optax_over_1000_steps(row):
     params, gradients = jax.tree.map(single, start)
     truth = jax.tree.map(lambda *xs: np.stack(xs), *_oracle_updates(row, gradients, params))
     params, gradients = jgd.lane(stacked([params], jnp.float32), 0), stacked(gradients, jnp.float32)
-    ours = _errors(run(row.ours(**numbers), gradients, params), truth).max()
-    theirs = _errors(run(row.peer(**numbers), gradients, params), truth).max()
+    ours = _error(run(row.ours(**numbers), gradients, params), truth)
+    theirs = _error(run(row.peer(**numbers), gradients, params), truth)
     # or where both are but rounded, or both lose the same digits in p - p0
     assert ours <= max(1.01 * theirs, 8 * np.finfo(np.float32).eps)
 
@@ -154,7 +168,7 @@ def test_a_lane_is_the_setting_alone(row):
     together = jax.vmap(lambda tx: run(tx, gradients, params))(lanes)
     for index, rate in enumerate(rates):
         alone = run(make(float(rate)), gradients, params)
-        assert _errors(jgd.lane(together, index), alone).max() <= row.rounding
+        _assert_close(jgd.lane(together, index), alone, row.rounding)
         assert jgd.lane(lanes, index) == jgd.lane(jgd.stack([make(float(rate))]), 0)
 
 
@@ -198,7 +212,7 @@ def test_state_keeps_structure_shapes_and_dtypes(row):
         chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
         chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
         floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
-        assert all(x.dtype == jnp.float32 for x in floats)
+        chex.assert_type(floats, jnp.float32)
 
 
 @every_optimizer
@@ -228,7 +242,7 @@ def test_a_float16_zero_gradient_gives_a_finite_step(row):
     zero = jax.tree.map(jnp.zeros_like, params)
     updates, _ = tx.update(zero, tx.init(params), params, value=1.0)
     chex.assert_tree_all_finite(updates)
-    assert updates["w"].dtype == jnp.float16
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
 
 
 @every_row
@@ -246,8 +260,8 @@ def test_a_tree_is_its_leaves(row):
     else:
         for name in ("w", "s"):
             alone = run(row.ours(**row.arguments), {name: gradients[name]}, {name: params[name]})
-            gap, size = (jnp.abs(x).max() for x in (alone[name] - together[name], alone[name]))
-            assert gap <= row.rounding * size
+            limit = row.rounding * float(jnp.abs(alone[name]).max())
+            chex.assert_trees_all_close(together[name], alone[name], rtol=0, atol=limit)
 
 
 @every_optimizer
@@ -287,7 +301,7 @@ def test_odd_leaves(row):
         state = tx.init(params)
     updates, after = tx.update(gradient, state, params, value=1.0)
     assert updates["gone"] is None
-    assert updates["complex"].dtype == gradient["complex"].dtype
+    chex.assert_trees_all_equal_dtypes(updates["complex"], gradient["complex"])
     chex.assert_tree_all_finite({k: updates[k] for k in ("int", "complex")})
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
     optax.apply_updates(params, {**updates, "gone": jnp.zeros(2)})
@@ -386,10 +400,10 @@ def test_16_bit_parameters_do_not_round_the_numbers():
     tx = jgd.adam(0.1)
     _, state = tx.update(params, tx.init(params), params)
     nu = optax.tree.get(state, "nu")["w"]
-    assert nu.dtype == jnp.float32
-    np.testing.assert_allclose(nu, 1e-3, rtol=2e-5)
+    chex.assert_trees_all_close(nu, jnp.full(3, 1 - np.float32(0.999)), rtol=2e-7)
     halved = jgd.adam(0.1, mu_dtype="bfloat16").init(params)
-    assert optax.tree.get(halved, "mu")["w"].dtype == jnp.bfloat16
+    chex.assert_shape(optax.tree.get(halved, "mu")["w"], (3,))
+    chex.assert_type(optax.tree.get(halved, "mu")["w"], jnp.bfloat16)
 
 
 def test_float32_arrays_do_not_promote_under_x64(float64):
@@ -409,7 +423,7 @@ def test_bias_correction_of_a_moving_decay():
         state = tx.init(constant)
         for _ in range(40):
             updates, state = tx.update(constant, state)
-            np.testing.assert_allclose(updates["w"], 3.0, rtol=2e-6)
+            chex.assert_trees_all_close(updates, constant, rtol=2e-6)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.3, 0.9, 0.999, 0.9999])
@@ -425,7 +439,7 @@ def test_bias_correction_is_exact_to_rounding(decay):
     _, ours = jax.jit(lambda s: jax.lax.scan(step, s, None, length=20_000))(init)
     t = np.arange(1, 20_001)
     exact = 1 / -np.expm1(t * np.log(np.float64(np.float32(decay)))) if decay else np.ones(20_000)
-    np.testing.assert_allclose(ours, exact, rtol=4e-7)
+    chex.assert_trees_all_close(ours, np.float32(exact), rtol=4e-7)
 
 
 def test_exponents_of_composition():
@@ -448,39 +462,14 @@ def test_exponents_of_composition():
     ]
     params, gradients = _small_params(), _small_gradients(20)
     for ours, theirs in pairs:
-        assert _errors(run(ours, gradients, params), run(theirs, gradients, params)).max() <= 2e-5
-
-
-def test_words_are_what_their_docstrings_say():
-    g = {"w": jnp.array([-2.0, 0.0, 3.0])}
-    words = {
-        "square": ([], [4.0, 0.0, 9.0]),
-        "sign": ([], [-1.0, 0.0, 1.0]),
-        "scale_by_sign": ([], [-1.0, 0.0, 1.0]),
-        "identity": ([], [-2.0, 0.0, 3.0]),
-        "set_to_zero": ([], [0.0, 0.0, 0.0]),
-        "scale": ([2], [-4.0, 0.0, 6.0]),
-        "moving_average": ([0.9, 1.0], [0.7, 0.9, 1.2]),
-        "running_sum": ([0.5], [-1.5, 0.5, 3.5]),
-        "running_max": ([], [0.0, 0.0, 3.0]),
-        "decayed_max": ([0.5, 0.1], [2.1, 0.1, 3.1]),
-        "bias_correction": ([0.75], [-8.0, 0.0, 12.0]),
-        "scale_by_schedule": ([lambda step: step + 2], [-4.0, 0.0, 6.0]),
-    }
-    for name, (arguments, expected) in words.items():
-        tx = getattr(jgd, name)(*arguments)
-        np.testing.assert_allclose(tx.update(g, tx.init(g))[0]["w"], expected, rtol=1e-6)
-    both = [jgd.scale(2.0), jgd.scale(3.0)]
-    for word, factor in (("add", 5.0), ("subtract", -1.0)):
-        tx = getattr(jgd, word)(*both)
-        np.testing.assert_allclose(tx.update(g, tx.init(g))[0]["w"], factor * g["w"])
+        _assert_close(run(ours, gradients, params), run(theirs, gradients, params), 2e-6)
 
 
 def test_zero_over_zero_is_zero_with_finite_derivatives():
     zero = {"w": jnp.zeros(3)}
     for tx in itertools.starmap(lambda n, z: getattr(jgd, n)(0.1, **z), QUOTIENTS.items()):
         updates, _ = tx.update(zero, tx.init(zero), zero)
-        np.testing.assert_array_equal(updates["w"], 0.0)
+        chex.assert_trees_all_equal(updates, zero)
 
         def total(tx, g):
             return jax.tree.reduce(jnp.add, jax.tree.map(jnp.sum, tx.update(g, tx.init(g), g)[0]))
@@ -545,5 +534,4 @@ def test_mask_of_weight_decay():
     for mask in ({"w": True, "b": False}, lambda p: {"w": True, "b": False}):
         tx = jgd.adamw(1.0, weight_decay=0.5, mask=mask)
         updates, _ = jax.jit(tx.update)(zero, tx.init(params), params)
-        np.testing.assert_allclose(updates["w"], -0.5)
-        np.testing.assert_allclose(updates["b"], 0.0)
+        chex.assert_trees_all_equal(updates, {"w": jnp.full(2, -0.5), "b": jnp.zeros(2)})

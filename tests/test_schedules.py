@@ -1,7 +1,9 @@
 """Schedules against optax, their docstrings and float64, traced and untraced."""
 
+import functools
 import inspect
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,14 +50,13 @@ SHARED = [
 @pytest.mark.parametrize(("name", "arguments"), SHARED)
 def test_equals_optax(name, arguments):
     ours, theirs = getattr(jgd, name)(*arguments), getattr(optax, name)(*arguments)
-    expected = np.array([theirs(int(step)) for step in STEPS])
-    np.testing.assert_allclose([ours(int(s)) for s in STEPS], expected, rtol=2e-6, atol=2e-7)
+    expected = np.array([theirs(int(step)) for step in STEPS], np.float32)
     jitted = jax.jit(lambda schedule, step: schedule(step))
-    np.testing.assert_allclose(
-        [jitted(ours, s) for s in STEPS[::9]], expected[::9], rtol=2e-6, atol=2e-7
-    )
-    np.testing.assert_allclose(jax.vmap(ours)(STEPS), expected, rtol=2e-6, atol=2e-7)
-    np.testing.assert_allclose(ours(STEPS), expected, rtol=2e-6, atol=2e-7)
+    close = functools.partial(chex.assert_trees_all_close, rtol=2e-6, atol=2e-7)
+    close(jnp.stack([ours(int(s)) for s in STEPS]), expected)
+    close(jnp.stack([jitted(ours, s) for s in STEPS[::9]]), expected[::9])
+    close(jax.vmap(ours)(STEPS), expected)
+    close(ours(STEPS), expected)
 
 
 def test_every_schedule_of_optax_is_here():
@@ -85,22 +86,161 @@ def test_staircases_step_at_exact_multiples(length):
             np.testing.assert_array_equal(changes, length * np.arange(1, 40))
 
 
+def _values(schedule, *steps):
+    return schedule(np.array(steps))
+
+
 def test_values_stated_in_the_docstrings():
+    single = lambda *numbers: np.array(numbers, np.float32)
     line = jgd.polynomial_schedule(1.0, 0.0, 1.0, 10, 5)
-    np.testing.assert_allclose(line(np.array([0, 5, 10, 15, 99])), [1, 1, 0.5, 0, 0])
+    decay = jgd.cosine_decay_schedule(1e-3, decay_steps=2000)
     steps = jgd.piecewise_constant([10, 20], [1.0, 0.1, 0.01])
-    np.testing.assert_allclose(steps(np.array([0, 9, 10, 19, 20])), [1, 1, 0.1, 0.1, 0.01])
     inverse = jgd.inverse_time_decay(1.0, 10, 0.5)
-    np.testing.assert_allclose(inverse(np.array([0, 10, 20])), [1, 1 / 1.5, 0.5], rtol=1e-6)
-    transformer = jgd.inverse_sqrt_decay(1.0, 4)
-    np.testing.assert_allclose(transformer(np.array([0, 3, 15])), [0.25, 1, 0.5], rtol=1e-6)
-    np.testing.assert_allclose(jgd.inverse_sqrt_decay(1.0)(np.array([0, 3])), [1, 0.5], rtol=1e-6)
+    transformer, at_once = jgd.inverse_sqrt_decay(1.0, 4), jgd.inverse_sqrt_decay(1.0)
     stable = jgd.warmup_stable_decay_schedule(0.0, 1.0, 10, 20, 10, 0.2)
-    np.testing.assert_allclose(
-        stable(np.array([0, 5, 10, 30, 35, 40, 99])), [0, 0.5, 1, 1, 0.6, 0.2, 0.2], rtol=1e-6
+    joined = jgd.join_schedules([lambda s: 1.0 * s, lambda s: 100.0 + s], [3])
+    ours = {
+        "polynomial": _values(line, 0, 5, 10, 15, 99),
+        "cosine": _values(decay, 0, 1000),
+        "piecewise": _values(steps, 0, 9, 10, 19, 20),
+        "inverse": _values(inverse, 0, 10, 20),
+        "transformer": _values(transformer, 0, 3, 15),
+        "without warm-up": _values(at_once, 0, 3),
+        "stable": _values(stable, 0, 5, 10, 30, 35, 40, 99),
+        "joined": _values(joined, 0, 2, 3, 5),
+    }
+    expected = {
+        "polynomial": single(1, 1, 0.5, 0, 0),
+        "cosine": single(1e-3, 5e-4),
+        "piecewise": single(1, 1, 0.1, 0.1, 0.01),
+        "inverse": single(1, 1 / 1.5, 0.5),
+        "transformer": single(0.25, 1, 0.5),
+        "without warm-up": single(1, 0.5),
+        "stable": single(0, 0.5, 1, 1, 0.6, 0.2, 0.2),
+        "joined": single(0, 2, 100, 102),
+    }
+    chex.assert_trees_all_close(ours, expected, rtol=2e-7)
+
+
+def _cosine(t, peak, length, end=0.0, exponent=1.0):
+    x = np.minimum(t / length, 1)
+    return peak * ((1 - end) * ((1 + np.cos(np.pi * x)) / 2) ** exponent + end)
+
+
+def _warm(t, start, peak, length, after):
+    """A line from `start` to `peak`, and then `after`, which counts from the peak."""
+    return np.where(
+        t < length, start + (peak - start) * t / length, after(np.maximum(t - length, 0))
     )
-    joined = jgd.join_schedules([lambda s: s, lambda s: 100.0 + s], [3])
-    np.testing.assert_allclose(joined(np.array([0, 2, 3, 5])), [0, 2, 100, 102])
+
+
+def _restarts(t):
+    first = _warm(t, 0.0, 1.0, 5, lambda s: _cosine(s, 1.0, 35))
+    own = np.maximum(t - 40, 0)
+    second = _warm(own, 0.1, 0.5, 5, lambda s: _cosine(s, 0.5, 55, 0.2))
+    return np.where(t < 40, first, second)
+
+
+def _wave(x):
+    return (1 - np.cos(np.pi * x)) / 2
+
+
+# a schedule of every name, and its formula of the step t in float64
+FORMULAS = {
+    "constant_schedule": ((0.3,), lambda t: 0.3 + 0 * t),
+    "polynomial_schedule": (
+        (1.0, 0.1, 3, 50, 7),
+        lambda t: 0.1 + 0.9 * (1 - np.clip((t - 7) / 50, 0, 1)) ** 3,
+    ),
+    "linear_schedule": ((1.0, 0.1, 50, 5), lambda t: 1 - 0.9 * np.clip((t - 5) / 50, 0, 1)),
+    "exponential_decay": (
+        (1.0, 41, 0.9, 7, True, 0.8),
+        lambda t: np.maximum(0.9 ** (np.maximum(t - 7, 0) // 41), 0.8),
+    ),
+    "inverse_time_decay": ((0.7, 9, 0.5), lambda t: 0.7 / (1 + 0.5 * t / 9)),
+    "inverse_sqrt_decay": (
+        (0.7, 16),
+        lambda t: 0.7 * np.minimum((t + 1) / 16, np.sqrt(16 / (t + 1))),
+    ),
+    "cosine_decay_schedule": ((0.7, 90, 0.1, 2.0), lambda t: _cosine(t, 0.7, 90, 0.1, 2)),
+    "piecewise_constant": (
+        ([30, 60], [0.7, 0.2, 0.5]),
+        lambda t: np.select([t < 30, t < 60], [0.7, 0.2], 0.5),
+    ),
+    "piecewise_constant_schedule": (
+        (0.7, {60: 0.5, 30: 0.1}),
+        lambda t: 0.7 * np.where(t >= 30, 0.1, 1) * np.where(t >= 60, 0.5, 1),
+    ),
+    "piecewise_interpolate_schedule": (
+        ("linear", 0.7, {30: 0.1, 60: 0.5}),
+        lambda t: np.interp(t, [0, 30, 60], [0.7, 0.07, 0.035]),
+    ),
+    "linear_onecycle_schedule": (
+        (97, 0.7),
+        lambda t: np.interp(t, [0, 29, 82, 97], [0.7 / 25, 0.7, 0.7 / 25, 0.7 / 25e4]),
+    ),
+    "cosine_onecycle_schedule": (
+        (97, 0.7),
+        lambda t: np.where(
+            t < 29,
+            0.7 / 25 + (0.7 - 0.7 / 25) * _wave(t / 29),
+            0.7 + (0.7 / 25e4 - 0.7) * _wave(np.minimum((t - 29) / 68, 1)),
+        ),
+    ),
+    "join_schedules": (
+        ([lambda step: 2.0 + step, jgd.linear_schedule(1.0, 0.0, 20)], [30]),
+        lambda t: np.where(t < 30, 2 + t, 1 - np.clip((t - 30) / 20, 0, 1)),
+    ),
+    "warmup_constant_schedule": (
+        (0.1, 0.7, 20),
+        lambda t: 0.1 + 0.6 * np.minimum(t / 20, 1),
+    ),
+    "warmup_cosine_decay_schedule": (
+        (0.1, 0.7, 20, 100, 0.07, 2.0),
+        lambda t: _warm(t, 0.1, 0.7, 20, lambda s: _cosine(s, 0.7, 80, 0.1, 2)),
+    ),
+    "warmup_exponential_decay_schedule": (
+        (0.1, 0.7, 20, 30, 0.5, 3),
+        lambda t: _warm(t, 0.1, 0.7, 20, lambda s: 0.7 * 0.5 ** (np.maximum(s - 3, 0) / 30)),
+    ),
+    "warmup_stable_decay_schedule": (
+        (0.1, 0.7, 10, 20, 15, 0.2),
+        lambda t: np.interp(t, [0, 10, 30, 45], [0.1, 0.7, 0.7, 0.2]),
+    ),
+    "sgdr_schedule": ((CYCLES,), _restarts),
+}
+
+
+def test_every_schedule_has_a_formula():
+    assert set(FORMULAS) == set(jgd.schedules.__all__)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_equals_its_formula_in_float64(name, float64):
+    arguments, formula = FORMULAS[name]
+    ours = getattr(jgd, name)(*arguments)(STEPS)
+    chex.assert_type(ours, jnp.float64)
+    # cosines near pi lose what is left of the peak
+    chex.assert_trees_all_close(ours, formula(STEPS.astype(float)), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_values_have_the_shape_of_the_steps(name):
+    """Of integers, NumPy's, arrays of any rank, traced or not: always float32."""
+    schedule = getattr(jgd, name)(*FORMULAS[name][0])
+    steps = STEPS.reshape(7, 20)
+    scalars = [schedule(50), schedule(np.int64(50)), schedule(50.0), schedule(jnp.int32(50))]
+    chex.assert_rank(scalars, 0)
+    arrays = [schedule(STEPS), schedule(jnp.asarray(steps)), schedule(steps.astype(np.float32))]
+    chex.assert_shape(arrays, [(140,), (7, 20), (7, 20)])
+    chex.assert_type([*scalars, *arrays], jnp.float32)
+    chex.assert_trees_all_equal(arrays[1].ravel(), arrays[2].ravel(), arrays[0])
+    chex.assert_trees_all_equal(*scalars)
+    chex.assert_trees_all_close(scalars[0], arrays[0][50], rtol=2e-7)
+    for step, shape in ((jnp.int32(0), ()), (jnp.zeros((2, 3), jnp.int32), (2, 3))):
+        traced = jax.eval_shape(schedule, step)
+        chex.assert_shape(traced, shape)
+        chex.assert_type(traced, jnp.float32)
 
 
 def test_arrays_in_place_of_a_dict():
@@ -110,16 +250,15 @@ def test_arrays_in_place_of_a_dict():
         lambda pairs: jgd.piecewise_interpolate_schedule("linear", 1.0, pairs),
     ):
         expected = build({30: 0.1, 60: 0.5})(STEPS)
-        np.testing.assert_allclose(build((boundaries, scales))(STEPS), expected, rtol=1e-6)
-        np.testing.assert_allclose(build(([30, 60], [0.1, 0.5]))(STEPS), expected, rtol=1e-6)
+        chex.assert_shape(expected, STEPS.shape)
+        forms = [build((boundaries, scales))(STEPS), build(([30, 60], [0.1, 0.5]))(STEPS)]
+        chex.assert_trees_all_close(forms, [expected, expected], rtol=2e-7)
         lanes = jax.vmap(lambda b, build=build: build((b, scales)))(
             jnp.stack([boundaries, boundaries + 7])
         )
         together = jax.vmap(lambda schedule: schedule(STEPS))(lanes)
-        np.testing.assert_allclose(together[0], expected, rtol=1e-6)
-        np.testing.assert_allclose(
-            together[1], build({37: 0.1, 67: 0.5})(STEPS), rtol=1e-6, atol=1e-7
-        )
+        both = jnp.stack([expected, build({37: 0.1, 67: 0.5})(STEPS)])
+        chex.assert_trees_all_close(together, both, rtol=1e-6, atol=1e-7)
 
 
 def test_bad_arguments_are_named():
@@ -146,8 +285,9 @@ def test_bad_arguments_are_named():
 def test_joined_functions_get_whole_steps():
     table = jnp.array([0.3, 0.2, 0.1])
     joined = jgd.join_schedules([lambda step: table[step], lambda step: 1.0], [3])
-    np.testing.assert_allclose([joined(s) for s in range(5)], [0.3, 0.2, 0.1, 1.0, 1.0])
-    np.testing.assert_allclose(jax.jit(joined)(1), 0.2)
+    values = jnp.stack([joined(s) for s in range(5)])
+    chex.assert_trees_all_equal(values, jnp.array([0.3, 0.2, 0.1, 1.0, 1.0]))
+    chex.assert_trees_all_equal(jax.jit(joined)(1), jnp.float32(0.2))
 
 
 def test_any_number_may_be_scheduled():
@@ -159,4 +299,4 @@ def test_any_number_may_be_scheduled():
     for gradient, decay in zip(gradients, decays, strict=True):
         updates, state = jax.jit(tx.update)(jnp.float32(gradient), state)
         velocity = decay * velocity + gradient
-        np.testing.assert_allclose(updates, -velocity, rtol=1e-6)
+        chex.assert_trees_all_close(updates, np.float32(-velocity), rtol=2e-7)

@@ -33,7 +33,8 @@ def test_minibatches_are_epochs_of_permutations():
     assert epochs[0] != epochs[1]
     left_over = {(set(range(10)) - set(epoch)).pop() for epoch in epochs}
     assert len(left_over) > 1  # not the same one each time
-    np.testing.assert_array_equal(jax.jit(batch)(7), batch(7))
+    chex.assert_shape(batch(7), (3,))
+    chex.assert_trees_all_equal(jax.jit(batch)(7), batch(7))
 
 
 def test_full_batch_and_single_examples():
@@ -41,7 +42,8 @@ def test_full_batch_and_single_examples():
     full = jgd.minibatches(data, None, jax.random.key(0))
     chex.assert_trees_all_equal(full(0), full(5), data)
     single = jgd.minibatches(data, 1, jax.random.key(0))
-    assert single(0)["x"].shape == (1, 2)
+    chex.assert_shape([single(0)["x"], single(0)["y"]], [(1, 2), (1,)])
+    chex.assert_trees_all_equal_dtypes(single(0), data)
     order = [float(single(step)["y"][0]) for step in range(12)]
     assert sorted(order) == sorted(Y.tolist())
 
@@ -58,13 +60,15 @@ def test_train_is_the_loop_one_would_write():
     task, tx = _line(), jgd.adam(0.05)
     params, history = jgd.train(task, tx, 30, jax.random.key(1))
     by_hand = {"w": jnp.zeros(2), "b": jnp.zeros(())}
-    state = tx.init(by_hand)
+    state, losses = tx.init(by_hand), []
     for step in range(30):
         loss, grads = jax.value_and_grad(task.loss)(by_hand, task.batch(step))
-        np.testing.assert_allclose(history["loss"][step], loss, rtol=1e-4, atol=1e-6)
+        losses.append(loss)
         updates, state = tx.update(grads, state, by_hand)
         by_hand = optax.apply_updates(by_hand, updates)
-    chex.assert_trees_all_close(params, by_hand, rtol=1e-4)
+    chex.assert_trees_all_equal_shapes_and_dtypes(history["loss"], jnp.stack(losses))
+    chex.assert_trees_all_close(history["loss"], jnp.stack(losses), rtol=2e-6)
+    chex.assert_trees_all_close(params, by_hand, rtol=2e-6)
 
 
 def test_train_compiles_once_for_all_numbers():
@@ -78,11 +82,27 @@ def test_train_compiles_once_for_all_numbers():
     for rate in (0.1, 0.2, np.float32(0.3)):
         jgd.train(task, jgd.adam(rate), 5, jax.random.key(0))
     assert len(traces) == 1
-    ends = jax.vmap(lambda tx: jgd.train(_line(), tx, 50, jax.random.key(0))[0])(
-        jax.vmap(jgd.sgd)(jnp.array([0.0, 0.5]))
+
+
+def test_lanes_train_as_gradient_descent_in_numpy():
+    rates, steps = [0.0, 0.2, 0.5], 12
+    ends, history = jax.vmap(lambda tx: jgd.train(_line(), tx, steps, jax.random.key(0)))(
+        jax.vmap(jgd.sgd)(jnp.array(rates))
     )
-    np.testing.assert_array_equal(ends["w"][0], 0)
-    np.testing.assert_allclose(ends["w"][1], [1.0, -2.0], atol=0.2)
+    chex.assert_shape([ends["w"], ends["b"], history["loss"]], [(3, 2), (3,), (3, steps)])
+    chex.assert_type(jax.tree.leaves((ends, history)), jnp.float32)
+    batches = [jax.tree.map(np.float64, _line().batch(step)) for step in range(steps)]
+    for index, rate in enumerate(rates):
+        w, b, losses = np.zeros(2), 0.0, []
+        for x, y in batches:
+            rest = x @ w + b - y
+            losses.append(np.mean(rest**2))
+            w, b = w - rate * 2 * np.mean(x.T * rest, 1), b - rate * 2 * np.mean(rest)
+        expected = {"w": np.float32(w), "b": np.float32(b)}
+        chex.assert_trees_all_close(jgd.lane(ends, index), expected, rtol=1e-5)
+        chex.assert_trees_all_close(
+            history["loss"][index], np.float32(losses), rtol=1e-5, atol=1e-7
+        )
 
 
 def test_the_full_form_of_a_loss():
@@ -97,7 +117,8 @@ def test_the_full_form_of_a_loss():
         mean = 0.9 * model_state["mean"] + 0.1 * x.mean(0)
         fit = jnp.mean(((x * keep - mean) @ params["w"] - y) ** 2)
         penalty = setting["l2"] * jnp.sum(params["w"] ** 2)
-        return fit + penalty, ({"kept": keep.mean()}, {"mean": mean})
+        metrics = {"kept": keep.mean(), "fit": fit, "mean": mean}
+        return fit + penalty, (metrics, {"mean": mean})
 
     def evaluate(params, model_state, setting):
         return {"norm": jnp.sum(params["w"] ** 2), "l2": setting["l2"], **model_state}
@@ -106,8 +127,18 @@ def test_the_full_form_of_a_loss():
     task = jgd.Task(init, loss, batch, lambda p, s, t: {"norm": evaluate(p, s, t)["norm"]})
     setting = lambda strength: {"tx": jgd.sgd(0.1), "l2": strength}
     params, history = jgd.train(task, setting(0.0), 40, jax.random.key(0))
-    shrunk, _ = jgd.train(task, setting(3.0), 40, jax.random.key(0))
-    assert len(set(np.asarray(history["kept"]).tolist())) > 1  # another mask at each step
+    shrunk, penalized = jgd.train(task, setting(3.0), 40, jax.random.key(0))
+    chex.assert_shape([params["w"], history["loss"], history["kept"]], [(2,), (40,), (40,)])
+    chex.assert_type(jax.tree.leaves((params, history)), jnp.float32)
+    kept = np.asarray(history["kept"])
+    assert len(set(kept.tolist())) > 1  # another mask at each step
+    chex.assert_trees_all_equal(8 * kept, np.round(8 * kept))  # of eight numbers
+    chex.assert_trees_all_equal(history["loss"], history["fit"])
+    chex.assert_trees_all_close(penalized["loss"][0], penalized["fit"][0] + 6, rtol=1e-6)  # 3 |1|^2
+    means = [np.zeros(2)]
+    for step in range(40):
+        means.append(0.9 * means[-1] + 0.1 * np.asarray(batch(step)[0], np.float64).mean(0))
+    chex.assert_trees_all_close(history["mean"], np.float32(means[1:]), rtol=1e-5, atol=1e-7)
     assert jnp.sum(shrunk["w"] ** 2) < jnp.sum(params["w"] ** 2)
     lanes = jgd.grid(setting_of, l2=[0.0, 3.0])
     result = jgd.sweep(task, {"ridge": lanes}, 40, metric="norm")
@@ -232,12 +263,14 @@ def test_a_run_of_ones_own():
         batch=lambda step: jnp.float32(1.0),
     )
     state, history = jgd.train(run, {"rate": 0.5}, 10, jax.random.key(0))
-    np.testing.assert_allclose(state, 0.5**10)
-    assert history["loss"].shape == (10,)
-    lanes = jgd.grid(lambda rate: {"rate": jnp.asarray(rate, float)}, rate=[0.1, 0.5, 1.9])
+    chex.assert_trees_all_equal(state, jnp.float32(0.5**10))
+    chex.assert_trees_all_equal(history["loss"], 0.25 ** jnp.arange(1.0, 11))
+    lanes = jgd.grid(lambda rate: {"rate": jnp.asarray(rate, float)}, rate=[0.1, 0.5, 1.75])
     result = jgd.sweep(run, lanes, 10)
     assert result.metric == "distance"
-    assert [row["rate"] for row in result.rows] == [0.5, 0.1, 1.9] or result.rows[0]["rate"] == 0.5
+    assert [row["rate"] for row in result.rows] == [0.5, 1.75, 0.1]
+    distances = np.array([row["distance"] for row in result.rows])
+    chex.assert_trees_all_close(distances, np.array([0.5, 0.75, 0.9]) ** 10, rtol=2e-6)
 
 
 @pytest.mark.parametrize("name", ["sgd", "momentum", "adagrad", "rmsprop", "adam", "adamax"])
