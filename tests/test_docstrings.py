@@ -81,6 +81,13 @@ def _taken_for_granted(code):
         lanes = jgd.stack([tx, tx])
         names |= dict(tx=tx, state=tx.init(params), lanes=lanes)
         names["states"] = jax.vmap(lambda tx: tx.init(params))(lanes)
+    if "jgd.compat.optax" in code:
+        rate = (1e-3, 0, 1000)
+        ours = jgd.adamw(jgd.linear_schedule(*rate))
+        theirs = optax.adamw(optax.linear_schedule(*rate))
+        names |= dict(tx=ours, optax_tx=theirs, optax_state=theirs.init(params))
+        names["jgd_state"] = ours.init(params)
+        names["state"] = names["optax_state" if "state_from(state" in code else "jgd_state"]
     if "jgd.nnx." in code:
         from flax import nnx
 
