@@ -19,7 +19,7 @@ import jgd.compat.torch as jt
 from jgd.combinators import ScheduledDecayState
 from jgd.compat.shared import correct, scale_by_uncorrected_adam
 from jgd.optimizers.adaptive import rectified
-from jgd.per_leaf import difference, per_leaf
+from jgd.rules import difference, per_leaf
 from jgd.transforms import MovingAverageState, RunningSumState, memory
 
 B1, B2, B3, EPS, RATE = 0.8, 0.95, 0.99, 1e-3, 0.1
