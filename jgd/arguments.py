@@ -271,7 +271,7 @@ def admit_schedule(label: str, value: Any) -> Any:
 
 def _is_factory(value: Any) -> bool:
     """Return whether a function is a factory of jgd or optax, not what a factory returns."""
-    if inspect.isfunction(value) and value.__module__.partition(".")[0] == "optax":
+    if inspect.isfunction(value) and str(value.__module__).partition(".")[0] == "optax":
         return "<locals>" not in value.__qualname__
     return hasattr(value, "__jgd_spec__")
 

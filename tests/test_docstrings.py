@@ -76,6 +76,22 @@ def _taken_for_granted(code):
         layer(torch.tensor(X)).mean().backward()
         names["optimizer"].step()
         names["params"] = [jnp.array(w.detach().numpy()) for w in layer.parameters()]
+    if "jgd.now(" in code:
+        tx = jgd.adam(jgd.linear_schedule(0.1, 0.0, 10))
+        lanes = jgd.stack([tx, tx])
+        names |= dict(tx=tx, state=tx.init(params), lanes=lanes)
+        names["states"] = jax.vmap(lambda tx: tx.init(params))(lanes)
+    if "jgd.compat.optax" in code:
+        rate = (1e-3, 0, 1000)
+        ours = jgd.adamw(jgd.linear_schedule(*rate))
+        theirs = optax.adamw(optax.linear_schedule(*rate))
+        names |= dict(tx=ours, optax_tx=theirs, optax_state=theirs.init(params))
+        names["jgd_state"] = ours.init(params)
+        names["state"] = names["optax_state" if "state_from(state" in code else "jgd_state"]
+    if "jgd.nnx." in code:
+        from flax import nnx
+
+        names |= dict(nnx=nnx, model=nnx.Linear(3, 1, rngs=nnx.Rngs(0)), rates=[0.1, 0.2], steps=5)
     if "model.optimizer" in code:
         names["model"] = _keras_model()
         names["params"] = [jnp.asarray(w) for w in names["model"].get_weights()]

@@ -166,6 +166,14 @@ def test_the_message_in_the_call(name):
     assert _message(call) == message
 
 
+def test_a_schedule_may_come_from_no_module():
+    """As what `exec` defines in a namespace of its own."""
+    names = {}
+    exec("def fall(step): return 0.1 - 0.01 * step", names)
+    assert names["fall"].__module__ is None
+    assert jgd.sgd(names["fall"]).learning_rate is names["fall"]
+
+
 def test_arrays_on_a_device_are_checked_without_waiting(monkeypatch):
     """Only if their values are there, and only in the user's call."""
     bad = _on_device(1.5)
