@@ -25,6 +25,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from table import losses
 
+# For `jax.jit` where two programs must round alike: at level 0, XLA does not contract a product and
+# a sum to one operation, as it does for users.
+CONTRACTED = {"xla_backend_optimization_level": 1}
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Most of the time is compilation, much of it of the same programs: keep them."""
@@ -34,11 +38,23 @@ def pytest_configure(config: pytest.Config) -> None:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Notebooks take minutes."""
+    """Mark the notebooks as slow."""
     for item in items:
         if item.path.suffix == ".ipynb":
-            item.add_marker("slow")
+            item.add_marker(pytest.mark.slow)
+
+
+def cached_environment() -> dict[str, str]:
+    """Return the environment for a subprocess that shares the compilation cache of the tests."""
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    values = {name.upper(): jax.config.values[name] for name in names}
+    return os.environ | {name: str(x) for name, x in values.items() if x is not None}
 
 
 @contextlib.contextmanager
@@ -61,7 +77,7 @@ def stacked(trees: list[Any], dtype: Any) -> Any:
     return jax.tree.map(lambda *xs: jnp.asarray(np.stack(xs), dtype), *trees)
 
 
-def run(tx: Any, gradients: Any, params: Any) -> Any:
+def run(tx: Any, gradients: Any, params: Any, compiler_options: Any = None) -> Any:
     """All updates of a transformation over stacked gradients, each added to the parameters."""
     tx = optax.with_extra_args_support(tx)
     values = jnp.asarray(losses(len(jax.tree.leaves(gradients)[0])))
@@ -75,4 +91,4 @@ def run(tx: Any, gradients: Any, params: Any) -> Any:
     def go(gradients: Any, params: Any) -> Any:
         return jax.lax.scan(step, (params, tx.init(params)), (gradients, values))[1]
 
-    return jax.jit(go)(gradients, params)
+    return jax.jit(go, compiler_options=compiler_options)(gradients, params)

@@ -106,6 +106,7 @@ def test_equals_keras(name, arguments, float64):
     close(ours, expected, tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "arguments"), KERAS[:20])  # without the random ones
 def test_equals_keras_in_float32(name, arguments):
     theirs = of_keras(name, arguments, float)
@@ -253,6 +254,7 @@ def test_equals_torch(config, float64):
         close(of_jgd(None, config, "momentum"), momenta, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [c for c in TORCH if c[0] != "SequentialLR"], ids=label)
 def test_equals_torch_in_float32(config):
     close(of_jgd(0.3, config), drive(config)[0], 2e-5)

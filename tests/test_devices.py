@@ -4,6 +4,9 @@ import os
 import subprocess
 import sys
 
+import pytest
+from conftest import cached_environment
+
 PROGRAM = """
 import os, sys
 os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
@@ -61,9 +64,10 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_lanes_on_eight_devices(tmp_path):
     program = PROGRAM.format(tests=os.path.dirname(__file__), folder=str(tmp_path / "run"))
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    environment = {**cached_environment(), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env=environment
     )

@@ -287,7 +287,9 @@ def _same(one, two):
     jax.tree.map(np.testing.assert_array_equal, one.best.state, two.best.state)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [k if k == "halving" else pytest.param(k, marks=pytest.mark.slow) for k in KINDS]
+)
 def test_a_resumed_sweep_is_the_uninterrupted_one(kind, tmp_path):
     """Bit for bit: table, curves and the best parameters, wherever it was cut off."""
     groups = {**_adam(15), "m": jgd.grid(jgd.momentum, learning_rate=RATES[:9])}

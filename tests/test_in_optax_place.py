@@ -13,6 +13,7 @@ from pathlib import Path
 
 import optax
 import pytest
+from conftest import cached_environment
 
 OPTAX = Path(optax.__file__).parent
 HERE = Path(__file__).parent
@@ -69,6 +70,7 @@ def _run(tests, report, *options):
     workers = ["-n2", "--dist=worksteal"] if importlib.util.find_spec("xdist") else []
     apart = [f"--rootdir={OPTAX}", f"-c{os.devnull}", "-pno:cacheprovider"]
     ours = [str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    more = dict(PYTHONPATH=os.pathsep.join(ours), IN_OPTAX_PLACE=str(report))
     result = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-pin_optax_place", "-q", "--tb=short"),
@@ -76,7 +78,7 @@ def _run(tests, report, *options):
             *(f"{OPTAX}/{test}" for test in tests),
         ],
         cwd=report.parent,
-        env=os.environ | dict(PYTHONPATH=os.pathsep.join(ours), IN_OPTAX_PLACE=str(report)),
+        env=cached_environment() | more,
         capture_output=True,
         text=True,
     )

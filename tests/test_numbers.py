@@ -138,6 +138,15 @@ def _factories():
             yield name
 
 
+def _marked(name, names):
+    """Mark `scale_by_adam` as slow where `adam` tests the same numbers, and so on."""
+    twice = name.startswith("scale_by_") and name.removeprefix("scale_by_") in names
+    return pytest.param(name, marks=[pytest.mark.slow] * twice)
+
+
+FACTORIES = [*_factories()]
+
+
 def _numeric(spec):
     return [name for name, kind in spec.kinds.items() if name in spec.numeric()]
 
@@ -179,7 +188,7 @@ def _total(value, names=SHAPES):
     return jnp.sum(jax.lax.scan(step, start, (jnp.arange(STEPS), gradients))[1])
 
 
-@pytest.mark.parametrize("name", list(_factories()))
+@pytest.mark.parametrize("name", [_marked(name, FACTORIES) for name in FACTORIES])
 def test_every_number_is_a_lane_and_differentiable(name, float64):
     factory = getattr(jgd, name)
     leaves, structure = jax.tree_util.tree_flatten_with_path(
@@ -203,7 +212,7 @@ def test_every_number_is_a_lane_and_differentiable(name, float64):
     moves = np.concatenate([-0.07 * np.diag(np.abs(point)), np.diag(step), -np.diag(step)])
     together = np.asarray(jax.jit(jax.vmap(total))(point + moves))
     lifted = name in LIFTED  # whose derivatives are optax's affair
-    # one program for the values alone and for the gradient, which saves a compilation
+    # one program for the values alone and for the gradient, since a second one costs a compilation
     alone = jax.jit((lambda x: (total(x), None)) if lifted else jax.value_and_grad(total))
     solo = [alone(lane)[0] for lane in (point + moves)[:n]]
     np.testing.assert_allclose(together[:n], solo, rtol=1e-9, err_msg=str(labels))
@@ -225,5 +234,5 @@ def test_schedules_of_schedules_are_differentiable(float64):
 
 
 def test_the_enumeration_sees_them_all():
-    assert len(list(_factories())) >= 120
-    assert sum(len(_numeric(getattr(jgd, n).__jgd_spec__)) for n in _factories()) >= 380
+    assert len(FACTORIES) >= 120
+    assert sum(len(_numeric(getattr(jgd, n).__jgd_spec__)) for n in FACTORIES) >= 380

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 from absl.testing import parameterized
-from conftest import run, stacked
+from conftest import CONTRACTED, run, stacked
 from problems import PROBLEMS, REACHED, reached
 from table import LABELS, ROWS, losses, noisy_gradients, own_optimizers, parameters
 
@@ -86,6 +86,7 @@ def test_equals_its_peer_over_200_steps(row):
     _assert_close(ours, run(row.peer(**row.arguments), gradients, params), row.peer32)
 
 
+@pytest.mark.slow
 @peered
 def test_equals_its_peer_in_float64(row, float64):
     params, gradients = _both(row, 200, jnp.float64)
@@ -101,6 +102,7 @@ def test_equals_the_paper_in_float64(row, float64):
     _assert_close(ours, truth, 1e-9)
 
 
+@pytest.mark.slow
 @peered
 def test_never_further_from_the_paper_than_optax_over_1000_steps(row):
     """All three are given numbers that float32 can hold, so that arithmetic alone is compared."""
@@ -153,6 +155,13 @@ def _small_gradients(steps=5):
     return jax.tree.map(draw, _small_params())
 
 
+@functools.cache
+def _alone(label):
+    """The updates of a row with its numbers as constants, which several tests compare with."""
+    row = ROWS[LABELS.index(label)]
+    return run(row.ours(**row.arguments), _small_gradients(), _small_params(), CONTRACTED)
+
+
 def _by_rate(row):
     """The optimizer as a function of its first argument."""
     rest = {k: v for k, v in row.arguments.items() if k != row.rate}
@@ -166,8 +175,9 @@ def test_a_lane_is_the_setting_alone(row):
     params, gradients = _small_params(), _small_gradients()
     lanes = jax.vmap(make)(rates)
     together = jax.vmap(lambda tx: run(tx, gradients, params))(lanes)
+    solo = jax.jit(lambda tx: run(tx, gradients, params))  # a program that takes any rate
     for index, rate in enumerate(rates):
-        alone = run(make(float(rate)), gradients, params)
+        alone = _alone(row.label) if rate == rates[-1] else solo(make(float(rate)))
         _assert_close(jgd.lane(together, index), alone, row.rounding)
         assert jgd.lane(lanes, index) == jgd.lane(jgd.stack([make(float(rate))]), 0)
 
@@ -196,9 +206,9 @@ def test_one_trace_for_floats_ints_arrays_and_numpy(row):
 def test_constant_schedule_is_the_number(row):
     params, gradients = _small_params(), _small_gradients()
     make, rate = _by_rate(row), row.arguments[row.rate]
-    number = run(make(rate), gradients, params)
+    number = _alone(row.label)
     for schedule in (jgd.constant_schedule(rate), optax.constant_schedule(rate), lambda _: rate):
-        scheduled = run(make(schedule), gradients, params)
+        scheduled = run(make(schedule), gradients, params, CONTRACTED)
         chex.assert_trees_all_close(scheduled, number, rtol=1e-6)
 
 
@@ -249,7 +259,7 @@ def test_a_float16_zero_gradient_gives_a_finite_step(row):
 def test_a_tree_is_its_leaves(row):
     """Or one long vector, for the rules that look at the whole tree."""
     params, gradients = _small_params(), _small_gradients()
-    together = run(row.ours(**row.arguments), gradients, params)
+    together = _alone(row.label)
     if row.name == "noisy_sgd":  # whose noise is drawn leaf by leaf
         assert not np.allclose(together["w"], -row.arguments["learning_rate"] * gradients["w"])
     elif row.whole_tree:

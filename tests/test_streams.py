@@ -71,7 +71,8 @@ def test_a_resumed_sweep_goes_on_with_the_stream(kind, tmp_path):
         if kind == "generator":
             loaders.append(iter(_Loader(_line())()))
         else:
-            loaders.append(iter(source.batch(4).to_iter_dataset()))
+            ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+            loaders.append(iter(source.batch(4).to_iter_dataset(ahead)))
         return loaders[-1]
 
     task = _line()._replace(batch=jgd.stream(batches))
