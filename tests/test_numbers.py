@@ -144,11 +144,11 @@ def _marked(name, names):
     return pytest.param(name, marks=[pytest.mark.slow] * twice)
 
 
-FACTORIES = [*_factories()]
-
-
 def _numeric(spec):
     return [name for name, kind in spec.kinds.items() if name in spec.numeric()]
+
+
+FACTORIES = [*_factories()]
 
 
 def _settings(spec):
