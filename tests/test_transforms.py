@@ -14,6 +14,7 @@ from conftest import run
 import jgd
 import jgd.norms
 import jgd.transforms
+from jgd.per_leaf import DifferenceState, difference
 from jgd.pytree import ScheduledState
 from jgd.transforms import (
     BiasCorrectionState,
@@ -188,6 +189,11 @@ RULES = {
         jgd.rms(0.9, 0.1, 0.2),
         _rms,
         lambda tree: (optax.EmptyState(), _state_of_ema(tree), optax.EmptyState()),
+    ),
+    "difference": Rule(
+        difference(),
+        lambda g, p, m, t: (g - m if t > 1 else 0 * g, g),
+        lambda tree: DifferenceState(jnp.int32(0), tree),
     ),
     "centralize": Rule(jgd.centralize(), _pointwise(_centred)),
     "scale_by_trust_ratio": Rule(jgd.scale_by_trust_ratio(), _trust()),
