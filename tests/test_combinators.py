@@ -322,7 +322,7 @@ class _Backwards(NamedTuple):
 
 
 def test_fields_follow_names_and_not_places():
-    """The order of fields, and of links, has no say: mu is the average, nu that of squares."""
+    """A field has the memory of its name, whatever the order of fields and of links."""
     gradients = _gradients(2)
     first, second = jgd.lane(gradients, 0), jgd.lane(gradients, 1)
     mean = lambda b, x, y: b * (1 - b) * x + (1 - b) * y
@@ -338,7 +338,7 @@ def test_fields_follow_names_and_not_places():
             assert type(state) is record
             chex.assert_trees_all_close((state.mu, state.nu), (mu, nu), rtol=1e-5)
             chex.assert_trees_all_equal(state.count, jnp.int32(2))
-    # names are all that counts: with other names the memories go elsewhere
+    # exchanged names exchange the fields, where anybody can read it
     swapped = jgd.named(
         _adams_quotient("nu", "mu"), record=optax.ScaleByAdamState, shared=["count"]
     )

@@ -1,4 +1,4 @@
-"""The basic transformations against NumPy: three steps in float64, and the states they hold."""
+"""The basic transformations against NumPy: three steps in float64, and their states."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from conftest import run
 import jgd
 import jgd.norms
 import jgd.transforms
+from jgd.per_leaf import DifferenceState, difference
 from jgd.pytree import ScheduledState
 from jgd.transforms import (
     BiasCorrectionState,
@@ -42,7 +43,7 @@ def _gradients():
 
 
 class Rule(NamedTuple):
-    """A transformation, its formula on one leaf, and the state it should hold."""
+    """A transformation, its formula on one leaf, and its state."""
 
     tx: Any
     formula: Callable[..., Any]  # (g, p, m, t) -> (u, new m), with t from 1
@@ -54,8 +55,8 @@ def _pointwise(f):
     return lambda g, p, m, t: (f(g), m)
 
 
-def _kept(f):
-    """A memory that is the update."""
+def _memory(f):
+    """Return the formula of a transformation whose update is its memory."""
 
     def formula(g, p, m, t):
         new = f(g, m)
@@ -71,8 +72,8 @@ def _norm(x):
 def _trust(min_norm=0.0, coefficient=1.0, eps=0.0):
     def formula(g, p, m, t):
         size, length = max(_norm(p), min_norm), max(_norm(g), min_norm)
-        kept = size == 0 or length == 0
-        return g * (1 if kept else coefficient * size / (length + eps)), m
+        unscaled = size == 0 or length == 0
+        return g * (1 if unscaled else coefficient * size / (length + eps)), m
 
     return formula
 
@@ -146,26 +147,29 @@ RULES = {
     "scale_by_learning_rate None": Rule(jgd.scale_by_learning_rate(None), _pointwise(lambda g: g)),
     "add_decayed_weights": Rule(jgd.add_decayed_weights(0.3), lambda g, p, m, t: (g + 0.3 * p, m)),
     "scale_by_momentum": Rule(
-        jgd.scale_by_momentum(0.9), _kept(lambda g, m: 0.9 * m + g), optax.TraceState
+        jgd.scale_by_momentum(0.9), _memory(lambda g, m: 0.9 * m + g), optax.TraceState
     ),
-    "trace": Rule(jgd.trace(0.9), _kept(lambda g, m: 0.9 * m + g), optax.TraceState),
+    "trace": Rule(jgd.trace(0.9), _memory(lambda g, m: 0.9 * m + g), optax.TraceState),
     "trace nesterov": Rule(jgd.trace(0.9, True), _look_ahead, optax.TraceState),
     "with_nesterov": Rule(
         jgd.with_nesterov(jgd.scale_by_momentum(0.9)), _look_ahead, optax.TraceState
     ),
     "moving_average": Rule(
         jgd.moving_average(0.9, 2.0),
-        _kept(lambda g, m: 0.9 * m + 0.1 * g),
+        _memory(lambda g, m: 0.9 * m + 0.1 * g),
         _start_at(MovingAverageState, 2.0),
         start=2.0,
     ),
     "running_sum": Rule(
-        jgd.running_sum(0.5), _kept(lambda g, m: m + g), _start_at(RunningSumState, 0.5), start=0.5
+        jgd.running_sum(0.5),
+        _memory(lambda g, m: m + g),
+        _start_at(RunningSumState, 0.5),
+        start=0.5,
     ),
-    "running_max": Rule(jgd.running_max(), _kept(lambda g, m: np.maximum(m, g)), RunningMaxState),
+    "running_max": Rule(jgd.running_max(), _memory(lambda g, m: np.maximum(m, g)), RunningMaxState),
     "decayed_max": Rule(
         jgd.decayed_max(0.6, 0.1),
-        _kept(lambda g, m: np.maximum(0.6 * m, np.abs(g) + 0.1)),
+        _memory(lambda g, m: np.maximum(0.6 * m, np.abs(g) + 0.1)),
         RunningMaxState,
     ),
     "bias_correction": Rule(
@@ -178,13 +182,18 @@ RULES = {
     ),
     "ema": Rule(jgd.ema(0.9), _ema(0.9), _state_of_ema),
     "ema debias=False": Rule(
-        jgd.ema(0.9, False), _kept(lambda g, m: 0.9 * m + 0.1 * g), _state_of_ema
+        jgd.ema(0.9, False), _memory(lambda g, m: 0.9 * m + 0.1 * g), _state_of_ema
     ),
     "nesterov_ema": Rule(jgd.nesterov_ema(0.9), _nesterov_ema, _state_of_ema),
     "rms": Rule(
         jgd.rms(0.9, 0.1, 0.2),
         _rms,
         lambda tree: (optax.EmptyState(), _state_of_ema(tree), optax.EmptyState()),
+    ),
+    "difference": Rule(
+        difference(),
+        lambda g, p, m, t: (g - m if t > 1 else 0 * g, g),
+        lambda tree: DifferenceState(jnp.int32(0), tree),
     ),
     "centralize": Rule(jgd.centralize(), _pointwise(_centred)),
     "scale_by_trust_ratio": Rule(jgd.scale_by_trust_ratio(), _trust()),
@@ -214,13 +223,13 @@ RULES = {
         lambda tree: (_state_of_ema(tree), optax.EmptyState()),
     ),
 }
-# arguments that look at the whole tree, or fit some leaves only
-BESIDE = {"add_noise"}
+# random, so that it has a test of its own
+RANDOM = {"add_noise"}
 
 
 def test_every_transformation_has_a_formula():
     public = {*jgd.transforms.__all__, *jgd.norms.__all__}
-    assert public <= BESIDE | {label.split()[0] for label in RULES}
+    assert public <= RANDOM | {label.split()[0] for label in RULES}
 
 
 def _all_updates(txs, gradients, params):
@@ -319,7 +328,7 @@ def test_add_noise_falls_with_the_step(float64):
     chex.assert_trees_all_close((standard**2).mean(), jnp.ones([]), rtol=0, atol=error * 2**0.5)
     assert not np.allclose(standard[0], standard[1])
     shifted = run(jgd.add_noise(1.0, 0.0, 3), zeros + 2.0, params)
-    chex.assert_trees_all_close(shifted, standard + 2.0, rtol=1e-12)
+    chex.assert_trees_all_close(shifted, standard + 2.0, rtol=1e-12, atol=1e-15)  # where it cancels
     state = jgd.add_noise(1.0, 0.0).init(params)
     chex.assert_type(state.count, jnp.int32)
     chex.assert_shape(state.count, ())
