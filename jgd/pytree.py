@@ -295,7 +295,9 @@ class Schedule(_Value):
             with np.errstate(all="ignore"):
                 with plainly(spec.own):
                     schedule = spec.body(args, How(concrete_scalar if spec.own else scalar))
-                return schedule(step)
+                value = schedule(step)
+            # a user's function may return NumPy's float64 for NumPy's scalars
+            return jnp.asarray(value, float) if spec.own else value
         except NEEDS_A_VALUE as error:
             name_structure(error, spec, args, lambda schedule: schedule(step))
             raise

@@ -164,12 +164,12 @@ def _with_average(
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         steps, average, inner_state = check_state(state, AverageState)
         updates, inner_state = tx.update(updates, inner_state, with_params(params), **extra)
-        done = steps // every.astype(int)
+        done = steps // jnp.asarray(every, int)
         kept = jnp.where(done == 0, 0, momentum)
         mix = lambda u, a, p: kept * a + (1 - kept) * (p + u)
         average = leafwise(mix, updates, average, params, keep=True)
         if overwrite is not None:
-            now = (done + 1) % overwrite.astype(int) == 0
+            now = (done + 1) % jnp.asarray(overwrite, int) == 0
             updates = leafwise(lambda u, a, p: jnp.where(now, a - p, u), updates, average, params)
         return updates, AverageState(increment(steps), average, inner_state)
 
