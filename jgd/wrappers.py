@@ -1,4 +1,4 @@
-"""What wraps a whole optimizer: `wrapper(inner, numbers)` is an optimizer again.
+"""Wrappers of whole optimizers: `wrapper(inner, numbers)` is an optimizer again.
 
     jgd.accumulate(jgd.cautious(jgd.adamw(1e-3)), every=4)
 
@@ -33,12 +33,12 @@ __all__ = [
 ]
 
 
-def _only(state: Any, *wanted: type) -> Any:
-    """The one state of a kind, or of either kind, in a nest of states."""
-    is_wanted = lambda node: isinstance(node, wanted)
-    found = [node for node in jax.tree.leaves(state, is_leaf=is_wanted) if is_wanted(node)]
+def _only(function: str, state: optax.OptState, kind: type) -> Any:
+    """Return the one state of a kind in a nest of states."""
+    is_one = lambda node: isinstance(node, kind)
+    found = [node for node in jax.tree.leaves(state, is_leaf=is_one) if is_one(node)]
     if len(found) != 1:
-        raise ValueError(f"one {wanted[0].__name__} wanted in the state, found {len(found)}")
+        raise ValueError(f"{function}: state must hold one {kind.__name__}, got {len(found)}")
     return found[0]
 
 
@@ -109,7 +109,7 @@ accumulate.__jgd_spec__ = spec_of(_accumulate)  # type: ignore[attr-defined]
 
 @as_pytree
 def cautious(inner: GradientTransformation) -> GradientTransformation:
-    """Steps only where `inner` goes down the gradient of now.
+    """Masks the parts of `inner`'s update that would increase the loss to first order.
 
         k = 1 where inner(g) g < 0, else 0            u = inner(g) k / max(mean(k), 1e-3)
 
@@ -241,7 +241,7 @@ class AverageParamsState(NamedTuple):
 def average_params(
     inner: GradientTransformation, decay: Fraction = 0.999
 ) -> GradientTransformation:
-    """Keeps an average of the parameters beside the training, which it leaves alone.
+    """Maintains an average of the parameters without changing the training.
 
         p' = p + inner(g)            a <- a + (1 - decay) / (1 - decay^t) (p' - a)
 
@@ -284,7 +284,7 @@ def averaged_params(state: Any) -> Any:
 
     Raises: ValueError if the state holds none, or several.
     """
-    return _only(state, AverageParamsState).average
+    return _only("averaged_params", state, AverageParamsState).average
 
 
 @as_pytree
@@ -357,6 +357,6 @@ def schedule_free_eval_params(state: Any, params: Any) -> Any:
 
     Raises: ValueError if the state holds none, or several.
     """
-    found = _only(state, optax.contrib.ScheduleFreeState)
+    found = _only("schedule_free_eval_params", state, optax.contrib.ScheduleFreeState)
     x = lambda p, z: (p - (1 - found.b1) * z) / found.b1  # as p = (1 - b1) z + b1 x
     return jax.tree.map(lambda p, z: x(p, z).astype(p.dtype), params, found.z)

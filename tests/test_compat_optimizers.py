@@ -459,7 +459,7 @@ def test_what_does_not_fit_is_refused_by_name():
     square = [torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
     kept = _stepped(torch.optim.Adam(square), square)
     eye = jnp.eye(2)
-    with pytest.raises(ValueError, match="the state_dict of an optimizer wanted"):
+    with pytest.raises(ValueError, match="state_dict must be that of an optimizer"):
         jt.state_from({"model": {}, "optimizer": kept}, [eye, eye])
     with pytest.raises(ValueError, match="1 parameters here, 2 in the state"):
         jt.state_from(kept, [eye])

@@ -172,7 +172,9 @@ def test_average_params_has_no_bias_and_does_not_touch_the_training(decay):
     average = jax.tree.map(lambda *xs: np.average(np.stack(xs), axis=0, weights=weights), *seen)
     chex.assert_trees_all_close(jgd.averaged_params((state, "more")), average, rtol=1e-4, atol=1e-6)
     assert optax.tree.get(jgd.average_params(jgd.adam(0.1)).init(params), "count") == 0
-    with pytest.raises(ValueError, match="one AverageParamsState wanted in the state, found 0"):
+    with pytest.raises(
+        ValueError, match="averaged_params: state must hold one AverageParamsState, got 0"
+    ):
         jgd.averaged_params(jgd.adam(0.1).init(params))
 
 
