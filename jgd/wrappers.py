@@ -101,7 +101,7 @@ def accumulate(inner: GradientTransformation, every: Any) -> GradientTransformat
     return inner if one else accumulating
 
 
-accumulate.__jgd_spec__ = spec_of(_accumulate)  # type: ignore[attr-defined]
+setattr(accumulate, "__jgd_spec__", spec_of(_accumulate))  # noqa: B010 (no such attribute)
 
 
 # --- which way to step -----------------------------------------------------------------------

@@ -40,23 +40,17 @@ UNREACHED = [
 ]
 
 _16_BIT = "16-bit parameters have float32 memories, whose dtype optax takes from the parameters"
-_SCALARS = "Adam's state has two more scalars, so that its correction is right for moving decays"
 DIFFERENCES = {
     "_src/alias_test.py::AliasTest::test_explicit_dtype9": _16_BIT,
     "_src/alias_test.py::AliasTest::test_explicit_dtype1[01]": _16_BIT,
-    "_src/alias_test.py::AliasTest::test_optimizers_can_be_wrapped_in_inject_hyperparams18": (
-        "the key of `noisy_sgd` is structure and cannot be traced, as `inject_hyperparams` does"
-    ),
     "_src/transform_test.py::TransformTest::test_lion_invalid_mode_raises": (
         "an unknown mode raises its ValueError in the call, not in `update`"
     ),
     "contrib/_galore_test.py::GaLoreTest::test_mu_dtype_controls_moment_dtype": _16_BIT,
     "contrib/_schedule_free_test.py::ScheduleFreeTest::test_explicit_dtype3": _16_BIT,
-    "tree_utils/_state_utils_test.py::StateUtilsTest::test_adam": _SCALARS,
     "tree_utils/_state_utils_test.py::StateUtilsTest::test_map_non_params_to_none": (
         "a scheduled number keeps its step around the state of the whole optimizer"
     ),
-    "tree_utils/_state_utils_test.py::StateUtilsTest::test_tree_set": _SCALARS,
 }
 
 

@@ -10,11 +10,11 @@ import numpy as np
 import optax
 import pytest
 from conftest import run
+from jgd.per_leaf import DifferenceState, difference
 
 import jgd
 import jgd.norms
 import jgd.transforms
-from jgd.per_leaf import DifferenceState, difference
 from jgd.pytree import ScheduledState
 from jgd.transforms import (
     BiasCorrectionState,

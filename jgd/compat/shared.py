@@ -68,11 +68,14 @@ def with_parameters_of_options(
     parameters = [*front, *options, *own[len(front) :]]
     expanded = signature.replace(parameters=parameters)
 
+    call: Callable[..., Any] = rule
+
     @functools.wraps(rule)
     def factory(*args: Any, **kwargs: Any) -> Any:
-        return rule(**expanded.bind(*args, **kwargs).arguments)  # type: ignore[call-arg]
+        arguments: Any = expanded.bind(*args, **kwargs).arguments
+        return call(**arguments)
 
-    factory.__signature__ = expanded  # type: ignore[attr-defined]
+    setattr(factory, "__signature__", expanded)  # noqa: B010 (functions have none)
     return factory
 
 

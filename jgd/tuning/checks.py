@@ -134,7 +134,7 @@ def _metrics(run: Run, lanes: Lanes, batch: Any) -> list[str]:
     return names
 
 
-def monitor(stop: Any, mode: str) -> Monitor | None:
+def monitor(stop: Any, mode: Any) -> Monitor | None:
     """The early stopping that was asked for, in the direction of the metric."""
     if stop is None:
         return None
@@ -144,7 +144,7 @@ def monitor(stop: Any, mode: str) -> Monitor | None:
         return stop
     if isinstance(stop, bool) or not hasattr(stop, "__index__"):
         raise ValueError(f"sweep: stop must be jgd.stopping.early_stopping or an int, got {stop!r}")
-    return early_stopping(patience=operator.index(stop), mode=mode)  # type: ignore[arg-type]
+    return early_stopping(patience=operator.index(stop), mode=mode)
 
 
 def adopted(plan: Plan, written: Mapping[str, Any]) -> Plan:

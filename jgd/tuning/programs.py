@@ -352,5 +352,5 @@ def _compiled(
     program = jax.jit(flat, donate_argnums=1 if donate else (), **where)
     compiled = program.lower(constants, *examples).compile()
     call = lambda *arguments: compiled(constants, *arguments)
-    call.compiled = compiled  # type: ignore[attr-defined]
+    setattr(call, "compiled", compiled)  # noqa: B010 (functions have no such attribute)
     return call

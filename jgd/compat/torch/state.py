@@ -72,7 +72,7 @@ def state_from(
     if not isinstance(state_dict, Mapping) or "param_groups" not in state_dict:
         raise ValueError(
             "state_from: state_dict must be that of an optimizer, with param_groups, got"
-            f" {type(state_dict).__name__}. Pass optimizer.state_dict(), or its place in the checkpoint"
+            f" {type(state_dict).__name__}. Pass optimizer.state_dict(), or that of a checkpoint"
         )
     group = _one_group(state_dict["param_groups"])
     kind, slots = next((_KINDS[key] for key in _KINDS if key in group), ("", {}))
