@@ -150,14 +150,14 @@ class NumbersKind(Kind):
         one = lambda x: Static(x) if isinstance(x, str) else NumberKind().admit(label, x)
         stored = jax.tree.map(one, value, is_leaf=callable)
         if not any(isinstance(x, jax.Array) for x in jax.tree.leaves(stored)):
-            self.check_range(label, stored)
+            self.check_range(label, stored, value)
         return stored
 
-    def check_range(self, label: str, stored: Any) -> None:
+    def check_range(self, label: str, stored: Any, value: Any = None) -> None:
         """Raise ValueError for concrete numbers that do not go together."""
         if self.check is not None and not self.check(stored):
-            shown = jax.tree.map(lambda x: x.tolist() if np.ndim(x) else float(str(x)), stored)
-            raise ValueError(f"{label} must be {self.description}, got {brief(shown)}")
+            shown = brief(stored if value is None else value)
+            raise ValueError(f"{label} must be {self.description}, got {shown}")
 
     def check_call(self, label: str, stored: Any) -> None:
         arrays = [x for x in jax.tree.leaves(stored) if isinstance(x, jax.Array)]

@@ -177,8 +177,9 @@ def test_a_lane_is_the_setting_alone(row):
     make = _by_rate(row)
     params, gradients = _small_params(), _small_gradients()
     lanes = jax.vmap(make)(rates)
-    together = jax.vmap(lambda tx: run(tx, gradients, params))(lanes)
-    solo = jax.jit(lambda tx: run(tx, gradients, params))  # a program that takes any rate
+    together = jax.vmap(lambda tx: run(tx, gradients, params, CONTRACTED))(lanes)
+    # a program that takes any rate
+    solo = jax.jit(lambda tx: run(tx, gradients, params), compiler_options=CONTRACTED)
     for index, rate in enumerate(rates):
         alone = _alone(row.label) if rate == rates[-1] else solo(make(float(rate)))
         _assert_close(jgd.lane(together, index), alone, row.rounding)

@@ -10,12 +10,12 @@ import numpy as np
 import optax
 import pytest
 from conftest import run
-from jgd.per_leaf import DifferenceState, difference
 
 import jgd
 import jgd.norms
 import jgd.transforms
 from jgd.pytree import ScheduledState
+from jgd.rules import DifferenceState, difference
 from jgd.transforms import (
     BiasCorrectionState,
     MovingAverageState,
