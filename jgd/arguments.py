@@ -156,7 +156,8 @@ class NumbersKind(Kind):
     def check_range(self, label: str, stored: Any, value: Any = None) -> None:
         """Raise ValueError for concrete numbers that do not go together."""
         if self.check is not None and not self.check(stored):
-            shown = brief(stored if value is None else value)
+            plain = lambda x: x.tolist() if np.ndim(x) else float(str(x))
+            shown = brief(jax.tree.map(plain, stored) if value is None else value)
             raise ValueError(f"{label} must be {self.description}, got {shown}")
 
     def check_call(self, label: str, stored: Any) -> None:
