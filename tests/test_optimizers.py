@@ -378,6 +378,7 @@ def test_scale_of_the_gradient(scale):
         chex.assert_trees_all_close(run(tx, scaled, params), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 class VariantsTest(chex.TestCase):
     """The same numbers with and without jit, with and without a device."""
 
