@@ -7,7 +7,7 @@ import pytest
 from test_training import X, Y, _line
 
 import jgd
-from jgd.tuning import programs
+from jgd.tuning.compiling import Compiler
 
 ADAM = {"adam": jgd.grid(jgd.adam, learning_rate=[0.1, 0.2])}
 
@@ -17,7 +17,7 @@ def _nothing_is_compiled(monkeypatch):
     def compiled(*_, **__):
         raise AssertionError("something was compiled")
 
-    monkeypatch.setattr(programs, "_compiled", compiled)
+    monkeypatch.setattr(Compiler, "compiled", compiled)
 
 
 def _with_nan(batch_size=4):

@@ -68,7 +68,7 @@ def test_two_processes_are_one_sweep(tmp_path):
     lost = list(
         _together(tmp_path, *COMMAND.replace("--steps 64", "--steps 4000").split(), "--out", "lost")
     )
-    while not (tmp_path / "lost" / "manifest.json").exists():
+    while not (tmp_path / "lost" / "manifest-1.json").exists():
         assert lost[0].poll() is None, lost[0].communicate()
         time.sleep(0.05)
     children = subprocess.run(
@@ -94,4 +94,4 @@ def test_two_processes_are_one_sweep(tmp_path):
 
 def test_several_processes_want_a_folder(tmp_path):
     process = _start(tmp_path, "sweep", "--coordinator", "127.0.0.1:1")
-    assert "--coordinator wants --out" in process.communicate()[1]
+    assert "--coordinator needs --out" in process.communicate()[1]
