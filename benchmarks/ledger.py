@@ -49,10 +49,11 @@ def reports(plan: Plan, ledger: Ledger, begin: int, end: int) -> Iterator[Report
     alive = np.flatnonzero(ledger.alive)
     for place in range(0, len(alive), WIDTH):
         lanes = alive[place : place + WIDTH]
+        n = len(lanes)
         for step in (step for step in plan.reports if begin < step <= end):
-            draw = lambda n=len(lanes): rng.random(n, np.float32).astype(np.float64)
+            draw = lambda n=n: rng.random(n, np.float32).astype(np.float64)
             over = step == plan.steps
-            seen = jax.tree.map(lambda x, n=len(lanes): np.full(n, 0.1, x.dtype), statistics)
+            seen = jax.tree.map(lambda x, n=n: np.full(n, 0.1, x.dtype), statistics)
             yield Report(
                 tile=place // WIDTH,
                 group="adam",
@@ -60,7 +61,7 @@ def reports(plan: Plan, ledger: Ledger, begin: int, end: int) -> Iterator[Report
                 lanes=lanes,
                 loss=draw(),
                 metrics={"accuracy": draw(), "loss": draw()},
-                ended=np.full(len(lanes), FINISHED if over else 0, np.int8),
+                ended=np.full(n, FINISHED if over else 0, np.int8),
                 seen=seen if over else None,
             )
 

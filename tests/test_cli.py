@@ -116,8 +116,11 @@ def test_halving_report_and_resume(project, monkeypatch, capsys):
     for wrong, message in (
         (["report", "none"], "holds no finished sweep"),
         (["sweep", "--resume", "none"], "holds no sweep of the command line"),
-        (["sweep", "--halving", "2", "--hyperband", "3"], "one of --halving and --hyperband"),
-        (["sweep", "--min-steps", "3"], "--min-steps wants --halving or --hyperband"),
+        (
+            ["sweep", "--halving", "2", "--hyperband", "3"],
+            "--halving and --hyperband exclude each other",
+        ),
+        (["sweep", "--min-steps", "3"], "--min-steps needs --halving or --hyperband"),
         (["sweep", "--optimizer", "adam", "--halving", "1"], "eta must be above 1, got 1"),
     ):
         with pytest.raises(SystemExit):

@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import jax
@@ -378,10 +377,9 @@ def test_interrupted_with_what_there_is(tmp_path):
 def test_interrupted_while_tiles_run():
     """Ctrl-C in the middle of a chunk: it is waited for, and its lanes are among what there is."""
     lanes = {"adam": jgd.grid(jgd.adam, learning_rate=RATES[:8])}
-    timer = threading.Timer(3.0, lambda: os.kill(os.getpid(), signal.SIGINT))
-    timer.start()
+    interrupt = lambda plan, report: os.kill(os.getpid(), signal.SIGINT)  # while the next ones run
     with pytest.raises(sweep.Interrupted) as caught:
-        jgd.sweep(_line(), lanes, 10**8, width=4, report_every=20_000)
+        jgd.sweep(_line(), lanes, 4000, width=4, report_every=400, on_report=interrupt)
     result = caught.value.result
     assert {row["ended"] for row in result.rows} == {"out of budget"}
     assert np.isfinite(result.best.params["w"]).all()

@@ -12,9 +12,21 @@ import numpy as np
 import pytest
 
 TASK = """
-import sys
+import itertools, sys
 sys.path.insert(0, {tests!r})
+import jax, jgd, numpy as np
 from test_training import _line
+
+def _breaks(process):
+    task = _line()
+    def batches():
+        for step in itertools.count():
+            if step == 40 and jax.process_index() == process:
+                raise OSError("no more data")
+            yield tuple(map(np.asarray, task.batch(step)))
+    return task._replace(batch=jgd.stream(batches))
+
+breaks_0, breaks_1 = lambda: _breaks(0), lambda: _breaks(1)
 """
 COMMAND = (
     "sweep processes_task:_line --optimizer adam --set learning_rate=log:1e-4:1:20 --steps 64"
@@ -90,6 +102,18 @@ def test_two_processes_are_one_sweep(tmp_path):
     for rate, (ended, loss) in _loss(tmp_path / "whole").items():
         np.testing.assert_allclose(_loss(tmp_path / "lost")[rate][1], loss, rtol=1e-3, atol=1e-6)
         assert _loss(tmp_path / "lost")[rate][0] == ended
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("process", [0, 1])
+def test_an_error_on_one_process_ends_all_with_one_line(process, tmp_path):
+    command = COMMAND.replace("_line", f"breaks_{process}").split()
+    both = list(_together(tmp_path, *command, "--out", "both"))
+    for one in both:
+        _, errors = one.communicate(timeout=120)
+        assert one.returncode == 2
+        (line,) = [line for line in errors.splitlines() if line.startswith("jgd: ")]
+        assert "no more data" in line
 
 
 def test_several_processes_want_a_folder(tmp_path):

@@ -1,6 +1,7 @@
 """Grids, plans, the driver's promises, the table and the folder."""
 
 import csv
+import inspect
 import json
 
 import chex
@@ -434,3 +435,42 @@ def test_batches_of_settings_pass_through_jax_as_settings():
     lanes = jgd.grid(jgd.adam, learning_rate=[0.1, 0.2])
     assert isinstance(jax.tree.map(lambda x: x, lanes), jgd.Transformation)
     chex.assert_trees_all_equal(jgd.lane(lanes, 1), jgd.lane(lanes.settings, 1))
+
+
+def test_sweeps_of_one_task_share_their_programs(monkeypatch):
+    task, lanes = _line(), lambda *rates: jgd.grid(jgd.adam, learning_rate=list(rates))
+    first = jgd.sweep(task, lanes(0.1, 0.2), 20, width=2)
+    spy = _Spy(monkeypatch)
+    again = jgd.sweep(task, lanes(0.2, 0.3), 20, width=2)
+    assert not spy.texts
+    np.testing.assert_array_equal(
+        again.curves["adam"].train_loss[0], first.curves["adam"].train_loss[1]
+    )
+    for other in (dict(seeds=2), dict(key=1), dict(best="ever"), dict(report_every=10)):
+        spy.texts.clear()
+        jgd.sweep(task, lanes(0.2, 0.3), 20, width=2, **other)
+        assert spy.texts, other
+    spy.texts.clear()
+    jgd.sweep(task._replace(init=lambda key: task.init(key)), lanes(0.2, 0.3), 20, width=2)
+    assert spy.texts
+
+
+def test_few_tasks_are_remembered():
+    from jgd.tuning import engine
+
+    for _ in range(engine.CACHED + 2):
+        jgd.sweep(_line(), jgd.grid(jgd.sgd, learning_rate=[0.1]), 4)
+    assert len(engine._cache) == engine.CACHED
+
+
+def test_the_options_are_in_help_and_a_misspelt_one_is_named():
+    for function in (jgd.sweep, jgd.iter_sweep, jgd.optuna_search):
+        names = list(inspect.signature(function).parameters)
+        assert "seeds" in names
+        assert "{arguments}" not in function.__doc__
+        assert all(f"\n  {name}: " in function.__doc__ for name in names)
+    lanes = jgd.grid(jgd.sgd, learning_rate=[0.1])
+    with pytest.raises(TypeError, match=r"sweep: .*'widht'; did you mean width"):
+        jgd.sweep(_line(), lanes, 10, widht=2)
+    with pytest.raises(TypeError, match=r"sweep: seeds must be an integer, got 1\.5"):
+        jgd.sweep(_line(), lanes, 10, seeds=1.5)

@@ -224,7 +224,7 @@ def _sweep(options: Sweep) -> None:
     if options.resume is not None:
         options = _resumed(options)
     task = _task(options)
-    groups = groups_of(options.optimizer or TEXTBOOK, options.set)
+    groups, halving = groups_of(options.optimizer or TEXTBOOK, options.set), _halving(options)
     if options.resume is None and devices.is_writer():
         _write_command(options, out)
     progress = console.Progress(terminal)
@@ -235,7 +235,7 @@ def _sweep(options: Sweep) -> None:
                 task,
                 groups,
                 options.steps,
-                halving=_halving(options),
+                halving=halving,
                 stop=options.patience,
                 folder=out,
                 resume=resume,

@@ -90,7 +90,7 @@ class Progress:
         widths = " and ".join(str(width) for width in sorted({g.width for g in plan.groups}))
         self.console.print(
             f"{settings * plan.seeds:,} trainings of {plan.steps:,} steps: {settings:,} settings in"
-            f" {len(plan.groups)} compiled programs, {plan.seeds} seeds; {widths} lanes step together"
+            f" {len(plan.groups)} compiled programs, {plan.seeds} seeds, tiles of {widths} lanes"
         )
 
 

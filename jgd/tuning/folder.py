@@ -41,19 +41,27 @@ EARLY = ("command.json", "plan.json.part", "command.json.part")  # a sweep that 
 class Folder:
     """The folder of one sweep. Of several processes, process 0 writes.
 
+    Args:
+      path: None for a sweep without a folder: nothing is written.
+
     Attributes:
+      exists: False without a path.
+      plan: of the sweep that is resumed, as it was written; None for a new sweep.
       notes: what was found damaged and replaced, one line each.
 
     Raises: FileExistsError for a new sweep in a folder that holds something, FileNotFoundError for
       a resumed one without a plan, OSError if the folder cannot be written.
     """
 
-    def __init__(self, path: str | Path, *, resume: bool = False) -> None:
-        self.path, self.notes = Path(path), list[str]()
+    def __init__(self, path: str | Path | None, *, resume: bool = False) -> None:
+        self.path, self.notes = Path(path or ""), list[str]()
+        self._writes = path is not None and is_writer()
         if resume and not (self.path / "plan.json").exists():
             raise FileNotFoundError(f"{self.path} holds no sweep: there is no plan.json")
-        if not resume and is_writer() and not self._is_free():
+        if not resume and self._writes and not self._is_free():
             raise FileExistsError(f"{self.path} is not empty. Give a sweep a folder of its own")
+        self.exists = path is not None
+        self.plan = _read_json(self.path / "plan.json") if resume else None
         self._journal = self.path / "journal.jsonl"
         self._events = self._bytes = self._crc = self._generation = 0
         self._writer = concurrent.futures.ThreadPoolExecutor(1)
@@ -68,17 +76,13 @@ class Folder:
 
     def write_plan(self, plan: Plan) -> None:
         """Write the plan, the first file of a sweep."""
-        if is_writer():
+        if self._writes:
             self.path.mkdir(parents=True, exist_ok=True)
             self._write_json("plan.json", plan.as_json())
 
-    def read_plan(self) -> dict[str, Any]:
-        """Return the plan as it was written."""
-        return _read_json(self.path / "plan.json")
-
     def write_result(self, result: Result) -> None:
         """Write the table and the curves."""
-        if not is_writer():
+        if not self._writes:
             return
         plan = result.plan
         summary = {"metric": plan.metric, "mode": plan.mode, "steps": plan.steps}
@@ -97,7 +101,7 @@ class Folder:
     def append(self, events: Iterable[Report | Cut]) -> None:
         """Append events to the journal."""
         lines = [encode(event) + "\n" for event in events]
-        if lines and is_writer():
+        if lines and self._writes:
             data = "".join(lines).encode()
             with self._journal.open("ab") as file:
                 file.write(data)
@@ -114,7 +118,7 @@ class Folder:
           manifest: schedule, blocks by name, and what else a resume needs, as JSON.
           states: the rows of each block, on the host.
         """
-        if not is_writer():
+        if not self._writes:
             return
         self.finish()
         with self._journal.open("ab") as file:
@@ -204,7 +208,7 @@ class Folder:
         journal = manifest["journal"] if manifest else {"events": 0, "bytes": 0, "crc32": 0}
         self._events, self._bytes = journal["events"], journal["bytes"]
         self._crc, self._generation = journal["crc32"], manifest["generation"] if manifest else 0
-        if not is_writer():
+        if not self._writes:
             return
         for path in _manifests(self.path):
             if _generation(path) > self._generation:

@@ -1,9 +1,9 @@
 """The turns of a sweep: what runs next, and what follows from it.
 
-    while sweep.start():            # the next tiles, one for each core
-        deliver(sweep.take())       # the events of the turn before, while they run
-        sweep.finish()              # waits for the tiles, judges them in their order
-            poll(sweep.events)          # the only entrance for clock, signal, pruner and writer
+    poll(sweep.events)          # the only entrance for clock, signal, pruner and writer
+    sweep.start()               # the next tiles, one for each core
+    deliver(sweep.take())       # the events of the turn before, while the tiles run
+    sweep.finish()              # waits for them, and judges them in their order
 
 The ledger says what is true of each lane, the pool holds their states, and the schedule says what
 is queued. All three follow from the plan and the events.
@@ -325,20 +325,12 @@ def run(
     wait for each other's results, and all obey the decisions of process 0.
 
     Args:
-      deliver: called with the events of each turn, in their order, while the next turn runs.
-      poll: called once per turn with its events.
-      checkpoint: called between two turns, when all events have been delivered.
+      poll: called before each turn with the events of the turn before.
+      deliver: called with the same events, in their order, while the turn runs.
+      checkpoint: called before a turn, when all events have been delivered.
     """
     failures = devices.Failures()
     while True:
-        started = False
-        with failures.collected():
-            started = sweep.start()
-            deliver(sweep.take())
-        failures.raise_everywhere()
-        if not started:
-            return True
-        sweep.finish()
         decision = Decision()
         with failures.collected():
             decision = poll(sweep.events)
@@ -351,9 +343,14 @@ def run(
             with failures.collected():
                 deliver(sweep.take())
                 checkpoint()
-        if decision.interrupt:
-            failures.raise_everywhere()
-            return False
+        started = False
+        with failures.collected():
+            started = not decision.interrupt and sweep.start()
+            deliver(sweep.take())
+        failures.raise_everywhere()
+        if not started:
+            return not decision.interrupt
+        sweep.finish()
 
 
 def _widened(values: np.ndarray) -> np.ndarray:

@@ -83,8 +83,10 @@ class Training:
     ] = None
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "key", "width", "report_every", "devices"):
-            self._check_count(name, least=None if name == "key" else 1)
+        for name in ("seeds", "width", "report_every"):
+            self._check_count(name)
+        for name in ("key", "devices"):  # how many devices there are, JAX says later
+            self._check_count(name, least=None)
         for name in ("order", "mode", "best"):
             self._check_choice(name)
 

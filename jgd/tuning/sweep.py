@@ -119,19 +119,16 @@ def sweep(arguments: SweepArguments) -> Result:
       in the data, a learning rate that is negative or NaN, an `evaluate` that returns no dict of
       scalars, or an option out of its range. Interrupted, on Ctrl-C.
     """
-    folder = None
-    if arguments.folder is not None:
-        folder = Folder(arguments.folder, resume=arguments.resume)
-    prepared = prepare(arguments, folder.read_plan() if folder and arguments.resume else None)
-    if folder is not None and arguments.resume:
-        _resume(prepared, folder)
-    elif folder is not None:
-        folder.write_plan(prepared.plan)
+    folder = Folder(arguments.folder, resume=arguments.resume)
+    prepared = prepare(arguments, folder.plan)
     plan = prepared.plan
+    if arguments.resume:
+        _resume(prepared, folder)
+    else:
+        folder.write_plan(plan)
 
     def deliver(events: list[Report | Cut]) -> None:
-        if folder is not None:
-            folder.append(events)
+        folder.append(events)
         for event in events:
             prepared.record.apply(event)
             if arguments.on_report is not None and isinstance(event, Report):
@@ -139,21 +136,18 @@ def sweep(arguments: SweepArguments) -> Result:
                 with asked.interrupts():
                     arguments.on_report(plan, event._replace(alive=alive))
 
-    checkpoint = lambda: _checkpoint(prepared, folder) if folder is not None else None
+    checkpoint = lambda: _checkpoint(prepared, folder)
     try:
         with _CtrlC() as asked:
             poll = Clock(prepared.sweep.schedule, plan, folder, asked)
             whole = run(prepared.sweep, deliver, poll, checkpoint)
         result = prepared.result(whole=whole)
-        if folder is not None:
-            folder.write_result(result)
-            if whole:
-                checkpoint()
-            folder.finish()
+        folder.write_result(result)
+        checkpoint()
+        folder.finish()
     except BaseException:
-        if folder is not None:  # a checkpoint that is being written is finished
-            with contextlib.suppress(Exception):
-                folder.finish()
+        with contextlib.suppress(Exception):  # a checkpoint that is being written is finished
+            folder.finish()
         raise
     finally:
         prepared.sweep.engine.close()
@@ -164,12 +158,15 @@ def sweep(arguments: SweepArguments) -> Result:
 
 @function_of(Trained)
 def iter_sweep(arguments: Trained) -> Iterator[Report | Cut]:
-    """Yield the reports and cuts of a sweep as they come.
+    """Return the reports and cuts of a sweep as they come.
 
     Args:
       {arguments}
     """
-    sweep = prepare(arguments).sweep
+    return _events(prepare(arguments).sweep)
+
+
+def _events(sweep: Sweep) -> Iterator[Report | Cut]:
     while sweep.start():
         yield from sweep.take()  # while the next turn runs
         sweep.finish()
@@ -258,8 +255,9 @@ def prepare(arguments: Trained, written: Mapping[str, Any] | None = None) -> Pre
 
 def _checkpoint(prepared: Prepared, folder: Folder) -> None:
     """Record where a sweep is between two turns."""
-    sweep, states = prepared.sweep, dict[str, Any]()
-    blocks = dict[str, Any]()
+    if not folder.exists:
+        return
+    sweep, states, blocks = prepared.sweep, dict[str, Any](), dict[str, Any]()
     for number, (ids, rows) in sweep.pool.blocks.items():
         name = f"block-{number}"
         n = len(ids)
@@ -307,9 +305,7 @@ def _resume(prepared: Prepared, folder: Folder) -> None:
 class Clock:
     """The poll of a sweep: limits of time, checkpoints that are due, and Ctrl-C."""
 
-    def __init__(
-        self, schedule: Schedule, plan: Plan, folder: Folder | None, asked: "_CtrlC"
-    ) -> None:
+    def __init__(self, schedule: Schedule, plan: Plan, folder: Folder, asked: "_CtrlC") -> None:
         self.schedule, self.plan, self.folder, self.asked = schedule, plan, folder, asked
         self.started = time.monotonic() - schedule.elapsed
         self.saved = time.monotonic()
@@ -318,8 +314,7 @@ class Clock:
         now = time.monotonic()
         self.schedule.elapsed = now - self.started
         late = self.plan.seconds is not None and self.schedule.elapsed > self.plan.seconds
-        due = self.folder is not None and now - self.saved > self.plan.checkpoint_every
-        if due := due and not (self.folder is not None and self.folder.busy()):
+        if due := now - self.saved > self.plan.checkpoint_every and not self.folder.busy():
             self.saved = now
         return Decision(checkpoint=due, stop=late, interrupt=self.asked.interrupt)
 
