@@ -29,23 +29,29 @@ import numpy as np
 import optax
 
 import jgd
-from jgd.tuning import driver
+from jgd.tuning.sweep import Prepared, Trained, prepare
 from jgd.tuning.tasks import digits
 
 Contender = Callable[[], tuple[int, float]]  # -> lane-steps done, seconds they took
 
 
+def trained(prepared: Prepared) -> float:
+    """Run a sweep to its end; its seconds."""
+    started = time.perf_counter()
+    while prepared.sweep.start():
+        prepared.sweep.take()
+        prepared.sweep.finish()
+    return time.perf_counter() - started
+
+
 def swept(task: jgd.Task, rates: np.ndarray, steps: int, width: int | None) -> Contender:
-    lanes, compiled = jgd.grid(jgd.adam, learning_rate=rates), {}
+    lanes = {"adam": jgd.grid(jgd.adam, learning_rate=rates)}
     # as `jgd sweep` reports, held-out metrics and all
-    options = dict(width=width, report_every=max(steps // 4, 1), compiled=compiled)
+    options = dict(width=width, report_every=max(steps // 4, 1))
 
     def measure() -> tuple[int, float]:
-        prepared = driver.prepare(task, {"adam": lanes}, steps, **options)
-        started = time.perf_counter()
-        for _ in prepared:
-            pass
-        return prepared.plan.lane_steps, time.perf_counter() - started
+        prepared = prepare(Trained(task, lanes, steps, **options))
+        return prepared.plan.lane_steps, trained(prepared)
 
     measure()
     return measure
@@ -62,19 +68,14 @@ def halved(task: jgd.Task, rates: np.ndarray, steps: int, rounds: int) -> None:
         "eta 2, first rung at 1/8": jgd.successive_halving(2, steps // 8),
         "eta 3, first rung at 1/27": jgd.successive_halving(3, steps // 27),
     }
-    caches: dict[str, dict] = {name: {} for name in kinds}
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     executed, planned = {}, {}
     for _turn in range(rounds + 1):
         for name, halving in kinds.items():
-            prepared = driver.prepare(
-                task, lanes, steps, width=64, halving=halving, compiled=caches[name]
-            )
-            started = time.perf_counter()
-            for _ in prepared:
-                pass
-            seconds[name].append(time.perf_counter() - started)
-            executed[name], planned[name] = prepared.executed, prepared.plan.lane_steps
+            prepared = prepare(Trained(task, lanes, steps, width=64, halving=halving))
+            seconds[name].append(trained(prepared))
+            executed[name] = prepared.sweep.schedule.lane_steps
+            planned[name] = prepared.plan.lane_steps
     full, *others = kinds
     for name in others:
         ideal = planned[full] / planned[name]

@@ -6,7 +6,7 @@ The names below are loaded when they are first used, so that `jgd --help` needs 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from jgd.version import __version__ as __version__
 
 _MODULES = {
     "jgd.pytree": "Schedule Transformation as_pytree",

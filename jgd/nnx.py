@@ -14,7 +14,7 @@ from flax import nnx
 
 from jgd.lanes import refuse_functions
 from jgd.training import optimizer_of
-from jgd.tuning.results import Best
+from jgd.tuning.result import Best
 
 __all__ = ["Number", "Optimizer"]
 

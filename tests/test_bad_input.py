@@ -7,7 +7,7 @@ import pytest
 from test_training import X, Y, _line
 
 import jgd
-from jgd.tuning import programs
+from jgd.tuning.compiling import Compiler
 
 ADAM = {"adam": jgd.grid(jgd.adam, learning_rate=[0.1, 0.2])}
 
@@ -17,7 +17,7 @@ def _nothing_is_compiled(monkeypatch):
     def compiled(*_, **__):
         raise AssertionError("something was compiled")
 
-    monkeypatch.setattr(programs, "_compiled", compiled)
+    monkeypatch.setattr(Compiler, "compiled", compiled)
 
 
 def _with_nan(batch_size=4):
@@ -42,7 +42,7 @@ CASES = {
     ),
     "an unknown number": (lambda: jgd.grid(jgd.adam, rate=[0.1]), "rate"),
     "an unknown optimizer": (lambda: jgd.get("adamm"), "did you mean.*adam"),
-    "no steps": (_of(steps=0), "sweep: steps must be at least 1, got 0"),
+    "no steps": (_of(steps=0), "sweep: steps must be at least 4, got 0"),
     "a negative rate": (
         _of(settings={"adam": jgd.grid(jgd.adam, learning_rate=[0.1, -0.2])}),
         "sweep: adam: learning_rate must be at least 0, got -0.2 in setting 1",
@@ -69,7 +69,7 @@ CASES = {
             task=_line()._replace(evaluate=_by_setting),
             settings=ADAM | {"dict": jgd.grid(lambda x: {"tx": jgd.sgd(x)}, x=[0.1])},
         ),
-        "evaluate reports loss, accuracy for adam, but loss for dict",
+        "the same metrics for all groups, got loss, accuracy for adam and loss for dict",
     ),
     "a metric nobody reports": (
         lambda: jgd.sweep(_line(), ADAM, 10, metric="accuracy"),

@@ -12,18 +12,17 @@ import os, sys
 os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
 sys.path.insert(0, {tests!r})
 import jax, numpy as np, jgd
-from jgd.tuning import driver
+from sweeps import events, planned
 from test_training import _line
 assert jax.device_count() == 8
 settings = {{"adam": jgd.grid(jgd.adam, learning_rate=np.geomspace(1e-4, 1, 21))}}
 options = dict(seeds=2, width=16, report_every=8)
-prepared = driver.prepare(_line(), settings, 64, halving=jgd.successive_halving(2, 16), **options)
-for _ in prepared:
-    pass
-(program,) = prepared.programs
+prepared = planned(_line(), settings, 64, halving=jgd.successive_halving(2, 16), **options)
+list(events(prepared))
+(program,) = prepared.sweep.engine.programs
 assert set(program.chunks) <= {{16, 8}}, program.chunks
 for width, chunk in program.chunks.items():  # one program for each width
-    text = chunk.compiled.as_text()
+    text = chunk.program.as_text()
     assert "num_partitions=8" in text
     for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute"):
         assert word not in text, (width, word)

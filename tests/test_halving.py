@@ -13,13 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sweeps import events, planned
 from test_training import _line
 from test_tuning import _scored
 
 import jgd
+from jgd import diagnosis
 from jgd.stopping import early_stopping
-from jgd.tuning import devices, driver, prune, sweep
-from jgd.tuning.prune import cover
+from jgd.tuning import devices, sweep
+from jgd.tuning.events import CUT, DIVERGED, FINISHED, Cut, Report
+from jgd.tuning.ledger import Ledger
+from jgd.tuning.pack import pack_tiles
+from jgd.tuning.plan import Group, Plan
 
 RATES = np.geomspace(1e-4, 1, 32)
 
@@ -52,7 +57,7 @@ def test_covers_are_tight_and_cheapest():
     menu = [64, 32, 16, 8, 4, 2, 1]
     costs = [w + 8.0 for w in menu]
     for lanes in range(1, 300):
-        widths = cover(lanes, menu, costs)
+        widths = pack_tiles(lanes, menu, costs)
         assert lanes <= sum(widths) <= max(lanes, 1.1 * lanes)
     cost = lambda widths: sum(w + 8.0 for w in widths)
     for lanes in range(1, 20):  # by trying all with at most four tiles
@@ -65,7 +70,7 @@ def test_covers_are_tight_and_cheapest():
             if lanes <= a + b + c + d <= max(lanes, int(1.1 * lanes))
         ]
         best = min(cost([w for w in widths if w]) for widths in tried)
-        assert cost(cover(lanes, menu, costs)) <= best
+        assert cost(pack_tiles(lanes, menu, costs)) <= best
 
 
 # --- halving ---------------------------------------------------------------------------------
@@ -98,37 +103,59 @@ def test_survivors_are_trained_as_if_alone():
 @pytest.mark.parametrize("eta", [2, 3])
 def test_little_more_is_executed_than_survives(eta):
     settings = {"adam": jgd.grid(jgd.adam, learning_rate=np.geomspace(1e-4, 1, 250))}
-    prepared = driver.prepare(
-        _line(), settings, 54, width=16, halving=jgd.successive_halving(eta, 2)
-    )
-    for _ in prepared:
-        pass
-    assert prepared.executed <= 1.1 * prepared.plan.lane_steps
+    prepared = planned(_line(), settings, 54, width=16, halving=jgd.successive_halving(eta, 2))
+    assert list(events(prepared))
+    assert prepared.sweep.schedule.lane_steps <= 1.1 * prepared.plan.lane_steps
 
 
 def test_the_host_holds_what_may_survive():
     settings = {"adam": jgd.grid(jgd.adam, learning_rate=np.geomspace(1e-4, 1, 128))}
-    prepared = driver.prepare(_line(), settings, 64, width=8, halving=jgd.successive_halving(4, 8))
+    prepared = planned(_line(), settings, 64, width=8, halving=jgd.successive_halving(4, 8))
     most = 0
-    for _ in prepared:
-        if prepared.round == 0:
-            most = max(most, sum(map(len, prepared.waiting)))
+    for _ in events(prepared):
+        if prepared.sweep.schedule.round == 0:
+            most = max(most, len(prepared.sweep.pool.held()))
     assert 32 <= most <= 1.25 * 32 + 8
     kept = jgd.sweep(_line(), settings, 64, width=8, halving=jgd.successive_halving(4, 8))
     assert [row["ended"] for row in kept.rows].count("finished") == 32
 
 
-def test_ranking_many_is_ranking_one_by_one():
-    board = prune.Board({"a": 30, "b": 12}, 3, "x", "max")
-    rng = np.random.default_rng(0)
+def _plan(settings, seeds=1, metric="score", mode="max", **options):
+    groups = [Group(name, "", {}, {}, count) for name, count in settings.items()]
+    return Plan(
+        **dict(steps=20, reports=[5, 10, 20], rounds=[20], groups=groups, seeds=seeds),
+        **dict(brackets=[0] * sum(settings.values()), metrics=[metric, "loss"], halving=None),
+        **dict(stop=None, task="", versions={}, device="", at_once=1, metric=metric, mode=mode),
+        **options,
+    )
+
+
+def _report(group, step, lanes, ended=0, **metrics):
+    lanes = np.atleast_1d(lanes)
+    metrics = {name: np.broadcast_to(x, lanes.shape).astype(float) for name, x in metrics.items()}
+    ended = np.broadcast_to(np.int8(ended), lanes.shape)
+    seen = jax.tree.map(lambda x: np.zeros(lanes.shape, x.dtype), diagnosis.statistics())
+    return Report(0, group, step, lanes, np.zeros(lanes.shape), metrics, ended, seen)
+
+
+def test_ranking_follows_the_rule_written_out():
+    """How far, then the mean over seeds, then the loss, then the order of the settings."""
+    plan = _plan({"a": 10, "b": 4}, seeds=3)
+    ledger, rng = Ledger(plan), np.random.default_rng(0)
     for name, n in (("a", 30), ("b", 12)):
         values = rng.integers(0, 4, n).astype(float)
         values[rng.uniform(size=n) < 0.1] = np.nan
-        board.add(name, np.arange(n), 5, {"x": values, "loss": rng.integers(0, 3, n)})
-        board.end(name, np.arange(0, n, 7), prune.CUT)
-    every = {"a": np.arange(10), "b": np.arange(4)}
-    pairs = [(name, int(k)) for name, settings in every.items() for k in settings]
-    assert board.ranked(every) == sorted(pairs, key=lambda pair: board.key(*pair))
+        ledger.apply(_report(name, 5, np.arange(n), score=values, loss=rng.integers(0, 3, n)))
+        ledger.apply(Cut(5, {name: list(range(0, n, 7))}))
+
+    def key(setting):
+        lanes = range(3 * setting, 3 * setting + 3)
+        cut = any(ledger.ending[lane] == CUT for lane in lanes)
+        score = -np.mean([ledger.value[lane] for lane in lanes])
+        loss = np.mean([ledger.loss[lane] for lane in lanes])
+        return -5 if cut else -np.inf, np.inf if np.isnan(score) else score, loss, setting
+
+    assert ledger.ranked(np.arange(14)).tolist() == sorted(range(14), key=key)
 
 
 def test_within_a_group_each_keeps_its_best():
@@ -173,29 +200,28 @@ def test_decompositions_run_alone(name):
         x = jnp.eye(3) + 0.1 * jnp.outer(params["w"][jnp.array([0, 1, 0])], jnp.ones(3))
         return sum(jnp.sum(y.real) for y in jax.tree.leaves(function(x @ x.T, *more)))
 
-    prepared = driver.prepare(_line()._replace(loss=loss), _adam(4), 20)
-    assert [program.alone for program in prepared.programs] == [True]
-    assert not driver.prepare(_line(), _adam(4), 20).programs[0].alone
+    prepared = planned(_line()._replace(loss=loss), _adam(4), 20)
+    assert prepared.sweep.engine.exclusive(0)
+    assert not planned(_line(), _adam(4), 20).sweep.engine.exclusive(0)
 
 
 def test_what_diverged_is_below_what_was_cut():
-    board = prune.Board({"a": 3}, 1, "accuracy", "max")
-    board.add("a", np.arange(3), 10, {"accuracy": np.array([0.9, 0.1, 0.95])})
-    board.end("a", [0], prune.CUT)
-    board.add("a", np.array([1]), 5, {"accuracy": np.array([0.1])})
-    board.end("a", [1], prune.DIVERGED)
-    board.end("a", [2], prune.FINISHED)
-    assert board.ranked({"a": np.arange(3)}) == [("a", 2), ("a", 0), ("a", 1)]
+    ledger = Ledger(_plan({"a": 3}))
+    ledger.apply(_report("a", 5, 1, DIVERGED, score=0.1))
+    ledger.apply(_report("a", 10, 0, score=0.9))
+    ledger.apply(Cut(10, {"a": [0]}))
+    ledger.apply(_report("a", 20, 2, FINISHED, score=0.95))
+    assert ledger.ranked(np.arange(3)).tolist() == [2, 0, 1]
 
 
 def test_bad_wishes_are_refused_before_anything_is_compiled():
     for wrong, message in (
         (dict(halving=2), "halving must be jgd.successive_halving"),
-        (dict(halving=jgd.successive_halving(2, 40)), "make the rungs"),
-        (dict(halving=jgd.successive_halving(1.01, 1)), "make the rungs"),
+        (dict(halving=jgd.successive_halving(2, 40)), "distinct rungs"),
+        (dict(halving=jgd.successive_halving(1.01, 1)), "distinct rungs"),
         (dict(stop=early_stopping(3, mode="max")), "stop has mode 'max', the metric 'min'"),
         (dict(stop=True), "stop must be jgd.stopping.early_stopping or an int, got True"),
-        (dict(budget=0), "budget must be above 0, got 0"),
+        (dict(budget=0), "budget must be at least 1, got 0"),
         (dict(seconds=-1.0), "seconds must be above 0"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -235,10 +261,9 @@ def test_lanes_stop_as_the_monitor_says():
 
 def test_what_ended_costs_nothing():
     settings = {"sgd": jgd.grid(jgd.sgd, learning_rate=[0.1, *[1e30] * 15])}
-    prepared = driver.prepare(_line(), settings, 100, width=16, report_every=5, drop_diverged=True)
-    reports = [r for r in prepared if isinstance(r, driver.Report)]
-    assert prepared.executed == 16 * 5 + 95
-    assert reports[0].alive == 1
+    prepared = planned(_line(), settings, 100, width=16, report_every=5, drop_diverged=True)
+    reports = [event for event in events(prepared) if isinstance(event, Report)]
+    assert prepared.sweep.schedule.lane_steps == 16 * 5 + 95
     assert (reports[0].ended > 0).sum() == 15
     result = jgd.sweep(_line(), settings, 100, width=16, report_every=5, drop_diverged=True)
     assert [row["ended"] for row in result.rows] == ["finished"] + ["diverged"] * 15
@@ -330,7 +355,7 @@ def test_resume_refuses_another_sweep(tmp_path):
         jgd.sweep(_line(batch_size=3), _adam(8), 40, **again)
     with pytest.raises(FileNotFoundError, match=r"there is no plan\.json"):
         jgd.sweep(_line(), _adam(8), 40, folder=tmp_path / "none", resume=True)
-    with pytest.raises(ValueError, match="resume wants the folder"):
+    with pytest.raises(ValueError, match="folder must be the folder of a sweep"):
         jgd.sweep(_line(), _adam(8), 40, resume=True)
 
 

@@ -16,6 +16,7 @@ README = PACKAGE.parent / "README.md"
 # From bottom to top: a module may import those above it in this list. What several modules in a
 # row are for is said once. `python tests/test_layers.py` draws the picture in the README anew.
 LAYERS = [
+    ("version", ""),
     ("nodes", "structure without leaves"),
     ("arguments", "what the arguments of a factory may be"),
     ("calls", "the calls of a factory, and the bodies that run"),
@@ -69,23 +70,32 @@ LAYERS = [
     ("diagnosis", "verdicts from the loss"),
     ("training", "Task, Run, train"),
     ("tuning.space", ""),
+    ("tuning.options", ""),
     ("tuning.prune", ""),
     ("tuning.plan", ""),
+    ("tuning.events", ""),
+    ("tuning.ledger", ""),
     ("tuning.devices", ""),
+    ("tuning.pool", ""),
+    ("tuning.pack", ""),
+    ("tuning.compiling", ""),
+    ("tuning.batches", ""),
     ("tuning.streams", ""),
-    ("tuning.programs", ""),
-    ("tuning.waiting", ""),
+    ("tuning.lanes", ""),
+    ("tuning.engine", ""),
     ("tuning.widths", ""),
-    ("tuning.checks", ""),
-    ("tuning.driver", ""),
-    ("tuning.results", ""),
-    ("tuning.store", ""),
-    ("tuning.screen", ""),
+    ("tuning.inputs", ""),
+    ("tuning.loop", ""),
+    ("tuning.result", ""),
+    ("tuning.folder", ""),
     ("tuning.sweep", ""),
     ("tuning.propose", ""),
+    ("tuning.console", ""),
     ("tuning.plots", ""),
     ("tuning.tasks", ""),
-    ("tuning", "the host side of a sweep: space, plan, programs, driver, store, results"),
+    ("tuning.parsing", ""),
+    ("tuning.commands", ""),
+    ("tuning", "the host side of a sweep: plan, events, ledger, pool, engine, turns, folder"),
     ("nnx", "flax's training object, with the numbers as data"),
     ("cli", "the command line"),
 ]
@@ -102,6 +112,9 @@ EXTRAS = {
     "flax",
     "equinox",
 }
+
+# modules that only a command or a user who has the extra loads
+TERMINAL = ("nnx", "tuning.plots", "tuning.console", "tuning.tasks", "tuning.commands")
 
 
 def _modules():
@@ -151,9 +164,7 @@ def test_extras_are_imported_where_they_are_used():
                 continue
             for imported, _ in _imports(ast.Module([node], [])):
                 if imported.split(".")[0] in EXTRAS:
-                    assert name in ("nnx", "tuning.plots", "tuning.screen", "tuning.tasks"), (
-                        f"{name} imports {imported}"
-                    )
+                    assert name in TERMINAL, f"{name} imports {imported}"
 
 
 def _loaded_by(program):

@@ -7,24 +7,26 @@ import numpy as np
 import pytest
 
 import jgd
-from jgd.tuning import plots, results
-from jgd.tuning.plan import Options, make_plan
+from jgd.tuning import plots
+from jgd.tuning.options import SweepOptions
+from jgd.tuning.plan import make_plan
+from jgd.tuning.result import Best, Curves, Result
 
 
 def _result(settings, seeds=1, values=None, **options):
     """What a sweep would have found, without one."""
     rates = np.geomspace(1e-4, 1, settings)
     lanes = {"adam": jgd.grid(jgd.adam, learning_rate=rates)}
-    options = Options(seeds=seeds, metric="loss", mode="min", **options)
+    options = SweepOptions(seeds=seeds, metric="loss", mode="min", **options)
     plan = make_plan(lanes, 100, options, metrics=["loss"], devices=1, at_once=1, task="")
     rng, steps = np.random.default_rng(0), np.array(plan.reports)
     shape = (settings * seeds, len(steps))
     level = 0.01 + np.log10(np.repeat(rates, seeds) / 0.01) ** 2
     losses = (level[:, None] + 3 / steps) * rng.uniform(0.9, 1.1, shape)
-    curves = results.Curves(steps, losses, {"loss": losses if values is None else values})
+    curves = Curves(steps, losses, {"loss": losses if values is None else values})
     rows = [{"optimizer": "adam", "at": 100, "ended": "finished"}] * settings
-    best = results.Best(rows[0], None, None)
-    return results.Result(rows, {"adam": curves}, best, [best], "loss", "min", plan)
+    best = Best(rows[0], None, None)
+    return Result(rows, {"adam": curves}, best, [best], "loss", "min", plan)
 
 
 @pytest.mark.parametrize("settings", [1, 10_000])

@@ -12,9 +12,21 @@ import numpy as np
 import pytest
 
 TASK = """
-import sys
+import itertools, sys
 sys.path.insert(0, {tests!r})
+import jax, jgd, numpy as np
 from test_training import _line
+
+def _breaks(process):
+    task = _line()
+    def batches():
+        for step in itertools.count():
+            if step == 40 and jax.process_index() == process:
+                raise OSError("no more data")
+            yield tuple(map(np.asarray, task.batch(step)))
+    return task._replace(batch=jgd.stream(batches))
+
+breaks_0, breaks_1 = lambda: _breaks(0), lambda: _breaks(1)
 """
 COMMAND = (
     "sweep processes_task:_line --optimizer adam --set learning_rate=log:1e-4:1:20 --steps 64"
@@ -68,7 +80,7 @@ def test_two_processes_are_one_sweep(tmp_path):
     lost = list(
         _together(tmp_path, *COMMAND.replace("--steps 64", "--steps 4000").split(), "--out", "lost")
     )
-    while not (tmp_path / "lost" / "manifest.json").exists():
+    while not (tmp_path / "lost" / "manifest-1.json").exists():
         assert lost[0].poll() is None, lost[0].communicate()
         time.sleep(0.05)
     children = subprocess.run(
@@ -92,6 +104,18 @@ def test_two_processes_are_one_sweep(tmp_path):
         assert _loss(tmp_path / "lost")[rate][0] == ended
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("process", [0, 1])
+def test_an_error_on_one_process_ends_all_with_one_line(process, tmp_path):
+    command = COMMAND.replace("_line", f"breaks_{process}").split()
+    both = list(_together(tmp_path, *command, "--out", "both"))
+    for one in both:
+        _, errors = one.communicate(timeout=120)
+        assert one.returncode == 2
+        (line,) = [line for line in errors.splitlines() if line.startswith("jgd: ")]
+        assert "no more data" in line
+
+
 def test_several_processes_want_a_folder(tmp_path):
     process = _start(tmp_path, "sweep", "--coordinator", "127.0.0.1:1")
-    assert "--coordinator wants --out" in process.communicate()[1]
+    assert "--coordinator needs --out" in process.communicate()[1]

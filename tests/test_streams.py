@@ -4,10 +4,10 @@ import grain
 import jax
 import numpy as np
 import pytest
+from sweeps import events, planned
 from test_training import X, Y, _line
 
 import jgd
-from jgd.tuning import driver
 
 RATES = np.geomspace(1e-3, 0.3, 10)
 
@@ -55,9 +55,9 @@ def test_a_stream_is_the_function_of_the_step(options):
 
 def test_a_stream_is_read_once_for_all_tiles_and_groups():
     loader = _Loader(_line())
-    prepared = driver.prepare(_streamed(loader), _lanes(), 24, width=4, report_every=6)
+    prepared = planned(_streamed(loader), _lanes(), 24, width=4, report_every=6)
     looks = len(loader.read)
-    for report in prepared:
+    for report in events(prepared):
         assert max(loader.read) < report.step + 6 + 6  # one chunk ahead
     assert loader.read[looks:] == list(range(24))
 
@@ -98,19 +98,21 @@ def test_a_resumed_sweep_goes_on_with_the_stream(kind, tmp_path):
 def test_streams_that_cannot_be_trained_on():
     lanes, ragged = _lanes(), _line(batch_size=3)
     short = _streamed(_Loader(_line(), last=10))
-    with pytest.raises(ValueError, match="stream: it ended after 10 batches; one for each step"):
+    with pytest.raises(
+        ValueError, match="stream: the iterator ended after 10 batches; it must yield one"
+    ):
         jgd.sweep(short, lanes, 24)
-    with pytest.raises(TypeError, match="a function that makes an iterator wanted"):
+    with pytest.raises(TypeError, match="make must be a function that returns an iterator"):
         jgd.stream(iter([1]))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"train with jgd\.sweep"):
         jgd.train(_streamed(_Loader(_line())), jgd.sgd(0.1), 4, jax.random.key(0))
-    with pytest.raises(ValueError, match="a stream has one order"):
+    with pytest.raises(ValueError, match="order must be 'shared' for a stream"):
         jgd.sweep(_streamed(_Loader(_line())), lanes, 24, order="own", seeds=2)
 
     def unlike():
         yield from (tuple(map(np.asarray, task.batch(0))) for task in (_line(), ragged))
 
-    with pytest.raises(ValueError, match="stream: batch 1 has the shapes"):
+    with pytest.raises(ValueError, match="stream: all batches must have the shapes of the first"):
         jgd.sweep(_line()._replace(batch=jgd.stream(unlike)), lanes, 24)
 
 
@@ -118,6 +120,6 @@ def test_reports_come_often_enough_for_the_batches_to_fit(monkeypatch):
     from jgd.tuning import streams
 
     size = sum(x.nbytes for x in _line().batch(0))
-    monkeypatch.setattr(streams, "BATCHES_AT_ONCE", 3 * size)
-    prepared = driver.prepare(_streamed(_Loader(_line())), _lanes(), 200)
+    monkeypatch.setattr(streams, "BYTES_AHEAD", 3 * size)
+    prepared = planned(_streamed(_Loader(_line())), _lanes(), 200)
     assert prepared.plan.reports[:3] == [3, 6, 9]

@@ -1,6 +1,7 @@
 """Grids, plans, the driver's promises, the table and the folder."""
 
 import csv
+import inspect
 import json
 
 import chex
@@ -9,10 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from sweeps import events, planned
 from test_training import _line
 
 import jgd
-from jgd.tuning import driver, programs, store, widths
+from jgd.tuning import compiling, widths
+from jgd.tuning.batches import FunctionBatches
+from jgd.tuning.events import decode, encode
 from jgd.tuning.tasks import digits
 
 
@@ -102,14 +106,14 @@ def test_axes_of_a_plain_batch_are_the_leaves_that_differ():
 
 def test_the_plan_is_plain_data():
     lanes = jgd.grid(jgd.adam, learning_rate=np.logspace(-3, -1, 7))
-    plan = driver.prepare(_line(), {"adam": lanes}, 50, seeds=3, width=8, report_every=20).plan
+    plan = planned(_line(), {"adam": lanes}, 50, seeds=3, width=8, report_every=20).plan
     assert plan.reports == [20, 40, 50]
     assert plan.groups[0].menu == [8, 4, 2, 1]
     assert plan.lane_steps == 7 * 3 * 50
     assert json.loads(json.dumps(plan.as_json())) == plan.as_json()
-    again = driver.prepare(_line(), {"adam": lanes}, 50, seeds=3, width=8, report_every=20)
+    again = planned(_line(), {"adam": lanes}, 50, seeds=3, width=8, report_every=20)
     assert again.plan == plan
-    assert driver.prepare(_line(batch_size=3), {"adam": lanes}, 50).plan.task != plan.task
+    assert planned(_line(batch_size=3), {"adam": lanes}, 50).plan.task != plan.task
 
 
 @pytest.mark.parametrize("wrong", [dict(seeds=0), dict(width=0), dict(report_every=0)])
@@ -117,7 +121,7 @@ def test_counts_are_checked(wrong):
     lanes = jgd.grid(jgd.adam, learning_rate=[0.1])
     with pytest.raises(ValueError, match=f"sweep: {next(iter(wrong))} must be at least 1, got 0"):
         jgd.sweep(_line(), lanes, 10, **wrong)
-    with pytest.raises(ValueError, match="at least 4 steps, got 3"):
+    with pytest.raises(ValueError, match="steps must be at least 4, got 3"):
         jgd.sweep(_line(), lanes, 3)
     with pytest.raises(ValueError, match="mode must be 'min' or 'max', got 'best'"):
         jgd.sweep(_line(), lanes, 10, mode="best")
@@ -171,7 +175,7 @@ class _Spy:
 
     def __init__(self, monkeypatch):
         self.texts, self.jit = [], jax.jit
-        monkeypatch.setattr(programs.jax, "jit", self)
+        monkeypatch.setattr(compiling.jax, "jit", self)
 
     def __call__(self, *args, **kwargs):
         self.jitted = self.jit(*args, **kwargs)
@@ -193,11 +197,11 @@ def test_the_width_asked_for_is_the_width():
 
 def test_the_width_is_bounded_by_memory(monkeypatch):
     lanes = {"adam": jgd.grid(jgd.adam, learning_rate=np.logspace(-3, -1, 64))}
-    wide = driver.prepare(_line(), lanes, 30)
-    lane = widths._bytes_of_lane(wide.programs[0])
+    wide = planned(_line(), lanes, 30)
+    lane = wide.sweep.engine.programs[0].bytes_of_lane()
     monkeypatch.setattr(widths, "_memory", lambda: 4 * 5.5 * lane * wide.plan.at_once)
-    assert driver.prepare(_line(), lanes, 30).plan.groups[0].width == 5
-    assert driver.prepare(_line(), lanes, 30, width=64).plan.groups[0].width == 64
+    assert planned(_line(), lanes, 30).plan.groups[0].width == 5
+    assert planned(_line(), lanes, 30, width=64).plan.groups[0].width == 64
 
 
 def test_sweeps_under_x64(float64):
@@ -226,9 +230,9 @@ def test_what_cannot_be_reported_is_refused_before_any_training(tmp_path):
     wrong = {
         "dict of scalars": lambda params: jnp.sum(params["w"]),
         "metric w of evaluate must be a scalar": lambda params: {"w": params["w"]},
-        "rank has the name of a column": lambda params: {"rank": jnp.sum(params["w"])},
-        "train_loss has the name": lambda params: {"train_loss": jnp.sum(params["w"])},
-        "learning_rate has the name": lambda params: {"learning_rate": jnp.sum(params["w"])},
+        "evaluate reports 'rank', which is a column": lambda params: {"rank": jnp.sum(params["w"])},
+        "evaluate reports 'train_loss'": lambda params: {"train_loss": jnp.sum(params["w"])},
+        "evaluate reports 'learning_rate'": lambda params: {"learning_rate": jnp.sum(params["w"])},
     }
     for message, evaluate in wrong.items():
         with pytest.raises(ValueError, match=message):
@@ -282,10 +286,9 @@ def test_a_program_for_each_structure_and_width(monkeypatch):
         for name in ("sgd", "adam", "momentum")
     }
     spy, halving = _Spy(monkeypatch), jgd.successive_halving(2, 4, within="group")
-    prepared = driver.prepare(_line(), groups, 32, width=16, halving=halving)
-    for _ in prepared:
-        pass
-    widths = [set(program.chunks) for program in prepared.programs]
+    prepared = planned(_line(), groups, 32, width=16, halving=halving)
+    assert list(events(prepared))
+    widths = [set(program.chunks) for program in prepared.sweep.engine.programs]
     assert widths == [{16, 8, 4}] * 3
     assert len(spy.texts) == 2 + 3 * (1 + 3)
 
@@ -309,9 +312,9 @@ def test_data_are_arguments_of_the_program(monkeypatch):
 
 def test_full_batches_are_not_copied_ahead():
     task = _line(batch_size=None)
-    batches = programs.Batches(task.batch, [10, 20])
-    assert not batches.ahead
-    assert programs.Batches(_line().batch, [10, 20]).ahead
+    ahead = lambda task: FunctionBatches(task.batch, [10, 20], None, compiling.Compiler(None)).ahead
+    assert not ahead(task)
+    assert ahead(_line())
     curves = jgd.sweep(task, jgd.grid(jgd.sgd, learning_rate=[0.1]), 20).curves["sgd"]
     assert (np.diff(curves.train_loss[0]) < 0).all()
 
@@ -401,7 +404,7 @@ def test_a_folder_holds_plan_journal_and_results(tmp_path):
         "results.csv",
         "results.json",
         "curves.npz",
-        "manifest.json",
+        "manifest-1.json",
         "states",
     }
     for name in ("plan.json", "journal.jsonl", "results.csv", "results.json"):
@@ -411,9 +414,10 @@ def test_a_folder_holds_plan_journal_and_results(tmp_path):
     plain = json.loads((folder / "results.json").read_text())
     assert plain["rows"][1]["final_loss"] is None  # not finite, and JSON has no word for it
     assert plain["rows"][1]["verdict"] == "diverged"
-    size = (folder / "journal.jsonl").stat().st_size
-    lines = list(store.Folder(folder, resume=True).read_journal(size))
-    assert [line["step"] for line in lines] == result.plan.reports
+    lines = (folder / "journal.jsonl").read_text().splitlines()
+    read = [decode(line, result.plan) for line in lines]
+    assert [report.step for report in read] == result.plan.reports
+    assert [encode(report) for report in read] == lines
     with pytest.raises(FileExistsError, match="is not empty"):
         jgd.sweep(_line(), {"sgd": lanes}, 20, folder=folder)
 
@@ -431,3 +435,42 @@ def test_batches_of_settings_pass_through_jax_as_settings():
     lanes = jgd.grid(jgd.adam, learning_rate=[0.1, 0.2])
     assert isinstance(jax.tree.map(lambda x: x, lanes), jgd.Transformation)
     chex.assert_trees_all_equal(jgd.lane(lanes, 1), jgd.lane(lanes.settings, 1))
+
+
+def test_sweeps_of_one_task_share_their_programs(monkeypatch):
+    task, lanes = _line(), lambda *rates: jgd.grid(jgd.adam, learning_rate=list(rates))
+    first = jgd.sweep(task, lanes(0.1, 0.2), 20, width=2)
+    spy = _Spy(monkeypatch)
+    again = jgd.sweep(task, lanes(0.2, 0.3), 20, width=2)
+    assert not spy.texts
+    np.testing.assert_array_equal(
+        again.curves["adam"].train_loss[0], first.curves["adam"].train_loss[1]
+    )
+    for other in (dict(seeds=2), dict(key=1), dict(best="ever"), dict(report_every=10)):
+        spy.texts.clear()
+        jgd.sweep(task, lanes(0.2, 0.3), 20, width=2, **other)
+        assert spy.texts, other
+    spy.texts.clear()
+    jgd.sweep(task._replace(init=lambda key: task.init(key)), lanes(0.2, 0.3), 20, width=2)
+    assert spy.texts
+
+
+def test_few_tasks_are_remembered():
+    from jgd.tuning import engine
+
+    for _ in range(engine.CACHED + 2):
+        jgd.sweep(_line(), jgd.grid(jgd.sgd, learning_rate=[0.1]), 4)
+    assert len(engine._cache) == engine.CACHED
+
+
+def test_the_options_are_in_help_and_a_misspelt_one_is_named():
+    for function in (jgd.sweep, jgd.iter_sweep, jgd.optuna_search):
+        names = list(inspect.signature(function).parameters)
+        assert "seeds" in names
+        assert "{arguments}" not in function.__doc__
+        assert all(f"\n  {name}: " in function.__doc__ for name in names)
+    lanes = jgd.grid(jgd.sgd, learning_rate=[0.1])
+    with pytest.raises(TypeError, match=r"sweep: .*'widht'; did you mean width"):
+        jgd.sweep(_line(), lanes, 10, widht=2)
+    with pytest.raises(TypeError, match=r"sweep: seeds must be an integer, got 1\.5"):
+        jgd.sweep(_line(), lanes, 10, seeds=1.5)

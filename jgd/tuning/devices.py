@@ -1,12 +1,14 @@
-"""Lanes dealt out to devices, of one process or of several that run the same command.
+"""Lanes sharded over devices, of one process or of several that run the same command.
 
-A mesh has one axis, "lanes"; nothing is said along it inside a chunk. Between chunks every process
-holds the same plan and the same numbers, so that all decide alike; only what the clock says is
-asked of process 0, which alone writes.
+A mesh has one axis, "lanes"; devices do not communicate along it inside a chunk. Between chunks
+every process holds the same plan and the same numbers, so that all decide alike. Process 0 alone
+reads the clock and writes files.
 """
 
+import contextlib
 import functools
 import os
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import jax
@@ -14,75 +16,81 @@ import jax.numpy as jnp
 import numpy as np
 
 __all__ = [
-    "agreed",
+    "Failures",
     "by_lane",
+    "check_same_task",
+    "from_process_0",
+    "is_writer",
     "join",
     "mesh",
     "on_all",
     "placed",
-    "refuse_another",
-    "rounded",
+    "round_up",
     "tiles_at_once",
     "to_host",
-    "writes",
 ]
 
 
 def join(coordinator: str, processes: int | None = None, process: int | None = None) -> None:
-    """Make this process one of several; before anything else is asked of jax.
+    """Make this process one of several. Call it before anything else of JAX.
 
     Args:
       coordinator: host:port of process 0, which listens on that address alone.
-      processes: how many there are; None: as Slurm, Open MPI or the like say.
-      process: which one this is, from 0; None: likewise.
+      processes: how many there are; None: as Slurm, Open MPI and the like say.
+      process: the index of this one; None: likewise.
     """
     jax.distributed.initialize(
         coordinator,
         num_processes=processes,
         process_id=process,
-        coordinator_bind_address=coordinator,  # else process 0 listens to everybody
+        coordinator_bind_address=coordinator,  # else process 0 listens on all addresses
         heartbeat_timeout_seconds=20,
     )
 
 
+# --- sharding --------------------------------------------------------------------------------
+
+
 def mesh(devices: int | None) -> jax.sharding.Mesh | None:
-    """A mesh of the first devices; None for one alone. Several processes use all of theirs.
+    """Return a mesh of the first devices; None for one device. Several processes use all devices.
 
     Raises: ValueError for more devices than there are.
     """
     known = jax.devices()
     count = len(known) if devices is None else devices
     if jax.process_count() > 1 and count != len(known):
-        raise ValueError(f"sweep: several processes use all their {len(known)} devices")
+        raise ValueError(
+            f"sweep: devices must be all {len(known)} with several processes, got {count}"
+        )
     if not 1 <= count <= len(known):
         raise ValueError(f"sweep: devices must be in 1 to {len(known)}, got {count}")
     return None if count == 1 else jax.sharding.Mesh(np.array(known[:count]), ("lanes",))
 
 
 def tiles_at_once(mesh: jax.sharding.Mesh | None) -> int:
-    """How many tiles run at the same time: one for each core, where cores are all there is.
+    """Return how many tiles run at the same time: one for each core if cores are the devices.
 
     The steps of a small network are too small for two cores to share.
     """
     if mesh is not None or jax.default_backend() != "cpu" or jax.process_count() > 1:
         return 1
-    if hasattr(os, "sched_getaffinity"):  # those that this process may use
+    if hasattr(os, "sched_getaffinity"):  # the cores that this process may use
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def by_lane(mesh: jax.sharding.Mesh | None) -> jax.sharding.NamedSharding | None:
-    """The leading axis dealt out; None without a mesh."""
+    """Return the sharding of the leading axis; None without a mesh."""
     return mesh and jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("lanes"))
 
 
 def on_all(mesh: jax.sharding.Mesh | None) -> jax.sharding.NamedSharding | None:
-    """The same on every device; None without a mesh."""
+    """Return the sharding that has a copy on every device; None without a mesh."""
     return mesh and jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
 def placed(x: Any, sharding: Any) -> jax.Array:
-    """An array that this host has, and all others have too, where it belongs; random keys too."""
+    """Place an array, or random keys, that every process holds."""
     if sharding is None:
         return jnp.asarray(x)
     if isinstance(x, jax.Array) and x.sharding == sharding:
@@ -98,7 +106,7 @@ def placed(x: Any, sharding: Any) -> jax.Array:
 
 
 def to_host(tree: Any) -> Any:
-    """Arrays as NumPy's; of what other processes hold, they send a copy."""
+    """Return arrays as NumPy arrays. All processes call this if some hold parts of them."""
     leaves = jax.tree.leaves(tree)
     if not all(getattr(x, "is_fully_addressable", True) for x in leaves):
         tree = _replicated(leaves[0].sharding.mesh)(tree)
@@ -110,22 +118,31 @@ def _replicated(mesh: jax.sharding.Mesh) -> Any:
     return jax.jit(lambda tree: tree, out_shardings=on_all(mesh))
 
 
-def rounded(width: int, devices: int) -> int:
-    """The next width that can be dealt out evenly."""
+def round_up(width: int, devices: int) -> int:
+    """Return the next width that divides evenly among devices."""
     return -(-width // devices) * devices
 
 
-def agreed(here: bool) -> bool:
-    """What process 0 says."""
+# --- several processes -----------------------------------------------------------------------
+
+
+def is_writer() -> bool:
+    """Return whether this process writes files and to the terminal."""
+    return jax.process_index() == 0
+
+
+def from_process_0(values: Iterable[Any]) -> list[Any]:
+    """Return the bools of process 0. With one process, return any values as they are."""
     if jax.process_count() == 1:
-        return here
+        return list(values)
     from jax.experimental import multihost_utils
 
-    return bool(multihost_utils.broadcast_one_to_all(np.array(here)))
+    known = np.array([bool(value) for value in values])
+    return multihost_utils.broadcast_one_to_all(known).astype(bool).tolist()
 
 
-def refuse_another(digest: str) -> None:
-    """Raise ValueError if process 0 has another task, or other data."""
+def check_same_task(digest: str) -> None:
+    """Raise ValueError if process 0 has another task or other data."""
     if jax.process_count() == 1:
         return
     from jax.experimental import multihost_utils
@@ -137,6 +154,41 @@ def refuse_another(digest: str) -> None:
         )
 
 
-def writes() -> bool:
-    """Whether this process writes files and screens."""
-    return jax.process_index() == 0
+class Failures:
+    """What failed on this process, until all processes know.
+
+    A process that raised at once would leave the others waiting for it. With one process, errors
+    are raised where they occur.
+    """
+
+    LENGTH = 400  # of a message, in bytes
+
+    def __init__(self) -> None:
+        self._error: Exception | None = None
+
+    @contextlib.contextmanager
+    def collected(self) -> Generator[None]:
+        """Within this context errors are kept for `raise_everywhere`."""
+        try:
+            yield
+        except Exception as error:
+            if jax.process_count() == 1:
+                raise
+            self._error = self._error or error
+
+    def raise_everywhere(self) -> None:
+        """Raise here what failed on any process. All processes call this."""
+        if jax.process_count() == 1:
+            return
+        from jax.experimental import multihost_utils
+
+        text = "" if self._error is None else f"{type(self._error).__name__}: {self._error}"
+        here = np.zeros(self.LENGTH, np.uint8)
+        data = " ".join(text.split()).encode()[: self.LENGTH]
+        here[: len(data)] = np.frombuffer(data, np.uint8)
+        everywhere = multihost_utils.process_allgather(here)
+        if self._error is not None:
+            raise self._error
+        for process, other in enumerate(everywhere):
+            if message := bytes(other).rstrip(b"\0").decode(errors="replace"):
+                raise RuntimeError(f"process {process} failed: {message}")

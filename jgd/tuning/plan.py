@@ -1,19 +1,21 @@
-"""The plan of a sweep, written before step 0: pure data, and all that decides about its numbers.
+"""The plan of a sweep, written before step 0: frozen data, and all that decides about its numbers.
 
-    groups      one structure each, and so one compiled program for each width in its menu
-    lanes       settings x seeds of a group; lane id = setting * seeds + seed
-    tiles       lanes that step together, `width` of them, in the order of their ids
-    reports     the steps at which a tile reports; a chunk of the program lies between two
-    rounds      the steps at which all tiles have met: the rungs of a halving, and the last step
+    groups      settings of one structure: one compiled program for each width
+    settings    numbered over all groups, in their order
+    lanes       a setting with a seed each: lane = setting * seeds + seed
+    tiles       lanes of a group that step together, `width` of them
+    reports     the steps at which a tile reports; a chunk runs from one to the next
+    rounds      the steps at which all tiles meet: the rungs of a halving, and the last step
 
-Two sweeps of one plan agree bit for bit; at equal width a lane does not depend on its neighbours.
+Two sweeps of one plan agree bit for bit; at equal width a lane does not depend on its neighbors.
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
-import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
@@ -21,66 +23,39 @@ import jax.numpy as jnp
 import jaxlib.version
 import numpy as np
 
-import jgd
+from jgd.tuning.options import SweepOptions, Training, count, values_of
 from jgd.tuning.prune import Halving
+from jgd.version import __version__
 
-__all__ = [
-    "Group",
-    "Options",
-    "Plan",
-    "fingerprint",
-    "make_plan",
-    "plain",
-    "ranked_by",
-    "usual_width",
-]
+__all__ = ["FORMAT", "Group", "Plan", "fingerprint", "make_plan", "plain", "usual_width"]
 
+FORMAT = 2  # of a folder: plan, journal, manifest and states
 WIDTH = 64  # lanes of a small network then fit the cache of two cores
 NARROW = 8
 OVERHEAD = 8.0  # of a step, in lanes
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What `jgd.sweep` may be told beside task, settings and steps; it says what each means."""
-
-    seeds: int = 1
-    key: int = 0
-    order: Literal["shared", "own"] = "shared"
-    width: int | None = None
-    report_every: int | None = None
-    metric: str | None = None
-    mode: Literal["min", "max"] | None = None
-    best: Literal["final", "ever"] = "final"
-    target: float | None = None
-    keep: int = 1
-    halving: Halving | None = None
-    stop: Any = None
-    drop_diverged: bool = False
-    budget: int | None = None
-    seconds: float | None = None
-    devices: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Group:
     """Settings of one structure."""
 
     name: str
-    setting: str  # what one looks like
+    setting: str  # the repr of their batch
     axes: Mapping[str, list[float]]  # name -> a value for each setting
-    fixed: Mapping[str, str]  # structural values that all share
+    fixed: Mapping[str, str]  # structural values that all of them share
     settings: int
-    width: int  # lanes in a tile; the last one of a group is filled up
-    menu: list[int]  # widths of tiles whose lanes have become fewer
-    costs: list[float]  # the time of a step at each, in any unit
+    width: int = 0  # lanes in a tile; the last tile of a group is padded
+    menu: Sequence[int] = ()  # widths of the tiles of fewer lanes, widest first
+    costs: Sequence[float] = ()  # the time of a step at each of them, in any unit
 
     def at_width(
         self, width: int, devices: int = 1, seconds: Mapping[int, float] | None = None
     ) -> "Group":
-        """With this width and the menu below it; costs as measured, or as is usual.
+        """Return the group with this width and the menu below it.
 
-        All widths are multiples of the number of devices.
+        Args:
+          devices: all widths are multiples of it.
+          seconds: measured time of a step at some widths; None: the usual costs.
         """
         share = -(-width // devices)
         menu = [share * devices]
@@ -95,54 +70,108 @@ class Group:
         return dataclasses.replace(self, width=menu[0], menu=menu, costs=costs)
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """See the head of this module."""
+@dataclass(frozen=True, kw_only=True)
+class Plan(SweepOptions):
+    """The options of a sweep, resolved, and what follows from them."""
 
+    report_every: int = 1
+    metric: str = "loss"
+    mode: Literal["min", "max"] = "min"
+    devices: int = 1
     steps: int
-    seeds: int
-    key: int
     reports: list[int]
     rounds: list[int]
     groups: list[Group]
-    brackets: list[int]  # of each setting of all groups: which rungs are its own
+    brackets: list[int]  # of each setting: which rungs are its own
     metrics: list[str]  # what `evaluate` reports, in its order
-    metric: str  # the one to rank by
-    mode: Literal["min", "max"]
-    best: str  # which report counts: "final" or best "ever"
-    target: float | None  # of the metric: the first to be there is best
-    keep: int  # states of how many settings
-    order: str  # of the batches: "shared", or each seed its "own"
     halving: Mapping[str, Any] | None
     stop: str | None
-    drop_diverged: bool
-    budget: int | None  # lane-steps
-    seconds: float | None
     task: str  # a digest of its first batch and initial parameters
     versions: Mapping[str, str]
     device: str
-    devices: int
     at_once: int  # tiles that run at the same time
+    format: int = FORMAT
+
+    # --- settings and lanes by number
+
+    @functools.cached_property
+    def first(self) -> np.ndarray:
+        """The number of each group's first setting, and that of all settings."""
+        return np.cumsum([0, *(group.settings for group in self.groups)])
+
+    @functools.cached_property
+    def places(self) -> dict[str, int]:
+        """The place of each group."""
+        return {group.name: place for place, group in enumerate(self.groups)}
+
+    @property
+    def lanes(self) -> int:
+        return int(self.first[-1]) * self.seeds
+
+    def lanes_of(self, settings: Any) -> np.ndarray:
+        """Return the lanes of a setting, or of each of several: one for each seed."""
+        return np.asarray(settings)[..., None] * self.seeds + np.arange(self.seeds)
+
+    def offset(self, group: int | str) -> int:
+        """Return the number of a group's first lane."""
+        place = self.places[group] if isinstance(group, str) else group
+        return int(self.first[place]) * self.seeds
+
+    def group_of(self, lane: int) -> int:
+        """Return the place of a lane's group."""
+        return int(np.searchsorted(self.first * self.seeds, lane, side="right")) - 1
+
+    def by_group(self, lanes: Any) -> dict[str, list[int]]:
+        """Return lanes numbered within their group, in rising order; groups as they come first."""
+        groups = np.searchsorted(self.first * self.seeds, lanes, side="right") - 1
+        _, places = np.unique(groups, return_index=True)
+        return {
+            self.groups[group].name: np.sort(lanes[groups == group] - self.offset(group)).tolist()
+            for group in groups[np.sort(places)].tolist()
+        }
+
+    # --- rungs
+
+    def pools(self, rung: int) -> list[tuple[np.ndarray, int]]:
+        """Return the settings that are ranked together at a rung, and how many of them go on."""
+        if self.halving is None:
+            return []
+        halving, brackets = Halving(**self.halving), np.array(self.brackets)
+        apart = halving.within == "group"
+        groups = np.repeat(np.arange(len(self.groups)), np.diff(self.first))
+        pools = list[tuple[np.ndarray, int]]()
+        for bracket, rungs in enumerate(halving.brackets(self.steps)):
+            members = np.flatnonzero(brackets == bracket)
+            for place in range(len(self.groups)) if apart else [None]:
+                pool = members if place is None else members[groups[members] == place]
+                if rung in rungs and len(pool):
+                    pools.append((pool, halving.kept(len(pool), rungs.index(rung) + 1)))
+        return pools
 
     @property
     def lane_steps(self) -> int:
-        """Those of a sweep in which lanes end at rungs and at the last step only."""
-        counts = np.bincount(self.brackets).tolist()
+        """Lane-steps of the sweep if lanes end at rungs and at the last step only."""
+        settings = np.bincount(self.brackets).tolist()
         if self.halving is None:
-            return self.steps * self.seeds * sum(counts)
+            return self.steps * self.seeds * sum(settings)
         halving = Halving(**self.halving)
         total = 0
-        for settings, rungs in zip(counts, halving.brackets(self.steps), strict=False):
-            left = [halving.kept(settings, cuts) for cuts in range(len(rungs) + 1)]
+        for count_, rungs in zip(settings, halving.brackets(self.steps), strict=False):
+            left = [halving.kept(count_, cuts) for cuts in range(len(rungs) + 1)]
             total += int(np.dot(left, np.diff([0, *rungs, self.steps])))
         return self.seeds * total
 
+    # --- as JSON
+
     @classmethod
     def of_json(cls, written: Mapping[str, Any]) -> "Plan":
-        """The plan that was written."""
-        fields = dict[str, Any](written)
-        fields["groups"] = [Group(**group) for group in written["groups"]]
-        return cls(**fields)
+        """Return the plan that was written; plans of jgd 0.1 have no `format`."""
+
+        def known(cls: Any, entry: Mapping[str, Any]) -> dict[str, Any]:
+            return {f.name: entry[f.name] for f in dataclasses.fields(cls) if f.name in entry}
+
+        groups = [Group(**known(Group, group)) for group in written["groups"]]
+        return cls(**known(cls, {"format": 1, **written, "groups": groups}))
 
     def as_json(self) -> dict[str, Any]:
         return plain(dataclasses.asdict(self))
@@ -151,123 +180,94 @@ class Plan:
 def make_plan(
     groups: Mapping[str, Any],
     steps: int,
-    options: Options,
+    options: SweepOptions,
     *,
+    halving: Halving | None = None,
+    stop: Any = None,
     metrics: list[str],
     usual_every: int | None = None,
     devices: int,
     at_once: int,
     task: str,
 ) -> Plan:
-    """The plan of a sweep over groups of `Lanes`, at the usual width if none is given.
+    """Return the plan of a sweep over groups of `Lanes`, at the usual width if none is given.
 
     Args:
-      options: with metric and mode, as `ranked_by` says, and a monitor to stop by or none.
-      usual_every: steps between reports, if the options do not say; None: a twentieth of all.
+      usual_every: steps between reports if the options do not say; None: a twentieth of `steps`.
 
-    Raises: ValueError for what is out of range.
+    Raises: ValueError for an argument out of its range.
     """
-    assert options.metric is not None
-    assert options.mode is not None
-    halving, width, every = options.halving, options.width, options.report_every
+    steps = count("sweep: steps", steps, 4)
+    every = options.report_every
     if every is None:
         every = max(1, steps // 20) if usual_every is None else usual_every
-    counts = {"steps": steps, "seeds": options.seeds, "keep": options.keep, "report_every": every}
-    if width is not None:
-        counts["width"] = width
-    counts = {name: operator.index(count) for name, count in counts.items()}
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"sweep: {name} must be at least 1, got {count}")
-    steps, seeds, every = counts["steps"], counts["seeds"], counts["report_every"]
-    if steps < 4:
-        raise ValueError(f"sweep: a verdict needs at least 4 steps, got {steps}")
-    for name, known in {"order": ("shared", "own"), "best": ("final", "ever")}.items():
-        if getattr(options, name) not in known:
-            raise ValueError(
-                f"sweep: {name} must be {' or '.join(map(repr, known))}, got"
-                f" {getattr(options, name)!r}"
-            )
-    if options.target is not None and not math.isfinite(options.target):
-        raise ValueError(f"sweep: target must be finite, got {options.target}")
-    for name, bound in {"budget": options.budget, "seconds": options.seconds}.items():
-        if bound is not None and not bound > 0:
-            raise ValueError(f"sweep: {name} must be above 0, got {bound}")
-    if halving is not None:
-        if not isinstance(halving, Halving):
-            raise ValueError(f"sweep: halving must be jgd.successive_halving(...), got {halving!r}")
-        rungs = halving.brackets(steps)[0]
-        if not rungs or len(set(rungs)) < len(rungs):
-            raise ValueError(
-                f"sweep: eta {halving.eta} and min_steps {halving.min_steps} make the rungs {rungs}"
-                f" of {steps} steps: fewer min_steps or a greater eta wanted"
-            )
+    metric, mode = ranked_by(metrics, options)
+    rungs = _rungs(halving, steps)
     settings = sum(map(len, groups.values()))
-    rungs = sorted({rung for rungs in halving.brackets(steps) for rung in rungs}) if halving else []
+    lanes = lambda batch: len(batch) * options.seeds
+    resolved = dict[str, Any](report_every=every, metric=metric, mode=mode, devices=devices)
     return Plan(
+        **values_of(options, SweepOptions) | resolved,
         steps=steps,
-        seeds=seeds,
-        key=operator.index(options.key),
         reports=sorted({*range(every, steps, every), *rungs, steps}),
         rounds=[*rungs, steps],
         groups=[
             Group(
                 name=name,
-                setting=repr(lanes.settings),
-                axes={axis: [float(x) for x in values] for axis, values in lanes.axes.items()},
-                fixed={axis: repr(value) for axis, value in lanes.fixed.items()},
-                settings=len(lanes),
-                width=0,
-                menu=[],
-                costs=[],
-            ).at_width(counts.get("width") or usual_width(len(lanes) * seeds, at_once), devices)
-            for name, lanes in groups.items()
+                setting=repr(batch.settings),
+                axes={axis: [float(x) for x in values] for axis, values in batch.axes.items()},
+                fixed={axis: repr(value) for axis, value in batch.fixed.items()},
+                settings=len(batch),
+            ).at_width(options.width or usual_width(lanes(batch), at_once), devices)
+            for name, batch in groups.items()
         ],
         brackets=halving.shares(settings, steps).tolist() if halving else [0] * settings,
         metrics=metrics,
-        metric=options.metric,
-        mode=options.mode,
-        best=options.best,
-        target=options.target,
-        keep=counts["keep"],
-        order=options.order,
         halving=halving._asdict() if halving else None,
-        stop=None if options.stop is None else repr(options.stop),
-        drop_diverged=options.drop_diverged,
-        budget=options.budget,
-        seconds=options.seconds,
+        stop=None if stop is None else repr(stop),
         task=task,
         versions={
-            "jgd": jgd.__version__,
+            "jgd": __version__,
             "jax": jax.__version__,
             "jaxlib": jaxlib.version.__version__,
         },
         device=jax.devices()[0].device_kind,
-        devices=devices,
         at_once=at_once,
     )
 
 
+def _rungs(halving: Any, steps: int) -> list[int]:
+    """Return the rungs of all brackets, in rising order."""
+    if halving is None:
+        return []
+    if not isinstance(halving, Halving):
+        raise ValueError(f"sweep: halving must be jgd.successive_halving(...), got {halving!r}")
+    rungs = halving.brackets(steps)[0]
+    if not rungs or len(set(rungs)) < len(rungs):
+        raise ValueError(
+            f"sweep: halving must have distinct rungs, got {rungs} for {steps} steps, eta"
+            f" {halving.eta} and min_steps {halving.min_steps}. Lower min_steps or raise eta"
+        )
+    return rungs  # those of the boldest bracket are all there are
+
+
 def usual_width(lanes: int, at_once: int, most: int = WIDTH) -> int:
-    """The width of tiles where nothing is known: all cores are at work, but not for a few lanes."""
+    """Return the width of tiles where nothing was measured: few lanes still use all cores."""
     return min(most, lanes, max(-(-lanes // at_once), NARROW))
 
 
-def ranked_by(
-    metrics: list[str], metric: str | None, mode: Literal["min", "max"] | None
-) -> tuple[str, Literal["min", "max"]]:
-    """The metric to rank by and which end is best, with the defaults that `sweep` documents."""
-    if mode not in (None, "min", "max"):
-        raise ValueError(f"sweep: mode must be 'min' or 'max', got {mode!r}")
+def ranked_by(metrics: Sequence[str], options: Training) -> tuple[str, Any]:
+    """Return the metric to rank by, and its mode."""
+    metric = options.metric
     if metric not in (None, *metrics):
         raise ValueError(f"sweep: metric must be one of {', '.join(metrics)}, got {metric!r}")
     usual = [name for name in ("accuracy", "loss") if name in metrics]
-    chosen = metric or (usual or metrics)[0]
-    return chosen, mode or ("max" if "acc" in chosen else "min")
+    metric = metric or (usual or metrics)[0]
+    return metric, options.mode or ("max" if "acc" in metric else "min")
 
 
 def fingerprint(*trees: Any) -> str:
-    """A digest of the arrays in some trees: equal for equal structures, shapes and values."""
+    """Return a digest of arrays: equal for equal structures, shapes and values."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(trees):
         if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -279,7 +279,7 @@ def fingerprint(*trees: Any) -> str:
 
 
 def plain(x: Any) -> Any:
-    """As JSON knows it: no arrays, and null for what is not finite."""
+    """Return data as JSON has it: no arrays, and null for numbers that are not finite."""
     if isinstance(x, np.ndarray | np.generic):
         x = x.tolist()
     if isinstance(x, list | tuple):

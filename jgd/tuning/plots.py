@@ -11,7 +11,7 @@ import matplotlib.colors
 import matplotlib.figure
 import numpy as np
 
-from jgd.tuning.results import Result
+from jgd.tuning.result import Result
 
 __all__ = [
     "Range",

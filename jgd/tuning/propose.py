@@ -1,4 +1,4 @@
-"""Optuna proposes, lanes train: ask for a batch of settings, run it as one program, tell, repeat.
+"""Optuna proposes settings, lanes train: ask for a batch, run it as one program, tell, repeat.
 
     found = jgd.optuna_search(
         task, jgd.adamw, steps=1000, trials=256,
@@ -6,29 +6,27 @@
     )
     found.best.params, found.study.best_params
 
-The search space is written once, in jgd's distributions. The study stays in memory while it runs,
-where asking and telling cost next to nothing beside the training.
+The search space is written once, in jgd's distributions. The study is in memory while it runs,
+where asking and telling cost next to nothing compared to training.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
 from jgd.training import Run, Task
-from jgd.tuning.driver import Cut, Sweep, prepare
-from jgd.tuning.prune import CUT
-from jgd.tuning.results import Best, Collector, Result
+from jgd.tuning.events import CUT, Cut, Report
+from jgd.tuning.loop import Decision, run
+from jgd.tuning.options import Doc, Training, count, function_of, values_of
+from jgd.tuning.plan import Plan
+from jgd.tuning.result import Best, Result
 from jgd.tuning.space import Choice, Distribution, Lanes, LogUniform, batch, is_scalar
+from jgd.tuning.sweep import Prepared, Stop, Trained, prepare
 
 __all__ = ["Proposed", "optuna_search"]
-
-
-TRAINING = {  # what the options may say
-    *("seeds", "key", "order", "metric", "mode", "best", "width", "report_every", "stop"),
-    *("drop_diverged", "devices"),
-}
 
 
 class Proposed(NamedTuple):
@@ -40,103 +38,139 @@ class Proposed(NamedTuple):
     results: list[Result]  # one for each batch
 
 
-def optuna_search(
-    task: Task | Run,
-    factory: Callable[..., Any],
-    steps: int,
-    trials: int,
-    space: Mapping[str, Distribution],
-    *,
-    at_once: int = 32,
-    sampler: Any = None,
-    pruner: Any = None,
-    study: Any = None,
-    storage: str | None = None,
-    **options: Any,
-) -> Proposed:
-    """Settings proposed by Optuna, trained as lanes.
+@dataclass(frozen=True)
+class SearchInputs:
+    """What `optuna_search` searches."""
+
+    task: Annotated[Task | Run, Doc("A `Task`, or any `Run`.")]
+    factory: Annotated[
+        Callable[..., Any],
+        Doc("""A function from numbers to a setting, called with each number of the space by its
+        name."""),
+    ]
+    steps: Annotated[int, Doc("Steps of each training, at least 4.")]
+    trials: Annotated[int, Doc("Number of settings in all, at least 1.")]
+    space: Annotated[
+        Mapping[str, Distribution],
+        Doc("Name -> `jgd.loguniform`, `jgd.uniform` or `jgd.choice`."),
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchArguments(Training, SearchInputs):
+    """The arguments of `optuna_search`."""
+
+    at_once: Annotated[
+        int,
+        Doc("""Settings that are asked for and trained together, at least 1. All batches share
+        their compiled programs."""),
+    ] = 32
+    stop: Stop = None
+    sampler: Annotated[
+        Any, Doc("An Optuna sampler. None: TPE, told that trials run side by side.")
+    ] = None
+    pruner: Annotated[
+        Any,
+        Doc("""An Optuna pruner, asked at each report. None: no pruning. Note that some of Optuna's
+        pruners compare with finished trials only, so that they cut nothing in the first batch."""),
+    ] = None
+    study: Annotated[
+        Any,
+        Doc("""An Optuna study to continue, with the direction of the metric. None: a new one."""),
+    ] = None
+    storage: Annotated[
+        Any, Doc("An Optuna storage that the study is copied to at the end. None: no copy.")
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("trials", "at_once"):
+            count(f"optuna_search: {name}", getattr(self, name))
+
+
+@function_of(SearchArguments)
+def optuna_search(arguments: SearchArguments) -> Proposed:
+    """Train settings proposed by Optuna, as lanes.
 
     Args:
-      task, steps: as `jgd.sweep`.
-      factory: numbers to a setting; called with each number of the space by its name.
-      trials: how many settings in all.
-      space: name -> `jgd.loguniform`, `jgd.uniform` or `jgd.choice`.
-      at_once: settings asked for and trained together; 32 by default. All batches share their
-        compiled programs.
-      sampler: an Optuna sampler; None: its TPE, told that trials run side by side.
-      pruner: an Optuna pruner, asked at each report; None: none. Note that some of Optuna's compare
-        with finished trials only, so that they cut nothing within the first batch.
-      study: an Optuna study to go on with; None: a new one. It has the direction of the metric.
-      storage: an Optuna storage that the study is copied to at the end; None: none.
-      options: those of `jgd.sweep` that decide about the training: seeds, key, order, metric, mode,
-        best, width, report_every, stop, drop_diverged, devices.
+      {arguments}
 
     Returns: the study, the best setting with its trained state, and all rows.
     Raises: ImportError without Optuna: pip install "jgd[optuna]".
     """
     import optuna
 
-    for name in options.keys() - TRAINING:
-        raise TypeError(
-            f"optuna_search: {name} is none of {', '.join(sorted(TRAINING))}: Optuna decides"
-        )
-    for name, count in {"trials": trials, "at_once": at_once}.items():
-        if count < 1:
-            raise ValueError(f"optuna_search: {name} must be at least 1, got {count}")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    names, seeds = list(space), options.get("seeds", 1)
-    options.setdefault("width", min(64, at_once * seeds))  # of all batches, the last one too
-    compiled: dict[Any, Any] = {}
+    task, steps, space, names = (
+        *(arguments.task, arguments.steps, arguments.space, list(arguments.space)),
+    )
+    options = values_of(arguments, Training)
+    # the same for all batches, the last one too
+    options["width"] = arguments.width or min(64, arguments.at_once * arguments.seeds)
+    prepared = lambda settings: prepare(
+        Trained(task, settings, steps, stop=arguments.stop, **options)
+    )
     middle = [tuple(space[name].at(np.array([0.5]))[0] for name in names)]
-    plan = prepare(task, batch(factory, names, middle), steps, compiled=compiled, **options).plan
-    if study is not None and (study.direction.name == "MAXIMIZE") != (plan.mode == "max"):
-        raise ValueError(
-            f"optuna_search: the study is to {study.direction.name.lower()}, the mode of"
-            f" {plan.metric} is {plan.mode}"
-        )
+    plan = prepared(batch(arguments.factory, names, middle)).plan
+    study: Any = arguments.study
     if study is None:
+        sampler = arguments.sampler or optuna.samplers.TPESampler(
+            constant_liar=True, seed=arguments.key
+        )
         study = optuna.create_study(
             direction="maximize" if plan.mode == "max" else "minimize",
-            sampler=sampler
-            or optuna.samplers.TPESampler(constant_liar=True, seed=options.get("key", 0)),
-            pruner=pruner or optuna.pruners.NopPruner(),
+            sampler=sampler,
+            pruner=arguments.pruner or optuna.pruners.NopPruner(),
+        )
+    elif (study.direction.name == "MAXIMIZE") != (plan.mode == "max"):
+        raise ValueError(
+            f"optuna_search: study must have the direction of {plan.metric}, {plan.mode}, got"
+            f" {study.direction.name.lower()}"
         )
     distributions = {name: _of_optuna(space[name]) for name in names}
-    results: list[Result] = []
-    for first in range(0, trials, at_once):
-        asked = [study.ask(distributions) for _ in range(min(at_once, trials - first))]
+    results = list[Result]()
+    for first in range(0, arguments.trials, arguments.at_once):
+        size = min(arguments.at_once, arguments.trials - first)
+        asked = [study.ask(distributions) for _ in range(size)]
         points = [tuple(_value(space[n], trial.params[n]) for n in names) for trial in asked]
-        lanes = batch(factory, names, points)
+        lanes = batch(arguments.factory, names, points)
         groups = lanes if isinstance(lanes, dict) else {"setting": lanes}
-        prepared = prepare(task, groups, steps, compiled=compiled, **options)
-        results.append(_trained(prepared, study, _by_setting(names, points, asked, groups)))
-    if storage is not None:
-        optuna.copy_study(
-            from_study_name=study.study_name, from_storage=study._storage, to_storage=storage
+        sweep = prepared(groups)
+        results.append(
+            _trained(sweep, study, _by_setting(sweep.plan, names, points, asked, groups))
         )
-    best_of = max if results[0].mode == "max" else min
-    metric = results[0].metric
-    finite = [r for r in results if math.isfinite(r.best.row[metric])] or results
-    rows = [row for result in results for row in result.rows]
-    last = -math.inf if results[0].mode == "max" else math.inf
-    score = lambda row: row[metric] if math.isfinite(row[metric]) else last
-    sign = -1 if results[0].mode == "max" else 1
+    if arguments.storage is not None:
+        optuna.copy_study(
+            from_study_name=study.study_name,
+            from_storage=study._storage,
+            to_storage=arguments.storage,
+        )
+    return _proposed(study, plan, results)
+
+
+def _proposed(study: Any, plan: Plan, results: list[Result]) -> Proposed:
+    """Rank the settings of all batches together."""
+    sign = -1 if plan.mode == "max" else 1
+    score = lambda row: sign * row[plan.metric] if math.isfinite(row[plan.metric]) else math.inf
     short = lambda row: -row["at"] if row["ended"] in ("cut", "diverged") else -math.inf
-    rows.sort(key=lambda row: (short(row), sign * score(row)))
+    rows = [row for result in results for row in result.rows]
+    rows.sort(key=lambda row: (short(row), score(row)))
     ranked = ({**row, "rank": place} for place, row in enumerate(rows, 1))
-    rows = [{k: x for k, x in row.items() if k != "tied"} for row in ranked]  # was of a batch
-    return Proposed(study, best_of(finite, key=lambda r: score(r.best.row)).best, rows, results)
-
-
-Trials = dict[tuple[str, int], Any]  # by group and setting
+    rows = [{k: x for k, x in row.items() if k != "tied"} for row in ranked]  # within a batch only
+    best = min(results, key=lambda result: score(result.best.row)).best
+    return Proposed(study, best, rows, results)
 
 
 def _by_setting(
-    names: list[str], points: list[tuple[Any, ...]], asked: list[Any], groups: Mapping[str, Lanes]
-) -> Trials:
-    """Which trial is which setting of which group; in a group they keep their order."""
-    found: Trials = {}
-    taken = dict.fromkeys(groups, 0)
+    plan: Plan,
+    names: list[str],
+    points: list[tuple[Any, ...]],
+    asked: list[Any],
+    groups: Mapping[str, Lanes],
+) -> dict[int, Any]:
+    """Return the trial of each setting; within a group trials keep their order."""
+    trials = dict[int, Any]()
+    following = {name: int(plan.first[place]) for name, place in plan.places.items()}
     for point, trial in zip(points, asked, strict=True):
         values = dict(zip(names, point, strict=True))
         belongs = lambda lanes, values=values: all(
@@ -145,45 +179,52 @@ def _by_setting(
             else is_scalar(value)
             for name, value in values.items()
         )
-        label = next(label for label, lanes in groups.items() if belongs(lanes))
-        found[label, taken[label]] = trial
-        taken[label] += 1
-    return found
+        group = next(name for name, lanes in groups.items() if belongs(lanes))
+        trials[following[group]] = trial
+        following[group] += 1
+    return trials
 
 
-def _trained(prepared: Sweep, study: Any, trials: Trials) -> Result:
+def _trained(prepared: Prepared, study: Any, trials: Mapping[int, Any]) -> Result:
     """Train a batch, and tell the study how each setting ended."""
     from optuna.trial import TrialState
 
-    collector, seeds = Collector(prepared), prepared.plan.seeds
-    heard: dict[tuple[str, int, int], list[float]] = {}
-    for report in prepared:
-        if isinstance(report, Cut):
-            collector.cut(report)
-            continue
-        collector.add(report)
-        for lane, value in zip(report.lanes, report.metrics[prepared.plan.metric], strict=True):
-            setting = int(lane) // seeds
-            values = heard.setdefault((report.group, setting, report.step), [])
-            values.append(float(value))
-            if len(values) == seeds and math.isfinite(sum(values)):
-                trial = trials[report.group, setting]
-                trial.report(sum(values) / seeds, report.step)
-                if trial.should_prune():
-                    lanes = prepared.board.lanes_of(setting)
-                    alive = lanes[prepared.board.alive[report.group][lanes]]
-                    prepared.end({report.group: alive}, CUT)
-    result = collector.result()
-    for (group, setting), trial in trials.items():
-        lanes = prepared.board.lanes_of(setting)
-        value = float(prepared.board.value[group][lanes].mean())
-        if (prepared.board.ending[group][lanes] == CUT).any():
+    plan, ledger = prepared.plan, prepared.sweep.ledger
+    reported: dict[tuple[int, int], list[float]] = {}
+
+    def prune(events: list[Report | Cut]) -> Decision:
+        cuts = list[int]()
+        for report in events:
+            if not isinstance(report, Report):
+                continue
+            lanes = plan.offset(report.group) + report.lanes
+            for lane, value in zip(lanes, report.metrics[plan.metric], strict=True):
+                setting = int(lane) // plan.seeds
+                values = reported.setdefault((setting, report.step), [])
+                values.append(float(value))
+                if len(values) == plan.seeds and math.isfinite(sum(values)):
+                    trials[setting].report(sum(values) / plan.seeds, report.step)
+                    if trials[setting].should_prune():
+                        mine = plan.lanes_of(setting)
+                        cuts += mine[ledger.alive[mine]].tolist()
+        return Decision(cuts=tuple(cuts))
+
+    def deliver(events: list[Report | Cut]) -> None:
+        for event in events:
+            prepared.record.apply(event)
+
+    run(prepared.sweep, deliver, prune, checkpoint=lambda: None)
+    prepared.sweep.engine.close()
+    for setting, trial in trials.items():
+        lanes = plan.lanes_of(setting)
+        value = float(ledger.value[lanes].mean())
+        if (ledger.ending[lanes] == CUT).any():
             study.tell(trial, state=TrialState.PRUNED)
         elif math.isfinite(value):
             study.tell(trial, value)
         else:
             study.tell(trial, state=TrialState.FAIL)
-    return result
+    return prepared.result()
 
 
 def _of_optuna(distribution: Distribution) -> Any:
@@ -196,7 +237,7 @@ def _of_optuna(distribution: Distribution) -> Any:
 
 
 def _label(value: Any) -> Any:
-    """What Optuna keeps of a choice: plain values as they are, others by their looks."""
+    """Return a choice as Optuna records it: plain values as they are, others by their repr."""
     return value if isinstance(value, bool | int | float | str | None) else repr(value)
 
 

@@ -2,29 +2,30 @@
 
     task = jgd.Task(init, loss, jgd.stream(lambda: iter(loader)), evaluate)
 
-A sweep reads a stream once: all tiles do the steps between two reports before any does the next,
-and while they do, the batches of the next are read.
+A sweep reads a stream once: all tiles do the steps between two reports before any tile does the
+next ones, whose batches are read meanwhile.
 """
 
 import concurrent.futures
 import contextlib
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from jgd.tuning import devices
+from jgd.tuning.batches import pick
 
-__all__ = ["Reader", "Stream", "stream"]
+__all__ = ["Stream", "StreamBatches", "stream"]
 
-BATCHES_AT_ONCE = 256 * 2**20  # bytes of a chunk's batches; as many are read ahead
+BYTES_AHEAD = 256 * 2**20  # of the batches of a chunk; as many are read ahead
 
 
 class Stream:
-    """What `stream` returns: stands where a task's function from step to batch does."""
+    """What `stream` returns, in the place of a task's function from step to batch."""
 
     def __init__(self, make: Callable[[], Iterator[Any]]) -> None:
         self.make = make
@@ -37,129 +38,128 @@ class Stream:
 
     @functools.cached_property
     def first(self) -> Any:
-        """A look at the first batch."""
+        """The first batch, of an iterator of its own."""
         return _next(self.make(), 0)
 
     def usual_every(self, steps: int) -> int:
-        """Steps between reports, so that their batches fit."""
+        """Return the steps between reports for which their batches fit."""
         size = sum(np.asarray(x).nbytes for x in jax.tree.leaves(self.first))
-        return max(1, min(steps // 20, BATCHES_AT_ONCE // max(size, 1)))
+        return max(1, min(steps // 20, BYTES_AHEAD // max(size, 1)))
 
 
 def stream(make: Callable[[], Iterator[Any]]) -> Stream:
-    """Batches for a `Task` or `Run` from an iterator on the host.
+    """Return batches for a `Task` or `Run` from an iterator on the host.
 
     Args:
-      make: called without arguments for a new iterator over batches, pytrees of NumPy arrays that
-        all have the same shapes; each call begins with the same first batch. It has to last for
-        all steps of the sweep, and so repeats its data if there are fewer.
+      make: called without arguments for a new iterator over batches, pytrees of NumPy arrays of
+        equal shapes. Each iterator must begin with the same first batch and yield one batch per
+        step of the sweep; let it repeat its data (for example `itertools.cycle`) if there are
+        fewer.
 
-    A resumed sweep goes on where it was: by `get_state` and `set_state`, or `state_dict` and
+    A resumed sweep continues the stream by `get_state` and `set_state`, or `state_dict` and
     `load_state_dict`, if the iterator has them and the state is JSON or bytes (Grain's iterators,
-    PyTorch's stateful loaders); else by reading and dropping what was used.
+    PyTorch's stateful loaders); else it reads and drops the batches of the steps that are done.
 
-    All batches between two reports are on the device at once: unless `report_every` says
-    otherwise, it is chosen so that they take at most 256 MiB; as much again waits on the host.
-    Several processes all have to read the same.
+    All batches between two reports are on the device at once. Unless `report_every` is given, it is
+    chosen so that they take at most 256 MiB; as much again waits on the host. With several
+    processes, each of them must read the same batches.
 
     Raises: TypeError if `make` is an iterator itself.
     """
     if not callable(make):
-        raise TypeError(f"stream: a function that makes an iterator wanted, got {make!r}")
+        raise TypeError(f"stream: make must be a function that returns an iterator, got {make!r}")
     return Stream(make)
 
 
-class Reader:
-    """The chunks of a stream, one after the other, on the device."""
+class StreamBatches:
+    """The batches of a stream, chunk by chunk, as a `BatchSource`."""
 
-    def __init__(self, stream: Stream, reports: list[int], where: Any) -> None:
-        self.stream, self.where = stream, where
+    sequential = True
+
+    def __init__(self, stream: Stream, reports: Sequence[int], sharding: Any) -> None:
+        self.stream, self.sharding = stream, sharding
         self.ends = dict(zip([0, *reports], reports, strict=False))
         self.size = max(np.diff([0, *reports]))
-        first = jax.tree.map(np.asarray, stream.first)
-        first = jax.tree.map(lambda x: x.astype(jax.dtypes.canonicalize_dtype(x.dtype)), first)
-        self.shape = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), first)
-        self.iterator: Iterator[Any] | None = None
-        self.place = 0  # step of the next batch
-        self.marks: dict[int, Any] = {}  # what the iterator said of itself before a chunk
-        self.now: tuple[int, Any] = (-1, None)
+        dtype = lambda x: jax.dtypes.canonicalize_dtype(x.dtype)
+        like = lambda x: jax.ShapeDtypeStruct(np.shape(x), dtype(np.asarray(x)))
+        self.shape = jax.tree.map(like, stream.first)
+        self._iterator: Iterator[Any] | None = None
+        self._position = 0  # step of the next batch
+        self._marks = dict[int, Any]()  # the iterator's state before a chunk
+        self._now: tuple[int, Any] = (-1, None)
         self._ahead: tuple[int, concurrent.futures.Future[Any]] | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
 
-    def of(self, begin: int) -> Any:
-        """The batches of the chunk from this step on; those of the next are then read."""
-        if self.now[0] != begin:
+    def of(self, first: int) -> Any:
+        if self._now[0] != first:
             ahead, self._ahead = self._ahead, None
-            self.now = (-1, None)  # makes room
+            self._now = (-1, None)  # frees the batches of the chunk before
             made = None if ahead is None else ahead[1].result()
-            if ahead is None or ahead[0] != begin:
-                made = self._read(begin)
-            self.now = begin, jax.tree.map(lambda x: devices.placed(x, self.where), made)
-            following = self.ends[begin]
+            if ahead is None or ahead[0] != first:
+                made = self._read(first)
+            self._now = first, jax.tree.map(lambda x: devices.placed(x, self.sharding), made)
+            following = self.ends[first]
             if following in self.ends:
                 self._ahead = following, self._thread.submit(self._read, following)
-        return self.now[1]
+        return self._now[1]
 
-    def at(self, batches: Any, begin: Any, offset: Any) -> Any:
-        """One batch, inside the program."""
-        pick = lambda x: jax.lax.dynamic_index_in_dim(x, offset, keepdims=False)
-        return jax.tree.map(pick, batches)
+    def at(self, made: Any, first: Any, offset: Any) -> Any:
+        return pick(made, offset)
 
-    def mark(self, begin: int) -> dict[str, Any]:
-        """Where the stream is before the chunk from this step on: plain data for a checkpoint."""
-        return {"step": begin, "state": self.marks.get(begin)}
+    def mark(self, first: int) -> dict[str, Any] | None:
+        return {"step": first, "state": self._marks.get(first)}
 
     def seek(self, mark: Mapping[str, Any]) -> None:
-        """To a mark, in a new iterator."""
-        self.iterator, self.place = self.stream.make(), 0
-        if mark["state"] is not None:
-            restore = getattr(self.iterator, "set_state", None) or getattr(
-                self.iterator, "load_state_dict", None
-            )
-            if restore is not None:
-                restore(_of_json(mark["state"]))
-                self.place = mark["step"]
+        self._iterator, self._position = self.stream.make(), 0
+        names = ("set_state", "load_state_dict")
+        restore = next(
+            (getattr(self._iterator, n) for n in names if hasattr(self._iterator, n)), None
+        )
+        if mark["state"] is not None and restore is not None:
+            restore(_of_json(mark["state"]))
+            self._position = mark["step"]
 
-    def _read(self, begin: int) -> Any:
-        if self.iterator is None or self.place > begin:
-            self.iterator, self.place = self.stream.make(), 0
-        while self.place < begin:
-            self._batch()
-        self.marks = {k: v for k, v in self.marks.items() if self.ends.get(k) == begin}
-        self.marks[begin] = _state_of(self.iterator)
-        batches = [self._batch() for _ in range(begin, self.ends[begin])]
+    def _read(self, first: int) -> Any:
+        if self._iterator is None or self._position > first:
+            self._iterator, self._position = self.stream.make(), 0
+        while self._position < first:
+            self._batch(self._iterator)
+        self._marks = {k: v for k, v in self._marks.items() if self.ends.get(k) == first}
+        self._marks[first] = _state_of(self._iterator)
+        batches = [self._batch(self._iterator) for _ in range(first, self.ends[first])]
         batches += batches[-1:] * (self.size - len(batches))  # one program for chunks of all sizes
         return jax.tree.map(lambda *x: np.stack(x), *batches)
 
-    def _batch(self) -> Any:
-        assert self.iterator is not None
-        batch = jax.tree.map(np.asarray, _next(self.iterator, self.place))
-        wanted, found = (jax.tree.map(np.shape, x) for x in (self.shape, batch))
-        if wanted != found:
+    def _batch(self, iterator: Iterator[Any]) -> Any:
+        batch = jax.tree.map(np.asarray, _next(iterator, self._position))
+        expected, shapes = (jax.tree.map(np.shape, x) for x in (self.shape, batch))
+        if expected != shapes:
             raise ValueError(
-                f"stream: batch {self.place} has the shapes {found}, the first has {wanted}"
+                f"stream: all batches must have the shapes of the first, {expected}, got {shapes}"
+                f" in batch {self._position}"
             )
-        self.place += 1
+        self._position += 1
         return jax.tree.map(lambda x, like: x.astype(like.dtype), batch, self.shape)
 
 
-def _next(iterator: Iterator[Any], place: int) -> Any:
+def _next(iterator: Iterator[Any], position: int) -> Any:
     try:
         return next(iterator)
     except StopIteration:
         raise ValueError(
-            f"stream: it ended after {place} batches; one for each step is wanted, so let it repeat"
+            f"stream: the iterator ended after {position} batches; it must yield one batch per step"
+            " (for example itertools.cycle)"
         ) from None
 
 
 def _state_of(iterator: Any) -> Any:
-    """What the iterator says of itself, as JSON; None if it does not, or not so."""
+    """Return the state of an iterator as JSON; None if it has none, or none that JSON can hold."""
     for name, restore in (("get_state", "set_state"), ("state_dict", "load_state_dict")):
         if hasattr(iterator, name) and hasattr(iterator, restore):
             state = getattr(iterator, name)()
             state = {"hex": state.hex()} if isinstance(state, bytes) else state
             with contextlib.suppress(TypeError, ValueError):
-                return json.loads(json.dumps(state))  # a copy, should it change
+                return json.loads(json.dumps(state))  # a copy, in case the iterator changes it
     return None
 
 

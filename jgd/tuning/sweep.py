@@ -1,58 +1,103 @@
 """`sweep` and `iter_sweep`: many settings and seeds as lanes of compiled programs."""
 
 import contextlib
+import copy
+import dataclasses
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jgd.pytree import Monitor
-from jgd.training import Run, Task
-from jgd.tuning.devices import agreed
-from jgd.tuning.driver import Cut, Report, Snapshot, Sweep, prepare
-from jgd.tuning.plan import Plan
+from jgd.training import Run, Task, start
+from jgd.tuning import devices
+from jgd.tuning.engine import Engine, shared_programs
+from jgd.tuning.events import Cut, Report
+from jgd.tuning.folder import Folder
+from jgd.tuning.inputs import check_inputs, resumed
+from jgd.tuning.loop import Decision, Schedule, Sweep, run
+from jgd.tuning.options import Doc, SweepOptions, function_of
+from jgd.tuning.plan import Plan, fingerprint, make_plan
+from jgd.tuning.pool import Block
 from jgd.tuning.prune import Halving
-from jgd.tuning.results import Collector, Result
-from jgd.tuning.store import Folder
+from jgd.tuning.result import Record, Result, make_result
+from jgd.tuning.space import Lanes
+from jgd.tuning.streams import Stream
+from jgd.tuning.widths import choose_widths
 
 __all__ = ["Interrupted", "iter_sweep", "sweep"]
 
 
-def iter_sweep(
-    task: Task | Run, settings: Any, steps: int, **options: Any
-) -> Iterator[Report | Cut]:
-    """The reports of a sweep as they come, and the cuts. Args as `sweep`."""
-    return iter(prepare(task, settings, steps, **options))
+Stop = Annotated[
+    Monitor | int | None,
+    Doc("""`jgd.stopping.early_stopping(...)` on the metric of each lane, or its patience alone; a
+    report is an epoch. None: no lane stops early."""),
+]
 
 
-def sweep(
-    task: Task | Run,
-    settings: Any | Mapping[str, Any],
-    steps: int,
-    *,
-    seeds: int = 1,
-    key: int = 0,
-    order: Literal["shared", "own"] = "shared",
-    width: int | None = None,
-    report_every: int | None = None,
-    metric: str | None = None,
-    mode: Literal["min", "max"] | None = None,
-    best: Literal["final", "ever"] = "final",
-    target: float | None = None,
-    keep: int = 1,
-    halving: Halving | None = None,
-    stop: Monitor | int | None = None,
-    drop_diverged: bool = False,
-    budget: int | None = None,
-    seconds: float | None = None,
-    devices: int | None = None,
-    folder: str | Path | None = None,
-    resume: bool = False,
-    checkpoint_every: float = 30.0,
-    on_report: Callable[[Plan, Report], None] | None = None,
-) -> Result:
+@dataclass(frozen=True)
+class SweepInputs:
+    """What a sweep trains."""
+
+    task: Annotated[Task | Run, Doc("A `Task`, or any `Run`.")]
+    settings: Annotated[
+        Any,
+        Doc("""A batch of settings, or a dict of batches by name: what `grid`, `random_search`,
+        `stack` or `jax.vmap` of a factory returns. One program is compiled for each structure, at
+        each width."""),
+    ]
+    steps: Annotated[int, Doc("Steps of each training, at least 4.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained(SweepOptions, SweepInputs):
+    """What a sweep trains, and which lanes go on."""
+
+    halving: Annotated[
+        Halving | None,
+        Doc("""`jgd.successive_halving(...)` or `jgd.hyperband(...)`: at some steps only the best
+        settings go on. None: all settings run to their end."""),
+    ] = None
+    stop: Stop = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepArguments(Trained):
+    """The arguments of `sweep`."""
+
+    folder: Annotated[
+        str | Path | None,
+        Doc("A new folder for plan, journal, checkpoints and results. None: nothing is written."),
+    ] = None
+    resume: Annotated[
+        bool,
+        Doc("""Whether to go on with the sweep of `folder` from its last checkpoint. It ends with
+        the numbers of an uninterrupted sweep, bit for bit on the same machine. All other arguments
+        must be those it was started with."""),
+    ] = False
+    on_report: Annotated[
+        Callable[[Plan, Report], None] | None,
+        Doc("Called with the `Plan` and each `Report`, in their order."),
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resume and self.folder is None:
+            raise ValueError(
+                "sweep: folder must be the folder of a sweep with resume=True, got None"
+            )
+
+
+@function_of(SweepArguments)
+def sweep(arguments: SweepArguments) -> Result:
     """Train every setting with every seed, and rank them.
 
         lanes = jgd.grid(jgd.adam, learning_rate=np.logspace(-4, -1, 64))
@@ -60,47 +105,11 @@ def sweep(
         result.rows[0], result.best.params
 
     Args:
-      task: a `Task`, or any `Run`.
-      settings: a batch of settings, or a dict of named ones: what `grid`, `random_search`, `stack`
-        or `jax.vmap` of a factory gives. One program is compiled for each, at each width.
-      steps: of each training, at least 4.
-      seeds: trainings of each setting, with initial parameters of their own, the same for all
-        settings.
-      key: an int, of the initial parameters.
-      order: of the batches. "shared" (default): all lanes see the same ones. "own": each seed has
-        an order of its own, the same for all settings; `task.batch` then takes (step, seed), as
-        what `minibatches` makes does.
-      width: lanes that step together, at least 1; a tile with fewer is filled up. None: the
-        smallest within 5 per cent of the fastest, found by a probe where the sweep is long enough
-        for one; else 64, or all lanes of a group with fewer. The numbers agree bit for bit at one
-        width, and to rounding at another.
-      report_every: steps between reports; None: a twentieth of `steps`.
-      metric: of `evaluate`, to rank by; None: "accuracy", or "loss", or the first.
-      mode: "min" or "max"; None: max for a metric with "acc" in its name, else min.
-      best: which report of a lane counts. "final" (default): its last one; "ever": its best one,
-        and the state that is given back is that of then; lanes are twice as big for it.
-      target: a value of `metric`; a lane that is there ends, and fewer steps are better. None: no
-        such end.
-      keep: how many of the best settings come back with their states, at least 1.
-      halving: `jgd.successive_halving(...)` or `jgd.hyperband(...)`: at some steps only the best
-        settings go on. None: all run to their end.
-      stop: `jgd.stopping.early_stopping(...)` on `metric`, for each lane, or its patience alone; a
-        report is an epoch. None: no lane stops early.
-      drop_diverged: True ends a lane whose training loss is not finite.
-      budget: lane-steps, at least 1, those that fill up tiles included, after which no chunk is
-        begun; what has not ended is out of budget, what has not begun is not run. None: none.
-      seconds: likewise, of the clock: such a sweep is not the same twice. None: none.
-      devices: how many to deal the lanes of a tile out to, without a word between them; widths are
-        multiples of it. None: all of this host.
-      folder: a new folder for plan, journal, checkpoints and results; None writes nothing.
-      resume: True goes on with the sweep of `folder`, from its last checkpoint, to the numbers that
-        it would have ended with, bit for bit on the same machine. All other arguments must be those
-        it was begun with.
-      checkpoint_every: seconds between checkpoints in `folder`: what a crash can lose.
-      on_report: called with the `Plan` and each `Report`, as it comes.
+      {arguments}
 
     A lane that has ended costs nothing from the next report on, as far as the others fit narrower
-    programs; at a rung they always do.
+    programs; at a rung they always do. Sweeps of one task that differ in numbers only share their
+    compiled programs within a process.
 
     Settings are ranked by the mean over their seeds; the table has its standard error, and says
     which settings are tied with the best: no worse than the standard error of the difference.
@@ -108,79 +117,67 @@ def sweep(
     Returns: a `Result`: ranked rows, curves, and the best settings with their trained states.
     Raises: ValueError, before anything is trained or written, for settings that are no batch, NaN
       in the data, a learning rate that is negative or NaN, an `evaluate` that returns no dict of
-      scalars, or a count, metric or mode out of range.
+      scalars, or an option out of its range. Interrupted, on Ctrl-C.
     """
-    if resume and folder is None:
-        raise ValueError("sweep: resume wants the folder of a sweep")
-    if not checkpoint_every >= 0:
-        raise ValueError(f"sweep: checkpoint_every must be at least 0, got {checkpoint_every}")
-    files = None if folder is None else Folder(folder, resume=resume)
-    prepared = prepare(
-        task,
-        settings,
-        steps,
-        seeds=seeds,
-        key=key,
-        order=order,
-        width=width,
-        report_every=report_every,
-        metric=metric,
-        mode=mode,
-        best=best,
-        target=target,
-        keep=keep,
-        halving=halving,
-        stop=stop,
-        drop_diverged=drop_diverged,
-        budget=budget,
-        seconds=seconds,
-        devices=devices,
-        written=files.read_plan() if files is not None and resume else None,
-    )
-    collector = Collector(prepared)
-    if files is not None and resume:
-        _go_back(prepared, collector, files)
-    elif files is not None:
-        files.write_plan(prepared.plan)
-    last = time.monotonic()
+    folder = Folder(arguments.folder, resume=arguments.resume)
+    prepared = prepare(arguments, folder.plan)
+    plan = prepared.plan
+    if arguments.resume:
+        _resume(prepared, folder)
+    else:
+        folder.write_plan(plan)
+
+    def deliver(events: list[Report | Cut]) -> None:
+        folder.append(events)
+        for event in events:
+            prepared.record.apply(event)
+            if arguments.on_report is not None and isinstance(event, Report):
+                alive = int(prepared.sweep.ledger.alive.sum())
+                with asked.interrupts():
+                    arguments.on_report(plan, event._replace(alive=alive))
+
+    checkpoint = lambda: _checkpoint(prepared, folder)
     try:
-        for report in prepared:
-            if files is not None:
-                files.journal(report)
-            if isinstance(report, Cut):
-                collector.cut(report)
-                continue
-            collector.add(report)
-            if files is not None:
-                if report.snapshot is not None:
-                    _checkpoint(files, report.snapshot, collector)
-                    last = time.monotonic()
-                due = time.monotonic() - last > checkpoint_every and not files.busy()
-                prepared.wanted = agreed(due)
-            if on_report is not None:
-                on_report(prepared.plan, report)
-    except KeyboardInterrupt:
-        if jax.process_count() > 1:  # the others may be elsewhere
-            raise
-        for report in prepared.stop():
-            if isinstance(report, Report):
-                collector.add(report)
-            else:
-                collector.cut(report)
-        raise Interrupted(_finished(prepared, collector, files, whole=False)) from None
+        with _CtrlC() as asked:
+            poll = Clock(prepared.sweep.schedule, plan, folder, asked)
+            whole = run(prepared.sweep, deliver, poll, checkpoint)
+        result = prepared.result(whole=whole)
+        folder.write_result(result)
+        checkpoint()
+        folder.finish()
     except BaseException:
-        if files is not None:  # what a checkpoint has begun to write, it ends
-            with contextlib.suppress(Exception):
-                files.finish()
+        with contextlib.suppress(Exception):  # a checkpoint that is being written is finished
+            folder.finish()
         raise
-    return _finished(prepared, collector, files, whole=True)
+    finally:
+        prepared.sweep.engine.close()
+    if not whole:
+        raise Interrupted(result)
+    return result
+
+
+@function_of(Trained)
+def iter_sweep(arguments: Trained) -> Iterator[Report | Cut]:
+    """Return the reports and cuts of a sweep as they come.
+
+    Args:
+      {arguments}
+    """
+    return _events(prepare(arguments).sweep)
+
+
+def _events(sweep: Sweep) -> Iterator[Report | Cut]:
+    while sweep.start():
+        yield from sweep.take()  # while the next turn runs
+        sweep.finish()
+    yield from sweep.take()
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, with what there was.
+    """Ctrl-C, with the result so far.
 
     Attributes:
-      result: a `Result` of the lanes so far; those that had not ended are out of budget.
+      result: a `Result` in which the lanes that had not ended are out of budget.
     """
 
     def __init__(self, result: Result) -> None:
@@ -188,34 +185,165 @@ class Interrupted(KeyboardInterrupt):
         self.result = result
 
 
-def _checkpoint(files: Folder, snapshot: Snapshot, collector: Collector) -> None:
-    names, states = collector.states()
-    files.checkpoint({**snapshot.meta, "ended": names}, {**snapshot.states, **states})
+# --- preparation -----------------------------------------------------------------------------
 
 
-def _go_back(prepared: Sweep, collector: Collector, files: Folder) -> None:
-    """To the last checkpoint: the journal up to it, and the states."""
-    manifest = files.last_checkpoint()
-    files.go_back(manifest)
+@dataclass
+class Prepared:
+    """A sweep that is planned, and what its result is made from."""
+
+    plan: Plan
+    groups: dict[str, Lanes]
+    sweep: Sweep
+    record: Record
+
+    def result(self, *, whole: bool = True) -> Result:
+        """Return the result. If the sweep is not whole, its lanes count as out of budget."""
+        ledger, pool, engine = self.sweep.ledger, self.sweep.pool, self.sweep.engine
+        if not whole:
+            ledger = copy.deepcopy(ledger)
+            ledger.apply(Cut(None, self.plan.by_group(np.flatnonzero(ledger.alive))))
+
+        def state_of(lane: int) -> Any:
+            if lane not in pool:
+                return None
+            states = engine.states(self.plan.group_of(lane), pool.take([lane]))
+            return jax.tree.map(lambda x: x[0], states)
+
+        return make_result(self.plan, self.groups, ledger, self.record, state_of)
+
+
+def prepare(arguments: Trained, written: Mapping[str, Any] | None = None) -> Prepared:
+    """Plan a sweep. Refuses what it could not report on, before anything is compiled.
+
+    Args:
+      written: the plan of the sweep to resume, as JSON.
+    """
+    task = arguments.task
+    mesh = devices.mesh(arguments.devices)
+    inputs = check_inputs(task, arguments.settings, arguments, arguments.stop)
+    made, batch = inputs.run, inputs.batch
+    first = jax.tree.map(lambda x: jnp.asarray(x)[0], next(iter(inputs.groups.values())).settings)
+    state = start(made, first, jax.random.key(arguments.key))
+    streamed = made.batch if isinstance(made.batch, Stream) else None
+    last = () if streamed is not None else made.batch(arguments.steps - 1)
+    params = state.params if isinstance(task, Task) else state
+    plan = make_plan(
+        inputs.groups,
+        arguments.steps,
+        arguments,
+        halving=arguments.halving,
+        stop=inputs.stop,
+        metrics=inputs.metrics,
+        usual_every=None if streamed is None else streamed.usual_every(arguments.steps),
+        devices=1 if mesh is None else mesh.size,
+        at_once=devices.tiles_at_once(mesh),
+        task=fingerprint(batch, last, params, made.evaluate(first, state)),
+    )
+    devices.check_same_task(plan.task)
+    if written is not None:
+        plan = resumed(plan, written)
+    engine = Engine(plan, inputs.groups, shared_programs(task, made, plan, inputs.stop, mesh))
+    probed = written is None and arguments.width is None and streamed is None
+    if probed and jax.process_count() == 1:
+        plan = choose_widths(plan, engine)
+    return Prepared(plan, inputs.groups, Sweep(plan, engine), Record(plan))
+
+
+# --- checkpoints -----------------------------------------------------------------------------
+
+
+def _checkpoint(prepared: Prepared, folder: Folder) -> None:
+    """Record where a sweep is between two turns."""
+    if not folder.exists:
+        return
+    sweep, states, blocks = prepared.sweep, dict[str, Any](), dict[str, Any]()
+    for number, (ids, rows) in sweep.pool.blocks.items():
+        name = f"block-{number}"
+        n = len(ids)
+        states[name] = jax.tree.map(lambda x, n=n: x[:n], devices.to_host(rows))
+        living = sweep.pool.block_of[ids] == number
+        blocks[name] = {"number": number, "lanes": ids.tolist(), "living": living.tolist()}
+    queue, plan = sweep.schedule.queue, sweep.plan
+    following = queue[0].step if queue else plan.rounds[sweep.schedule.round]
+    manifest = {
+        "schedule": dataclasses.asdict(sweep.schedule),
+        "blocks": blocks,
+        "blocks_made": sweep.pool.made,
+        "stream": sweep.engine.batches.mark(following),
+    }
+    folder.checkpoint(manifest, states)
+
+
+def _resume(prepared: Prepared, folder: Folder) -> None:
+    """Return to the last checkpoint: fold the journal, and load the states."""
+    manifest, sweep = folder.last_checkpoint(), prepared.sweep
+    for note in folder.notes:
+        warnings.warn(note, stacklevel=4)
+    devices.from_process_0([True])  # all processes have read the manifest before files change
+    folder.return_to(manifest)
     if manifest is None:
         return
-    for line in files.read_journal(manifest["journal"]):
-        collector.replay(line)
-    prepared.restore(manifest, files.load)
-    collector.restore(manifest["ended"], files.load)
+    for event in folder.events(prepared.plan):
+        sweep.ledger.apply(event)
+        prepared.record.apply(event)
+    sweep.schedule = Schedule.of_json(manifest["schedule"])
+    for name, block in manifest["blocks"].items():
+        ids = np.array(block["lanes"], int)
+        program = sweep.engine.programs[prepared.plan.group_of(ids[0])]
+        rows = folder.load(name, program.shapes(len(ids)))
+        sweep.pool.restore(block["number"], Block(ids, rows), np.array(block["living"]))
+    sweep.pool.made = manifest["blocks_made"]
+    if manifest["stream"] is not None:
+        sweep.engine.batches.seek(manifest["stream"])
+    sweep.fit_widths()
 
 
-def _finished(
-    prepared: Sweep, collector: Collector, files: Folder | None, *, whole: bool
-) -> Result:
-    """The result, in the folder as well."""
-    result = collector.result()
-    if files is not None:
-        plan = result.plan
-        summary = {"metric": plan.metric, "mode": plan.mode, "steps": plan.steps}
-        files.write_results(result.rows, {**summary, "seeds": plan.seeds})
-        files.write_curves(result.curves)
-        if whole:
-            _checkpoint(files, prepared.snapshot(), collector)
-        files.finish()
-    return result
+# --- the poll --------------------------------------------------------------------------------
+
+
+class Clock:
+    """The poll of a sweep: limits of time, checkpoints that are due, and Ctrl-C."""
+
+    def __init__(self, schedule: Schedule, plan: Plan, folder: Folder, asked: "_CtrlC") -> None:
+        self.schedule, self.plan, self.folder, self.asked = schedule, plan, folder, asked
+        self.started = time.monotonic() - schedule.elapsed
+        self.saved = time.monotonic()
+
+    def __call__(self, events: list[Report | Cut]) -> Decision:
+        now = time.monotonic()
+        self.schedule.elapsed = now - self.started
+        late = self.plan.seconds is not None and self.schedule.elapsed > self.plan.seconds
+        if due := now - self.saved > self.plan.checkpoint_every and not self.folder.busy():
+            self.saved = now
+        return Decision(checkpoint=due, stop=late, interrupt=self.asked.interrupt)
+
+
+class _CtrlC:
+    """Within this context Ctrl-C sets a flag that the next poll reads; a second one interrupts."""
+
+    def __init__(self) -> None:
+        self.interrupt = False
+        self._before: Any = None
+
+    def __enter__(self) -> "_CtrlC":
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._asked)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _asked(self, *_: object) -> None:
+        if self.interrupt:
+            raise KeyboardInterrupt
+        self.interrupt = True
+
+    @contextlib.contextmanager
+    def interrupts(self) -> Generator[None]:
+        """Within this context KeyboardInterrupt, from the user's code, is Ctrl-C."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.interrupt = True

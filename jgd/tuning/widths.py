@@ -1,7 +1,8 @@
-"""How many lanes step together: measured, on the task itself.
+"""Chooses how many lanes step together, by timing chunks of the task itself.
 
-On a CPU a tile should fit the cache, on a GPU it should fill the device; neither is known from the
-shapes. So a chunk is compiled at doubling widths and timed, until wider ones are no faster a lane.
+On a CPU a tile should fit the cache, on a GPU it should fill the device, and neither is known from
+the shapes. A chunk is compiled at doubling widths and timed until wider tiles are no faster per
+lane. Widths are remembered for the process, and in a file beside JAX's compilation cache.
 """
 
 import dataclasses
@@ -9,33 +10,35 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
+from jgd.tuning import devices
+from jgd.tuning.engine import Engine, Program
+from jgd.tuning.lanes import Lane
 from jgd.tuning.plan import Plan, usual_width
-from jgd.tuning.programs import Program
 
 __all__ = ["choose_widths"]
 
-WORTH_IT = 300_000  # lane-steps: below them the sweep is over before the probe is
+WORTH_IT = 300_000  # lane-steps; a shorter sweep ends before the probe would
 NARROWEST = 16
-WORSE = 1.05  # a width within 5 per cent of the best is as good
+WORSE = 1.05  # a width within 5 per cent of the fastest is as good
 _known: dict[str, dict[int, float]] = {}
 
 
-def choose_widths(plan: Plan, programs: list[Program], settings: list[Any]) -> Plan:
-    """The plan with the width of each group chosen by a probe, where that is worth its time."""
+def choose_widths(plan: Plan, engine: Engine) -> Plan:
+    """Return the plan with the width of each group chosen by a probe if that is worth its time."""
     groups = []
-    for group, program, some in zip(plan.groups, programs, settings, strict=True):
+    for place, group in enumerate(plan.groups):
         lanes = group.settings * plan.seeds
         if lanes * plan.steps < WORTH_IT or lanes <= NARROWEST:
             # gradients, updates and activations: about three times the state
-            most = max(1, int(_memory() / plan.at_once / (4 * _bytes_of_lane(program))))
+            each = 4 * engine.programs[place].bytes_of_lane()
+            most = max(1, int(_memory() / plan.at_once / each))
             groups.append(group.at_width(min(group.width, most), plan.devices))
             continue
-        seconds = _probed(plan, program, some, lanes)
+        seconds = _probed(plan, engine, place)
         if not seconds:  # not even the narrowest fits the memory
             groups.append(group.at_width(plan.devices, plan.devices))
             continue
@@ -46,86 +49,73 @@ def choose_widths(plan: Plan, programs: list[Program], settings: list[Any]) -> P
     return dataclasses.replace(plan, groups=groups)
 
 
-def _probed(plan: Plan, program: Program, settings: Any, lanes: int) -> dict[int, float]:
-    """Seconds of a step at each width, from memory or by trying."""
-    name = _structure(plan, program, lanes)
+def _probed(plan: Plan, engine: Engine, group: int) -> dict[int, float]:
+    """Return the seconds of a step at each width, remembered or measured."""
+    name = _structure(plan, engine, group)
     known = _known.get(name) or _remembered().get(name)
     if known is None:
-        known = _measured(program, settings, lanes, plan.devices, _memory() / plan.at_once)
+        known = _measured(plan, engine, group)
         _remember(name, known)
     _known[name] = known = {int(width): seconds for width, seconds in known.items()}
     return known
 
 
-def _structure(plan: Plan, program: Program, lanes: int) -> str:
-    """What a probe is remembered by: device, task, how many lanes there are and how big one is.
-
-    Groups of about as many lanes of about as much memory share one probe.
-    """
-    size = _bytes_of_lane(program)
+def _structure(plan: Plan, engine: Engine, group: int) -> str:
+    """Return what a probe is remembered by: device, task, and powers of 2 for number and size."""
+    lanes, size = plan.groups[group].settings * plan.seeds, engine.programs[group].bytes_of_lane()
     many = f"2^{np.ceil(np.log2(lanes)):.0f} lanes of 2^{np.log2(size + 1):.0f} bytes"
     return f"{plan.devices} x {plan.device}, task {plan.task}, {many}"
 
 
-def _measured(
-    program: Program, settings: Any, lanes: int, devices: int, memory: float
-) -> dict[int, float]:
-    """Widths double until two in a row are no better, or memory ends; then all are timed anew."""
-    tried: dict[int, float] = {}
+def _measured(plan: Plan, engine: Engine, group: int) -> dict[int, float]:
+    """Double the width until two in a row are no faster or memory ends, then time all again."""
+    program, memory = engine.programs[group], _memory() / plan.at_once
+    lanes = plan.groups[group].settings * plan.seeds
+    first, width = plan.offset(group), NARROWEST * plan.devices
+    some = [first + i % lanes for i in range(width)]
+    rows = devices.to_host(engine.begin(group, some, width))
+    repeated = lambda width: jax.tree.map(lambda x: np.resize(x, (width, *x.shape[1:])), rows)
+    seconds: dict[int, float] = {}
     best, worse = np.inf, 0
-    width = NARROWEST * devices
     while worse < 2 and width < 2 * lanes:
-        ids = [i % lanes for i in range(width)]
-        state = program.start(settings, ids, width)
-        if _bytes_of(program.compiled(state, 0).compiled) > memory:
+        lanes_of_width = program.pad(repeated(width), width)
+        warm = program.chunk(lanes_of_width, 0, 1)
+        if program.chunks[width].bytes() > memory:
             break
-        warm = program.chunk(state, 0, 1)[0]
-        tried[width] = _seconds(program, warm, 4)
-        share = tried[width] / width
+        seconds[width] = _seconds(plan, program, warm().lanes, 4)
+        share = seconds[width] / width
         best, worse = min(best, share), 0 if share < best / WORSE else worse + 1
         width *= 2
-    times: dict[int, list[float]] = {width: [] for width in tried}
+    times: dict[int, list[float]] = {width: [] for width in seconds}
     for _ in range(3):
-        for width, step in tried.items():
-            ids = [i % lanes for i in range(width)]
+        for width, step in seconds.items():
             steps = int(np.clip(0.03 / step, 4, 200))
-            times[width].append(_seconds(program, program.start(settings, ids, width), steps))
-    return {width: min(seen) for width, seen in times.items()}
+            times[width].append(_seconds(plan, program, program.pad(repeated(width), width), steps))
+    return {width: min(each) for width, each in times.items()}
 
 
-def _seconds(program: Program, state: Any, steps: int) -> float:
-    """Of a step, over so many; the state is given away."""
-    jax.block_until_ready(state)
+def _seconds(plan: Plan, program: Program, lanes: Lane, steps: int) -> float:
+    """Return the seconds of a step, averaged over `steps`. Donates the lanes."""
+    steps = min(steps, plan.steps)
+    chunk = program.chunk(jax.block_until_ready(lanes), 0, steps)
     started = time.perf_counter()
-    jax.block_until_ready(program.chunk(state, 0, min(steps, program.steps)))
-    return (time.perf_counter() - started) / min(steps, program.steps)
-
-
-def _bytes_of(compiled: Any) -> int:
-    analysis = compiled.memory_analysis()
-    if analysis is None:
-        return 0
-    return analysis.temp_size_in_bytes + 2 * analysis.output_size_in_bytes
-
-
-def _bytes_of_lane(program: Program) -> int:
-    leaves = jax.tree.leaves(program.shapes(1))
-    return sum(x.size * x.dtype.itemsize for x in leaves)
+    jax.block_until_ready(chunk())
+    return (time.perf_counter() - started) / steps
 
 
 def _memory() -> float:
-    """Bytes that tiles may take: half of the device, a quarter of a host that is the device."""
+    """Return the bytes that tiles may take: half of a device, or a quarter of the host."""
     stats = jax.devices()[0].memory_stats() or {}
     if limit := stats.get("bytes_limit"):
         return limit / 2
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4
 
 
-# --- what is remembered ----------------------------------------------------------------------
+# --- the file ---------------------------------------------------------------------------------
 
 
 def _file() -> Path | None:
-    """Beside the compiled programs, where jax is told to keep those."""
+    """Return the path of the file; None if JAX keeps no compiled programs."""
     folder = jax.config.values["jax_compilation_cache_dir"]
     return Path(folder) / "widths.json" if folder else None
 
@@ -134,7 +124,7 @@ def _remembered() -> dict[str, dict[int, float]]:
     path = _file()
     try:
         return json.loads(path.read_text()) if path and path.exists() else {}
-    except (OSError, json.JSONDecodeError):  # of no importance: it is measured again
+    except (OSError, json.JSONDecodeError):  # it is measured again
         return {}
 
 

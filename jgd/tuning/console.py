@@ -1,4 +1,4 @@
-"""What a sweep shows on the terminal: a live bar while it runs, tables when it is done."""
+"""The terminal: a live bar while a sweep runs, tables when it is done."""
 
 import math
 import time
@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from jgd import catalog
-from jgd.tuning.driver import Report
+from jgd.tuning.events import Report
 from jgd.tuning.plan import Plan
-from jgd.tuning.results import Result
+from jgd.tuning.result import Result
 
 __all__ = ["Progress", "print_optimizers", "print_result"]
 
@@ -87,9 +87,10 @@ class Progress:
 
     def _announce(self, plan: Plan) -> None:
         settings = sum(group.settings for group in plan.groups)
+        widths = " and ".join(str(width) for width in sorted({g.width for g in plan.groups}))
         self.console.print(
             f"{settings * plan.seeds:,} trainings of {plan.steps:,} steps: {settings:,} settings in"
-            f" {len(plan.groups)} compiled programs, {plan.seeds} seeds"
+            f" {len(plan.groups)} compiled programs, {plan.seeds} seeds, tiles of {widths} lanes"
         )
 
 

@@ -1,11 +1,15 @@
-"""What a sweep refuses before anything is compiled: one line that names the thing and the cure."""
+"""What the user gave a sweep: checked before anything is compiled, and refused in one line.
+
+inputs = check_inputs(task, settings, options, stop)
+inputs.run, inputs.groups, inputs.metrics
+"""
 
 import dataclasses
 import functools
 import inspect
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +18,16 @@ import optax
 
 from jgd.pytree import Monitor
 from jgd.stopping import early_stopping
-from jgd.training import Run, start
+from jgd.training import Run, start, supervised
 from jgd.tuning import devices
-from jgd.tuning.plan import Plan
+from jgd.tuning.options import Training
+from jgd.tuning.plan import FORMAT, Plan, ranked_by
 from jgd.tuning.space import Lanes, lanes_of
 from jgd.tuning.streams import Stream
 
-__all__ = ["adopted", "batch", "groups", "metrics", "monitor"]
+__all__ = ["Inputs", "check_inputs", "resumed"]
 
-# columns of the table and the journal, which no metric may be called
+# columns of the table and the journal, which no metric may be named
 RESERVED = (
     *("rank", "tied", "optimizer", "final_loss", "verdict", "seeds", "ended", "at", "cut"),
     *("best_at", "setting", "steps_to_target"),
@@ -30,27 +35,47 @@ RESERVED = (
 )
 
 
-def groups(settings: Any) -> dict[str, Lanes]:
-    """Named batches of settings, whatever of them the user gave."""
+class Inputs(NamedTuple):
+    """What a sweep trains."""
+
+    run: Run
+    groups: dict[str, Lanes]
+    batch: Any  # the first one
+    metrics: list[str]
+    stop: Monitor | None
+
+
+def check_inputs(task: Any, settings: Any, options: Training, stop: Any) -> Inputs:
+    """Return what a sweep trains. Raises ValueError or TypeError for what it cannot report on."""
+    run = task if isinstance(task, Run) else supervised(task)
+    groups = _groups(settings)
+    batch = _first_batch(run.batch, options.order)
+    metrics = _metrics(run, groups, batch)
+    mode = ranked_by(metrics, options)[1]
+    return Inputs(run, groups, batch, metrics, _monitor(stop, mode))
+
+
+def _groups(settings: Any) -> dict[str, Lanes]:
+    """Return the batches of settings by name."""
     if not isinstance(settings, dict):
         settings = {_name_of(settings): settings}
-    found: dict[str, Lanes] = {}
+    groups = dict[str, Lanes]()
     for name, batch in settings.items():
         several = type(batch) is dict and any(isinstance(x, Lanes) for x in batch.values())
         named = {f"{name} {label}": x for label, x in batch.items()} if several else {name: batch}
         for label, lanes in named.items():
-            if label in found:
+            if label in groups:
                 raise ValueError(f"sweep: two groups of settings are named {label!r}")
-            found[label] = lanes_of(lanes)
-    if not any(map(len, found.values())):
+            groups[label] = lanes_of(lanes)
+    if not any(map(len, groups.values())):
         raise ValueError("sweep: no settings")
-    for name, lanes in found.items():
+    for name, lanes in groups.items():
         _refuse_rates(name, lanes)
-    return found
+    return groups
 
 
 def _refuse_rates(name: str, lanes: Lanes) -> None:
-    """No training descends by a rate that is negative, or no number."""
+    """Raise ValueError for a learning rate that is negative or NaN."""
     leaves = jax.tree_util.tree_leaves_with_path(lanes.settings)
     named = {jax.tree_util.keystr(path).lstrip("."): leaf for path, leaf in leaves}
     rates = {number: x for number, x in named.items() if number.endswith("learning_rate")}
@@ -70,17 +95,19 @@ def _name_of(settings: Any) -> str:
     return repr(inner).partition("(")[0] if known else "setting"
 
 
-def batch(make: Callable[..., Any], order: str) -> Any:
-    """The first batch; refuses data with NaN, and a wish for orders that it cannot fulfil."""
+def _first_batch(make: Callable[..., Any], order: str) -> Any:
+    """Return the first batch. Raises for data with NaN, and for an order it cannot have."""
     if isinstance(make, Stream):
         if order == "own":
-            raise ValueError("sweep: a stream has one order, order='own' wants jgd.minibatches")
+            raise ValueError(
+                "sweep: order must be 'shared' for a stream, got 'own'. Use jgd.minibatches"
+            )
         first, data = make.first, None
     else:
         if order == "own" and "seed" not in inspect.signature(make).parameters:
             raise ValueError(
-                "sweep: order='own' wants batches by seed, as jgd.minibatches of a batch_size makes"
-                " them: a function of (step, seed=None)"
+                "sweep: order='own' needs a batch function of (step, seed=None), as jgd.minibatches"
+                " with a batch_size returns"
             )
         first = make(0)
         data = None if jax.tree_util.all_leaves([make]) else make
@@ -92,40 +119,40 @@ def batch(make: Callable[..., Any], order: str) -> Any:
             where = "the first batch" if data is None else "the data"
             row = f", first in row {np.argwhere(nan)[0][0]}" if nan.ndim else ""
             name = jax.tree_util.keystr(path) or "the array"
-            raise ValueError(f"sweep: NaN in {where}{row} of {name}: leave it out, or fill it")
+            raise ValueError(f"sweep: NaN in {where}{row} of {name}. Remove or fill it")
     return first
 
 
-def metrics(run: Run, groups: Mapping[str, Lanes], batch: Any) -> list[str]:
-    """The names that `evaluate` reports, the same for all groups; nothing is trained for that."""
-    found = {group: _metrics(run, lanes, batch) for group, lanes in groups.items()}
-    first, expected = next(iter(found.items()))
-    for group, names in found.items():
+def _metrics(run: Run, groups: Mapping[str, Lanes], batch: Any) -> list[str]:
+    """Return the names that `evaluate` reports, the same for all groups, without training."""
+    reported = {group: _metrics_of(run, lanes, batch) for group, lanes in groups.items()}
+    first, expected = next(iter(reported.items()))
+    for group, names in reported.items():
         if set(names) != set(expected):
             raise ValueError(
-                f"sweep: evaluate reports {', '.join(expected)} for {first}, but"
-                f" {', '.join(names)} for {group}: one set of metrics for all is wanted"
+                f"sweep: evaluate must report the same metrics for all groups, got"
+                f" {', '.join(expected)} for {first} and {', '.join(names)} for {group}"
             )
     columns = {name for lanes in groups.values() for name in (*lanes.axes, *lanes.fixed, *RESERVED)}
     for name in columns.intersection(expected):
-        raise ValueError(f"sweep: evaluate's {name} has the name of a column of the table")
+        raise ValueError(f"sweep: evaluate reports {name!r}, which is a column of the table")
     return expected
 
 
-def _metrics(run: Run, lanes: Lanes, batch: Any) -> list[str]:
+def _metrics_of(run: Run, lanes: Lanes, batch: Any) -> list[str]:
     one = lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], jnp.asarray(x).dtype)
     setting = jax.tree.map(one, lanes.settings)
     state = jax.eval_shape(functools.partial(start, run), setting, jax.random.key(0))
     _, of_update = jax.eval_shape(run.update, setting, state, batch)
     if "loss" not in of_update or of_update["loss"].shape:
-        raise ValueError("sweep: update must report a scalar loss, under the name 'loss'")
+        raise ValueError("sweep: update must report a scalar under the name 'loss'")
     names: list[str] = []
 
     def evaluate(setting: Any, state: Any) -> dict[str, Any]:
         values = run.evaluate(setting, state)
         if not isinstance(values, dict) or not values:
             raise ValueError(f"sweep: evaluate must return a dict of scalars, got {values!r}")
-        names.extend(values)  # in the order of the user, where jax sorts
+        names.extend(values)  # in the user's order; JAX sorts names
         return values
 
     for name, value in jax.eval_shape(evaluate, setting, state).items():
@@ -134,8 +161,8 @@ def _metrics(run: Run, lanes: Lanes, batch: Any) -> list[str]:
     return names
 
 
-def monitor(stop: Any, mode: Any) -> Monitor | None:
-    """The early stopping that was asked for, in the direction of the metric."""
+def _monitor(stop: Any, mode: Any) -> Monitor | None:
+    """Return the early stopping in the direction of the metric."""
     if stop is None:
         return None
     if isinstance(stop, Monitor):
@@ -147,49 +174,57 @@ def monitor(stop: Any, mode: Any) -> Monitor | None:
     return early_stopping(patience=operator.index(stop), mode=mode)
 
 
-def adopted(plan: Plan, written: Mapping[str, Any]) -> Plan:
-    """The plan that a sweep was begun with; its widths are not probed again.
+# --- a sweep that is resumed -----------------------------------------------------------------
 
-    On another number of devices, or devices of another kind, it goes on with exact values, and then
-    agrees to rounding.
 
-    Raises: ValueError, naming the difference, if it is the plan of another sweep.
+def resumed(plan: Plan, written: Mapping[str, Any]) -> Plan:
+    """Return the plan a resumed sweep follows: its widths are those it was started with.
+
+    On another number or kind of devices, it goes on with exact values, and agrees to rounding.
+
+    Raises: ValueError, naming the difference, for the plan of another sweep.
     """
+    if (version := written.get("format", 1)) != FORMAT:
+        raise ValueError(
+            f"resume: the folder has format {version}, and this version of jgd resumes format"
+            f" {FORMAT}. Start the sweep in a new folder; jgd report still reads this one"
+        )
     if difference := _difference(_without_layout(plan.as_json()), _without_layout(written), ""):
         raise ValueError(f"resume: this is another sweep: its {difference}")
     groups = []
     for group, old in zip(plan.groups, written["groups"], strict=True):
-        width, *menu = [devices.rounded(w, plan.devices) for w in old["menu"]]
-        costs = dict(zip([width, *menu], old["costs"], strict=True))  # of equal widths the last
-        made = dict(width=width, menu=list(costs), costs=list(costs.values()))
-        groups.append(dataclasses.replace(group, **made))
+        width, *menu = [devices.round_up(w, plan.devices) for w in old["menu"]]
+        costs = dict(zip([width, *menu], old["costs"], strict=True))  # the last of equal widths
+        sizes = dict(width=width, menu=list(costs), costs=list(costs.values()))
+        groups.append(dataclasses.replace(group, **sizes))
     same = (plan.devices, plan.device) == (written["devices"], written["device"])
     at_once = written["at_once"] if same else plan.at_once
     return dataclasses.replace(plan, groups=groups, at_once=at_once)
 
 
-LAYOUT = ("width", "menu", "costs", "devices", "device", "at_once")
+# what decides about rounding and files only
+LAYOUT = ("width", "menu", "costs", "devices", "device", "at_once", "checkpoint_every")
 
 
 def _without_layout(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides about the numbers but for rounding."""
+    """Return what decides about the numbers."""
     bare = lambda x: {name: value for name, value in x.items() if name not in LAYOUT}
     return {**bare(plan), "groups": list(map(bare, plan["groups"]))}
 
 
 def _difference(now: Any, was: Any, path: str) -> str:
-    """The first thing that two plans do not say alike."""
+    """Return the first difference of two plans; empty if there is none."""
     if isinstance(now, dict) and isinstance(was, dict):
         for name in [*now, *(name for name in was if name not in now)]:
             label = f"{path} {name}".strip()
-            if found := _difference(now.get(name), was.get(name), label):
-                return found
+            if text := _difference(now.get(name), was.get(name), label):
+                return text
         return ""
     if isinstance(now, list) and isinstance(was, list) and len(now) == len(was):
         for place, pair in enumerate(zip(now, was, strict=True)):
             name = pair[0].get("name", place) if isinstance(pair[0], dict) else f"[{place}]"
-            if found := _difference(*pair, f"{path} {name}"):
-                return found
+            if text := _difference(*pair, f"{path} {name}"):
+                return text
         return ""
     return "" if now == was else f"{path} was {_short(was)} and is now {_short(now)}"
 

@@ -1,0 +1,351 @@
+"""The commands: arguments -> a sweep -> what it found, on the screen and in a folder."""
+
+import dataclasses
+import inspect
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import tyro
+
+import jgd
+from jgd.tuning.options import Doc, SweepOptions, values_of
+from jgd.tuning.parsing import UserError, factory_of, groups_of, task_of, where
+
+__all__ = ["main"]
+
+TEXTBOOK = ("sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam")
+WATCHED = "JGD_WATCHED"  # in the environment of a process that a parent process watches
+Several = tyro.conf.UseAppendAction[tuple[str, ...]]
+Top = Annotated[int, Doc("Rows of the table to print; all are in results.csv.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep(SweepOptions):
+    """Train many settings of optimizers at once and rank them.
+
+    Without arguments: the six textbook optimizers at 64 learning rates and three seeds each, on
+    scikit-learn's handwritten digits. A task of your own is a function without arguments that
+    returns a jgd.Task:
+
+    jgd sweep mypackage.mymodule:task --optimizer adam --set learning_rate=log:1e-5:1e-1:64
+    """
+
+    task: Annotated[
+        tyro.conf.Positional[str],
+        tyro.conf.arg(metavar="TASK"),
+        Doc("digits, or module:name of a Task or of a function that returns one."),
+    ] = "digits"
+    optimizer: Annotated[
+        Several,
+        Doc("One of jgd's, or module:factory. Repeat it for several. Default: the textbook six."),
+    ] = ()
+    set: Annotated[
+        Several,
+        Doc("""Values of an argument: b1=0.8,0.9 or rate=log:LOW:HIGH:COUNT or
+        rate=lin:LOW:HIGH:COUNT. Repeat it for several arguments: every combination is trained.
+        Default: learning_rate=log:1e-5:1e1:64."""),
+    ] = ()
+    steps: Annotated[int, Doc("Steps of each training.")] = 1000
+    seeds: int = 3
+    out: Annotated[
+        Path | None,
+        Doc("A new folder for table, pictures and journal. Default: runs/ and the time of day."),
+    ] = None
+    top: Top = 20
+    halving: Annotated[
+        float | None,
+        Doc("""Successive halving: at each rung one setting in this many goes on, as in 2 or 3.
+        Default: all settings run to their end."""),
+    ] = None
+    hyperband: Annotated[float | None, Doc("As --halving, in brackets.")] = None
+    min_steps: Annotated[
+        int | None, Doc("Step of the first rung. Default: --steps over the cube of --halving.")
+    ] = None
+    within: Annotated[Literal["sweep", "group"], Doc("What is ranked together at a rung.")] = (
+        "sweep"
+    )
+    patience: Annotated[
+        int | None,
+        Doc("Early stopping: reports without an improvement after which a lane ends."),
+    ] = None
+    sharpness: Annotated[
+        bool,
+        Doc("""Report the largest eigenvalue of the loss's Hessian as well, and draw it against
+        2 / learning_rate."""),
+    ] = False
+    resume: Annotated[
+        Path | None,
+        Doc("Go on with the sweep in this folder; its other options are those it started with."),
+    ] = None
+    coordinator: Annotated[
+        str | None,
+        Doc("""HOST:PORT of process 0, for several processes that run this command with one --out
+        on a disk that all of them see."""),
+    ] = None
+    processes: Annotated[
+        int | None, Doc("Number of processes. Default: as Slurm, Open MPI and the like say.")
+    ] = None
+    process: Annotated[
+        int | None, Doc("Index of this process, from 0. Default: as --processes.")
+    ] = None
+
+    def run(self) -> None:
+        """Run the sweep; a process of several runs it in a process that this one watches."""
+        if self.coordinator and WATCHED not in os.environ:
+            _watch(self)
+        else:
+            _sweep(self)
+
+
+@dataclass(frozen=True)
+class Optimizers:
+    """Show the optimizers: formula, size of the state, numbers with defaults, paper."""
+
+    name: Annotated[
+        tyro.conf.Positional[str | None],
+        tyro.conf.arg(metavar="NAME"),
+        Doc("One optimizer, with its whole documentation. Default: the table of all."),
+    ] = None
+
+    def run(self) -> None:
+        """Print the table, or one optimizer."""
+        from rich.console import Console
+
+        from jgd.tuning import console
+
+        if self.name is None:
+            console.print_optimizers(Console())
+            return
+        factory = factory_of(self.name)
+        signature = inspect.signature(factory)
+        plain = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+        call = signature.replace(parameters=plain, return_annotation=signature.empty)
+        Console().print(f"jgd.{self.name}{call}\n", markup=False, highlight=False)
+        Console().print(inspect.getdoc(factory), markup=False, highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Show the table of a sweep again, and draw its pictures anew."""
+
+    folder: Annotated[
+        tyro.conf.Positional[Path],
+        tyro.conf.arg(metavar="FOLDER"),
+        Doc("The folder of the sweep."),
+    ]
+    top: Top = 20
+
+    def run(self) -> None:
+        """Print the table and draw the pictures."""
+        from rich.console import Console
+
+        from jgd.tuning.folder import read_result
+
+        try:
+            _show(Console(), read_result(self.folder), self.folder, self.top)
+        except OSError as error:
+            raise UserError(str(error)) from error
+
+
+def main() -> None:
+    """Parse the arguments and run a command."""
+    commands = {"sweep": Sweep, "report": Report, "optimizers": Optimizers}
+    try:
+        tyro.extras.subcommand_cli_from_dict(commands, prog="jgd").run()
+    except (UserError, ValueError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted")
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"jgd: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# --- the sweep -------------------------------------------------------------------------------
+
+
+def _watch(options: Sweep) -> None:
+    """Run one of several processes, and say how to go on if it dies with a lost one.
+
+    JAX then ends it from within, where no Python runs any more.
+    """
+    out = options.resume or options.out
+    if out is None:
+        raise UserError("--coordinator needs --out, a folder that all processes see")
+    command = [sys.executable, "-m", "jgd.cli", *sys.argv[1:]]
+    process = subprocess.Popen(command, env={**os.environ, WATCHED: "1"})
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    while True:
+        try:
+            code = process.wait()
+            break
+        except KeyboardInterrupt:  # the other process has received it as well
+            pass
+    if code < 0 and code != -signal.SIGTERM:
+        raise UserError(_how_to_go_on(out))
+    raise SystemExit(code)
+
+
+def _how_to_go_on(out: Path) -> str:
+    return (
+        "a process of this sweep was lost, and so the others have ended. Go on, on as many or"
+        f" fewer: jgd sweep --resume {out}, with --coordinator if there are several"
+    )
+
+
+def _sweep(options: Sweep) -> None:
+    started = time.perf_counter()
+    _keep_compiled_programs()
+    from rich.console import Console
+
+    from jgd.tuning import console, devices
+    from jgd.tuning.sweep import Interrupted, sweep
+
+    several = options.coordinator is not None
+    if options.coordinator is not None:
+        devices.join(options.coordinator, options.processes, options.process)
+    terminal = Console(quiet=not devices.is_writer())
+    out = options.resume or options.out
+    out = out or _new_folder(Path("runs") / time.strftime("%Y-%m-%d-%H%M%S"))
+    # a sweep that was killed before it had a plan starts anew
+    has_plan = (out / "plan.json").exists()
+    resume = options.resume is not None and devices.from_process_0([has_plan])[0]
+    if options.resume is not None:
+        options = _resumed(options)
+    task = _task(options)
+    groups, halving = groups_of(options.optimizer or TEXTBOOK, options.set), _halving(options)
+    if options.resume is None and devices.is_writer():
+        _write_command(options, out)
+    progress = console.Progress(terminal)
+    result, interrupted = None, False
+    try:
+        with progress:
+            result = sweep(
+                task,
+                groups,
+                options.steps,
+                halving=halving,
+                stop=options.patience,
+                folder=out,
+                resume=resume,
+                on_report=progress,
+                **values_of(options, SweepOptions),
+            )
+    except Interrupted as error:
+        result, interrupted = error.result, True
+    except (ValueError, OSError) as error:
+        _forget_command(out)
+        raise UserError(str(error)) from error
+    except Exception as error:  # of the user's task, inside the program, or of the connection
+        _forget_command(out)
+        hint = f"; perhaps {_how_to_go_on(out)}" if several else ""
+        raise UserError(f"task {options.task}: {where(error)}{hint}") from error
+    if not devices.is_writer():
+        return
+    _show(terminal, result, out, options.top)
+    seconds = time.perf_counter() - started
+    rate = progress.done / max(progress.seconds, 1e-9)
+    terminal.print(
+        f"{progress.done:,} lane-steps in {progress.seconds:.1f} s: "
+        f"[bold]{rate:,.0f} lane-steps per second[/bold]; {seconds:.1f} s in all"
+    )
+    if interrupted:
+        raise UserError(f"interrupted; go on with: jgd sweep --resume {out}")
+
+
+def _task(options: Sweep) -> Any:
+    task = task_of(options.task)
+    if not options.sharpness:
+        return task
+    if not isinstance(task, jgd.Task):
+        raise UserError("--sharpness needs a jgd.Task, whose loss it differentiates")
+    try:
+        return jgd.with_sharpness(task)
+    except TypeError as error:
+        raise UserError(f"--sharpness: {error}") from error
+
+
+def _halving(options: Sweep) -> Any:
+    """Return what --halving or --hyperband asks for."""
+    if options.halving is not None and options.hyperband is not None:
+        raise UserError("--halving and --hyperband exclude each other")
+    for make, eta in (
+        (jgd.successive_halving, options.halving),
+        (jgd.hyperband, options.hyperband),
+    ):
+        if eta is not None:
+            return make(eta, options.min_steps, within=options.within)
+    if options.min_steps is not None:
+        raise UserError("--min-steps needs --halving or --hyperband")
+    return None
+
+
+def _show(terminal: Any, result: Any, out: Path, top: int) -> None:
+    from jgd.tuning import console, plots
+
+    console.print_result(terminal, result, top)
+    pictures = plots.save_plots(result, out)
+    files = ["results.csv", "results.json", "curves.npz", *(path.name for path in pictures)]
+    terminal.print(f"in {out}: {', '.join(files)}")
+
+
+# --- the folder ------------------------------------------------------------------------------
+
+
+def _write_command(options: Sweep, out: Path) -> None:
+    """Write the command line into the folder, before anything else is there."""
+    plain = lambda x: str(x) if isinstance(x, Path) else x
+    given = {name: plain(x) for name, x in dataclasses.asdict(options).items()}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not any(out.iterdir()):
+            (out / "command.json.part").write_text(json.dumps(given, indent=1))
+            (out / "command.json.part").replace(out / "command.json")
+    except OSError as error:
+        raise UserError(str(error)) from error
+
+
+def _forget_command(out: Path) -> None:
+    """Leave no folder behind for a sweep that was refused."""
+    if out.is_dir() and [path.name for path in out.iterdir()] == ["command.json"]:
+        shutil.rmtree(out, ignore_errors=True)
+
+
+def _resumed(options: Sweep) -> Sweep:
+    """Return the options that the sweep in a folder was started with."""
+    assert options.resume is not None
+    path = options.resume / "command.json"
+    if not path.exists():
+        raise UserError(f"{options.resume} holds no sweep of the command line: no command.json")
+    given = json.loads(path.read_text())
+    now = ("top", "checkpoint_every", "coordinator", "processes", "process", "resume")
+    given |= {name: getattr(options, name) for name in now} | {"out": options.resume}
+    return Sweep(**given)
+
+
+def _new_folder(path: Path) -> Path:
+    """Return a folder that does not exist: two sweeps may start in the same second."""
+    tries = (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))
+    return path if not path.exists() else next(new for new in tries if not new.exists())
+
+
+def _keep_compiled_programs() -> None:
+    """Cache compiled programs on disk: each compiles in under a second, and there are many."""
+    import jax
+
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jgd"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

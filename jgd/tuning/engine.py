@@ -1,0 +1,263 @@
+"""The engine: compiles the programs of a sweep and runs tiles.
+
+    engine = Engine(plan, groups, shared)
+    rows = engine.begin(group, lanes, width)            # a tile at step 0, on its devices
+    running = engine.start(group, rows, first, end)     # a chunk; the rows are donated
+    running.wait()                                      # lanes, losses, metrics, endings
+
+Sweeps of one task that differ in numbers only share their programs within a process, as calls of
+one jitted function do: `shared_programs` finds them by the identity of the task's functions.
+"""
+
+import collections
+import concurrent.futures
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jgd.pytree import Monitor
+from jgd.training import Run
+from jgd.tuning import devices
+from jgd.tuning import lanes as lane
+from jgd.tuning.batches import BatchSource, FunctionBatches
+from jgd.tuning.compiling import Compiled, Compiler, LeafSpec, has_decomposition
+from jgd.tuning.lanes import BestReport, Lane, LaneOptions
+from jgd.tuning.plan import Plan
+from jgd.tuning.space import Lanes
+from jgd.tuning.streams import Stream, StreamBatches
+
+__all__ = ["Engine", "Outcome", "Program", "Running", "SharedPrograms", "shared_programs"]
+
+
+# --- programs --------------------------------------------------------------------------------
+
+
+class SharedPrograms:
+    """What the groups of a sweep share: batches, starts of the seeds, and compiled programs."""
+
+    def __init__(
+        self, run: Run, plan: Plan, stop: Monitor | None, mesh: jax.sharding.Mesh | None
+    ) -> None:
+        self.compiler = Compiler(mesh)
+        self.options = LaneOptions(
+            run,
+            stop,
+            steps=plan.steps,
+            metric=plan.metric,
+            sign=-1.0 if plan.mode == "max" else 1.0,
+            own_order=plan.order == "own",
+            keep_best=plan.best == "ever",
+            drop_diverged=plan.drop_diverged,
+        )
+        self.batches = self._batches(plan)
+        root = jax.random.key(plan.key)
+        keys = jax.vmap(lambda seed: jax.random.fold_in(root, seed))(jnp.arange(plan.seeds))
+        self.keys = np.asarray(jax.random.key_data(keys))
+        self.shared_start: Any = None
+        if make := run.begin:
+            begin = lambda bits: jax.vmap(make)(jax.random.wrap_key_data(bits))
+            compiled = self.compiler.compiled(begin, self.keys, out=self.compiler.on_all)
+            self.shared_start = compiled(self.keys)
+        self._programs = dict[Any, Program]()
+
+    def _batches(self, plan: Plan) -> BatchSource:
+        make = self.options.run.batch
+        if isinstance(make, Stream):
+            return StreamBatches(make, plan.reports, self.compiler.on_all)
+        seeds = plan.seeds if self.options.own_order else None
+        return FunctionBatches(make, plan.reports, seeds, self.compiler)
+
+    def program(self, settings: Any) -> "Program":
+        """Return the program for settings of this structure."""
+        leaves = map(jnp.asarray, jax.tree.leaves(settings))
+        kind = jax.tree.structure(settings), tuple((x.shape[1:], x.dtype) for x in leaves)
+        if kind not in self._programs:
+            self._programs[kind] = Program(settings, self)
+        return self._programs[kind]
+
+    def renew(self, plan: Plan) -> None:
+        """Prepare for another sweep: a stream is read anew."""
+        if self.batches.sequential:
+            self.batches = self._batches(plan)
+
+
+CACHED = 4  # tasks
+_cache: collections.OrderedDict[Any, tuple[Any, SharedPrograms]] = collections.OrderedDict()
+
+
+def shared_programs(
+    task: Any, run: Run, plan: Plan, stop: Monitor | None, mesh: jax.sharding.Mesh | None
+) -> SharedPrograms:
+    """Return the programs of this task and these options, compiled by an earlier sweep if any."""
+    same = "jax_enable_x64 jax_default_matmul_precision jax_numpy_dtype_promotion jax_debug_nans"
+    options = "key seeds order steps metric mode best drop_diverged"
+    key = (
+        *(id(function) for function in task),
+        *(getattr(plan, name) for name in options.split()),
+        *(jax.config.values[name] for name in same.split()),
+        *(tuple(plan.reports), stop, mesh),
+    )
+    if key in _cache:
+        _cache.move_to_end(key)
+        _cache[key][1].renew(plan)
+    else:
+        # the task is kept alive, so that the ids of its functions are not reused
+        _cache[key] = task, SharedPrograms(run, plan, stop, mesh)
+        while len(_cache) > CACHED:
+            _cache.popitem(last=False)
+    return _cache[key][1]
+
+
+class Program:
+    """The compiled parts for settings of one structure: the start, and a chunk for each width."""
+
+    def __init__(self, settings: Any, shared: SharedPrograms) -> None:
+        one = lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], jnp.asarray(x).dtype)
+        self.setting = jax.tree.map(one, settings)
+        self.shared, self.options = shared, shared.options
+        self._starts, self.chunks = dict[int, Compiled](), dict[int, Compiled]()
+        self._specs, self.exclusive = self._after_a_step()
+
+    def begin(self, settings: Any, seeds: np.ndarray) -> Lane:
+        """Return lanes at step 0 on their devices."""
+        shared, width = self.shared, len(seeds)
+        arguments = (*self._to_devices((settings, seeds)), shared.keys, shared.shared_start)
+        if width not in self._starts:
+            self._starts[width] = shared.compiler.compiled(
+                self._begin, *arguments, out=shared.compiler.by_lane
+            )
+        return self._starts[width](*arguments)
+
+    def pad(self, rows: Lane, width: int) -> Lane:
+        """Return rows from the host on their devices, the last row repeated up to the width."""
+        index = np.minimum(np.arange(width), len(rows.loss) - 1)
+        return self._to_devices(jax.tree.map(lambda x: np.asarray(x)[index], rows))
+
+    def chunk(self, lanes: Lane, first: int, end: int) -> Callable[[], "Outcome"]:
+        """Return a chunk that any thread may run: compiled, with its batches. Donates the lanes."""
+        arguments = (self.shared.batches.of(first), np.int32(first), np.int32(end))
+        width = len(lanes.loss)
+        if width not in self.chunks:
+            compiler = self.shared.compiler
+            self.chunks[width] = compiler.compiled(
+                self._chunk, lanes, *arguments, donate=True, out=compiler.by_lane
+            )
+        program = self.chunks[width]
+        return lambda: program(lanes, *arguments)
+
+    def states(self, rows: Lane) -> Any:
+        """Return the states of the run at the reports that count."""
+        rows = jax.tree.map(jnp.asarray, rows)
+        return lane.result(jax.tree.map(lambda x, spec: spec.unpack(x), rows, self._specs))
+
+    def shapes(self, rows: int) -> Lane:
+        """Return the shapes and dtypes of so many lanes outside the program."""
+        many = lambda x: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype)
+        setting = jax.tree.map(many, self.setting)
+        seeds = jax.ShapeDtypeStruct((rows,), np.int32)
+        shared = self.shared
+        return jax.eval_shape(self._begin, setting, seeds, shared.keys, shared.shared_start)
+
+    def bytes_of_lane(self) -> int:
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.shapes(1)))
+
+    def _to_devices(self, tree: Any) -> Any:
+        by_lane = self.shared.compiler.by_lane
+        return jax.tree.map(lambda x: devices.placed(x, by_lane), tree)
+
+    def _one(self, setting: Any, seed: Any, bits: Any, shared_start: Any) -> Lane:
+        key = jax.random.wrap_key_data(bits)
+        return lane.begin(self.options, setting, seed, key, shared_start)
+
+    def _begin(self, settings: Any, seeds: Any, keys: Any, shared_start: Any) -> Lane:
+        mine = jax.tree.map(lambda x: x[seeds], (keys, shared_start))
+        lanes = jax.vmap(self._one)(settings, seeds, *mine)
+        return jax.tree.map(lambda x, spec: spec.pack(x), lanes, self._specs)
+
+    def _chunk(self, packed: Lane, batches: Any, first: Any, end: Any) -> "Outcome":
+        batch_at = lambda offset: self.shared.batches.at(batches, first, offset)
+        lanes = jax.tree.map(lambda x, spec: spec.unpack(x), packed, self._specs)
+        lanes, loss, metrics, ending = lane.chunk(self.options, lanes, batch_at, first, end)
+        packed = jax.tree.map(lambda x, spec: spec.pack(x), lanes, self._specs)
+        return Outcome(packed, loss, metrics, ending)
+
+    def _after_a_step(self) -> tuple[Any, bool]:
+        """Return the spec of each leaf after a step (a state may begin as a Python number).
+
+        And whether a chunk must not run beside another one.
+        """
+
+        def step(one: Lane, batch: Any) -> Any:
+            after = lane.step(self.options, one, batch, 0)
+            return after, self.options.run.evaluate(after.setting, after.state)
+
+        start = jax.tree.map(lambda x: x[0], self.shared.shared_start)
+        one = jax.eval_shape(self._one, self.setting, 0, self.shared.keys[0], start)
+        batch = self.shared.batches.shape
+        jaxpr, (after, _) = jax.make_jaxpr(step, return_shape=True)(one, batch)
+        if after.best is not None:
+            after = after._replace(best=BestReport(after.best.score, after.state))
+        return jax.tree.map(lambda x: LeafSpec(x.dtype), after), has_decomposition(jaxpr.jaxpr)
+
+
+# --- running tiles ---------------------------------------------------------------------------
+
+
+class Outcome(NamedTuple):
+    """What a chunk returns; leading axes are the width of the tile."""
+
+    lanes: Lane  # at the end of the chunk
+    loss: Any  # sums over the chunk
+    metrics: dict[str, Any]
+    ending: Any  # places in `ENDINGS`; 0 for a lane that goes on
+
+
+class Running(NamedTuple):
+    """A chunk that is running."""
+
+    wait: Callable[[], Outcome]
+
+
+class Engine:
+    """Runs the tiles of one sweep."""
+
+    def __init__(self, plan: Plan, groups: Mapping[str, Lanes], shared: SharedPrograms) -> None:
+        self.plan, self.batches = plan, shared.batches
+        self.settings = [groups[group.name].settings for group in plan.groups]
+        self.programs = [shared.program(settings) for settings in self.settings]
+        self._threads = concurrent.futures.ThreadPoolExecutor(plan.at_once)
+
+    def exclusive(self, group: int) -> bool:
+        """Return whether chunks of a group must not run beside others."""
+        return self.programs[group].exclusive
+
+    def begin(self, group: int, lanes: list[int], width: int) -> Lane:
+        """Return lanes of the plan at step 0, on their devices."""
+        ids = np.array(lanes + lanes[-1:] * (width - len(lanes))) - self.plan.offset(group)
+        settings, seeds = np.divmod(ids, self.plan.seeds)
+        chosen = jax.tree.map(lambda x: np.asarray(x)[settings], self.settings[group])
+        return self.programs[group].begin(chosen, seeds.astype(np.int32))
+
+    def pad(self, group: int, rows: Lane, width: int) -> Lane:
+        """Return rows from the host on their devices, padded to a width."""
+        return self.programs[group].pad(rows, width)
+
+    def start(self, group: int, rows: Lane, first: int, end: int) -> Running:
+        """Start a chunk; the rows are donated."""
+        chunk = self.programs[group].chunk(rows, first, end)
+        if self.plan.at_once == 1:
+            outcome = chunk()
+            return Running(lambda: jax.block_until_ready(outcome))
+        # a thread each: JAX runs the programs of one thread one after the other
+        return Running(self._threads.submit(lambda: jax.block_until_ready(chunk())).result)
+
+    def states(self, group: int, rows: Lane) -> Any:
+        """Return the states of the run at the reports that count, as the user knows them."""
+        return self.programs[group].states(rows)
+
+    def close(self) -> None:
+        """Release the threads."""
+        self._threads.shutdown(wait=False)

@@ -1,0 +1,122 @@
+"""What a chunk computes: pure functions of the lanes of a tile.
+
+    lane = begin(options, setting, seed, key, shared_start)      # step 0
+    lane = step(options, lane, batch, index)                     # one step
+    chunk(options, lanes, batch_at, first, end)                  # a tile, to its next report
+
+`begin` and `step` describe one lane; `chunk` maps them over the leading axis of a tile.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jgd import diagnosis
+from jgd.pytree import Monitor
+from jgd.training import Run
+from jgd.tuning.events import DIVERGED, STOPPED
+
+__all__ = ["BestReport", "Lane", "LaneOptions", "begin", "chunk", "result", "step"]
+
+
+class LaneOptions(NamedTuple):
+    """What all lanes of a sweep have in common."""
+
+    run: Run
+    stop: Monitor | None
+    steps: int
+    metric: str
+    sign: float  # -1 where the greatest value of the metric is best
+    own_order: bool  # of the batches
+    keep_best: bool
+    drop_diverged: bool
+
+
+class Lane(NamedTuple):
+    """One training; in a tile each leaf has a leading axis."""
+
+    setting: Any
+    state: Any  # of the run
+    seen: diagnosis.LossStatistics
+    loss: Any  # sum of the training loss since the last report
+    monitor: Any  # state of the early stopping; None without
+    seed: Any  # int32; None where all seeds see the same batches
+    best: Any  # a `BestReport`; None where the last report counts
+
+
+class BestReport(NamedTuple):
+    """The best report of a lane so far."""
+
+    score: Any  # the metric times the sign: lower is better
+    state: Any
+
+
+def begin(options: LaneOptions, setting: Any, seed: Any, key: Any, shared_start: Any) -> Lane:
+    """Return a lane at step 0.
+
+    Args:
+      shared_start: what `run.begin` returned for this seed; unused if there is no `run.begin`.
+    """
+    run, zero = options.run, jnp.zeros([], float)
+    state = run.init(setting, key, *(() if run.begin is None else (shared_start,)))
+    return Lane(
+        setting,
+        state,
+        diagnosis.statistics(),
+        loss=zero,
+        monitor=None if options.stop is None else options.stop.init(),
+        seed=jnp.int32(seed) if options.own_order else None,
+        best=BestReport(zero + jnp.inf, state) if options.keep_best else None,
+    )
+
+
+def step(options: LaneOptions, lane: Lane, batch: Any, index: Any) -> Lane:
+    """Return a lane after one step."""
+    if options.own_order:
+        batch = jax.tree.map(lambda x: x[lane.seed], batch)
+    state, metrics = options.run.update(lane.setting, lane.state, batch)
+    loss, stride = metrics["loss"], metrics.get("stride", jnp.nan)
+    seen = diagnosis.observe(lane.seen, loss, stride, index, options.steps)
+    return lane._replace(state=state, seen=seen, loss=lane.loss + loss)
+
+
+def chunk(
+    options: LaneOptions, lanes: Lane, batch_at: Callable[[Any], Any], first: Any, end: Any
+) -> tuple[Lane, jax.Array, dict[str, jax.Array], jax.Array]:
+    """Return the lanes at step `end`, the sums of their losses, their metrics and their endings.
+
+    Args:
+      batch_at: the batch at an offset from the first step.
+      first, end: steps, traced: chunks of all lengths share one program.
+    """
+
+    def body(offset: Any, lanes: Lane) -> Lane:
+        one = lambda lane, batch, index: step(options, lane, batch, index)
+        # the step is one scalar for the tile: a step in each lane would map the batch
+        return jax.vmap(one, (0, None, None))(lanes, batch_at(offset), first + offset)
+
+    lanes = jax.lax.fori_loop(0, end - first, body, lanes)
+    metrics = jax.vmap(options.run.evaluate)(lanes.setting, lanes.state)
+    ending = jnp.zeros(lanes.loss.shape, jnp.int8)
+    if options.stop is not None:
+        stop, monitor = jax.vmap(options.stop.update)(metrics[options.metric], lanes.monitor)
+        lanes = lanes._replace(monitor=monitor)
+        ending = jnp.where(stop, STOPPED, ending).astype(jnp.int8)
+    if options.keep_best:
+        scores = options.sign * metrics[options.metric]
+        lanes = lanes._replace(best=jax.vmap(_better)(lanes.best, scores, lanes.state))
+    if options.drop_diverged:
+        ending = jnp.where(lanes.seen.finite, ending, DIVERGED).astype(jnp.int8)
+    return lanes._replace(loss=jnp.zeros_like(lanes.loss)), lanes.loss, metrics, ending
+
+
+def _better(best: BestReport, score: Any, state: Any) -> BestReport:
+    better = jnp.isfinite(score) & (score < best.score)
+    return jax.tree.map(lambda a, b: jnp.where(better, a, b), BestReport(score, state), best)
+
+
+def result(lanes: Lane) -> Any:
+    """Return the states at the reports that count."""
+    return lanes.state if lanes.best is None else lanes.best.state

@@ -1,0 +1,210 @@
+"""The options of a sweep: each declared, documented, given its default and checked once.
+
+    class Training          how lanes train: options of `sweep`, `optuna_search`, command and plan
+    class SweepOptions      which lanes go on, too: options of `sweep`, command and plan
+
+    @function_of(SweepArguments)        # SweepArguments(SweepOptions) adds task, settings, folder
+    def sweep(arguments): ...           # called as sweep(task, settings, steps=100, seeds=3)
+
+Everything that lists options reads these classes: `help(jgd.sweep)`, type checkers, the parser of
+the command line, and `Plan`.
+"""
+
+import dataclasses
+import difflib
+import functools
+import inspect
+import math
+import operator
+import textwrap
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar
+
+from typing_extensions import Doc
+
+__all__ = ["Doc", "SweepOptions", "Training", "count", "function_of"]
+
+P = ParamSpec("P")
+A = TypeVar("A")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How the lanes of a sweep train.
+
+    Raises: ValueError for an option out of its range, TypeError for a count that is no integer.
+    """
+
+    seeds: Annotated[
+        int,
+        Doc("""Trainings of each setting, at least 1. Each seed has its own initial parameters, the
+        same for all settings."""),
+    ] = 1
+    key: Annotated[int, Doc("Random seed of the initial parameters.")] = 0
+    order: Annotated[
+        Literal["shared", "own"],
+        Doc("""Order of the batches. shared: all lanes see the same batches. own: each seed has its
+        own order, the same for all settings; the task's `batch` must then take (step, seed), as
+        those of `jgd.minibatches` do."""),
+    ] = "shared"
+    width: Annotated[
+        int | None,
+        Doc("""Lanes that step together, at least 1; a tile with fewer lanes is padded. None: the
+        smallest width within 5 per cent of the fastest, found by a probe if the sweep is long
+        enough; else 64, or fewer for a small group. Equal widths give equal bits, other widths
+        agree to rounding."""),
+    ] = None
+    report_every: Annotated[
+        int | None, Doc("Steps between reports, at least 1. None: a twentieth of all steps.")
+    ] = None
+    metric: Annotated[
+        str | None,
+        Doc("""Metric of `evaluate` to rank by. None: "accuracy", or "loss", or the first one."""),
+    ] = None
+    mode: Annotated[
+        Literal["min", "max"] | None,
+        Doc("""Which end of the metric is best. None: max if its name contains "acc", else min."""),
+    ] = None
+    best: Annotated[
+        Literal["final", "ever"],
+        Doc("""Which report of a lane counts. final: its last one. ever: its best one, whose state
+        is then returned; each lane takes twice the memory."""),
+    ] = "final"
+    drop_diverged: Annotated[
+        bool, Doc("Whether to end a lane once its training loss is not finite.")
+    ] = False
+    devices: Annotated[
+        int | None,
+        Doc("""Number of devices to shard the lanes of a tile over; widths are multiples of it.
+        Lanes do not communicate within a chunk. None: all devices."""),
+    ] = None
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "width", "report_every"):
+            self._check_count(name)
+        for name in ("key", "devices"):  # how many devices there are, JAX says later
+            self._check_count(name, least=None)
+        for name in ("order", "mode", "best"):
+            self._check_choice(name)
+
+    def _check_count(self, name: str, least: int | None = 1) -> None:
+        value = getattr(self, name)
+        if value is not None:
+            object.__setattr__(self, name, count(f"sweep: {name}", value, least))
+
+    def _check_choice(self, name: str) -> None:
+        hint = typing.get_type_hints(type(self))[name]
+        members = [hint, *typing.get_args(hint)]
+        choices = [
+            c for m in members if typing.get_origin(m) is Literal for c in typing.get_args(m)
+        ]
+        value = getattr(self, name)
+        if value not in choices and not (value is None and type(None) in members):
+            known = " or ".join(map(repr, choices))
+            raise ValueError(f"sweep: {name} must be {known}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions(Training):
+    """How the lanes of a sweep train, which of them go on, and what is kept."""
+
+    keep: Annotated[
+        int, Doc("Number of best settings to return with their trained states, at least 1.")
+    ] = 1
+    target: Annotated[
+        float | None,
+        Doc("""Stop a lane once the metric reaches this value, and rank by the number of steps it
+        took. None: no target."""),
+    ] = None
+    budget: Annotated[
+        int | None,
+        Doc("""Limit on lane-steps, including those that pad tiles. Running chunks finish, no new
+        one starts: lanes end "out of budget" or "not run". None: no limit."""),
+    ] = None
+    seconds: Annotated[
+        float | None,
+        Doc("""Limit on wall-clock time, in seconds. Running chunks finish, no new one starts. A
+        sweep that reaches it does not repeat exactly. None: no limit."""),
+    ] = None
+    checkpoint_every: Annotated[
+        float, Doc("Seconds between checkpoints: what a crash can lose.")
+    ] = 30.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_count("keep")
+        self._check_count("budget")
+        if self.target is not None and not math.isfinite(self.target):
+            raise ValueError(f"sweep: target must be finite, got {self.target}")
+        if self.seconds is not None and not self.seconds > 0:
+            raise ValueError(f"sweep: seconds must be above 0, got {self.seconds}")
+        if not self.checkpoint_every >= 0:
+            raise ValueError(
+                f"sweep: checkpoint_every must be at least 0, got {self.checkpoint_every}"
+            )
+
+
+def count(label: str, value: Any, least: int | None = 1) -> int:
+    """Return an integer argument as an int. Raises for another type or one below `least`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{label} must be an integer, got {value!r}") from None
+    if least is not None and number < least:
+        raise ValueError(f"{label} must be at least {least}, got {number}")
+    return number
+
+
+def values_of(options: Any, cls: type[Any]) -> dict[str, Any]:
+    """Return the fields that `cls` declares, from an instance of any class that has them."""
+    return {field.name: getattr(options, field.name) for field in dataclasses.fields(cls)}
+
+
+def function_of(arguments: Callable[P, A]) -> Callable[[Callable[[A], R]], Callable[P, R]]:
+    """Return a decorator: a function of one dataclass becomes a function of its fields.
+
+    The signature is that of the dataclass; `{arguments}` in the docstring becomes a list of the
+    documented fields.
+    """
+
+    def decorate(function: Callable[[A], R]) -> Callable[P, R]:
+        signature = inspect.signature(arguments).replace(return_annotation=inspect.Signature.empty)
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError as error:
+                unknown = next((name for name in kwargs if name not in signature.parameters), None)
+                close = difflib.get_close_matches(str(unknown), signature.parameters, 1)
+                hint = f"; did you mean {close[0]}?" if unknown and close else ""
+                raise TypeError(f"{function.__name__}: {error}{hint}") from None
+            return function(arguments(*args, **kwargs))
+
+        hints = typing.get_type_hints(arguments)
+        plain = [p.replace(annotation=hints[p.name]) for p in signature.parameters.values()]
+        setattr(call, "__signature__", signature.replace(parameters=plain))  # noqa: B010
+        call.__annotations__ = hints
+        if function.__doc__ is not None:  # None under python -OO
+            listed = textwrap.indent(_described(arguments), "  ")
+            call.__doc__ = inspect.cleandoc(function.__doc__).replace("  {arguments}", listed)
+        return call
+
+    return decorate
+
+
+def _described(cls: Any) -> str:
+    """Return the documented fields of a dataclass as the `Args` of a docstring."""
+    entries = list[str]()
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for field in sorted(dataclasses.fields(cls), key=lambda field: bool(field.kw_only)):
+        doc = next(x for x in hints[field.name].__metadata__ if isinstance(x, Doc))
+        default = (
+            "" if field.default in (dataclasses.MISSING, None) else f" Default: {field.default!r}."
+        )
+        text = f"{field.name}: {' '.join(doc.documentation.split())}{default}"
+        entries.append(textwrap.fill(text, 92, subsequent_indent="  "))
+    return "\n".join(entries)

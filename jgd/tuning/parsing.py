@@ -1,0 +1,191 @@
+"""What the strings of the command line stand for: tasks, optimizers and their values.
+
+task_of("mypackage.mymodule:task")
+groups_of(["adam"], ["learning_rate=log:1e-5:1e-1:64", "b1=0.8,0.9"])
+"""
+
+import difflib
+import functools
+import importlib
+import inspect
+import math
+import os
+import pkgutil
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jgd
+
+__all__ = ["UserError", "factory_of", "groups_of", "task_of", "where"]
+
+RATES = "log:1e-5:1e1:64"
+
+
+class UserError(Exception):
+    """An error the user can fix; shown without a traceback."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.45)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _load(spec: str, what: str) -> Any:
+    """Return the object at module:name."""
+    module_name, _, name = spec.partition(":")
+    if not all(part.isidentifier() for part in [*module_name.split("."), name]):
+        raise UserError(f"{what} must be module:name, got {spec!r}")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module_name + ".").startswith(error.name + "."):
+            raise UserError(f"{what} {spec}: {where(error)}") from None
+        parent, _, last = error.name.rpartition(".")
+        paths = getattr(sys.modules.get(parent), "__path__", None) if parent else None
+        known = [module.name for module in pkgutil.iter_modules(paths)]
+        raise UserError(f"{what}: no module named {error.name}{nearest(last, known)}") from None
+    except Exception as error:
+        raise UserError(f"{what} {spec}: {where(error)}") from error
+    if not hasattr(module, name):
+        known = [known for known in vars(module) if not known.startswith("_")]
+        raise UserError(f"{what}: {module_name} has no {name!r}{nearest(name, known)}")
+    return getattr(module, name)
+
+
+def where(error: BaseException) -> str:
+    """Return an error of the user's code in one line, with the line of theirs that raised it."""
+    libraries = (sysconfig.get_path("stdlib"), str(Path(__file__).parent), "<")
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [
+        frame
+        for frame in frames
+        if not frame.filename.startswith(libraries) and "site-packages" not in frame.filename
+    ]
+    place = f" ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})" if theirs else ""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}{place}"
+
+
+def task_of(spec: str) -> Any:
+    """Return the task of this name, or at module:name."""
+    from jgd.training import Run, Task
+
+    if ":" not in spec:
+        from jgd.tuning import tasks
+
+        if spec not in tasks.__all__:
+            hint = nearest(spec, tasks.__all__) or "; your own is module:name"
+            raise UserError(f"no task named {spec}{hint}")
+        return getattr(tasks, spec)()
+    task = _load(spec, "task")
+    if not isinstance(task, Task | Run) and callable(task):
+        try:
+            task = task()
+        except Exception as error:
+            raise UserError(f"task {spec}: {where(error)}") from error
+    if not isinstance(task, Task | Run):
+        raise UserError(f"task {spec} must be a jgd.Task or jgd.Run, got a {type(task).__name__}")
+    return task
+
+
+def factory_of(spec: str) -> Callable[..., Any]:
+    """Return the factory of jgd of this name, or the one at module:name."""
+    if ":" in spec:
+        factory = _load(spec, "optimizer")
+        if not callable(factory):
+            kind = type(factory).__name__
+            raise UserError(f"optimizer {spec} must be a function, got a {kind}")
+        return factory if hasattr(factory, "__jgd_spec__") else _lifted(factory)
+    try:
+        return jgd.get(spec)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _lifted(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a factory whose results are settings: those of optax's become pytrees."""
+    import optax
+
+    plain = (optax.GradientTransformation, optax.GradientTransformationExtraArgs)
+
+    @functools.wraps(factory)
+    def build(**arguments: Any) -> Any:
+        made = factory(**arguments)
+        return jgd.as_pytree(factory)(**arguments) if type(made) in plain else made
+
+    return build
+
+
+def _values(spec: str) -> tuple[str, list[Any]]:
+    """Return name and values of an argument like b1=0.8,0.9 or rate=log:1e-5:1e-1:64."""
+    import numpy as np
+
+    name, equals, text = spec.partition("=")
+    if not equals or not name or not text:
+        raise UserError(f"--set must be name=values, got {spec!r}")
+    form, *bounds = text.split(":")
+    if not bounds:
+        return name, [_value(word) for word in text.split(",")]
+    if form not in ("log", "lin"):
+        raise UserError(f"--set {spec}: no form {form!r}{nearest(form, ('log', 'lin'))}")
+    low = high = math.nan
+    try:
+        low, high, count = float(bounds[0]), float(bounds[1]), int(bounds[2])
+    except (ValueError, IndexError):
+        count = 0
+    if len(bounds) != 3 or count < 1 or not math.isfinite(low + high):
+        raise UserError(f"--set {spec} must be {form}:LOW:HIGH:COUNT")
+    if form == "lin":
+        return name, list(np.linspace(low, high, count))
+    if not 0 < low < high:
+        raise UserError(f"--set {spec} must have 0 < LOW < HIGH")
+    return name, list(np.geomspace(low, high, count))
+
+
+def _value(word: str) -> Any:
+    named = {"none": None, "true": True, "false": False}
+    if word.lower() in named:
+        return named[word.lower()]
+    try:
+        return float(word)
+    except ValueError:
+        return word
+
+
+def groups_of(optimizers: Iterable[str], sets: Iterable[str]) -> dict[str, Any]:
+    """Return a grid for each optimizer, over the arguments that it has."""
+    from jgd.tuning.space import grid
+
+    values: dict[str, list[Any]] = {}
+    for name, more in map(_values, sets):
+        values.setdefault(name, []).extend(more)
+    groups, unused, known = {}, set(values), set()
+    for spec in optimizers:
+        factory = factory_of(spec)
+        parameters = inspect.signature(factory).parameters
+        known.update(parameters)
+        axes = {name: values[name] for name in values if name in parameters}
+        unused -= set(axes)
+        if "learning_rate" in parameters and "learning_rate" not in axes:
+            axes = dict([_values(f"learning_rate={RATES}")], **axes)
+        if not axes:
+            raise UserError(f"optimizer {spec}: say what to vary with --set")
+        name = spec.rpartition(":")[2]
+        name = spec if name in groups else name
+        if name in groups:
+            raise UserError(f"optimizer {spec} is named twice")
+        try:
+            groups[name] = grid(factory, **axes)
+        except (ValueError, TypeError) as error:
+            raise UserError(str(error)) from error
+        except Exception as error:
+            raise UserError(f"optimizer {spec}: {where(error)}") from error
+    for name in unused:
+        raise UserError(f"--set {name}: no optimizer here has that argument{nearest(name, known)}")
+    return groups

@@ -1,0 +1,118 @@
+"""The pool: the state of every lane that has one, in blocks that never change.
+
+    pool.put(ids, rows, living)     # a block; rows stay where they are, on a device or the host
+    pool.take(ids)                  # rows on the host, in the order of the ids
+    pool.drop(ids)                  # states that nobody needs again
+
+A lane lies in at most one block. Rows of a block that no lane lies in any more are kept until the
+block is: a checkpoint writes each block once, under a name that no other block ever has.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jgd.tuning import devices
+
+__all__ = ["Block", "Pool"]
+
+
+class Block(NamedTuple):
+    """States of lanes that came together; `rows` may have more rows than there are ids."""
+
+    ids: np.ndarray
+    rows: Any  # a `Lane` with a leading axis
+
+
+class Pool:
+    """Blocks of lanes of one group each, by number."""
+
+    def __init__(self, lanes: int) -> None:
+        self.blocks = dict[int, Block]()
+        self.made = 0
+        self.block_of = np.full(lanes, -1)  # -1: the lane has no state here
+        self.row_of = np.zeros(lanes, int)
+
+    def __contains__(self, lane: int) -> bool:
+        return bool(self.block_of[lane] >= 0)
+
+    def held(self) -> np.ndarray:
+        """Return the lanes that have a state here."""
+        return np.flatnonzero(self.block_of >= 0)
+
+    def put(self, ids: np.ndarray, rows: Any, living: np.ndarray | None = None) -> None:
+        """Add a block.
+
+        Args:
+          living: which of the ids lie in it from now on; None: all of them.
+        """
+        self.made += 1
+        self.restore(
+            self.made, Block(ids, rows), np.full(len(ids), True) if living is None else living
+        )
+
+    def restore(self, number: int, block: Block, living: np.ndarray) -> None:
+        """Add a block under its number; only the living lanes lie in it."""
+        self.blocks[number] = block
+        self.block_of[block.ids[living]] = number
+        self.row_of[block.ids[living]] = np.flatnonzero(living)
+
+    def drop(self, lanes: Any) -> None:
+        """Forget lanes. A block of which a quarter is forgotten gives way to a smaller one."""
+        lanes = np.asarray(lanes, int)
+        touched = set(self.block_of[lanes].tolist()) - {-1}
+        self.block_of[lanes] = -1
+        for number in touched:
+            ids, rows = self.blocks[number]
+            left = np.flatnonzero(self.block_of[ids] == number)
+            if not len(left):
+                del self.blocks[number]
+            elif len(left) <= 0.75 * len(ids) and _on_host(rows):
+                del self.blocks[number]
+                self.put(ids[left], _rows(rows, left))
+
+    def remove(self, lanes: Any) -> Any | None:
+        """Remove lanes and return their rows: on devices if they came together and are there.
+
+        Lanes that ended since they came together still have a row. None if the block of such lanes
+        is gone.
+        """
+        lanes = np.asarray(lanes, int)
+        for number in set(self.block_of[lanes].tolist()) - {-1}:
+            ids, rows = self.blocks[number]
+            if np.array_equal(ids, lanes):
+                self.drop(lanes[self.block_of[lanes] == number])
+                return rows
+        if (self.block_of[lanes] < 0).any():
+            return None
+        rows = self.take(lanes)
+        self.drop(lanes)
+        return rows
+
+    def take(self, lanes: Any) -> Any:
+        """Return the rows of some lanes of a group, in their order, on the host."""
+        lanes = np.asarray(lanes, int)
+        numbers = self.block_of[lanes]
+        order = np.argsort(numbers, kind="stable")
+        parts = list[Any]()
+        for number in np.unique(numbers).tolist():
+            self._to_host(number)
+            rows = self.row_of[lanes[order][numbers[order] == number]]
+            parts.append(_rows(self.blocks[number].rows, rows))
+        back = np.argsort(order)
+        return jax.tree.map(lambda *xs: np.concatenate(xs)[back], *parts)
+
+    def _to_host(self, number: int) -> None:
+        ids, rows = self.blocks[number]
+        if not _on_host(rows):
+            on_host = jax.tree.map(lambda x: x[: len(ids)], devices.to_host(rows))
+            self.blocks[number] = Block(ids, on_host)
+
+
+def _rows(rows: Any, index: np.ndarray) -> Any:
+    return jax.tree.map(lambda x: x[index], rows)
+
+
+def _on_host(rows: Any) -> bool:
+    return isinstance(jax.tree.leaves(rows)[0], np.ndarray)

@@ -1,0 +1,226 @@
+"""A sweep that dies at any write, or at any turn, ends with the same bytes when it is resumed."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from test_training import _line
+
+import jgd
+from jgd.tuning import folder as folders
+
+RATES = np.geomspace(1e-3, 0.3, 5)
+WRITTEN = ("plan.json", "journal.jsonl", "results.csv", "results.json", "curves.npz")
+TASK = _line()  # one task, so that all sweeps share their compiled programs
+
+
+class _Death(BaseException):
+    """The process died."""
+
+
+class _Faults:
+    """Counts what the folder does to files, and dies at one of the operations.
+
+    What follows fails as well, as in a process that is gone. To save a block is one operation here:
+    orbax's own are left to kill -9.
+    """
+
+    def __init__(self, monkeypatch):
+        self.count, self.at = 0, None
+        for name, functions in (("os", "fsync replace truncate"), ("shutil", "rmtree")):
+            module = getattr(folders, name)
+            counted = {n: self._counted(getattr(module, n)) for n in functions.split()}
+            monkeypatch.setattr(folders, name, types.SimpleNamespace(**{**vars(module), **counted}))
+        for name in ("mkdir", "unlink"):
+            monkeypatch.setattr(Path, name, self._counted(getattr(Path, name)))
+        checkpointer = folders._checkpointer
+
+        def saving():
+            orbax = checkpointer()
+            orbax.save = self._counted(orbax.save)
+            return orbax
+
+        monkeypatch.setattr(folders, "_checkpointer", saving)
+        opened = Path.open
+        writes = lambda path, mode="r", *more, **options: (
+            _Torn(self, opened(path, mode, *more, **options))
+            if set(mode) & set("aw")
+            else opened(path, mode, *more, **options)
+        )
+        monkeypatch.setattr(Path, "open", writes)
+
+    def _counted(self, function):
+        def call(*args, **kwargs):
+            self.step()
+            return function(*args, **kwargs)
+
+        return call
+
+    def step(self):
+        self.count += 1
+        if self.at is not None and self.count >= self.at:
+            raise _Death
+
+    def dies(self, at, function):
+        """Whether `function` dies when operation `at` begins."""
+        self.count, self.at, died = 0, at, False
+        try:
+            function()
+        except _Death:
+            died = True
+        finally:
+            self.at = None
+        return died
+
+
+class _Torn:
+    """A file of which half of what is written arrives if the process dies."""
+
+    def __init__(self, faults, file):
+        self.faults, self.file = faults, file
+
+    def write(self, data):
+        try:
+            self.faults.step()
+        except _Death:
+            self.file.write(data[: len(data) // 2])
+            raise
+        return self.file.write(data)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+
+def _sweep(folder):
+    """Start the sweep, or go on with it, as the command line does."""
+    lanes = {"adam": jgd.grid(jgd.adam, learning_rate=RATES)}
+    options = dict(width=2, report_every=8, halving=jgd.successive_halving(2, 8), stop=3, keep=2)
+    resume = (folder / "plan.json").exists()
+    return jgd.sweep(
+        TASK, lanes, 24, folder=folder, resume=resume, checkpoint_every=0, seeds=2, **options
+    )
+
+
+def _bytes(folder):
+    return {name: (folder / name).read_bytes() for name in WRITTEN}
+
+
+def _states(result):
+    return jax.tree.map(np.asarray, [best.state for best in result.kept])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return _sweep(folder), _bytes(folder)
+
+
+def _ends_the_same(folder, whole):
+    result, written = whole
+    jax.tree.map(np.testing.assert_array_equal, _states(_sweep(folder)), _states(result))
+    assert _bytes(folder) == written
+
+
+@pytest.mark.parametrize(
+    "stride", [pytest.param(1, marks=pytest.mark.slow), pytest.param(17, id="some")]
+)
+def test_a_fault_at_each_operation_on_files(stride, whole, tmp_path, monkeypatch):
+    faults = _Faults(monkeypatch)
+    assert not faults.dies(None, lambda: _sweep(tmp_path / "count"))
+    operations = faults.count
+    assert operations > 50
+    for at in range(1, operations, stride):
+        folder = tmp_path / str(at)
+        if faults.dies(at, lambda folder=folder: _sweep(folder)):
+            faults.dies(at % 13 + 1, lambda folder=folder: _sweep(folder))  # in the resume too
+        _ends_the_same(folder, whole)
+        shutil.rmtree(folder)
+
+
+def test_a_fault_at_each_turn(whole, tmp_path):
+    append, turns, died = folders.Folder.append, 0, True
+    while died:
+        left, died = [turns], False
+
+        def die(self, events, left=left):
+            append(self, events)
+            left[0] -= 1
+            if left[0] < 0:
+                raise _Death
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(folders.Folder, "append", die)
+            try:
+                _sweep(tmp_path / str(turns))
+            except _Death:
+                died = True
+        _ends_the_same(tmp_path / str(turns), whole)
+        turns += 1
+    assert turns > 5
+
+
+@pytest.mark.parametrize("damage", ["journal", "state", "manifest"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, whole, tmp_path):
+    folder = tmp_path / "run"
+    _sweep(folder)
+    newest = max(folder.glob("manifest-*.json"), key=lambda p: int(p.stem.partition("-")[2]))
+    if damage == "manifest":
+        newest.write_text(newest.read_text()[:40])
+    elif damage == "journal":
+        lines = (folder / "journal.jsonl").read_bytes().splitlines(keepends=True)
+        (folder / "journal.jsonl").write_bytes(b"".join(lines[:-1]))
+    else:
+        block = max((folder / "states").iterdir(), key=lambda p: int(p.name.partition("-")[2]))
+        next(x for x in block.rglob("*") if x.is_file() and x.stat().st_size).write_bytes(b"x")
+    with pytest.warns(UserWarning, match=r"manifest-\d+\.json: .*The checkpoint before it is used"):
+        _ends_the_same(folder, whole)
+
+
+PROGRAM = """
+import sys, time
+sys.path.insert(0, {tests!r})
+import jgd.tuning.sweep, test_faults
+from pathlib import Path
+for name in ("append", "checkpoint"):  # so that kills fall everywhere
+    def slowly(*args, function=getattr(test_faults.folders.Folder, name)):
+        time.sleep(0.05)
+        return function(*args)
+    setattr(test_faults.folders.Folder, name, slowly)
+test_faults._sweep(Path({folder!r}))
+"""
+
+
+@pytest.mark.slow
+def test_kill_nine_at_random_moments(whole, tmp_path):
+    program = PROGRAM.format(tests=os.path.dirname(__file__), folder=str(tmp_path / "run"))
+    dice, kills = random.Random(0), 0
+    while kills < 20:
+        process = subprocess.Popen([sys.executable, "-c", program])
+        journal = tmp_path / "run" / "journal.jsonl"
+        size = journal.stat().st_size if journal.exists() else -1
+        while process.poll() is None and journal.exists() and journal.stat().st_size == size:
+            time.sleep(0.005)
+        time.sleep(dice.uniform(0.0, 0.6))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+        elif (tmp_path / "run" / "results.csv").exists():
+            _ends_the_same(tmp_path / "run", whole)
+            shutil.rmtree(tmp_path / "run")
+    _ends_the_same(tmp_path / "run", whole)
