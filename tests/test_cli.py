@@ -191,6 +191,7 @@ def test_a_factory_of_optax(project, monkeypatch, capsys):
             ["--optimizer", "adam", "--set", "b1=0.9,1.5"],
             "adam: b1 must be in [0, 1), got 1.5",
         ),
+        (["--seeds", "0"], "jgd: sweep: seeds must be at least 1, got 0"),
         (["--optimizer", "adam", "--steps", "2"], "steps must be at least 4, got 2"),
         (["mine:task", "--metric", "los", "--optimizer", "sgd"], "metric must be one of loss"),
     ],

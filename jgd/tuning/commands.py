@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import tyro
 
 import jgd
-from jgd.tuning.options import Doc, SweepOptions, values_of
+from jgd.tuning.options import Doc, Seeds, SweepOptions, values_of
 from jgd.tuning.parsing import UserError, factory_of, groups_of, task_of, where
 
 __all__ = ["main"]
@@ -55,7 +55,7 @@ class Sweep(SweepOptions):
         Default: learning_rate=log:1e-5:1e1:64."""),
     ] = ()
     steps: Annotated[int, Doc("Steps of each training.")] = 1000
-    seeds: int = 3
+    seeds: Seeds = 3
     out: Annotated[
         Path | None,
         Doc("A new folder for table, pictures and journal. Default: runs/ and the time of day."),
@@ -97,6 +97,12 @@ class Sweep(SweepOptions):
     process: Annotated[
         int | None, Doc("Index of this process, from 0. Default: as --processes.")
     ] = None
+
+    def __post_init__(self) -> None:
+        try:
+            super().__post_init__()
+        except (TypeError, ValueError) as error:
+            raise UserError(str(error)) from None
 
     def run(self) -> None:
         """Run the sweep; a process of several runs it in a process that this one watches."""

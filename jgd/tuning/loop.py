@@ -342,6 +342,7 @@ def run(
         if decision.checkpoint or decision.interrupt:
             with failures.collected():
                 deliver(sweep.take())
+            with failures.collected():  # also where `deliver` failed: processes send their lanes
                 checkpoint()
         started = False
         with failures.collected():

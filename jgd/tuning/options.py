@@ -24,11 +24,18 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
 from typing_extensions import Doc
 
-__all__ = ["Doc", "SweepOptions", "Training", "count", "function_of"]
+__all__ = ["Doc", "Seeds", "SweepOptions", "Training", "count", "function_of", "values_of"]
 
 P = ParamSpec("P")
 A = TypeVar("A")
 R = TypeVar("R")
+
+
+Seeds = Annotated[
+    int,
+    Doc("""Trainings of each setting, at least 1. Each seed has its own initial parameters, the same
+    for all settings."""),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +45,7 @@ class Training:
     Raises: ValueError for an option out of its range, TypeError for a count that is no integer.
     """
 
-    seeds: Annotated[
-        int,
-        Doc("""Trainings of each setting, at least 1. Each seed has its own initial parameters, the
-        same for all settings."""),
-    ] = 1
+    seeds: Seeds = 1
     key: Annotated[int, Doc("Random seed of the initial parameters.")] = 0
     order: Annotated[
         Literal["shared", "own"],

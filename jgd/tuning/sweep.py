@@ -143,7 +143,8 @@ def sweep(arguments: SweepArguments) -> Result:
             whole = run(prepared.sweep, deliver, poll, checkpoint)
         result = prepared.result(whole=whole)
         folder.write_result(result)
-        checkpoint()
+        if whole:  # else the last poll asked for a checkpoint
+            checkpoint()
         folder.finish()
     except BaseException:
         with contextlib.suppress(Exception):  # a checkpoint that is being written is finished
