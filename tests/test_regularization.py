@@ -691,7 +691,8 @@ def setting(rate=0.2, l2=1e-3, momentum=0.9):
 )  # fmt: skip
 def test_a_grid_is_one_line_and_one_program(axis, values, metric, monkeypatch):
     spy = _Spy(monkeypatch)
-    result = jgd.sweep(TASK, jgd.grid(setting, **{axis: values}), 12, report_every=12, width=3)
+    task = TASK._replace(init=lambda key: _net_init(key))  # which shares no programs
+    result = jgd.sweep(task, jgd.grid(setting, **{axis: values}), 12, report_every=12, width=3)
     assert len(spy.texts) == 4  # batches, parameters, start, chunk
     assert len(result.rows) == 3
     monkeypatch.undo()
