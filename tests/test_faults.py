@@ -46,7 +46,13 @@ class _Faults:
 
         def saving():
             orbax = checkpointer()
-            orbax.save = self._counted(orbax.save)
+            save = self._counted(orbax.save)
+
+            def finished(*args):  # no thread of a dead process goes on
+                save(*args)
+                orbax.wait_until_finished()
+
+            orbax.save = finished
             return orbax
 
         monkeypatch.setattr(folders, "_checkpointer", saving)

@@ -100,14 +100,15 @@ class Folder:
 
     def append(self, events: Iterable[Report | Cut]) -> None:
         """Append events to the journal."""
+        if not self._writes:
+            return
         lines = [encode(event) + "\n" for event in events]
-        if lines and self._writes:
-            data = "".join(lines).encode()
-            with self._journal.open("ab") as file:
-                file.write(data)
-            self._events += len(lines)
-            self._bytes += len(data)
-            self._crc = zlib.crc32(data, self._crc)
+        data = "".join(lines).encode()
+        with self._journal.open("ab") as file:
+            file.write(data)
+        self._events += len(lines)
+        self._bytes += len(data)
+        self._crc = zlib.crc32(data, self._crc)
 
     # --- checkpoints
 

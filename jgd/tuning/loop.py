@@ -173,6 +173,13 @@ class Sweep:
         on_devices = isinstance(rows.loss, jax.Array) and len(rows.loss) == tile.width
         return tile, rows if on_devices else self.engine.pad(tile.group, rows, tile.width)
 
+    def without_state(self) -> set[int]:
+        """Return the living lanes that have started and have no state, but should have one."""
+        rung = self.plan.rounds[self.schedule.round]
+        started = np.flatnonzero(self.ledger.alive & (self.ledger.step > 0))
+        dropped = self.ledger.losers(rung, early=True)  # which enough others beat
+        return set(started.tolist()) - set(self.pool.held().tolist()) - set(dropped.tolist())
+
     def fit_widths(self) -> None:
         """Give tiles that were queued on another number of devices a width there is."""
         for place, tile in enumerate(self.schedule.queue):

@@ -298,6 +298,11 @@ def _resume(prepared: Prepared, folder: Folder) -> None:
     if manifest["stream"] is not None:
         sweep.engine.batches.seek(manifest["stream"])
     sweep.fit_widths()
+    if lost := sweep.without_state():
+        raise ValueError(
+            f"resume: {folder.path} has no state for {len(lost)} lanes that have started. Start the"
+            " sweep in a new folder"
+        )
 
 
 # --- the poll --------------------------------------------------------------------------------
