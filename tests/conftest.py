@@ -40,10 +40,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the notebooks as slow."""
+    """Mark the notebooks as slow, and start what takes minutes first, so that no core waits."""
     for item in items:
         if item.path.suffix == ".ipynb":
             item.add_marker(pytest.mark.slow)
+    minutes = ("test_in_optax_place.py", "test_faults.py", "test_processes.py")
+    items.sort(key=lambda item: item.path.suffix != ".ipynb" and item.path.name not in minutes)
 
 
 def cached_environment() -> dict[str, str]:
