@@ -1,5 +1,6 @@
 """A sweep that dies at any write, or at any turn, ends with the same bytes when it is resumed."""
 
+import json
 import os
 import random
 import shutil
@@ -178,6 +179,30 @@ def test_a_fault_at_each_turn(whole, tmp_path):
         _ends_the_same(tmp_path / str(turns), whole)
         turns += 1
     assert turns > 5
+
+
+def test_a_damaged_older_checkpoint_is_of_no_consequence(whole, tmp_path):
+    _sweep(tmp_path / "run")
+    oldest = min((tmp_path / "run").glob("manifest-*.json"), key=lambda p: p.stat().st_mtime_ns)
+    oldest.write_text("{")
+    _ends_the_same(tmp_path / "run", whole)
+
+
+def test_a_checkpoint_without_the_state_of_a_lane_is_refused(tmp_path):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(folders.Folder, "write_result", _die)
+        with pytest.raises(_Death):
+            _sweep(tmp_path / "run")
+    for path in (tmp_path / "run").glob("manifest-*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"blocks": {}}))
+    with pytest.raises(
+        ValueError, match=r"resume: .* has no state for \d+ lanes that have started"
+    ):
+        _sweep(tmp_path / "run")
+
+
+def _die(*_):
+    raise _Death
 
 
 @pytest.mark.parametrize("damage", ["journal", "state", "manifest"])

@@ -265,7 +265,11 @@ def test_what_ended_costs_nothing():
     reports = [event for event in events(prepared) if isinstance(event, Report)]
     assert prepared.sweep.schedule.lane_steps == 16 * 5 + 95
     assert (reports[0].ended > 0).sum() == 15
-    result = jgd.sweep(_line(), settings, 100, width=16, report_every=5, drop_diverged=True)
+    alive = []
+    listen = lambda plan, report: alive.append(report.alive)
+    options = dict(width=16, report_every=5, drop_diverged=True, on_report=listen)
+    result = jgd.sweep(_line(), settings, 100, **options)
+    assert alive[0] == 1
     assert [row["ended"] for row in result.rows] == ["finished"] + ["diverged"] * 15
     assert {row["verdict"] for row in result.rows[1:]} == {"diverged"}
 
@@ -280,6 +284,8 @@ def test_a_budget_of_lane_steps():
         word for word in ("finished", "out of budget", "not run") for _ in range(8 * at_once)
     ]
     assert result.best.params is not None
+    (cut,) = jgd.iter_sweep(_line(), _adam(), 40, width=8, seconds=1e-9)
+    assert cut.step is None
     late = jgd.sweep(_line(), _adam(), 40, width=8, seconds=1e-9)
     assert {row["ended"] for row in late.rows} == {"not run"}
     assert late.best.state is None

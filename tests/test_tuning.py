@@ -17,6 +17,7 @@ import jgd
 from jgd.tuning import compiling, widths
 from jgd.tuning.batches import FunctionBatches
 from jgd.tuning.events import decode, encode
+from jgd.tuning.pool import Pool
 from jgd.tuning.tasks import digits
 
 
@@ -453,6 +454,32 @@ def test_sweeps_of_one_task_share_their_programs(monkeypatch):
     spy.texts.clear()
     jgd.sweep(task._replace(init=lambda key: task.init(key)), lanes(0.2, 0.3), 20, width=2)
     assert spy.texts
+
+
+def test_programs_follow_the_data_of_the_task():
+    """Data that change in place are other data, though the functions are the same."""
+    data = np.ones((4, 2), np.float32)
+    task = jgd.Task(
+        init=lambda key: jnp.zeros(2),
+        loss=lambda params, batch: jnp.mean((batch @ params - 1) ** 2),
+        batch=lambda step: jnp.asarray(data),
+        evaluate=lambda params: {"loss": jnp.mean((data @ params - 1) ** 2)},
+    )
+    losses = []
+    for scale in (1, 3):
+        data[:] = scale
+        losses.append(jgd.sweep(task, jgd.grid(jgd.sgd, learning_rate=[0.01]), 4).rows[0]["loss"])
+    assert losses[0] != losses[1]
+
+
+def test_a_block_leaves_the_pool_alone():
+    """A lane that ended and is kept stays in its own block when the block of its tile goes."""
+    pool, rows = Pool(4), np.arange(4.0)
+    pool.put(np.array([1]), rows[:1])
+    pool.put(np.arange(4), rows, np.array([True, False, True, True]))
+    assert pool.remove_block([0, 2, 3]) is None
+    np.testing.assert_array_equal(pool.remove_block(np.arange(4)), rows)
+    assert pool.held().tolist() == [1]
 
 
 def test_few_tasks_are_remembered():

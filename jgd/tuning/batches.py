@@ -34,6 +34,10 @@ class BatchSource(Protocol):
         """Return one batch. Traced."""
         ...
 
+    def release(self) -> None:
+        """Free the batches that are kept."""
+        ...
+
     def mark(self, first: int) -> dict[str, Any] | None:
         """Return the position before the chunk from this step on, as JSON; None without one."""
         ...
@@ -95,6 +99,9 @@ class FunctionBatches:
 
     def at(self, made: Any, first: Any, offset: Any) -> Any:
         return pick(made, offset) if self.ahead else self.batch(first + offset)
+
+    def release(self) -> None:
+        self.made.clear()
 
     def mark(self, first: int) -> None:
         return None

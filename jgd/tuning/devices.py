@@ -28,6 +28,7 @@ __all__ = [
     "round_up",
     "tiles_at_once",
     "to_host",
+    "wait_for_all",
 ]
 
 
@@ -139,6 +140,11 @@ def from_process_0(values: Iterable[Any]) -> list[Any]:
 
     known = np.array([bool(value) for value in values])
     return multihost_utils.broadcast_one_to_all(known).astype(bool).tolist()
+
+
+def wait_for_all() -> None:
+    """Wait until all processes are here."""
+    from_process_0([True])
 
 
 def check_same_task(digest: str) -> None:

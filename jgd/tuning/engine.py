@@ -2,8 +2,8 @@
 
     engine = Engine(plan, groups, shared)
     rows = engine.begin(group, lanes, width)            # a tile at step 0, on its devices
-    running = engine.start(group, rows, first, end)     # a chunk; the rows are donated
-    running.wait()                                      # lanes, losses, metrics, endings
+    wait = engine.start(group, rows, first, end)        # a chunk; the rows are donated
+    wait()                                              # lanes, losses, metrics, endings
 
 Sweeps of one task that differ in numbers only share their programs within a process, as calls of
 one jitted function do: `shared_programs` finds them by the identity of the task's functions.
@@ -29,7 +29,7 @@ from jgd.tuning.plan import Plan
 from jgd.tuning.space import Lanes
 from jgd.tuning.streams import Stream, StreamBatches
 
-__all__ = ["Engine", "Outcome", "Program", "Running", "SharedPrograms", "shared_programs"]
+__all__ = ["Engine", "Outcome", "Program", "SharedPrograms", "shared_programs"]
 
 
 # --- programs --------------------------------------------------------------------------------
@@ -52,7 +52,7 @@ class SharedPrograms:
             keep_best=plan.best == "ever",
             drop_diverged=plan.drop_diverged,
         )
-        self.batches = self._batches(plan)
+        self.batches = self.batches_of(plan)
         root = jax.random.key(plan.key)
         keys = jax.vmap(lambda seed: jax.random.fold_in(root, seed))(jnp.arange(plan.seeds))
         self.keys = np.asarray(jax.random.key_data(keys))
@@ -63,7 +63,8 @@ class SharedPrograms:
             self.shared_start = compiled(self.keys)
         self._programs = dict[Any, Program]()
 
-    def _batches(self, plan: Plan) -> BatchSource:
+    def batches_of(self, plan: Plan) -> BatchSource:
+        """Return the batches of a sweep: each reads a stream of its own."""
         make = self.options.run.batch
         if isinstance(make, Stream):
             return StreamBatches(make, plan.reports, self.compiler.on_all)
@@ -78,11 +79,6 @@ class SharedPrograms:
             self._programs[kind] = Program(settings, self)
         return self._programs[kind]
 
-    def renew(self, plan: Plan) -> None:
-        """Prepare for another sweep: a stream is read anew."""
-        if self.batches.sequential:
-            self.batches = self._batches(plan)
-
 
 CACHED = 4  # tasks
 _cache: collections.OrderedDict[Any, tuple[Any, SharedPrograms]] = collections.OrderedDict()
@@ -92,17 +88,16 @@ def shared_programs(
     task: Any, run: Run, plan: Plan, stop: Monitor | None, mesh: jax.sharding.Mesh | None
 ) -> SharedPrograms:
     """Return the programs of this task and these options, compiled by an earlier sweep if any."""
-    same = "jax_enable_x64 jax_default_matmul_precision jax_numpy_dtype_promotion jax_debug_nans"
-    options = "key seeds order steps metric mode best drop_diverged"
+    config = "enable_x64 default_matmul_precision numpy_dtype_promotion debug_nans default_device"
+    options = "task key seeds order steps metric mode best drop_diverged"
     key = (
         *(id(function) for function in task),
         *(getattr(plan, name) for name in options.split()),
-        *(jax.config.values[name] for name in same.split()),
+        *(getattr(jax.config, f"jax_{name}") for name in config.split()),
         *(tuple(plan.reports), stop, mesh),
     )
     if key in _cache:
         _cache.move_to_end(key)
-        _cache[key][1].renew(plan)
     else:
         # the task is kept alive, so that the ids of its functions are not reused
         _cache[key] = task, SharedPrograms(run, plan, stop, mesh)
@@ -136,9 +131,9 @@ class Program:
         index = np.minimum(np.arange(width), len(rows.loss) - 1)
         return self._to_devices(jax.tree.map(lambda x: np.asarray(x)[index], rows))
 
-    def chunk(self, lanes: Lane, first: int, end: int) -> Callable[[], "Outcome"]:
-        """Return a chunk that any thread may run: compiled, with its batches. Donates the lanes."""
-        arguments = (self.shared.batches.of(first), np.int32(first), np.int32(end))
+    def chunk(self, lanes: Lane, batches: Any, first: int, end: int) -> Callable[[], "Outcome"]:
+        """Return a compiled chunk that any thread may run. Donates the lanes."""
+        arguments = (batches, np.int32(first), np.int32(end))
         width = len(lanes.loss)
         if width not in self.chunks:
             compiler = self.shared.compiler
@@ -215,17 +210,12 @@ class Outcome(NamedTuple):
     ending: Any  # places in `ENDINGS`; 0 for a lane that goes on
 
 
-class Running(NamedTuple):
-    """A chunk that is running."""
-
-    wait: Callable[[], Outcome]
-
-
 class Engine:
     """Runs the tiles of one sweep."""
 
     def __init__(self, plan: Plan, groups: Mapping[str, Lanes], shared: SharedPrograms) -> None:
-        self.plan, self.batches = plan, shared.batches
+        self.plan = plan
+        self.batches = shared.batches_of(plan) if shared.batches.sequential else shared.batches
         self.settings = [groups[group.name].settings for group in plan.groups]
         self.programs = [shared.program(settings) for settings in self.settings]
         self._threads = concurrent.futures.ThreadPoolExecutor(plan.at_once)
@@ -245,19 +235,20 @@ class Engine:
         """Return rows from the host on their devices, padded to a width."""
         return self.programs[group].pad(rows, width)
 
-    def start(self, group: int, rows: Lane, first: int, end: int) -> Running:
-        """Start a chunk; the rows are donated."""
-        chunk = self.programs[group].chunk(rows, first, end)
+    def start(self, group: int, rows: Lane, first: int, end: int) -> Callable[[], Outcome]:
+        """Start a chunk and return a function that waits for it. Donates the rows."""
+        chunk = self.programs[group].chunk(rows, self.batches.of(first), first, end)
         if self.plan.at_once == 1:
             outcome = chunk()
-            return Running(lambda: jax.block_until_ready(outcome))
+            return lambda: jax.block_until_ready(outcome)
         # a thread each: JAX runs the programs of one thread one after the other
-        return Running(self._threads.submit(lambda: jax.block_until_ready(chunk())).result)
+        return self._threads.submit(lambda: jax.block_until_ready(chunk())).result
 
     def states(self, group: int, rows: Lane) -> Any:
         """Return the states of the run at the reports that count, as the user knows them."""
         return self.programs[group].states(rows)
 
     def close(self) -> None:
-        """Release the threads."""
+        """Release the threads and the batches."""
         self._threads.shutdown(wait=False)
+        self.batches.release()

@@ -14,6 +14,7 @@ curves follow from the journal; nothing is ever read from them to resume.
 """
 
 import concurrent.futures
+import contextlib
 import csv
 import json
 import logging
@@ -21,7 +22,7 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,9 @@ class Folder:
       path: None for a sweep without a folder: nothing is written.
 
     Attributes:
-      exists: False without a path.
+      enabled: False without a path.
       plan: of the sweep that is resumed, as it was written; None for a new sweep.
-      notes: what was found damaged and replaced, one line each.
+      notes: one line for each damaged checkpoint.
 
     Raises: FileExistsError for a new sweep in a folder that holds something, FileNotFoundError for
       a resumed one without a plan, OSError if the folder cannot be written.
@@ -60,7 +61,7 @@ class Folder:
             raise FileNotFoundError(f"{self.path} holds no sweep: there is no plan.json")
         if not resume and self._writes and not self._is_free():
             raise FileExistsError(f"{self.path} is not empty. Give a sweep a folder of its own")
-        self.exists = path is not None
+        self.enabled = path is not None
         self.plan = _read_json(self.path / "plan.json") if resume else None
         self._journal = self.path / "journal.jsonl"
         self._events = self._bytes = self._crc = self._generation = 0
@@ -98,9 +99,9 @@ class Folder:
 
     # --- the journal
 
-    def append(self, events: Iterable[Report | Cut]) -> None:
+    def append(self, events: Sequence[Report | Cut]) -> None:
         """Append events to the journal."""
-        if not self._writes:
+        if not self._writes or not events:
             return
         lines = [encode(event) + "\n" for event in events]
         data = "".join(lines).encode()
@@ -166,24 +167,27 @@ class Folder:
         """Delete all checkpoints but the last two, and the states that neither names."""
         for path in _manifests(self.path)[2:]:
             path.unlink()
-        named = {x for path in _manifests(self.path) for x in _read_json(path)["blocks"]}
+        named = set[str]()
+        for path in _manifests(self.path):
+            with contextlib.suppress(ValueError, KeyError):  # a damaged one names nothing
+                named |= set(_read_json(path)["blocks"])
         for path in _entries(self.path / "states"):
             if path.name not in named:
-                shutil.rmtree(path, ignore_errors=True)
+                shutil.rmtree(path)
 
     # --- resuming
 
     def last_checkpoint(self) -> dict[str, Any] | None:
         """Return the manifest of the last whole checkpoint; None if there is none.
 
-        What a damaged checkpoint lacks is added to `notes`.
+        What is wrong with damaged ones is added to `notes`.
         """
         for path in _manifests(self.path):
             try:
                 manifest = _read_json(path)
                 self._check(manifest)
             except (OSError, ValueError, KeyError, TypeError) as error:
-                self.notes.append(f"{path}: {error}. The checkpoint before it is used")
+                self.notes.append(f"{path}: {error}")
                 continue
             return manifest
         return None
@@ -202,10 +206,7 @@ class Folder:
                 raise ValueError(f"states/{name} was changed")
 
     def return_to(self, manifest: Mapping[str, Any] | None) -> None:
-        """Truncate the journal to what a checkpoint covers, and delete newer checkpoints.
-
-        States that this checkpoint does not name stay until the next one is whole.
-        """
+        """Truncate the journal to what a checkpoint covers, and delete what is newer."""
         journal = manifest["journal"] if manifest else {"events": 0, "bytes": 0, "crc32": 0}
         self._events, self._bytes = journal["events"], journal["bytes"]
         self._crc, self._generation = journal["crc32"], manifest["generation"] if manifest else 0
@@ -216,10 +217,7 @@ class Folder:
                 path.unlink()
         if self._journal.exists():
             os.truncate(self._journal, self._bytes)
-        named = {x for path in _manifests(self.path) for x in _read_json(path)["blocks"]}
-        for path in _entries(self.path / "states"):
-            if path.name not in named:
-                shutil.rmtree(path)
+        self._tidy()
 
     def events(self, plan: Plan) -> Iterator[Report | Cut]:
         """Yield the events of the journal, as far as the checkpoint covers it."""
@@ -294,7 +292,7 @@ def _generation(path: Path) -> int:
 
 def _manifests(path: Path) -> list[Path]:
     """Return the manifests of a folder, newest first."""
-    return sorted(path.glob("manifest-*.json"), key=_generation, reverse=True)
+    return sorted(path.glob("manifest-[0-9]*.json"), key=_generation, reverse=True)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jgd.tuning import devices
-from jgd.tuning.engine import Engine, Outcome, Running
+from jgd.tuning.engine import Engine, Outcome
 from jgd.tuning.events import DIVERGED, FINISHED, REACHED, Cut, Report
 from jgd.tuning.ledger import Ledger
 from jgd.tuning.pack import pack_tiles
@@ -77,7 +77,7 @@ class Sweep:
     def __init__(self, plan: Plan, engine: Engine) -> None:
         self.plan, self.engine = plan, engine
         self.ledger, self.pool, self.schedule = Ledger(plan), Pool(plan.lanes), Schedule()
-        self._running: list[tuple[Tile, int, Running]] = []
+        self._running: list[tuple[Tile, int, Callable[[], Outcome]]] = []
         self.events: list[Report | Cut] = []  # since the last `take`
         for place, group in enumerate(plan.groups):
             first, end = plan.offset(place), plan.offset(place + 1)
@@ -98,14 +98,14 @@ class Sweep:
             end = self._end_of(tile)
             schedule.lane_steps += (end - tile.step) * tile.width
             tile, rows = self._with_rows(tile)
-            started = self.engine.start(tile.group, rows, tile.step, end)
-            self._running.append((tile, end, started))
+            wait = self.engine.start(tile.group, rows, tile.step, end)
+            self._running.append((tile, end, wait))
         return bool(self._running)
 
     def finish(self) -> None:
         """Wait for the running tiles, and judge them in their order."""
         running, self._running = self._running, []
-        outcomes = [started.wait() for _, _, started in running]
+        outcomes = [wait() for _, _, wait in running]
         following = list[Tile]()
         for (tile, end, _), outcome in zip(running, outcomes, strict=True):
             following += self._judge(tile, end, outcome)
@@ -165,8 +165,8 @@ class Sweep:
         """Return a tile and its states, removed from the pool, on its devices."""
         if tile.step == 0:
             return tile, self.engine.begin(tile.group, tile.lanes, tile.width)
-        rows = self.pool.remove(tile.lanes)
-        if rows is None:  # some of its lanes have ended since they were put there
+        rows = self.pool.remove_block(tile.lanes)
+        if rows is None:
             tile = tile._replace(lanes=[x for x in tile.lanes if self.ledger.alive[x]])
             rows = self.pool.take(tile.lanes)
             self.pool.drop(tile.lanes)

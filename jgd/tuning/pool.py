@@ -1,11 +1,11 @@
 """The pool: the state of every lane that has one, in blocks that never change.
 
-    pool.put(ids, rows, living)     # a block; rows stay where they are, on a device or the host
+    pool.put(ids, rows, present)    # a block; rows stay where they are, on a device or the host
     pool.take(ids)                  # rows on the host, in the order of the ids
     pool.drop(ids)                  # states that nobody needs again
 
-A lane lies in at most one block. Rows of a block that no lane lies in any more are kept until the
-block is: a checkpoint writes each block once, under a name that no other block ever has.
+A lane lies in at most one block. A block keeps the rows of lanes that left it until it is dropped
+as a whole, so that a checkpoint writes it once, under a name that no other block ever has.
 """
 
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ class Pool:
 
     def __init__(self, lanes: int) -> None:
         self.blocks = dict[int, Block]()
-        self.made = 0
+        self.last = 0  # number of the block added last
         self.block_of = np.full(lanes, -1)  # -1: the lane has no state here
         self.row_of = np.zeros(lanes, int)
 
@@ -41,22 +41,22 @@ class Pool:
         """Return the lanes that have a state here."""
         return np.flatnonzero(self.block_of >= 0)
 
-    def put(self, ids: np.ndarray, rows: Any, living: np.ndarray | None = None) -> None:
+    def put(self, ids: np.ndarray, rows: Any, present: np.ndarray | None = None) -> None:
         """Add a block.
 
         Args:
-          living: which of the ids lie in it from now on; None: all of them.
+          present: mask of the ids that lie in it from now on; None: all of them.
         """
-        self.made += 1
+        self.last += 1
         self.restore(
-            self.made, Block(ids, rows), np.full(len(ids), True) if living is None else living
+            self.last, Block(ids, rows), np.full(len(ids), True) if present is None else present
         )
 
-    def restore(self, number: int, block: Block, living: np.ndarray) -> None:
-        """Add a block under its number; only the living lanes lie in it."""
+    def restore(self, number: int, block: Block, present: np.ndarray) -> None:
+        """Add a block under its number; only the present lanes lie in it."""
         self.blocks[number] = block
-        self.block_of[block.ids[living]] = number
-        self.row_of[block.ids[living]] = np.flatnonzero(living)
+        self.block_of[block.ids[present]] = number
+        self.row_of[block.ids[present]] = np.flatnonzero(present)
 
     def drop(self, lanes: Any) -> None:
         """Forget lanes. A block of which a quarter is forgotten gives way to a smaller one."""
@@ -72,11 +72,10 @@ class Pool:
                 del self.blocks[number]
                 self.put(ids[left], _rows(rows, left))
 
-    def remove(self, lanes: Any) -> Any | None:
-        """Remove lanes and return their rows: on devices if they came together and are there.
+    def remove_block(self, lanes: Any) -> Any | None:
+        """Remove the block of exactly these lanes and return its rows; None if there is none.
 
-        Lanes that ended since they came together still have a row. None if the block of such lanes
-        is gone.
+        Lanes that ended since the block was put have a row in it as well.
         """
         lanes = np.asarray(lanes, int)
         for number in set(self.block_of[lanes].tolist()) - {-1}:
@@ -84,11 +83,7 @@ class Pool:
             if np.array_equal(ids, lanes):
                 self.drop(lanes[self.block_of[lanes] == number])
                 return rows
-        if (self.block_of[lanes] < 0).any():
-            return None
-        rows = self.take(lanes)
-        self.drop(lanes)
-        return rows
+        return None
 
     def take(self, lanes: Any) -> Any:
         """Return the rows of some lanes of a group, in their order, on the host."""

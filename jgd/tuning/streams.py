@@ -106,6 +106,10 @@ class StreamBatches:
     def at(self, made: Any, first: Any, offset: Any) -> Any:
         return pick(made, offset)
 
+    def release(self) -> None:
+        self._now, self._ahead = (-1, None), None
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
     def mark(self, first: int) -> dict[str, Any] | None:
         return {"step": first, "state": self._marks.get(first)}
 

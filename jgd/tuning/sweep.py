@@ -133,13 +133,13 @@ def sweep(arguments: SweepArguments) -> Result:
             prepared.record.apply(event)
             if arguments.on_report is not None and isinstance(event, Report):
                 alive = int(prepared.sweep.ledger.alive.sum())
-                with asked.interrupts():
+                with ctrl_c.interrupts():
                     arguments.on_report(plan, event._replace(alive=alive))
 
     checkpoint = lambda: _checkpoint(prepared, folder)
     try:
-        with _CtrlC() as asked:
-            poll = Clock(prepared.sweep.schedule, plan, folder, asked)
+        with CtrlC() as ctrl_c:
+            poll = Clock(prepared.sweep, folder, ctrl_c)
             whole = run(prepared.sweep, deliver, poll, checkpoint)
         result = prepared.result(whole=whole)
         folder.write_result(result)
@@ -168,10 +168,17 @@ def iter_sweep(arguments: Trained) -> Iterator[Report | Cut]:
 
 
 def _events(sweep: Sweep) -> Iterator[Report | Cut]:
-    while sweep.start():
-        yield from sweep.take()  # while the next turn runs
-        sweep.finish()
-    yield from sweep.take()
+    poll, started = Clock(sweep), True
+    try:
+        while started:
+            if poll(sweep.events).stop:
+                sweep.stop()
+            started = sweep.start()
+            yield from sweep.take()  # while the turn runs
+            if started:
+                sweep.finish()
+    finally:
+        sweep.engine.close()
 
 
 class Interrupted(KeyboardInterrupt):
@@ -256,21 +263,21 @@ def prepare(arguments: Trained, written: Mapping[str, Any] | None = None) -> Pre
 
 def _checkpoint(prepared: Prepared, folder: Folder) -> None:
     """Record where a sweep is between two turns."""
-    if not folder.exists:
+    if not folder.enabled:
         return
     sweep, states, blocks = prepared.sweep, dict[str, Any](), dict[str, Any]()
     for number, (ids, rows) in sweep.pool.blocks.items():
         name = f"block-{number}"
         n = len(ids)
         states[name] = jax.tree.map(lambda x, n=n: x[:n], devices.to_host(rows))
-        living = sweep.pool.block_of[ids] == number
-        blocks[name] = {"number": number, "lanes": ids.tolist(), "living": living.tolist()}
+        present = sweep.pool.block_of[ids] == number
+        blocks[name] = {"number": number, "lanes": ids.tolist(), "present": present.tolist()}
     queue, plan = sweep.schedule.queue, sweep.plan
     following = queue[0].step if queue else plan.rounds[sweep.schedule.round]
     manifest = {
         "schedule": dataclasses.asdict(sweep.schedule),
         "blocks": blocks,
-        "blocks_made": sweep.pool.made,
+        "last_block": sweep.pool.last,
         "stream": sweep.engine.batches.mark(following),
     }
     folder.checkpoint(manifest, states)
@@ -279,9 +286,10 @@ def _checkpoint(prepared: Prepared, folder: Folder) -> None:
 def _resume(prepared: Prepared, folder: Folder) -> None:
     """Return to the last checkpoint: fold the journal, and load the states."""
     manifest, sweep = folder.last_checkpoint(), prepared.sweep
+    instead = "The sweep starts anew" if manifest is None else "The checkpoint before it is used"
     for note in folder.notes:
-        warnings.warn(note, stacklevel=4)
-    devices.from_process_0([True])  # all processes have read the manifest before files change
+        warnings.warn(f"{note}. {instead}", stacklevel=4)
+    devices.wait_for_all()  # all processes have read the manifest before files change
     folder.return_to(manifest)
     if manifest is None:
         return
@@ -293,8 +301,8 @@ def _resume(prepared: Prepared, folder: Folder) -> None:
         ids = np.array(block["lanes"], int)
         program = sweep.engine.programs[prepared.plan.group_of(ids[0])]
         rows = folder.load(name, program.shapes(len(ids)))
-        sweep.pool.restore(block["number"], Block(ids, rows), np.array(block["living"]))
-    sweep.pool.made = manifest["blocks_made"]
+        sweep.pool.restore(block["number"], Block(ids, rows), np.array(block["present"]))
+    sweep.pool.last = manifest["last_block"]
     if manifest["stream"] is not None:
         sweep.engine.batches.seek(manifest["stream"])
     sweep.fit_widths()
@@ -311,37 +319,42 @@ def _resume(prepared: Prepared, folder: Folder) -> None:
 class Clock:
     """The poll of a sweep: limits of time, checkpoints that are due, and Ctrl-C."""
 
-    def __init__(self, schedule: Schedule, plan: Plan, folder: Folder, asked: "_CtrlC") -> None:
-        self.schedule, self.plan, self.folder, self.asked = schedule, plan, folder, asked
-        self.started = time.monotonic() - schedule.elapsed
-        self.saved = time.monotonic()
+    def __init__(
+        self, sweep: Sweep, folder: Folder | None = None, ctrl_c: "CtrlC | None" = None
+    ) -> None:
+        self.schedule, self.plan = sweep.schedule, sweep.plan
+        self.folder, self.ctrl_c = folder, ctrl_c
+        self.last = time.monotonic()  # checkpoint
+        self.start = self.last - self.schedule.elapsed
 
     def __call__(self, events: list[Report | Cut]) -> Decision:
-        now = time.monotonic()
-        self.schedule.elapsed = now - self.started
-        late = self.plan.seconds is not None and self.schedule.elapsed > self.plan.seconds
-        if due := now - self.saved > self.plan.checkpoint_every and not self.folder.busy():
-            self.saved = now
-        return Decision(checkpoint=due, stop=late, interrupt=self.asked.interrupt)
+        now, plan = time.monotonic(), self.plan
+        self.schedule.elapsed = now - self.start
+        late = plan.seconds is not None and self.schedule.elapsed > plan.seconds
+        due = self.folder is not None and now - self.last > plan.checkpoint_every
+        if due := due and self.folder is not None and not self.folder.busy():
+            self.last = now
+        interrupt = self.ctrl_c is not None and self.ctrl_c.interrupt
+        return Decision(checkpoint=due, stop=late, interrupt=interrupt)
 
 
-class _CtrlC:
+class CtrlC:
     """Within this context Ctrl-C sets a flag that the next poll reads; a second one interrupts."""
 
     def __init__(self) -> None:
         self.interrupt = False
         self._before: Any = None
 
-    def __enter__(self) -> "_CtrlC":
+    def __enter__(self) -> "CtrlC":
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._asked)
+            self._before = signal.signal(signal.SIGINT, self._set)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
 
-    def _asked(self, *_: object) -> None:
+    def _set(self, *_: object) -> None:
         if self.interrupt:
             raise KeyboardInterrupt
         self.interrupt = True

@@ -10,6 +10,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -75,29 +76,29 @@ def _measured(plan: Plan, engine: Engine, group: int) -> dict[int, float]:
     some = [first + i % lanes for i in range(width)]
     rows = devices.to_host(engine.begin(group, some, width))
     repeated = lambda width: jax.tree.map(lambda x: np.resize(x, (width, *x.shape[1:])), rows)
-    seconds: dict[int, float] = {}
+    batches, seconds = engine.batches.of(0), dict[int, float]()
     best, worse = np.inf, 0
     while worse < 2 and width < 2 * lanes:
         lanes_of_width = program.pad(repeated(width), width)
-        warm = program.chunk(lanes_of_width, 0, 1)
+        warm = program.chunk(lanes_of_width, batches, 0, 1)
         if program.chunks[width].bytes() > memory:
             break
-        seconds[width] = _seconds(plan, program, warm().lanes, 4)
+        seconds[width] = _seconds(program, warm().lanes, batches, min(4, plan.steps))
         share = seconds[width] / width
         best, worse = min(best, share), 0 if share < best / WORSE else worse + 1
         width *= 2
     times: dict[int, list[float]] = {width: [] for width in seconds}
     for _ in range(3):
         for width, step in seconds.items():
-            steps = int(np.clip(0.03 / step, 4, 200))
-            times[width].append(_seconds(plan, program, program.pad(repeated(width), width), steps))
+            steps = min(int(np.clip(0.03 / step, 4, 200)), plan.steps)
+            fresh = program.pad(repeated(width), width)
+            times[width].append(_seconds(program, fresh, batches, steps))
     return {width: min(each) for width, each in times.items()}
 
 
-def _seconds(plan: Plan, program: Program, lanes: Lane, steps: int) -> float:
+def _seconds(program: Program, lanes: Lane, batches: Any, steps: int) -> float:
     """Return the seconds of a step, averaged over `steps`. Donates the lanes."""
-    steps = min(steps, plan.steps)
-    chunk = program.chunk(jax.block_until_ready(lanes), 0, steps)
+    chunk = program.chunk(jax.block_until_ready(lanes), batches, 0, steps)
     started = time.perf_counter()
     jax.block_until_ready(chunk())
     return (time.perf_counter() - started) / steps
