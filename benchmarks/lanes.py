@@ -29,7 +29,7 @@ import numpy as np
 import optax
 
 import jgd
-from jgd.tuning.sweep import Prepared, Trained, prepare
+from jgd.tuning.sweep import Prepared, TrainingArguments, prepare
 from jgd.tuning.tasks import digits
 
 Contender = Callable[[], tuple[int, float]]  # -> lane-steps done, seconds they took
@@ -50,7 +50,7 @@ def swept(task: jgd.Task, rates: np.ndarray, steps: int, width: int | None) -> C
     options = dict(width=width, report_every=max(steps // 4, 1))
 
     def measure() -> tuple[int, float]:
-        prepared = prepare(Trained(task, lanes, steps, **options))
+        prepared = prepare(TrainingArguments(task, lanes, steps, **options))
         return prepared.plan.lane_steps, trained(prepared)
 
     measure()
@@ -72,7 +72,7 @@ def halved(task: jgd.Task, rates: np.ndarray, steps: int, rounds: int) -> None:
     executed, planned = {}, {}
     for _turn in range(rounds + 1):
         for name, halving in kinds.items():
-            prepared = prepare(Trained(task, lanes, steps, width=64, halving=halving))
+            prepared = prepare(TrainingArguments(task, lanes, steps, width=64, halving=halving))
             seconds[name].append(trained(prepared))
             executed[name] = prepared.sweep.schedule.lane_steps
             planned[name] = prepared.plan.lane_steps

@@ -1,4 +1,4 @@
-"""What the host does beside training: 100,000 lanes and 20 reports, and a journal of 200 MB.
+"""Times the host's part of a sweep: 100,000 lanes with 20 reports, and a journal of 200 MB.
 
     python benchmarks/ledger.py             # about a minute; --lanes and --megabytes for others
 

@@ -25,10 +25,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from table import losses
 
-# For `jax.jit` where two programs must round alike: at level 0, XLA does not contract a product and
-# a sum to one operation, as it does for users.
-CONTRACTED = {"xla_backend_optimization_level": 1}
-
 
 def pytest_configure(config: pytest.Config) -> None:
     """Most of the time is compilation, much of it of the same programs: keep them."""

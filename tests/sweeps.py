@@ -1,11 +1,11 @@
 """A sweep in parts: planned, and its events one by one."""
 
-from jgd.tuning.sweep import Trained, prepare
+from jgd.tuning.sweep import TrainingArguments, prepare
 
 
 def planned(task, settings, steps, **options):
     """A sweep that has not started."""
-    return prepare(Trained(task, settings, steps, **options))
+    return prepare(TrainingArguments(task, settings, steps, **options))
 
 
 def events(prepared):

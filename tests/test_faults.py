@@ -218,7 +218,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, whole, tmp_pat
     else:
         block = max((folder / "states").iterdir(), key=lambda p: int(p.name.partition("-")[2]))
         next(x for x in block.rglob("*") if x.is_file() and x.stat().st_size).write_bytes(b"x")
-    with pytest.warns(UserWarning, match=r"manifest-\d+\.json: .*The checkpoint before it is used"):
+    with pytest.warns(UserWarning, match=r"checkpoint \d+: .*The checkpoint before it is used"):
         _ends_the_same(folder, whole)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 from absl.testing import parameterized
-from conftest import CONTRACTED, run, stacked
+from conftest import run, stacked
 from problems import PROBLEMS, REACHED, reached
 from table import LABELS, ROWS, losses, noisy_gradients, own_optimizers, parameters
 
@@ -83,7 +83,7 @@ def _both(row, steps, dtype):
 def test_equals_its_peer_over_200_steps(row):
     params, gradients = _both(row, 200, jnp.float32)
     ours, theirs = (
-        run(factory(**row.arguments), gradients, params, CONTRACTED)
+        run(factory(**row.arguments), gradients, params, row.compiler_options)
         for factory in (row.ours, row.peer)
     )
     _assert_close(ours, theirs, row.peer32)
@@ -162,7 +162,8 @@ def _small_gradients(steps=5):
 def _alone(label):
     """The updates of a row with its numbers as constants, which several tests compare with."""
     row = ROWS[LABELS.index(label)]
-    return run(row.ours(**row.arguments), _small_gradients(), _small_params(), CONTRACTED)
+    options = row.compiler_options
+    return run(row.ours(**row.arguments), _small_gradients(), _small_params(), options)
 
 
 def _by_rate(row):
@@ -177,9 +178,9 @@ def test_a_lane_is_the_setting_alone(row):
     make = _by_rate(row)
     params, gradients = _small_params(), _small_gradients()
     lanes = jax.vmap(make)(rates)
-    together = jax.vmap(lambda tx: run(tx, gradients, params, CONTRACTED))(lanes)
+    together = jax.vmap(lambda tx: run(tx, gradients, params, row.compiler_options))(lanes)
     # a program that takes any rate
-    solo = jax.jit(lambda tx: run(tx, gradients, params), compiler_options=CONTRACTED)
+    solo = jax.jit(lambda tx: run(tx, gradients, params), compiler_options=row.compiler_options)
     for index, rate in enumerate(rates):
         alone = _alone(row.label) if rate == rates[-1] else solo(make(float(rate)))
         _assert_close(jgd.lane(together, index), alone, row.rounding)
@@ -212,7 +213,7 @@ def test_constant_schedule_is_the_number(row):
     make, rate = _by_rate(row), row.arguments[row.rate]
     number = _alone(row.label)
     for schedule in (jgd.constant_schedule(rate), optax.constant_schedule(rate), lambda _: rate):
-        scheduled = run(make(schedule), gradients, params, CONTRACTED)
+        scheduled = run(make(schedule), gradients, params, row.compiler_options)
         chex.assert_trees_all_close(scheduled, number, rtol=1e-6)
 
 

@@ -23,9 +23,9 @@ import numpy as np
 import optax
 import pytest
 import torch
-from conftest import CONTRACTED
 from keras.src.metrics import ALL_OBJECTS, ALL_OBJECTS_DICT
 from keras.src.trainers.compile_utils import MetricsList, get_metric
+from table import CONTRACTED
 
 import jgd
 from jgd import stopping

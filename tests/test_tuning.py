@@ -109,7 +109,7 @@ def test_the_plan_is_plain_data():
     lanes = jgd.grid(jgd.adam, learning_rate=np.logspace(-3, -1, 7))
     plan = planned(_line(), {"adam": lanes}, 50, seeds=3, width=8, report_every=20).plan
     assert plan.reports == [20, 40, 50]
-    assert plan.groups[0].menu == [8, 4, 2, 1]
+    assert plan.groups[0].widths == [8, 4, 2, 1]
     assert plan.lane_steps == 7 * 3 * 50
     assert json.loads(json.dumps(plan.as_json())) == plan.as_json()
     again = planned(_line(), {"adam": lanes}, 50, seeds=3, width=8, report_every=20)

@@ -1,7 +1,7 @@
 """The batches of the chunks of a sweep: one protocol for a function of the step and for a stream.
 
-    batches.of(first)                       # outside the program: what the chunk's batches need
-    batches.at(made, first, offset)         # inside it: one batch
+    ahead = batches.of(first)               # outside the program: an argument of the chunk
+    batches.at(ahead, first, offset)        # inside it: one batch
 
 A sequential source is read once: every tile does a chunk before any tile does the next one.
 """
@@ -21,7 +21,7 @@ BYTES_AHEAD = 64 * 2**20  # of the batches of one chunk, made ahead of it
 
 
 class BatchSource(Protocol):
-    """Where the batches of a sweep come from."""
+    """Batches of a sweep, chunk by chunk."""
 
     sequential: bool
     shape: Any  # of one batch
@@ -30,7 +30,7 @@ class BatchSource(Protocol):
         """Return the batches of the chunk from this step on, as the program takes them."""
         ...
 
-    def at(self, made: Any, first: Any, offset: Any) -> Any:
+    def at(self, ahead: Any, first: Any, offset: Any) -> Any:
         """Return one batch. Traced."""
         ...
 
@@ -84,24 +84,24 @@ class FunctionBatches:
         moves = id(closed.jaxpr.invars[0]) in used
         self.ahead = moves and size * self.size <= BYTES_AHEAD
         self.keep = size * self.size * len(reports) <= 4 * BYTES_AHEAD
-        self.made = dict[int, Any]()
+        self._known = dict[int, Any]()
         many = lambda first: jax.vmap(self.batch)(first + jnp.arange(self.size))
         self.make = compiler.compiled(many, np.int32(0), out=compiler.on_all)
 
     def of(self, first: int) -> Any:
         if not self.ahead:
             return ()
-        if first not in self.made:
+        if first not in self._known:
             if not self.keep:
-                self.made.clear()
-            self.made[first] = self.make(np.int32(first))
-        return self.made[first]
+                self._known.clear()
+            self._known[first] = self.make(np.int32(first))
+        return self._known[first]
 
-    def at(self, made: Any, first: Any, offset: Any) -> Any:
-        return pick(made, offset) if self.ahead else self.batch(first + offset)
+    def at(self, ahead: Any, first: Any, offset: Any) -> Any:
+        return pick(ahead, offset) if self.ahead else self.batch(first + offset)
 
     def release(self) -> None:
-        self.made.clear()
+        self._known.clear()
 
     def mark(self, first: int) -> None:
         return None

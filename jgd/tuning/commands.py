@@ -1,4 +1,4 @@
-"""The commands: arguments -> a sweep -> what it found, on the screen and in a folder."""
+"""The commands: arguments -> a sweep -> its result, in the terminal and in a folder."""
 
 import dataclasses
 import inspect
@@ -158,7 +158,7 @@ class Report:
 
         try:
             _show(Console(), read_result(self.folder), self.folder, self.top)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise UserError(str(error)) from error
 
 
@@ -167,7 +167,7 @@ def main() -> None:
     commands = {"sweep": Sweep, "report": Report, "optimizers": Optimizers}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="jgd").run()
-    except (UserError, ValueError) as error:
+    except UserError as error:
         _fail(str(error))
     except KeyboardInterrupt:
         _fail("interrupted")
@@ -283,7 +283,7 @@ def _task(options: Sweep) -> Any:
 
 
 def _halving(options: Sweep) -> Any:
-    """Return what --halving or --hyperband asks for."""
+    """Return the halving of --halving or --hyperband."""
     if options.halving is not None and options.hyperband is not None:
         raise UserError("--halving and --hyperband exclude each other")
     for make, eta in (
@@ -291,7 +291,10 @@ def _halving(options: Sweep) -> Any:
         (jgd.hyperband, options.hyperband),
     ):
         if eta is not None:
-            return make(eta, options.min_steps, within=options.within)
+            try:
+                return make(eta, options.min_steps, within=options.within)
+            except ValueError as error:
+                raise UserError(str(error)) from None
     if options.min_steps is not None:
         raise UserError("--min-steps needs --halving or --hyperband")
     return None

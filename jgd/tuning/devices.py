@@ -37,8 +37,8 @@ def join(coordinator: str, processes: int | None = None, process: int | None = N
 
     Args:
       coordinator: host:port of process 0, which listens on that address alone.
-      processes: how many there are; None: as Slurm, Open MPI and the like say.
-      process: the index of this one; None: likewise.
+      processes: number of processes; None: as Slurm, Open MPI or a similar environment says.
+      process: index of this process; None: as the environment says.
     """
     jax.distributed.initialize(
         coordinator,
@@ -86,7 +86,7 @@ def by_lane(mesh: jax.sharding.Mesh | None) -> jax.sharding.NamedSharding | None
 
 
 def on_all(mesh: jax.sharding.Mesh | None) -> jax.sharding.NamedSharding | None:
-    """Return the sharding that has a copy on every device; None without a mesh."""
+    """Return the sharding with a copy on every device; None without a mesh."""
     return mesh and jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
@@ -161,7 +161,7 @@ def check_same_task(digest: str) -> None:
 
 
 class Failures:
-    """What failed on this process, until all processes know.
+    """Errors of this process, kept until all processes know them.
 
     A process that raised at once would leave the others waiting for it. With one process, errors
     are raised where they occur.
@@ -183,7 +183,7 @@ class Failures:
             self._error = self._error or error
 
     def raise_everywhere(self) -> None:
-        """Raise here what failed on any process. All processes call this."""
+        """Raise an error that occurred on any process. All processes call this."""
         if jax.process_count() == 1:
             return
         from jax.experimental import multihost_utils

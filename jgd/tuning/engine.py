@@ -36,7 +36,7 @@ __all__ = ["Engine", "Outcome", "Program", "SharedPrograms", "shared_programs"]
 
 
 class SharedPrograms:
-    """What the groups of a sweep share: batches, starts of the seeds, and compiled programs."""
+    """Batches, initial parameters and compiled programs that the groups of a sweep share."""
 
     def __init__(
         self, run: Run, plan: Plan, stop: Monitor | None, mesh: jax.sharding.Mesh | None
@@ -47,7 +47,7 @@ class SharedPrograms:
             stop,
             steps=plan.steps,
             metric=plan.metric,
-            sign=-1.0 if plan.mode == "max" else 1.0,
+            sign=plan.sign,
             own_order=plan.order == "own",
             keep_best=plan.best == "ever",
             drop_diverged=plan.drop_diverged,
@@ -149,7 +149,7 @@ class Program:
         return lane.result(jax.tree.map(lambda x, spec: spec.unpack(x), rows, self._specs))
 
     def shapes(self, rows: int) -> Lane:
-        """Return the shapes and dtypes of so many lanes outside the program."""
+        """Return the shapes and dtypes of a number of lanes outside the program."""
         many = lambda x: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype)
         setting = jax.tree.map(many, self.setting)
         seeds = jax.ShapeDtypeStruct((rows,), np.int32)
@@ -180,9 +180,9 @@ class Program:
         return Outcome(packed, loss, metrics, ending)
 
     def _after_a_step(self) -> tuple[Any, bool]:
-        """Return the spec of each leaf after a step (a state may begin as a Python number).
+        """Return the spec of each leaf, and whether a chunk must not run beside another one.
 
-        And whether a chunk must not run beside another one.
+        The specs are those after a step: a state may begin as a Python number.
         """
 
         def step(one: Lane, batch: Any) -> Any:
@@ -202,12 +202,12 @@ class Program:
 
 
 class Outcome(NamedTuple):
-    """What a chunk returns; leading axes are the width of the tile."""
+    """Result of a chunk; leading axes are the width of the tile."""
 
     lanes: Lane  # at the end of the chunk
     loss: Any  # sums over the chunk
     metrics: dict[str, Any]
-    ending: Any  # places in `ENDINGS`; 0 for a lane that goes on
+    ending: Any  # index in `ENDINGS`; 0 for a living lane
 
 
 class Engine:

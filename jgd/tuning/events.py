@@ -1,4 +1,4 @@
-"""The events of a sweep: recorded facts, from which everything else follows.
+"""The events of a sweep: recorded facts.
 
     report    lanes of a tile reached a report step: losses and metrics, and which lanes ended
     cut       lanes were ended by a rung, a limit or a pruner
@@ -30,7 +30,7 @@ __all__ = [
     "encode",
 ]
 
-ENDINGS = (  # of the endings of its seeds, a setting has the last in this order
+ENDINGS = (  # the ending of a setting is the last of its seeds' endings in this order
     *("not run", "reached target", "finished", "stopped early", "diverged", "cut"),
     "out of budget",
 )
@@ -46,7 +46,7 @@ class Report(NamedTuple):
     lanes: np.ndarray  # numbered within the group: setting * seeds + seed
     loss: np.ndarray  # float64: mean training loss since the report before
     metrics: dict[str, np.ndarray]  # of `evaluate`, now: float64, int64 or bool
-    ended: np.ndarray  # places in `ENDINGS`; 0 for a lane that goes on
+    ended: np.ndarray  # index in `ENDINGS`; 0 for a living lane
     seen: LossStatistics | None  # of the training loss; None if no lane ended
     alive: int = 0  # lanes of the sweep that have not ended, for `on_report`; not recorded
 

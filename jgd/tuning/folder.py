@@ -187,7 +187,7 @@ class Folder:
                 manifest = _read_json(path)
                 self._check(manifest)
             except (OSError, ValueError, KeyError, TypeError) as error:
-                self.notes.append(f"{path}: {error}")
+                self.notes.append(f"checkpoint {_generation(path)}: {error}")
                 continue
             return manifest
         return None
@@ -296,10 +296,10 @@ def _manifests(path: Path) -> list[Path]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text())
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} must hold an object")
-    return dict[str, Any](content)
+    try:
+        return dict[str, Any](json.loads(path.read_text()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} must hold a JSON object: {error}") from None
 
 
 def _checkpointer() -> Any:

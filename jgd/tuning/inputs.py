@@ -1,4 +1,4 @@
-"""What the user gave a sweep: checked before anything is compiled, and refused in one line.
+"""Checks of a user's arguments to a sweep: before anything is compiled, with errors of one line.
 
 inputs = check_inputs(task, settings, options, stop)
 inputs.run, inputs.groups, inputs.metrics
@@ -36,17 +36,17 @@ RESERVED = (
 
 
 class Inputs(NamedTuple):
-    """What a sweep trains."""
+    """Arguments of a sweep that passed the checks."""
 
     run: Run
     groups: dict[str, Lanes]
-    batch: Any  # the first one
+    batch: Any  # the first batch
     metrics: list[str]
     stop: Monitor | None
 
 
 def check_inputs(task: Any, settings: Any, options: Training, stop: Any) -> Inputs:
-    """Return what a sweep trains. Raises ValueError or TypeError for what it cannot report on."""
+    """Return the checked inputs. Raises ValueError or TypeError for those a sweep cannot train."""
     run = task if isinstance(task, Run) else supervised(task)
     groups = _groups(settings)
     batch = _first_batch(run.batch, options.order)
@@ -174,13 +174,13 @@ def _monitor(stop: Any, mode: Any) -> Monitor | None:
     return early_stopping(patience=operator.index(stop), mode=mode)
 
 
-# --- a sweep that is resumed -----------------------------------------------------------------
+# --- resuming a sweep ------------------------------------------------------------------------
 
 
 def resumed(plan: Plan, written: Mapping[str, Any]) -> Plan:
-    """Return the plan a resumed sweep follows: its widths are those it was started with.
+    """Return the plan of a resumed sweep, with the widths the sweep was started with.
 
-    On another number or kind of devices, it goes on with exact values, and agrees to rounding.
+    On another number or kind of devices, results agree to rounding.
 
     Raises: ValueError, naming the difference, for the plan of another sweep.
     """
@@ -193,21 +193,21 @@ def resumed(plan: Plan, written: Mapping[str, Any]) -> Plan:
         raise ValueError(f"resume: this is another sweep: its {difference}")
     groups = []
     for group, old in zip(plan.groups, written["groups"], strict=True):
-        width, *menu = [devices.round_up(w, plan.devices) for w in old["menu"]]
-        costs = dict(zip([width, *menu], old["costs"], strict=True))  # the last of equal widths
-        sizes = dict(width=width, menu=list(costs), costs=list(costs.values()))
+        widths = [devices.round_up(w, plan.devices) for w in old["widths"]]
+        costs = dict(zip(widths, old["costs"], strict=True))  # the last of equal widths
+        sizes = dict(width=widths[0], widths=list(costs), costs=list(costs.values()))
         groups.append(dataclasses.replace(group, **sizes))
     same = (plan.devices, plan.device) == (written["devices"], written["device"])
     at_once = written["at_once"] if same else plan.at_once
     return dataclasses.replace(plan, groups=groups, at_once=at_once)
 
 
-# what decides about rounding and files only
-LAYOUT = ("width", "menu", "costs", "devices", "device", "at_once", "checkpoint_every")
+# entries that affect rounding and files only
+LAYOUT = ("width", "widths", "costs", "devices", "device", "at_once", "checkpoint_every")
 
 
 def _without_layout(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what decides about the numbers."""
+    """Return the entries of a plan that affect results beyond rounding."""
     bare = lambda x: {name: value for name, value in x.items() if name not in LAYOUT}
     return {**bare(plan), "groups": list(map(bare, plan["groups"]))}
 
@@ -221,8 +221,8 @@ def _difference(now: Any, was: Any, path: str) -> str:
                 return text
         return ""
     if isinstance(now, list) and isinstance(was, list) and len(now) == len(was):
-        for place, pair in enumerate(zip(now, was, strict=True)):
-            name = pair[0].get("name", place) if isinstance(pair[0], dict) else f"[{place}]"
+        for index, pair in enumerate(zip(now, was, strict=True)):
+            name = pair[0].get("name", index) if isinstance(pair[0], dict) else f"[{index}]"
             if text := _difference(*pair, f"{path} {name}"):
                 return text
         return ""

@@ -1,4 +1,4 @@
-"""What a chunk computes: pure functions of the lanes of a tile.
+"""Computation of a chunk: pure functions of the lanes of a tile.
 
     lane = begin(options, setting, seed, key, shared_start)      # step 0
     lane = step(options, lane, batch, index)                     # one step
@@ -22,7 +22,7 @@ __all__ = ["BestReport", "Lane", "LaneOptions", "begin", "chunk", "result", "ste
 
 
 class LaneOptions(NamedTuple):
-    """What all lanes of a sweep have in common."""
+    """Options that all lanes of a sweep share."""
 
     run: Run
     stop: Monitor | None
@@ -57,7 +57,7 @@ def begin(options: LaneOptions, setting: Any, seed: Any, key: Any, shared_start:
     """Return a lane at step 0.
 
     Args:
-      shared_start: what `run.begin` returned for this seed; unused if there is no `run.begin`.
+      shared_start: result of `run.begin` for this seed; unused without a `run.begin`.
     """
     run, zero = options.run, jnp.zeros([], float)
     state = run.init(setting, key, *(() if run.begin is None else (shared_start,)))

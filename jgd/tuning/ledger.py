@@ -1,4 +1,4 @@
-"""The ledger: what the events have said about each lane, and the only truth about lanes.
+"""The ledger: the facts about each lane, as the events recorded them.
 
     ledger.apply(event)             # folds a report or a cut, in place
     ledger.ranked(settings)         # best first
@@ -19,21 +19,20 @@ __all__ = ["Ledger"]
 
 
 class Ledger:
-    """What is known of each lane. Arrays have one entry for each lane of the plan.
+    """Facts about each lane. Arrays have one entry for each lane of the plan.
 
     Attributes:
       alive: whether the lane has not ended.
-      ending: its place in `ENDINGS`; "not run" while it is alive.
-      step: of its last report.
+      ending: index in `ENDINGS`; "not run" while the lane is alive.
+      step: step of the last report.
       value, loss: the metric, and the held-out loss if there is one, at the report that counts.
-      at: the step of that report; 0 before the first.
-      reached: the step at which it reached the target; inf before.
-      seen: statistics of its training loss, once it ended.
+      at: step of the report that counts; 0 before the first report.
+      reached: step at which the lane reached the target; inf before.
+      seen: statistics of the training loss, once the lane ended.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan, lanes = plan, plan.lanes
-        self.sign = -1.0 if plan.mode == "max" else 1.0
         self.alive = np.full(lanes, True)
         self.ending = np.full(lanes, NOT_RUN, np.int8)
         self.step, self.at = np.zeros(lanes, np.int64), np.zeros(lanes, np.int64)
@@ -45,7 +44,7 @@ class Ledger:
     # --- the fold
 
     def apply(self, event: Report | Cut) -> None:
-        """Take an event into account."""
+        """Fold an event into the facts."""
         if isinstance(event, Cut):
             for group, ids in event.lanes.items():
                 lanes = self.plan.offset(group) + np.asarray(ids, int)
@@ -59,8 +58,8 @@ class Ledger:
             ended = event.ended > 0
             self.ending[lanes[ended]] = event.ended[ended]
             self.alive[lanes[ended]] = False
-            for kept, new in zip(self.seen, event.seen, strict=True):
-                kept[lanes[ended]] = new[ended]
+            for old, new in zip(self.seen, event.seen, strict=True):
+                old[lanes[ended]] = new[ended]
 
     def _report(self, lanes: np.ndarray, report: Report) -> None:
         new, old = report.metrics[self.plan.metric].astype(np.float64), self.value[lanes]
@@ -69,7 +68,7 @@ class Ledger:
         self.reached[lanes[reached]] = report.step
         counts = np.full(len(lanes), True)
         if self.plan.best == "ever":
-            better = ~np.isfinite(old) | (self.sign * new < self.sign * old)
+            better = ~np.isfinite(old) | (self.plan.sign * new < self.plan.sign * old)
             counts = (self.at[lanes] == 0) | (np.isfinite(new) & better)
         self.value[lanes[counts]], self.at[lanes[counts]] = new[counts], report.step
         if "loss" in report.metrics:
@@ -79,7 +78,7 @@ class Ledger:
         """Return whether values of the metric reach the target; False without one."""
         if self.plan.target is None:
             return np.full(len(values), False)
-        return self.sign * values <= self.sign * self.plan.target
+        return self.plan.sign * values <= self.plan.sign * self.plan.target
 
     # --- the ranking
 
@@ -88,14 +87,14 @@ class Ledger:
         return settings[np.lexsort((settings, *self._measures(settings)[::-1]))]
 
     def scores(self, settings: np.ndarray) -> np.ndarray:
-        """Return what each seed of settings is ranked by: lower is better, inf if not finite."""
+        """Return the score of each seed of settings: lower is better, inf if not finite."""
         lanes = self.plan.lanes_of(settings)
         values, reached = self.value[lanes], self.reached[lanes]
-        scores = np.where(np.isfinite(values), self.sign * values, np.inf)
+        scores = np.where(np.isfinite(values), self.plan.sign * values, np.inf)
         return np.where(np.isfinite(reached).all(1, keepdims=True), reached, scores)
 
     def shortfall(self, settings: np.ndarray) -> np.ndarray:
-        """Return how early settings were ended: -inf for those that were not, else minus the steps.
+        """Return minus the steps after which settings were ended early; -inf if they were not.
 
         A setting that was cut, diverged or ran out of budget is below one that went further.
         """
@@ -106,10 +105,10 @@ class Ledger:
 
     @np.errstate(invalid="ignore")
     def _measures(self, settings: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Return what settings are ranked by, in this order; lower is better."""
+        """Return the measures settings are ranked by, in this order; lower is better."""
         lanes = self.plan.lanes_of(settings)
         values, losses = self.value[lanes], self.loss[lanes].mean(1)
-        score = np.where(np.isfinite(values).all(1), self.sign * values.mean(1), np.inf)
+        score = np.where(np.isfinite(values).all(1), self.plan.sign * values.mean(1), np.inf)
         reached = self.reached[lanes].mean(1)
         loss = np.where(np.isfinite(losses), losses, np.inf)
         return self.shortfall(settings), reached, score, loss
@@ -118,21 +117,21 @@ class Ledger:
 
     def cut_at(self, rung: int) -> Cut:
         """Return the cut of a rung: the living lanes of the settings it drops."""
-        lost = self.plan.by_group(self.losers(rung))  # groups in the order of their best loser
-        alive = {name: self.alive[self.plan.offset(name) + np.array(x)] for name, x in lost.items()}
-        cut = {name: np.array(x)[alive[name]].tolist() for name, x in lost.items()}
-        return Cut(rung, {name: lanes for name, lanes in cut.items() if lanes})
+        losers = self.losers(rung)
+        groups = self.plan.by_group(losers)  # in the order of their best loser
+        living = self.plan.by_group(losers[self.alive[losers]])
+        return Cut(rung, {name: living[name] for name in groups if name in living})
 
     def losers(self, rung: int, *, early: bool = False) -> np.ndarray:
-        """Return the lanes of the settings that a rung cuts, also those that ended, as ranked.
+        """Return all lanes of the settings that a rung cuts, in the order of their rank.
 
         Args:
-          early: consider only settings that have reached the rung. Those that enough of them beat
-            are cut whatever the others do.
+          early: rank only settings that have reached the rung. A setting that enough of these beat
+            is cut, whatever the others do.
         """
-        lost = [np.zeros(0, int)]
-        for pool, keep in self.plan.pools(rung):
+        losers = [np.zeros(0, int)]
+        for settings, keep in self.plan.cohorts(rung):
             if early:
-                pool = pool[self.step[self.plan.lanes_of(pool)].min(1) >= rung]
-            lost.append(self.ranked(pool)[keep:])
-        return self.plan.lanes_of(np.concatenate(lost)).ravel()
+                settings = settings[self.step[self.plan.lanes_of(settings)].min(1) >= rung]
+            losers.append(self.ranked(settings)[keep:])
+        return self.plan.lanes_of(np.concatenate(losers)).ravel()

@@ -1,12 +1,12 @@
-"""The turns of a sweep: what runs next, and what follows from it.
+"""The turns of a sweep.
 
     poll(sweep.events)          # the only entrance for clock, signal, pruner and writer
     sweep.start()               # the next tiles, one for each core
     deliver(sweep.take())       # the events of the turn before, while the tiles run
     sweep.finish()              # waits for them, and judges them in their order
 
-The ledger says what is true of each lane, the pool holds their states, and the schedule says what
-is queued. All three follow from the plan and the events.
+The ledger holds the facts about each lane, the pool the states of lanes, and the schedule the queue
+of tiles.
 """
 
 import bisect
@@ -42,7 +42,7 @@ class Tile(NamedTuple):
 
 @dataclass
 class Schedule:
-    """What is queued: plain data, which a checkpoint records."""
+    """The queue of tiles, as plain data that a checkpoint records."""
 
     queue: list[Tile] = field(default_factory=list[Tile])
     next_id: int = 0
@@ -58,7 +58,7 @@ class Schedule:
 
 
 class Decision(NamedTuple):
-    """What a poll asks for."""
+    """Requests of a poll."""
 
     checkpoint: bool = False
     cuts: tuple[int, ...] = ()  # lanes
@@ -71,19 +71,19 @@ class Sweep:
 
     Attributes:
       ledger, pool, schedule: see the head of this module.
-      events: those since the last `take`.
+      events: events since the last `take`.
     """
 
     def __init__(self, plan: Plan, engine: Engine) -> None:
         self.plan, self.engine = plan, engine
         self.ledger, self.pool, self.schedule = Ledger(plan), Pool(plan.lanes), Schedule()
         self._running: list[tuple[Tile, int, Callable[[], Outcome]]] = []
-        self.events: list[Report | Cut] = []  # since the last `take`
-        for place, group in enumerate(plan.groups):
-            first, end = plan.offset(place), plan.offset(place + 1)
+        self.events: list[Report | Cut] = []
+        for index, group in enumerate(plan.groups):
+            first, end = plan.offset(index), plan.offset(index + 1)
             for lane in range(first, end, group.width):
                 lanes = list(range(lane, min(lane + group.width, end)))
-                self._queue([self._tile(place, lanes, group.width, 0)])
+                self._queue([self._tile(index, lanes, group.width, 0)])
 
     # --- a turn
 
@@ -174,31 +174,31 @@ class Sweep:
         return tile, rows if on_devices else self.engine.pad(tile.group, rows, tile.width)
 
     def without_state(self) -> set[int]:
-        """Return the living lanes that have started and have no state, but should have one."""
+        """Return the living lanes that have started and lack a state."""
         rung = self.plan.rounds[self.schedule.round]
         started = np.flatnonzero(self.ledger.alive & (self.ledger.step > 0))
-        dropped = self.ledger.losers(rung, early=True)  # which enough others beat
+        dropped = self.ledger.losers(rung, early=True)  # see `_drop_early_losers`
         return set(started.tolist()) - set(self.pool.held().tolist()) - set(dropped.tolist())
 
     def fit_widths(self) -> None:
-        """Give tiles that were queued on another number of devices a width there is."""
-        for place, tile in enumerate(self.schedule.queue):
-            menu = self.plan.groups[tile.group].menu
-            if tile.width not in menu:
-                width = min(w for w in menu if w >= len(tile.lanes))
-                self.schedule.queue[place] = tile._replace(width=width)
+        """Give tiles that were queued on another number of devices a width of this plan."""
+        for index, tile in enumerate(self.schedule.queue):
+            widths = self.plan.groups[tile.group].widths
+            if tile.width not in widths:
+                width = min(w for w in widths if w >= len(tile.lanes))
+                self.schedule.queue[index] = tile._replace(width=width)
 
-    # --- what follows from a chunk
+    # --- after a chunk
 
     def _judge(self, tile: Tile, end: int, outcome: Outcome) -> list[Tile]:
-        """Record the report of a tile; return the tiles that go on with its lanes."""
+        """Record the report of a tile; return the tiles its living lanes continue in."""
         ids = np.array(tile.lanes)
-        listening = self.ledger.alive[ids]  # lanes that ended earlier may still occupy a row
-        report = self._report_of(tile, end, outcome, listening)
+        reporting = self.ledger.alive[ids]  # lanes that ended earlier may still occupy a row
+        report = self._report_of(tile, end, outcome, reporting)
         self._apply(report)
         living = self.ledger.alive[ids]
-        if (listening & ~living).any():
-            self._keep_if_best(ids, listening & ~living, outcome.lanes)
+        if (reporting & ~living).any():
+            self._keep_if_best(ids, reporting & ~living, outcome.lanes)
         if not living.any():
             return []
         at_rung = end == self.plan.rounds[self.schedule.round]
@@ -211,8 +211,8 @@ class Sweep:
             self.pool.put(ids, outcome.lanes, living)
         return [] if at_rung else self._following(tile, end, living)
 
-    def _report_of(self, tile: Tile, end: int, outcome: Outcome, listening: np.ndarray) -> Report:
-        rows = np.flatnonzero(listening)
+    def _report_of(self, tile: Tile, end: int, outcome: Outcome, reporting: np.ndarray) -> Report:
+        rows = np.flatnonzero(reporting)
         plan = self.plan
         seen = (outcome.loss, outcome.metrics, outcome.ending)
         loss, metrics, ending = jax.tree.map(lambda x: x[rows], devices.to_host(seen))
@@ -241,8 +241,8 @@ class Sweep:
         if living.all():
             return same
         group = self.plan.groups[tile.group]
-        cost = dict(zip(group.menu, group.costs, strict=True))
-        widths = pack_tiles(int(living.sum()), group.menu, group.costs)
+        cost = dict(zip(group.widths, group.costs, strict=True))
+        widths = pack_tiles(int(living.sum()), group.widths, group.costs)
         if sum(cost[width] for width in widths) > 0.9 * cost[tile.width]:
             return same
         return self._packed(tile.group, np.array(tile.lanes)[living].tolist(), widths, end)
@@ -274,19 +274,19 @@ class Sweep:
         living = np.split(alive, np.searchsorted(alive, plan.first[1:-1] * plan.seeds))
         # where few groups are left, each is divided among several cores
         shares = -(-plan.at_once // max(sum(len(lanes) > 0 for lanes in living), 1))
-        for place, (group, lanes) in enumerate(zip(plan.groups, living, strict=True)):
+        for index, (group, lanes) in enumerate(zip(plan.groups, living, strict=True)):
             parts = [len(lanes[share::shares]) for share in range(shares)]
-            widths = [w for n in parts if n for w in pack_tiles(n, group.menu, group.costs)]
+            widths = [w for n in parts if n for w in pack_tiles(n, group.widths, group.costs)]
             widths.sort(reverse=True)
-            self._queue(self._packed(place, lanes.tolist(), widths, rung))
+            self._queue(self._packed(index, lanes.tolist(), widths, rung))
 
     def _drop_early_losers(self) -> None:
-        """Before all lanes are at a rung: drop the states of those that enough others beat.
+        """Before all lanes are at a rung: drop the states of lanes that enough others beat.
 
-        The host then never holds many more states than the rung lets through.
+        The host then never holds many more states than the rung keeps.
         """
         rung = self.plan.rounds[self.schedule.round]
-        most = sum(keep for _, keep in self.plan.pools(rung)) * self.plan.seeds
+        most = sum(keep for _, keep in self.plan.cohorts(rung)) * self.plan.seeds
         held = self.pool.held()
         waiting = held[self.ledger.alive[held] & (self.ledger.step[held] == rung)]
         if most and len(waiting) > 1.25 * most:
@@ -296,9 +296,9 @@ class Sweep:
     # --- the best settings
 
     def _keep_if_best(self, ids: np.ndarray, ended: np.ndarray, rows: Any) -> None:
-        """Keep the states of lanes that ended, if their setting is or may become one of the best.
+        """Keep the states of lanes that ended, unless their setting is known to lose.
 
-        A setting with a living seed may.
+        The rank of a setting is known when all its seeds ended.
         """
         settings = ids // self.plan.seeds
         losing = self._losing(settings[ended])
@@ -310,9 +310,10 @@ class Sweep:
         self.pool.drop(self.plan.lanes_of(losing).ravel())
 
     def _losing(self, more: Any = ()) -> np.ndarray:
-        """Return the settings that ended and are not among the best.
+        """Return the settings that ended and are not among the best `keep`.
 
-        Considered are those with states in the pool, and some more.
+        Args:
+          more: settings to rank beside those with states in the pool.
         """
         plan, alive = self.plan, self.ledger.alive
         settings = np.unique(np.concatenate([self.pool.held() // plan.seeds, np.array(more, int)]))
@@ -328,8 +329,8 @@ def run(
 ) -> bool:
     """Run a sweep to its end. Returns False if a poll interrupted it.
 
-    With several processes, all of them call this. What fails on one is raised on all before they
-    wait for each other's results, and all obey the decisions of process 0.
+    With several processes, all of them call this. An error on one is raised on all before they wait
+    for each other's results, and all obey the decisions of process 0.
 
     Args:
       poll: called before each turn with the events of the turn before.

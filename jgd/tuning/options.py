@@ -1,7 +1,7 @@
 """The options of a sweep: each declared, documented, given its default and checked once.
 
-    class Training          how lanes train: options of `sweep`, `optuna_search`, command and plan
-    class SweepOptions      which lanes go on, too: options of `sweep`, command and plan
+    class Training          options of `sweep`, of `optuna_search`, of the command and of the plan
+    class SweepOptions      adds limits and what to keep: not for `optuna_search`
 
     @function_of(SweepArguments)        # SweepArguments(SweepOptions) adds task, settings, folder
     def sweep(arguments): ...           # called as sweep(task, settings, steps=100, seeds=3)
@@ -40,7 +40,7 @@ Seeds = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How the lanes of a sweep train.
+    """Options of each lane's training.
 
     Raises: ValueError for an option out of its range, TypeError for a count that is no integer.
     """
@@ -88,7 +88,7 @@ class Training:
     def __post_init__(self) -> None:
         for name in ("seeds", "width", "report_every"):
             self._check_count(name)
-        for name in ("key", "devices"):  # how many devices there are, JAX says later
+        for name in ("key", "devices"):  # JAX knows the number of devices later
             self._check_count(name, least=None)
         for name in ("order", "mode", "best"):
             self._check_choice(name)
@@ -112,7 +112,7 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepOptions(Training):
-    """How the lanes of a sweep train, which of them go on, and what is kept."""
+    """Options of training, of ranking and of the limits of a sweep."""
 
     keep: Annotated[
         int, Doc("Number of best settings to return with their trained states, at least 1.")

@@ -1,4 +1,4 @@
-"""Which tiles hold a number of lanes at least cost."""
+"""Packs lanes into tiles at least cost."""
 
 import math
 from collections.abc import Sequence
@@ -11,8 +11,7 @@ def pack_tiles(lanes: int, widths: Sequence[int], costs: Sequence[float]) -> lis
 
     Args:
       lanes: at least 1.
-      widths: of the tiles there are programs for. With 1 among them any number of lanes fits
-        exactly.
+      widths: widths of tiles; with 1 among them any number of lanes fits exactly.
       costs: the time of a step at each width.
     """
     pairs = sorted(zip(widths, costs, strict=True), reverse=True)

@@ -1,4 +1,4 @@
-"""What the strings of the command line stand for: tasks, optimizers and their values.
+"""Parses strings of the command line: tasks, optimizers and their values.
 
 task_of("mypackage.mymodule:task")
 groups_of(["adam"], ["learning_rate=log:1e-5:1e-1:64", "b1=0.8,0.9"])
@@ -59,7 +59,7 @@ def _load(spec: str, what: str) -> Any:
 
 
 def where(error: BaseException) -> str:
-    """Return an error of the user's code in one line, with the line of theirs that raised it."""
+    """Return an error of the user's code in one line, with file and line that raised it."""
     libraries = (sysconfig.get_path("stdlib"), str(Path(__file__).parent), "<")
     frames = traceback.extract_tb(error.__traceback__)
     theirs = [

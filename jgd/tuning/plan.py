@@ -1,4 +1,4 @@
-"""The plan of a sweep, written before step 0: frozen data, and all that decides about its numbers.
+"""The plan of a sweep: frozen data, written before step 0, that determine its results.
 
     groups      settings of one structure: one compiled program for each width
     settings    numbered over all groups, in their order
@@ -45,35 +45,36 @@ class Group:
     fixed: Mapping[str, str]  # structural values that all of them share
     settings: int
     width: int = 0  # lanes in a tile; the last tile of a group is padded
-    menu: Sequence[int] = ()  # widths of the tiles of fewer lanes, widest first
+    widths: Sequence[int] = ()  # of tiles with fewer lanes as well, widest first
     costs: Sequence[float] = ()  # the time of a step at each of them, in any unit
 
     def at_width(
         self, width: int, devices: int = 1, seconds: Mapping[int, float] | None = None
     ) -> "Group":
-        """Return the group with this width and the menu below it.
+        """Return the group with this width and the narrower ones.
 
         Args:
           devices: all widths are multiples of it.
           seconds: measured time of a step at some widths; None: the usual costs.
         """
         share = -(-width // devices)
-        menu = [share * devices]
+        widths = [share * devices]
         while share > 1:
             share //= 2
-            menu.append(share * devices)
+            widths.append(share * devices)
         overhead, slope = OVERHEAD, 1.0
         if seconds is not None and len(seconds) > 1:
             slope, overhead = np.polyfit(list(seconds), list(seconds.values()), 1)
             slope, overhead = max(slope, 1e-9), max(overhead, 0.0)
-        costs = [float(overhead + slope * w) for w in menu]
-        return dataclasses.replace(self, width=menu[0], menu=menu, costs=costs)
+        costs = [float(overhead + slope * w) for w in widths]
+        return dataclasses.replace(self, width=widths[0], widths=widths, costs=costs)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(SweepOptions):
     """The options of a sweep, resolved, and what follows from them."""
 
+    # options that may be None for a user are known here
     report_every: int = 1
     metric: str = "loss"
     mode: Literal["min", "max"] = "min"
@@ -82,8 +83,8 @@ class Plan(SweepOptions):
     reports: list[int]
     rounds: list[int]
     groups: list[Group]
-    brackets: list[int]  # of each setting: which rungs are its own
-    metrics: list[str]  # what `evaluate` reports, in its order
+    brackets: list[int]  # of halving: one for each setting
+    metrics: list[str]  # of `evaluate`, in its order
     halving: Mapping[str, Any] | None
     stop: str | None
     task: str  # a digest of its first batch and initial parameters
@@ -96,13 +97,18 @@ class Plan(SweepOptions):
 
     @functools.cached_property
     def first(self) -> np.ndarray:
-        """The number of each group's first setting, and that of all settings."""
+        """The first setting of each group, and at the end the number of settings."""
         return np.cumsum([0, *(group.settings for group in self.groups)])
 
     @functools.cached_property
-    def places(self) -> dict[str, int]:
-        """The place of each group."""
-        return {group.name: place for place, group in enumerate(self.groups)}
+    def index(self) -> dict[str, int]:
+        """The index of each group by its name."""
+        return {group.name: index for index, group in enumerate(self.groups)}
+
+    @property
+    def sign(self) -> float:
+        """-1 where the greatest value of the metric is best, else 1."""
+        return -1.0 if self.mode == "max" else 1.0
 
     @property
     def lanes(self) -> int:
@@ -113,40 +119,40 @@ class Plan(SweepOptions):
         return np.asarray(settings)[..., None] * self.seeds + np.arange(self.seeds)
 
     def offset(self, group: int | str) -> int:
-        """Return the number of a group's first lane."""
-        place = self.places[group] if isinstance(group, str) else group
-        return int(self.first[place]) * self.seeds
+        """Return the first lane of a group."""
+        index = self.index[group] if isinstance(group, str) else group
+        return int(self.first[index]) * self.seeds
 
     def group_of(self, lane: int) -> int:
-        """Return the place of a lane's group."""
+        """Return the index of a lane's group."""
         return int(np.searchsorted(self.first * self.seeds, lane, side="right")) - 1
 
     def by_group(self, lanes: Any) -> dict[str, list[int]]:
-        """Return lanes numbered within their group, in rising order; groups as they come first."""
+        """Return lanes numbered within their group, in rising order; groups by first occurrence."""
         groups = np.searchsorted(self.first * self.seeds, lanes, side="right") - 1
-        _, places = np.unique(groups, return_index=True)
+        _, first = np.unique(groups, return_index=True)
         return {
             self.groups[group].name: np.sort(lanes[groups == group] - self.offset(group)).tolist()
-            for group in groups[np.sort(places)].tolist()
+            for group in groups[np.sort(first)].tolist()
         }
 
     # --- rungs
 
-    def pools(self, rung: int) -> list[tuple[np.ndarray, int]]:
-        """Return the settings that are ranked together at a rung, and how many of them go on."""
+    def cohorts(self, rung: int) -> list[tuple[np.ndarray, int]]:
+        """Return the settings that are ranked together at a rung, each with the number to keep."""
         if self.halving is None:
             return []
         halving, brackets = Halving(**self.halving), np.array(self.brackets)
-        apart = halving.within == "group"
+        # members of a cohort share bracket and, if groups are ranked apart, group
         groups = np.repeat(np.arange(len(self.groups)), np.diff(self.first))
-        pools = list[tuple[np.ndarray, int]]()
+        groups = groups if halving.within == "group" else np.zeros_like(groups)
+        cohorts = list[tuple[np.ndarray, int]]()
         for bracket, rungs in enumerate(halving.brackets(self.steps)):
-            members = np.flatnonzero(brackets == bracket)
-            for place in range(len(self.groups)) if apart else [None]:
-                pool = members if place is None else members[groups[members] == place]
-                if rung in rungs and len(pool):
-                    pools.append((pool, halving.kept(len(pool), rungs.index(rung) + 1)))
-        return pools
+            for group in np.unique(groups[brackets == bracket]) if rung in rungs else ():
+                settings = np.flatnonzero((brackets == bracket) & (groups == group))
+                keep = halving.kept(len(settings), rungs.index(rung) + 1)
+                cohorts.append((settings, keep))
+        return cohorts
 
     @property
     def lane_steps(self) -> int:
@@ -156,8 +162,8 @@ class Plan(SweepOptions):
             return self.steps * self.seeds * sum(settings)
         halving = Halving(**self.halving)
         total = 0
-        for count_, rungs in zip(settings, halving.brackets(self.steps), strict=False):
-            left = [halving.kept(count_, cuts) for cuts in range(len(rungs) + 1)]
+        for n, rungs in zip(settings, halving.brackets(self.steps), strict=False):
+            left = [halving.kept(n, cuts) for cuts in range(len(rungs) + 1)]
             total += int(np.dot(left, np.diff([0, *rungs, self.steps])))
         return self.seeds * total
 
@@ -193,7 +199,7 @@ def make_plan(
     """Return the plan of a sweep over groups of `Lanes`, at the usual width if none is given.
 
     Args:
-      usual_every: steps between reports if the options do not say; None: a twentieth of `steps`.
+      usual_every: steps between reports where `options` has None; None: a twentieth of `steps`.
 
     Raises: ValueError for an argument out of its range.
     """
@@ -248,11 +254,11 @@ def _rungs(halving: Any, steps: int) -> list[int]:
             f"sweep: halving must have distinct rungs, got {rungs} for {steps} steps, eta"
             f" {halving.eta} and min_steps {halving.min_steps}. Lower min_steps or raise eta"
         )
-    return rungs  # those of the boldest bracket are all there are
+    return rungs  # of the first bracket: the others have a part of them
 
 
 def usual_width(lanes: int, at_once: int, most: int = WIDTH) -> int:
-    """Return the width of tiles where nothing was measured: few lanes still use all cores."""
+    """Return the width of tiles without a measurement: few lanes still use all cores."""
     return min(most, lanes, max(-(-lanes // at_once), NARROW))
 
 
@@ -279,7 +285,7 @@ def fingerprint(*trees: Any) -> str:
 
 
 def plain(x: Any) -> Any:
-    """Return data as JSON has it: no arrays, and null for numbers that are not finite."""
+    """Return data as JSON: no arrays, and null for numbers that are not finite."""
     if isinstance(x, np.ndarray | np.generic):
         x = x.tolist()
     if isinstance(x, list | tuple):

@@ -2,7 +2,7 @@
 
     pool.put(ids, rows, present)    # a block; rows stay where they are, on a device or the host
     pool.take(ids)                  # rows on the host, in the order of the ids
-    pool.drop(ids)                  # states that nobody needs again
+    pool.drop(ids)                  # states that are no longer needed
 
 A lane lies in at most one block. A block keeps the rows of lanes that left it until it is dropped
 as a whole, so that a checkpoint writes it once, under a name that no other block ever has.
@@ -19,7 +19,7 @@ __all__ = ["Block", "Pool"]
 
 
 class Block(NamedTuple):
-    """States of lanes that came together; `rows` may have more rows than there are ids."""
+    """States of lanes that were put together; `rows` may have more rows than there are ids."""
 
     ids: np.ndarray
     rows: Any  # a `Lane` with a leading axis
@@ -45,7 +45,7 @@ class Pool:
         """Add a block.
 
         Args:
-          present: mask of the ids that lie in it from now on; None: all of them.
+          present: mask of the ids whose state this is from now on; None: all of them.
         """
         self.last += 1
         self.restore(
@@ -59,7 +59,7 @@ class Pool:
         self.row_of[block.ids[present]] = np.flatnonzero(present)
 
     def drop(self, lanes: Any) -> None:
-        """Forget lanes. A block of which a quarter is forgotten gives way to a smaller one."""
+        """Forget lanes. A block that lost a quarter of its lanes is replaced by a smaller one."""
         lanes = np.asarray(lanes, int)
         touched = set(self.block_of[lanes].tolist()) - {-1}
         self.block_of[lanes] = -1

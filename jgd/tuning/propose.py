@@ -1,13 +1,13 @@
 """Optuna proposes settings, lanes train: ask for a batch, run it as one program, tell, repeat.
 
-    found = jgd.optuna_search(
+    result = jgd.optuna_search(
         task, jgd.adamw, steps=1000, trials=256,
         space={"learning_rate": jgd.loguniform(1e-5, 1e-1), "b1": jgd.uniform(0.8, 0.99)},
     )
-    found.best.params, found.study.best_params
+    result.best.params, result.study.best_params
 
-The search space is written once, in jgd's distributions. The study is in memory while it runs,
-where asking and telling cost next to nothing compared to training.
+The search space is written once, in jgd's distributions. The study is in memory while it runs;
+asking and telling then take little time compared to training.
 """
 
 import math
@@ -24,23 +24,23 @@ from jgd.tuning.options import Doc, Training, count, function_of, values_of
 from jgd.tuning.plan import Plan
 from jgd.tuning.result import Best, Result
 from jgd.tuning.space import Choice, Distribution, Lanes, LogUniform, batch, is_scalar
-from jgd.tuning.sweep import Prepared, Stop, Trained, prepare
+from jgd.tuning.sweep import Prepared, Stop, TrainingArguments, prepare
 
 __all__ = ["Proposed", "optuna_search"]
 
 
 class Proposed(NamedTuple):
-    """What `optuna_search` returns."""
+    """Result of `optuna_search`."""
 
     study: Any  # optuna.Study
     best: Best
-    rows: list[dict[str, Any]]  # of all batches, best first
+    rows: list[dict[str, Any]]  # settings of all batches, best first
     results: list[Result]  # one for each batch
 
 
 @dataclass(frozen=True)
 class SearchInputs:
-    """What `optuna_search` searches."""
+    """Positional arguments of `optuna_search`."""
 
     task: Annotated[Task | Run, Doc("A `Task`, or any `Run`.")]
     factory: Annotated[
@@ -62,17 +62,18 @@ class SearchArguments(Training, SearchInputs):
 
     at_once: Annotated[
         int,
-        Doc("""Settings that are asked for and trained together, at least 1. All batches share
-        their compiled programs."""),
+        Doc("""Settings proposed and trained together, at least 1. All batches share their compiled
+        programs."""),
     ] = 32
     stop: Stop = None
     sampler: Annotated[
-        Any, Doc("An Optuna sampler. None: TPE, told that trials run side by side.")
+        Any,
+        Doc("An Optuna sampler. None: TPE with constant_liar, for trials that run side by side."),
     ] = None
     pruner: Annotated[
         Any,
-        Doc("""An Optuna pruner, asked at each report. None: no pruning. Note that some of Optuna's
-        pruners compare with finished trials only, so that they cut nothing in the first batch."""),
+        Doc("""An Optuna pruner, asked at each report. None: no pruning. Some of Optuna's pruners
+        compare with finished trials only: they cut nothing in the first batch."""),
     ] = None
     study: Annotated[
         Any,
@@ -101,14 +102,13 @@ def optuna_search(arguments: SearchArguments) -> Proposed:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    task, steps, space, names = (
-        *(arguments.task, arguments.steps, arguments.space, list(arguments.space)),
-    )
+    task, steps, space = arguments.task, arguments.steps, arguments.space
+    names = list(space)
     options = values_of(arguments, Training)
     # the same for all batches, the last one too
     options["width"] = arguments.width or min(64, arguments.at_once * arguments.seeds)
     prepared = lambda settings: prepare(
-        Trained(task, settings, steps, stop=arguments.stop, **options)
+        TrainingArguments(task, settings, steps, stop=arguments.stop, **options)
     )
     middle = [tuple(space[name].at(np.array([0.5]))[0] for name in names)]
     plan = prepared(batch(arguments.factory, names, middle)).plan
@@ -131,13 +131,13 @@ def optuna_search(arguments: SearchArguments) -> Proposed:
     results = list[Result]()
     for first in range(0, arguments.trials, arguments.at_once):
         size = min(arguments.at_once, arguments.trials - first)
-        asked = [study.ask(distributions) for _ in range(size)]
-        points = [tuple(_value(space[n], trial.params[n]) for n in names) for trial in asked]
+        batch_trials = [study.ask(distributions) for _ in range(size)]
+        points = [tuple(_value(space[n], trial.params[n]) for n in names) for trial in batch_trials]
         lanes = batch(arguments.factory, names, points)
         groups = lanes if isinstance(lanes, dict) else {"setting": lanes}
         sweep = prepared(groups)
         results.append(
-            _trained(sweep, study, _by_setting(sweep.plan, names, points, asked, groups))
+            _trained(sweep, study, _by_setting(sweep.plan, names, points, batch_trials, groups))
         )
     if arguments.storage is not None:
         optuna.copy_study(
@@ -150,12 +150,13 @@ def optuna_search(arguments: SearchArguments) -> Proposed:
 
 def _proposed(study: Any, plan: Plan, results: list[Result]) -> Proposed:
     """Rank the settings of all batches together."""
-    sign = -1 if plan.mode == "max" else 1
-    score = lambda row: sign * row[plan.metric] if math.isfinite(row[plan.metric]) else math.inf
+    score = lambda row: (
+        plan.sign * row[plan.metric] if math.isfinite(row[plan.metric]) else math.inf
+    )
     short = lambda row: -row["at"] if row["ended"] in ("cut", "diverged") else -math.inf
     rows = [row for result in results for row in result.rows]
     rows.sort(key=lambda row: (short(row), score(row)))
-    ranked = ({**row, "rank": place} for place, row in enumerate(rows, 1))
+    ranked = ({**row, "rank": rank} for rank, row in enumerate(rows, 1))
     rows = [{k: x for k, x in row.items() if k != "tied"} for row in ranked]  # within a batch only
     best = min(results, key=lambda result: score(result.best.row)).best
     return Proposed(study, best, rows, results)
@@ -165,13 +166,13 @@ def _by_setting(
     plan: Plan,
     names: list[str],
     points: list[tuple[Any, ...]],
-    asked: list[Any],
+    batch_trials: list[Any],
     groups: Mapping[str, Lanes],
 ) -> dict[int, Any]:
     """Return the trial of each setting; within a group trials keep their order."""
     trials = dict[int, Any]()
-    following = {name: int(plan.first[place]) for name, place in plan.places.items()}
-    for point, trial in zip(points, asked, strict=True):
+    following = {name: int(plan.first[index]) for name, index in plan.index.items()}
+    for point, trial in zip(points, batch_trials, strict=True):
         values = dict(zip(names, point, strict=True))
         belongs = lambda lanes, values=values: all(
             name in lanes.fixed and lanes.fixed[name] == value
@@ -237,7 +238,7 @@ def _of_optuna(distribution: Distribution) -> Any:
 
 
 def _label(value: Any) -> Any:
-    """Return a choice as Optuna records it: plain values as they are, others by their repr."""
+    """Return a choice as Optuna records it: a plain value itself, others by their repr."""
     return value if isinstance(value, bool | int | float | str | None) else repr(value)
 
 

@@ -1,4 +1,4 @@
-"""Successive halving and Hyperband: at which steps settings are cut, and how many go on.
+"""Successive halving and Hyperband: the steps at which settings are cut, and how many continue.
 
     successive_halving(eta=2, min_steps=125)     # the better half goes on at 125, 250, 500 ...
     hyperband(eta=3, min_steps=37)               # brackets of it, from early rungs to late ones
@@ -15,7 +15,7 @@ __all__ = ["Halving", "hyperband", "successive_halving"]
 
 
 class Halving(NamedTuple):
-    """When settings are cut, and how many: what `successive_halving` and `hyperband` return."""
+    """Schedule of cuts: result of `successive_halving` and `hyperband`."""
 
     eta: float
     min_steps: int | None

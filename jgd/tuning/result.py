@@ -26,7 +26,7 @@ __all__ = ["Best", "Curves", "Record", "Result", "make_result"]
 class Curves(NamedTuple):
     """One value per report for all lanes of a group; row setting * seeds + seed."""
 
-    step: np.ndarray  # (reports,): steps done; NaN below for a lane that had ended before
+    step: np.ndarray  # (reports,): steps done; the curves of a lane are NaN after its end
     train_loss: np.ndarray  # (lanes, reports): means since the report before
     metrics: dict[str, np.ndarray]  # of `evaluate`, each (lanes, reports)
 
@@ -47,12 +47,12 @@ class Best(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What `sweep` returns."""
+    """Result of `sweep`."""
 
     rows: list[dict[str, Any]]  # ranked, best first
     curves: dict[str, Curves]  # by group
     best: Best
-    kept: list[Best]  # best first, with their states: as many as `keep`, if so many came to an end
+    kept: list[Best]  # best first, with their states: at most `keep`
     metric: str
     mode: Literal["min", "max"]
     plan: Plan
@@ -81,7 +81,7 @@ class Record:
             )
 
     def apply(self, event: Report | Cut) -> None:
-        """Take an event into account."""
+        """Fold an event into the curves."""
         if isinstance(event, Report):
             curves, column = self.curves[event.group], self.columns[event.step]
             curves.train_loss[event.lanes, column] = event.loss
@@ -103,10 +103,10 @@ def make_result(
     """
     rows = [row for group in plan.groups for row in _rows(plan, group, groups, ledger, record)]
     order = ledger.ranked(np.arange(len(rows)))
-    places = zip(order.tolist(), _tied(ledger, order).tolist(), strict=True)
+    tied = _tied(ledger, order).tolist()
     ranked = [
-        {"rank": place, "tied": tied, **rows[setting]}
-        for place, (setting, tied) in enumerate(places, 1)
+        {"rank": place + 1, "tied": tied[place], **rows[setting]}
+        for place, setting in enumerate(order.tolist())
     ]
     kept = list[Best]()
     for place, setting in enumerate(order):
@@ -122,9 +122,9 @@ def make_result(
 
 
 def _setting(plan: Plan, groups: Mapping[str, Lanes], setting: int) -> Any:
-    place = plan.group_of(setting * plan.seeds)
-    row = setting - int(plan.first[place])
-    return jax.tree.map(lambda x: x[row], groups[plan.groups[place].name].settings)
+    group = plan.group_of(setting * plan.seeds)
+    row = setting - int(plan.first[group])
+    return jax.tree.map(lambda x: x[row], groups[plan.groups[group].name].settings)
 
 
 @np.errstate(invalid="ignore")
@@ -175,9 +175,7 @@ def _verdicts(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the verdict on each lane, empty for one that ended early, and its final loss."""
     ending = ledger.ending[mine]
-    columns = np.searchsorted(plan.reports, ledger.step[mine])
-    columns = np.minimum(columns, len(plan.reports) - 1)
-    losses = curves.train_loss[np.arange(len(ending)), columns]
+    losses = _at(plan, ledger.step[mine], curves.train_loss)
     verdicts = np.full(len(ending), "", object)
     verdicts[ending == DIVERGED] = "diverged"
     verdicts[ending == REACHED] = "good"

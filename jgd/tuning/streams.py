@@ -25,7 +25,7 @@ BYTES_AHEAD = 256 * 2**20  # of the batches of a chunk; as many are read ahead
 
 
 class Stream:
-    """What `stream` returns, in the place of a task's function from step to batch."""
+    """Result of `stream`, in place of a task's function from step to batch."""
 
     def __init__(self, make: Callable[[], Iterator[Any]]) -> None:
         self.make = make
@@ -94,17 +94,17 @@ class StreamBatches:
         if self._now[0] != first:
             ahead, self._ahead = self._ahead, None
             self._now = (-1, None)  # frees the batches of the chunk before
-            made = None if ahead is None else ahead[1].result()
+            batches = None if ahead is None else ahead[1].result()
             if ahead is None or ahead[0] != first:
-                made = self._read(first)
-            self._now = first, jax.tree.map(lambda x: devices.placed(x, self.sharding), made)
+                batches = self._read(first)
+            self._now = first, jax.tree.map(lambda x: devices.placed(x, self.sharding), batches)
             following = self.ends[first]
             if following in self.ends:
                 self._ahead = following, self._thread.submit(self._read, following)
         return self._now[1]
 
-    def at(self, made: Any, first: Any, offset: Any) -> Any:
-        return pick(made, offset)
+    def at(self, ahead: Any, first: Any, offset: Any) -> Any:
+        return pick(ahead, offset)
 
     def release(self) -> None:
         self._now, self._ahead = (-1, None), None

@@ -45,7 +45,7 @@ Stop = Annotated[
 
 @dataclass(frozen=True)
 class SweepInputs:
-    """What a sweep trains."""
+    """Positional arguments of `sweep`."""
 
     task: Annotated[Task | Run, Doc("A `Task`, or any `Run`.")]
     settings: Annotated[
@@ -58,8 +58,8 @@ class SweepInputs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trained(SweepOptions, SweepInputs):
-    """What a sweep trains, and which lanes go on."""
+class TrainingArguments(SweepOptions, SweepInputs):
+    """Arguments of `iter_sweep`: those of `sweep` that concern no folder."""
 
     halving: Annotated[
         Halving | None,
@@ -70,8 +70,8 @@ class Trained(SweepOptions, SweepInputs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepArguments(Trained):
-    """The arguments of `sweep`."""
+class SweepArguments(TrainingArguments):
+    """Arguments of `sweep`."""
 
     folder: Annotated[
         str | Path | None,
@@ -157,8 +157,8 @@ def sweep(arguments: SweepArguments) -> Result:
     return result
 
 
-@function_of(Trained)
-def iter_sweep(arguments: Trained) -> Iterator[Report | Cut]:
+@function_of(TrainingArguments)
+def iter_sweep(arguments: TrainingArguments) -> Iterator[Report | Cut]:
     """Return the reports and cuts of a sweep as they come.
 
     Args:
@@ -198,7 +198,7 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass
 class Prepared:
-    """A sweep that is planned, and what its result is made from."""
+    """A sweep that is planned and has not started."""
 
     plan: Plan
     groups: dict[str, Lanes]
@@ -221,8 +221,8 @@ class Prepared:
         return make_result(self.plan, self.groups, ledger, self.record, state_of)
 
 
-def prepare(arguments: Trained, written: Mapping[str, Any] | None = None) -> Prepared:
-    """Plan a sweep. Refuses what it could not report on, before anything is compiled.
+def prepare(arguments: TrainingArguments, written: Mapping[str, Any] | None = None) -> Prepared:
+    """Plan a sweep; the inputs are checked before anything is compiled.
 
     Args:
       written: the plan of the sweep to resume, as JSON.
@@ -230,11 +230,11 @@ def prepare(arguments: Trained, written: Mapping[str, Any] | None = None) -> Pre
     task = arguments.task
     mesh = devices.mesh(arguments.devices)
     inputs = check_inputs(task, arguments.settings, arguments, arguments.stop)
-    made, batch = inputs.run, inputs.batch
+    training, batch = inputs.run, inputs.batch
     first = jax.tree.map(lambda x: jnp.asarray(x)[0], next(iter(inputs.groups.values())).settings)
-    state = start(made, first, jax.random.key(arguments.key))
-    streamed = made.batch if isinstance(made.batch, Stream) else None
-    last = () if streamed is not None else made.batch(arguments.steps - 1)
+    state = start(training, first, jax.random.key(arguments.key))
+    streamed = training.batch if isinstance(training.batch, Stream) else None
+    last = () if streamed is not None else training.batch(arguments.steps - 1)
     params = state.params if isinstance(task, Task) else state
     plan = make_plan(
         inputs.groups,
@@ -246,12 +246,12 @@ def prepare(arguments: Trained, written: Mapping[str, Any] | None = None) -> Pre
         usual_every=None if streamed is None else streamed.usual_every(arguments.steps),
         devices=1 if mesh is None else mesh.size,
         at_once=devices.tiles_at_once(mesh),
-        task=fingerprint(batch, last, params, made.evaluate(first, state)),
+        task=fingerprint(batch, last, params, training.evaluate(first, state)),
     )
     devices.check_same_task(plan.task)
     if written is not None:
         plan = resumed(plan, written)
-    engine = Engine(plan, inputs.groups, shared_programs(task, made, plan, inputs.stop, mesh))
+    engine = Engine(plan, inputs.groups, shared_programs(task, training, plan, inputs.stop, mesh))
     probed = written is None and arguments.width is None and streamed is None
     if probed and jax.process_count() == 1:
         plan = choose_widths(plan, engine)

@@ -31,15 +31,15 @@ _known: dict[str, dict[int, float]] = {}
 def choose_widths(plan: Plan, engine: Engine) -> Plan:
     """Return the plan with the width of each group chosen by a probe if that is worth its time."""
     groups = []
-    for place, group in enumerate(plan.groups):
+    for index, group in enumerate(plan.groups):
         lanes = group.settings * plan.seeds
         if lanes * plan.steps < WORTH_IT or lanes <= NARROWEST:
             # gradients, updates and activations: about three times the state
-            each = 4 * engine.programs[place].bytes_of_lane()
+            each = 4 * engine.programs[index].bytes_of_lane()
             most = max(1, int(_memory() / plan.at_once / each))
             groups.append(group.at_width(min(group.width, most), plan.devices))
             continue
-        seconds = _probed(plan, engine, place)
+        seconds = _probed(plan, engine, index)
         if not seconds:  # not even the narrowest fits the memory
             groups.append(group.at_width(plan.devices, plan.devices))
             continue
@@ -62,7 +62,7 @@ def _probed(plan: Plan, engine: Engine, group: int) -> dict[int, float]:
 
 
 def _structure(plan: Plan, engine: Engine, group: int) -> str:
-    """Return what a probe is remembered by: device, task, and powers of 2 for number and size."""
+    """Return the key of a probe: device, task, and powers of 2 for the lanes and their size."""
     lanes, size = plan.groups[group].settings * plan.seeds, engine.programs[group].bytes_of_lane()
     many = f"2^{np.ceil(np.log2(lanes)):.0f} lanes of 2^{np.log2(size + 1):.0f} bytes"
     return f"{plan.devices} x {plan.device}, task {plan.task}, {many}"
