@@ -23,7 +23,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from table import losses
+from table import LABELS, Row, losses
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -36,12 +36,23 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the notebooks as slow, and start what takes minutes first, so that no core waits."""
+    """Mark the notebooks as slow, and order the tests so that less is done twice.
+
+    What takes minutes comes first, so that no core waits at the end. The tests of a row of the
+    table come together, so that one worker runs them with the programs they share.
+    """
+    files = {item.path: place for place, item in reversed(list(enumerate(items)))}
+    minutes = ("test_in_optax_place.py", "test_faults.py", "test_processes.py")
+
+    def order(item: pytest.Item) -> tuple[bool, int, int]:
+        row = getattr(item, "callspec", None) and item.callspec.params.get("row")
+        late = item.path.suffix != ".ipynb" and item.path.name not in minutes
+        return late, files[item.path], LABELS.index(row.label) if isinstance(row, Row) else -1
+
     for item in items:
         if item.path.suffix == ".ipynb":
             item.add_marker(pytest.mark.slow)
-    minutes = ("test_in_optax_place.py", "test_faults.py", "test_processes.py")
-    items.sort(key=lambda item: item.path.suffix != ".ipynb" and item.path.name not in minutes)
+    items.sort(key=order)
 
 
 def cached_environment() -> dict[str, str]:

@@ -11,7 +11,15 @@ import oracles
 import jgd
 import jgd.optimizers
 
-SHAPES = {"scalar": (), "vector": (5,), "matrix": (6, 4), "cube": (3, 2, 4), "kernel": (2, 3, 4, 5)}
+SHAPES = {"scalar": (), "matrix": (6, 4), "kernel": (2, 3, 4, 5)}
+# for rules that look at the axes, or at the whole tree
+ALL_RANKS = {
+    "scalar": (),
+    "vector": (5,),
+    "matrix": (6, 4),
+    "cube": (3, 2, 4),
+    "kernel": (2, 3, 4, 5),
+}
 # SOAP's bases are arbitrary where a gradient has no rank along an axis: leaves with full rank
 FULL_RANK = {"vector": (5,), "matrix": (4, 4), "cube": (3, 2, 4), "kernel": (2, 3, 4, 5)}
 
@@ -131,12 +139,19 @@ ROWS = [
     _row("lars", learning_rate=0.1, weight_decay=0.01, nesterov=True),
     _row("lamb", learning_rate=0.01, weight_decay=0.1),
     _row("fromage", learning_rate=0.01),
-    _row("sm3", None, learning_rate=0.1),
-    _row("sm3", shapes={k: v for k, v in SHAPES.items() if v}, learning_rate=0.1, momentum=0.5),
+    _row("sm3", None, ALL_RANKS, learning_rate=0.1),
+    _row("sm3", shapes={k: v for k, v in ALL_RANKS.items() if v}, learning_rate=0.1, momentum=0.5),
     # optax computes 1 - t^-decay_rate in float32 whatever the dtype
-    _row("adafactor", peer64=1e-5, learning_rate=0.01, min_dim_size_to_factor=3),
     _row(
         "adafactor",
+        shapes=ALL_RANKS,
+        peer64=1e-5,
+        learning_rate=0.01,
+        min_dim_size_to_factor=3,
+    ),
+    _row(
+        "adafactor",
+        shapes=ALL_RANKS,
         peer64=1e-5,
         learning_rate=0.01,
         min_dim_size_to_factor=2,
@@ -146,9 +161,10 @@ ROWS = [
         weight_decay_rate=1e-3,
         clipping_threshold=None,
     ),
-    _row("muon", learning_rate=0.01),
+    _row("muon", shapes=ALL_RANKS, learning_rate=0.01),
     _row(
         "muon",
+        shapes=ALL_RANKS,
         learning_rate=0.01,
         beta=0.9,
         weight_decay=0.1,
@@ -157,7 +173,7 @@ ROWS = [
         consistent_rms=0.2,
         adam_learning_rate=1e-3,
     ),
-    _row("shampoo", None, learning_rate=0.1, eps=1e-2, momentum=0.9),
+    _row("shampoo", None, ALL_RANKS, learning_rate=0.1, eps=1e-2, momentum=0.9),
     _row("soap", None, FULL_RANK, learning_rate=0.01, precondition_frequency=3),
     _row("ftrl", None, learning_rate=0.1),
     _row(
@@ -175,17 +191,32 @@ ROWS = [
     _row("madgrad", peer32=4e-5, peer64=1e-7, learning_rate=0.01, weight_decay=0.01),
     _row("polyak_sgd", max_learning_rate=1.0, f_min=-0.5),
     _row("polyak_sgd", max_learning_rate=1.0, scaling=0.5, eps=0.1, variant="sps+"),
-    _row("dog", learning_rate=1.0, weight_decay=0.01),
-    _row("dog", learning_rate=0.5, init_step=("learning_rate", 0.01)),
-    _row("dowg", learning_rate=1.0, init_estim_sq_dist=1e-3),
-    _row("dadapt_adamw", learning_rate=1.0, weight_decay=0.01),
+    _row("dog", shapes=ALL_RANKS, learning_rate=1.0, weight_decay=0.01),
+    _row("dog", shapes=ALL_RANKS, learning_rate=0.5, init_step=("learning_rate", 0.01)),
+    _row("dowg", shapes=ALL_RANKS, learning_rate=1.0, init_estim_sq_dist=1e-3),
+    _row("dadapt_adamw", shapes=ALL_RANKS, learning_rate=1.0, weight_decay=0.01),
     # the estimate rests on p0 - p, which is 1e-6 at first: both are 3e-2 from the paper there
-    _row("prodigy", peer32=1e-4, contracted=True, learning_rate=1.0, weight_decay=0.01),
-    _row("prodigy", learning_rate=0.5, beta3=0.9, estim_lr_coef=2.0, safeguard_warmup=True),
+    _row(
+        "prodigy",
+        shapes=ALL_RANKS,
+        peer32=1e-4,
+        contracted=True,
+        learning_rate=1.0,
+        weight_decay=0.01,
+    ),
+    _row(
+        "prodigy",
+        shapes=ALL_RANKS,
+        learning_rate=0.5,
+        beta3=0.9,
+        estim_lr_coef=2.0,
+        safeguard_warmup=True,
+    ),
     # optax divides differences of parameters by b1; its warm-up is float32
-    _row("schedule_free_sgd", peer32=2e-4, learning_rate=0.1, weight_decay=0.01),
+    _row("schedule_free_sgd", shapes=ALL_RANKS, peer32=2e-4, learning_rate=0.1, weight_decay=0.01),
     _row(
         "schedule_free_adamw",
+        shapes=ALL_RANKS,
         contracted=True,
         peer32=1e-3,
         peer64=2e-7,

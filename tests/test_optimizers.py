@@ -89,20 +89,27 @@ def test_equals_its_peer_over_200_steps(row):
     _assert_close(ours, theirs, row.peer32)
 
 
+@functools.cache
+def _in_float64(label):
+    """The updates of a row, for two tests that compare with them."""
+    row = ROWS[LABELS.index(label)]
+    params, gradients = _both(row, 300, jnp.float64)
+    return jax.tree.map(np.asarray, run(row.ours(**row.arguments), gradients, params))
+
+
 @pytest.mark.slow
 @peered
 def test_equals_its_peer_in_float64(row, float64):
-    params, gradients = _both(row, 200, jnp.float64)
-    ours = run(row.ours(**row.arguments), gradients, params)
-    _assert_close(ours, run(row.peer(**row.arguments), gradients, params), row.peer64)
+    params, gradients = _both(row, 300, jnp.float64)
+    peer = run(row.peer(**row.arguments), gradients, params)
+    _assert_close(_in_float64(row.label), peer, row.peer64)
 
 
 @every_row
 def test_equals_the_paper_in_float64(row, float64):
     params, gradients = parameters(row.shapes), noisy_gradients(300, row.shapes)
-    truth = stacked(_oracle_updates(row, gradients, params), jnp.float64)
-    ours = run(row.ours(**row.arguments), stacked(gradients, jnp.float64), params)
-    _assert_close(ours, truth, 1e-9)
+    truth = stacked(_oracle_updates(row, gradients, params), np.float64)
+    _assert_close(_in_float64(row.label), truth, 1e-9)
 
 
 @pytest.mark.slow
@@ -159,11 +166,15 @@ def _small_gradients(steps=5):
 
 
 @functools.cache
-def _alone(label):
-    """The updates of a row with its numbers as constants, which several tests compare with."""
-    row = ROWS[LABELS.index(label)]
-    options = row.compiler_options
-    return run(row.ours(**row.arguments), _small_gradients(), _small_params(), options)
+def _program(label):
+    """The updates of a row as a function of the optimizer, for several tests."""
+    options = ROWS[LABELS.index(label)].compiler_options
+    params, gradients = _small_params(), _small_gradients()
+    return jax.jit(lambda tx: run(tx, gradients, params), compiler_options=options)
+
+
+def _alone(row):
+    return _program(row.label)(row.ours(**row.arguments))
 
 
 def _by_rate(row):
@@ -179,10 +190,8 @@ def test_a_lane_is_the_setting_alone(row):
     params, gradients = _small_params(), _small_gradients()
     lanes = jax.vmap(make)(rates)
     together = jax.vmap(lambda tx: run(tx, gradients, params, row.compiler_options))(lanes)
-    # a program that takes any rate
-    solo = jax.jit(lambda tx: run(tx, gradients, params), compiler_options=row.compiler_options)
     for index, rate in enumerate(rates):
-        alone = _alone(row.label) if rate == rates[-1] else solo(make(float(rate)))
+        alone = _program(row.label)(make(float(rate)))
         _assert_close(jgd.lane(together, index), alone, row.rounding)
         assert jgd.lane(lanes, index) == jgd.lane(jgd.stack([make(float(rate))]), 0)
 
@@ -211,10 +220,10 @@ def test_one_trace_for_floats_ints_arrays_and_numpy(row):
 def test_constant_schedule_is_the_number(row):
     params, gradients = _small_params(), _small_gradients()
     make, rate = _by_rate(row), row.arguments[row.rate]
-    number = _alone(row.label)
-    for schedule in (jgd.constant_schedule(rate), optax.constant_schedule(rate), lambda _: rate):
-        scheduled = run(make(schedule), gradients, params, row.compiler_options)
-        chex.assert_trees_all_close(scheduled, number, rtol=1e-6)
+    schedules = [jgd.constant_schedule(rate), optax.constant_schedule(rate), lambda _: rate]
+    updates = lambda: [run(make(schedule), gradients, params) for schedule in schedules]
+    for scheduled in jax.jit(updates, compiler_options=row.compiler_options)():
+        _assert_close(scheduled, _alone(row), row.rounding)
 
 
 @every_optimizer
@@ -264,7 +273,7 @@ def test_a_float16_zero_gradient_gives_a_finite_step(row):
 def test_a_tree_is_its_leaves(row):
     """Or one long vector, for the rules that look at the whole tree."""
     params, gradients = _small_params(), _small_gradients()
-    together = _alone(row.label)
+    together = _alone(row)
     if row.name == "noisy_sgd":  # whose noise is drawn leaf by leaf
         assert not np.allclose(together["w"], -row.arguments["learning_rate"] * gradients["w"])
     elif row.whole_tree:
@@ -273,8 +282,10 @@ def test_a_tree_is_its_leaves(row):
         alone = run(row.ours(**row.arguments), flat(jax.tree.leaves(gradients)), leaves)
         chex.assert_trees_all_close(alone, flat(jax.tree.leaves(together)), rtol=1e-5, atol=1e-9)
     else:
-        for name in ("w", "s"):
-            alone = run(row.ours(**row.arguments), {name: gradients[name]}, {name: params[name]})
+        tx, one = row.ours(**row.arguments), lambda tree, name: {name: tree[name]}
+        apart = lambda: [run(tx, one(gradients, name), one(params, name)) for name in ("w", "s")]
+        for alone in jax.jit(apart)():
+            (name,) = alone
             limit = row.rounding * float(jnp.abs(alone[name]).max())
             chex.assert_trees_all_close(together[name], alone[name], rtol=0, atol=limit)
 
