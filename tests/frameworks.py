@@ -13,13 +13,7 @@ import torch
 
 torch.set_num_threads(1)  # the tensors are small, and pytest-xdist has a worker for each core
 
-SHAPES = {
-    "scalar": (),
-    "vector": (5,),
-    "matrix": (6, 4),
-    "wide": (3, 7),
-    "kernel": (2, 3, 4, 5),
-}
+SHAPES = {"scalar": (), "matrix": (6, 4), "kernel": (2, 3, 4, 5)}
 STEPS = 200
 PULL = 0.05  # of the parameters themselves: gradients depend on where the path has led
 
