@@ -23,7 +23,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from table import LABELS, Row, losses
+from table import Row, losses
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -34,24 +34,30 @@ def pytest_configure(config: pytest.Config) -> None:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+# Start these first, the longest at the top, so that no core waits for one of them at the end.
+MINUTES = (
+    "in_optax_place",
+    ".ipynb",
+    "default_job",
+    "at_each_operation",
+    "processes",
+    "narrow_net",
+)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the notebooks as slow, and order the tests so that less is done twice.
+    """Mark notebooks as slow, sort by duration, and give the tests of a row to one worker.
 
-    What takes minutes comes first, so that no core waits at the end. The tests of a row of the
-    table come together, so that one worker runs them with the programs they share.
+    They share programs that the worker then compiles once.
     """
-    files = {item.path: place for place, item in reversed(list(enumerate(items)))}
-    minutes = ("test_in_optax_place.py", "test_faults.py", "test_processes.py")
-
-    def order(item: pytest.Item) -> tuple[bool, int, int]:
-        row = getattr(item, "callspec", None) and item.callspec.params.get("row")
-        late = item.path.suffix != ".ipynb" and item.path.name not in minutes
-        return late, files[item.path], LABELS.index(row.label) if isinstance(row, Row) else -1
-
     for item in items:
+        row = getattr(item, "callspec", None) and item.callspec.params.get("row")
+        if isinstance(row, Row):
+            item.add_marker(pytest.mark.xdist_group(row.label))
         if item.path.suffix == ".ipynb":
             item.add_marker(pytest.mark.slow)
+    order = lambda item: next(i for i, name in enumerate((*MINUTES, "")) if name in item.nodeid)
     items.sort(key=order)
 
 

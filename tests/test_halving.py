@@ -201,8 +201,8 @@ def test_decompositions_run_alone(name):
         return sum(jnp.sum(y.real) for y in jax.tree.leaves(function(x @ x.T, *more)))
 
     prepared = planned(_line()._replace(loss=loss), _adam(4), 20)
-    assert prepared.sweep.engine.exclusive(0)
-    assert not planned(_line(), _adam(4), 20).sweep.engine.exclusive(0)
+    assert prepared.sweep.engine.programs[0].exclusive
+    assert not planned(_line(), _adam(4), 20).sweep.engine.programs[0].exclusive
 
 
 def test_what_diverged_is_below_what_was_cut():

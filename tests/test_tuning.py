@@ -69,7 +69,7 @@ def test_bad_values_are_refused_before_any_training():
         jgd.grid(jgd.adam, learning_rate=[])
     with pytest.raises(ValueError, match="at least one axis"):
         jgd.grid(jgd.adam)
-    with pytest.raises(ValueError, match="0 < low < high wanted, got 0 and 1"):
+    with pytest.raises(ValueError, match="must have 0 < low < high, got 0 and 1"):
         jgd.loguniform(0, 1)
     with pytest.raises(ValueError, match="low must be below high"):
         jgd.uniform(1, 1)

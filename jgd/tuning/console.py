@@ -1,4 +1,4 @@
-"""The terminal: a live bar while a sweep runs, tables when it is done."""
+"""The terminal: a progress bar while a sweep runs, tables at its end."""
 
 import math
 import time
@@ -19,7 +19,7 @@ __all__ = ["Progress", "print_optimizers", "print_result"]
 
 
 class Progress:
-    """A live bar on a terminal, a line per finished group elsewhere; the best so far in both."""
+    """A live bar on a terminal, else a line per group; with the best metric so far."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -95,7 +95,7 @@ class Progress:
 
 
 def print_result(console: Console, result: Result, top: int) -> None:
-    """Each group's best setting with its count of verdicts, then the best `top` of all settings."""
+    """Print the best setting of each group with its verdicts, then the best `top` settings."""
     plan = result.plan
     varied = list(dict.fromkeys(name for g in plan.groups for name in (*g.axes, *g.fixed)))
 
@@ -160,7 +160,7 @@ def _spread(row: dict[str, Any], metric: str) -> str:
 
 
 def print_optimizers(console: Console) -> None:
-    """The table of all optimizers."""
+    """Print the table of all optimizers."""
     table = rich.table.Table(box=rich.box.SIMPLE, padding=(0, 1), show_lines=True)
     for column in catalog.HEADER:
         justify = "right" if column == "state" else "left"

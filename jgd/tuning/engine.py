@@ -107,7 +107,11 @@ def shared_programs(
 
 
 class Program:
-    """The compiled parts for settings of one structure: the start, and a chunk for each width."""
+    """The compiled parts for settings of one structure: the start, and a chunk for each width.
+
+    Attributes:
+      exclusive: whether a chunk must not run beside another one.
+    """
 
     def __init__(self, settings: Any, shared: SharedPrograms) -> None:
         one = lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], jnp.asarray(x).dtype)
@@ -144,7 +148,7 @@ class Program:
         return lambda: program(lanes, *arguments)
 
     def states(self, rows: Lane) -> Any:
-        """Return the states of the run at the reports that count."""
+        """Return the states of the run at the reports that count, as the user knows them."""
         rows = jax.tree.map(jnp.asarray, rows)
         return lane.result(jax.tree.map(lambda x, spec: spec.unpack(x), rows, self._specs))
 
@@ -211,7 +215,12 @@ class Outcome(NamedTuple):
 
 
 class Engine:
-    """Runs the tiles of one sweep."""
+    """Runs the tiles of one sweep.
+
+    Attributes:
+      programs: the `Program` of each group.
+      batches: the `BatchSource` of the sweep.
+    """
 
     def __init__(self, plan: Plan, groups: Mapping[str, Lanes], shared: SharedPrograms) -> None:
         self.plan = plan
@@ -220,20 +229,12 @@ class Engine:
         self.programs = [shared.program(settings) for settings in self.settings]
         self._threads = concurrent.futures.ThreadPoolExecutor(plan.at_once)
 
-    def exclusive(self, group: int) -> bool:
-        """Return whether chunks of a group must not run beside others."""
-        return self.programs[group].exclusive
-
     def begin(self, group: int, lanes: list[int], width: int) -> Lane:
         """Return lanes of the plan at step 0, on their devices."""
         ids = np.array(lanes + lanes[-1:] * (width - len(lanes))) - self.plan.offset(group)
         settings, seeds = np.divmod(ids, self.plan.seeds)
         chosen = jax.tree.map(lambda x: np.asarray(x)[settings], self.settings[group])
         return self.programs[group].begin(chosen, seeds.astype(np.int32))
-
-    def pad(self, group: int, rows: Lane, width: int) -> Lane:
-        """Return rows from the host on their devices, padded to a width."""
-        return self.programs[group].pad(rows, width)
 
     def start(self, group: int, rows: Lane, first: int, end: int) -> Callable[[], Outcome]:
         """Start a chunk and return a function that waits for it. Donates the rows."""
@@ -243,10 +244,6 @@ class Engine:
             return lambda: jax.block_until_ready(outcome)
         # a thread each: JAX runs the programs of one thread one after the other
         return self._threads.submit(lambda: jax.block_until_ready(chunk())).result
-
-    def states(self, group: int, rows: Lane) -> Any:
-        """Return the states of the run at the reports that count, as the user knows them."""
-        return self.programs[group].states(rows)
 
     def close(self) -> None:
         """Release the threads and the batches."""

@@ -22,7 +22,7 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +87,13 @@ class Folder:
             return
         plan = result.plan
         summary = {"metric": plan.metric, "mode": plan.mode, "steps": plan.steps}
-        with self._whole("results.csv") as path, path.open("w", newline="") as file:
+        with _replacing(self.path / "results.csv") as path, path.open("w", newline="") as file:
             columns = list(dict.fromkeys(name for row in result.rows for name in row))
             writer = csv.DictWriter(file, columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(result.rows)
         self._write_json("results.json", {**summary, "seeds": plan.seeds, "rows": result.rows})
-        with self._whole("curves.npz") as path, path.open("wb") as file:
+        with _replacing(self.path / "curves.npz") as path, path.open("wb") as file:
             arrays: dict[str, Any] = _arrays_of(result.curves)
             np.savez_compressed(file, **arrays)
 
@@ -237,27 +237,18 @@ class Folder:
     # --- files
 
     def _write_json(self, name: str, content: Any) -> None:
-        with self._whole(name) as path:
+        with _replacing(self.path / name) as path:
             path.write_text(json.dumps(plain(content), indent=1))
 
-    def _whole(self, name: str) -> "_Whole":
-        return _Whole(self.path / name)
 
-
-class _Whole:
-    """Within this context a file is written beside its place; then it takes its place at once."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.part = path, path.with_name(path.name + ".part")
-
-    def __enter__(self) -> Path:
-        return self.part
-
-    def __exit__(self, kind: Any, *_: object) -> None:
-        if kind is None:
-            with self.part.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(self.part, self.path)
+@contextlib.contextmanager
+def _replacing(path: Path) -> Generator[Path]:
+    """Yield a path to write to, which replaces the file when it is whole."""
+    part = path.with_name(path.name + ".part")
+    yield part
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)
 
 
 def _sync(path: Path, *, files: bool = True) -> None:

@@ -155,7 +155,7 @@ class Sweep:
         if self.plan.budget is not None:
             left = self.plan.budget - self.schedule.lane_steps
         while queue and len(taken) < self.plan.at_once and left > 0:
-            if taken and any(self.engine.exclusive(t.group) for t in (taken[0], queue[0])):
+            if taken and any(self.engine.programs[t.group].exclusive for t in (taken[0], queue[0])):
                 break
             taken.append(queue.pop(0))
             left -= (self._end_of(taken[-1]) - taken[-1].step) * taken[-1].width
@@ -171,7 +171,7 @@ class Sweep:
             rows = self.pool.take(tile.lanes)
             self.pool.drop(tile.lanes)
         on_devices = isinstance(rows.loss, jax.Array) and len(rows.loss) == tile.width
-        return tile, rows if on_devices else self.engine.pad(tile.group, rows, tile.width)
+        return tile, rows if on_devices else self.engine.programs[tile.group].pad(rows, tile.width)
 
     def without_state(self) -> set[int]:
         """Return the living lanes that have started and lack a state."""

@@ -1,4 +1,4 @@
-"""Pictures of a sweep: the final metric against the rate, and curves coloured by the rate."""
+"""Plots of a sweep: the final metric against the learning rate, curves, ranges and survivors."""
 
 import itertools
 from pathlib import Path
@@ -30,31 +30,31 @@ _COLORS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7
 _GRADUAL = matplotlib.colors.ListedColormap(  # without the yellow that white swallows
     matplotlib.colormaps["viridis"](np.linspace(0, 0.92, 256)), "values"
 )
-POINTS = 128  # along an axis: where there are more values, the best of neighbours is shown
-LINES = 1000  # in a panel: where there are more lanes, some of them are shown
+POINTS = 128  # along an axis; of more values, the best among neighbours is drawn
+LINES = 1000  # in a panel; of more lanes, evenly spaced ones are drawn
 
 
 def _axis(result: Result) -> str | None:
-    """The number to draw against: the learning rate, or the first that all groups vary."""
+    """Return the axis to draw against: the learning rate, or the first one of all groups."""
     shared = [set(group.axes) for group in result.plan.groups]
     common = [name for name in result.plan.groups[0].axes if all(name in axes for axes in shared)]
     return "learning_rate" if "learning_rate" in common else next(iter(common), None)
 
 
 def _last(result: Result, group: str) -> np.ndarray:
-    """The value that counts of each lane: the last one said, or the best; NaN for none."""
+    """Return the metric of each lane at the report that counts; NaN for a lane without reports."""
     curves = result.curves[group].metrics[result.metric].astype(np.float64)
     if result.plan.best == "ever":
         sign = -1.0 if result.mode == "max" else 1.0
         best = np.where(np.isfinite(curves), sign * curves, np.inf).argmin(1)
         return curves[np.arange(len(curves)), best]
-    said = ~np.isnan(result.curves[group].train_loss) | np.isfinite(curves)
-    places = np.where(said.any(1), curves.shape[1] - 1 - said[:, ::-1].argmax(1), 0)
-    return curves[np.arange(len(curves)), places]
+    reported = ~np.isnan(result.curves[group].train_loss) | np.isfinite(curves)
+    last = np.where(reported.any(1), curves.shape[1] - 1 - reported[:, ::-1].argmax(1), 0)
+    return curves[np.arange(len(curves)), last]
 
 
 class _Points(NamedTuple):
-    """The best settings along the axis to draw against, one for each value or neighbourhood."""
+    """The best setting at each value of an axis, or in each neighbourhood of values."""
 
     axis: str
     x: np.ndarray
@@ -66,7 +66,7 @@ class _Points(NamedTuple):
 
 
 def _points(result: Result, group: Any) -> _Points | None:
-    """Those of a group; None if it has no axis, or nothing finite."""
+    """Return the points of a group; None for one without an axis or without finite values."""
     axis = _axis(result) or next(iter(group.axes), None)  # without a common one, its own first
     if axis is None:
         return None
@@ -99,10 +99,10 @@ def _legend(figure: Any, groups: int) -> None:
 
 
 def plot_sensitivity(result: Result) -> Any:
-    """The metric that counts against the learning rate, a curve per optimizer: its mean over seeds.
+    """Draw the metric against the learning rate, a curve per optimizer: the mean over seeds.
 
-    Bands span the seeds. Where other numbers vary as well, the best of them is shown, and of very
-    many values the best among neighbours. A star marks each optimizer's best.
+    Bands span the seeds. Where other numbers vary as well, the best of them is drawn, and of very
+    many values the best among neighbours. A star marks the best value of each optimizer.
     """
     figure, panel = _panel(8, 4.8)
     every, drawn = [], {}
@@ -134,7 +134,7 @@ def plot_sensitivity(result: Result) -> Any:
 
 
 def _panels(groups: int) -> tuple[Any, Any]:
-    """A panel per group, all on the same axes."""
+    """Return a figure and a panel per group; the panels share their axes."""
     columns = min(3, groups)
     rows = -(-groups // columns)
     size = (max(3.9 * columns, 5.5), 3.0 * rows + 0.4)
@@ -149,7 +149,7 @@ def _panels(groups: int) -> tuple[Any, Any]:
 
 
 def _lines(panel: Any, steps: np.ndarray, curves: np.ndarray, values: np.ndarray | None) -> Any:
-    """Curves of lanes, coloured by a value of each; of very many some, evenly."""
+    """Draw curves of lanes, coloured by values; of very many, evenly spaced ones."""
     shown = np.unique(np.linspace(0, len(curves) - 1, min(LINES, len(curves))).astype(int))
     few = len(shown) < 10
     lines = matplotlib.collections.LineCollection(
@@ -171,7 +171,7 @@ def _lines(panel: Any, steps: np.ndarray, curves: np.ndarray, values: np.ndarray
 
 
 def plot_curves(result: Result) -> Any:
-    """The training loss over the steps, a panel per optimizer, coloured by the learning rate.
+    """Draw the training loss over the steps, a panel per optimizer, coloured by learning rate.
 
     Lanes whose loss left the picture end at its edge: they diverged.
     """
@@ -202,17 +202,17 @@ def plot_curves(result: Result) -> Any:
 
 
 def plot_sharpness(result: Result) -> Any:
-    """The sharpness of each lane against 2 / learning rate while it trains, a panel per optimizer.
+    """Draw the sharpness of each lane over 2 / learning rate, a panel per optimizer.
 
     Above 1 plain gradient descent oscillates along the sharpest direction; with momentum b the edge
-    is 1 + b. What comes to the edge stays there: its loss falls, but not smoothly. An optimizer
-    that divides by a magnitude has an edge of its own.
+    is 1 + b. A lane that reaches the edge stays there: its loss falls, but not smoothly. An
+    optimizer that divides by a magnitude has another edge.
 
     Raises: ValueError if the sweep has no "sharpness" (`jgd.with_sharpness`) or no learning rates.
     """
     groups = [group for group in result.plan.groups if "learning_rate" in group.axes]
     if not groups or "sharpness" not in result.plan.metrics:
-        raise ValueError("plot_sharpness: a sweep of learning rates with jgd.with_sharpness wanted")
+        raise ValueError("plot_sharpness: needs a sweep of learning rates with jgd.with_sharpness")
     figure, panels = _panels(len(groups))
     norm = _norm([x for group in groups for x in group.axes["learning_rate"]])
     seen: list[float] = []
@@ -234,7 +234,7 @@ def plot_sharpness(result: Result) -> Any:
 
 
 def plot_survivors(result: Result) -> Any:
-    """How many settings are still at it after how many steps, a line per optimizer."""
+    """Draw the number of settings that still train against the steps, a line per optimizer."""
     figure, panel = _panel(8, 4.2)
     steps = np.array([0, *result.plan.reports])
     for color, dashes, group in zip(
@@ -256,13 +256,13 @@ def plot_survivors(result: Result) -> Any:
     panel.set_yscale("symlog", linthresh=1, base=2)
     panel.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     panel.set_xlabel("step")
-    panel.set_ylabel("settings that go on")
+    panel.set_ylabel("settings that still train")
     _legend(figure, len(result.plan.groups))
     return figure
 
 
 class Range(NamedTuple):
-    """The values of a number that are as good as the best one, for one optimizer."""
+    """Range of values as good as the best one, for one optimizer."""
 
     optimizer: str
     best: float
@@ -271,11 +271,11 @@ class Range(NamedTuple):
 
 
 def ranges(result: Result) -> list[Range]:
-    """For each optimizer the best value of the number to draw against, and how far it may be off.
+    """Return for each optimizer the best learning rate, and the range of rates as good.
 
-    As good is what lies within the standard error of the best mean over seeds, or within 1 per cent
-    of it for one seed, with nothing worse between. Where other numbers vary as well, the best of
-    them counts.
+    A value is as good if it lies within the standard error of the best mean over seeds, or within 1
+    per cent of it for one seed, and no value between them is worse. Where other numbers vary as
+    well, the best of them counts.
     """
     found = []
     sign = -1 if result.mode == "max" else 1
@@ -298,7 +298,7 @@ def ranges(result: Result) -> list[Range]:
 
 
 def plot_ranges(result: Result) -> Any:
-    """The suggested value for each optimizer, and the range around it that is as good."""
+    """Draw the best value for each optimizer, and the range of values as good."""
     found = ranges(result)
     figure, panel = _panel(8, 1.2 + 0.32 * max(len(found), 1))
     for place, one in enumerate(found):
@@ -338,8 +338,10 @@ def _norm(values: list[float]) -> Any:
 
 
 def save_plots(result: Result, folder: str | Path) -> list[Path]:
-    """sensitivity.png, curves.png and ranges.png in a folder; survivors.png if lanes ended, and
-    sharpness.png if it was reported."""
+    """Write the plots into a folder as PNG, and return their paths.
+
+    sensitivity, curves and ranges; survivors if lanes ended early, sharpness if it was reported.
+    """
     plots = {
         "sensitivity.png": plot_sensitivity,
         "curves.png": plot_curves,

@@ -23,7 +23,7 @@ from jgd.tuning.loop import Decision, run
 from jgd.tuning.options import Doc, Training, count, function_of, values_of
 from jgd.tuning.plan import Plan
 from jgd.tuning.result import Best, Result
-from jgd.tuning.space import Choice, Distribution, Lanes, LogUniform, batch, is_scalar
+from jgd.tuning.space import Choice, Distribution, LogUniform, batch
 from jgd.tuning.sweep import Prepared, Stop, TrainingArguments, prepare
 
 __all__ = ["Proposed", "optuna_search"]
@@ -58,7 +58,7 @@ class SearchInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchArguments(Training, SearchInputs):
-    """The arguments of `optuna_search`."""
+    """Arguments of `optuna_search`."""
 
     at_once: Annotated[
         int,
@@ -136,9 +136,13 @@ def optuna_search(arguments: SearchArguments) -> Proposed:
         lanes = batch(arguments.factory, names, points)
         groups = lanes if isinstance(lanes, dict) else {"setting": lanes}
         sweep = prepared(groups)
-        results.append(
-            _trained(sweep, study, _by_setting(sweep.plan, names, points, batch_trials, groups))
-        )
+        first = {name: int(sweep.plan.first[index]) for name, index in sweep.plan.index.items()}
+        by_setting = {
+            first[name] + setting: batch_trials[point]
+            for name, lanes in groups.items()
+            for setting, point in enumerate(lanes.points)
+        }
+        results.append(_trained(sweep, study, by_setting))
     if arguments.storage is not None:
         optuna.copy_study(
             from_study_name=study.study_name,
@@ -160,30 +164,6 @@ def _proposed(study: Any, plan: Plan, results: list[Result]) -> Proposed:
     rows = [{k: x for k, x in row.items() if k != "tied"} for row in ranked]  # within a batch only
     best = min(results, key=lambda result: score(result.best.row)).best
     return Proposed(study, best, rows, results)
-
-
-def _by_setting(
-    plan: Plan,
-    names: list[str],
-    points: list[tuple[Any, ...]],
-    batch_trials: list[Any],
-    groups: Mapping[str, Lanes],
-) -> dict[int, Any]:
-    """Return the trial of each setting; within a group trials keep their order."""
-    trials = dict[int, Any]()
-    following = {name: int(plan.first[index]) for name, index in plan.index.items()}
-    for point, trial in zip(points, batch_trials, strict=True):
-        values = dict(zip(names, point, strict=True))
-        belongs = lambda lanes, values=values: all(
-            name in lanes.fixed and lanes.fixed[name] == value
-            if name not in lanes.axes
-            else is_scalar(value)
-            for name, value in values.items()
-        )
-        group = next(name for name, lanes in groups.items() if belongs(lanes))
-        trials[following[group]] = trial
-        following[group] += 1
-    return trials
 
 
 def _trained(prepared: Prepared, study: Any, trials: Mapping[int, Any]) -> Result:

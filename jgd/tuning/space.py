@@ -1,11 +1,11 @@
-"""Grids and samples: batches of settings that remember what was varied.
+"""Grids and samples: batches of settings that know their axes.
 
     lanes = grid(jgd.adam, learning_rate=np.logspace(-4, -1, 64), b1=[0.8, 0.9])     # 128 lanes
     lanes = random_search(jgd.adam, 500, key, learning_rate=loguniform(1e-5, 1e-1))
     jax.vmap(train)(lanes)                                  # to jax, just the batch of settings
 
-The factory is any function from numbers to a setting, so the axes are what one thinks in. Numbers
-make lanes of one program; values that change the structure (None, a bool, a string) make groups.
+The factory is any function from numbers to a setting. Numbers make lanes of one program; values
+that change the structure (None, a bool, a string) make groups.
 """
 
 import itertools
@@ -47,15 +47,21 @@ class Lanes:
     Attributes:
       settings: the batch; each leaf has a leading axis of `len(lanes)`.
       axes: name -> one value per setting.
-      fixed: name -> the structural value that all of them share.
+      fixed: name -> the structural value that all settings share.
+      points: index of each setting among the points that `batch` was called with.
     """
 
     def __init__(
-        self, settings: Any, axes: Mapping[str, np.ndarray], fixed: Mapping[str, Any] | None = None
+        self,
+        settings: Any,
+        axes: Mapping[str, np.ndarray],
+        fixed: Mapping[str, Any] | None = None,
+        points: Sequence[int] = (),
     ) -> None:
         self.settings = settings
         self.axes = dict(axes)
         self.fixed = dict(fixed or {})
+        self.points = points
 
     def __len__(self) -> int:
         leaves = jax.tree.leaves(self.settings)
@@ -70,11 +76,11 @@ class Lanes:
 
     @classmethod
     def tree_unflatten(cls, _: None, children: tuple[Any]) -> Any:
-        return children[0]  # whatever has gone through jax is the settings themselves
+        return children[0]  # after a transformation of jax: the settings themselves
 
 
 def lanes_of(settings: Any) -> Lanes:
-    """A batch of settings as `Lanes`; the leaves that differ become the axes, by their paths.
+    """Return a batch of settings as `Lanes`; leaves that differ become the axes, by their paths.
 
     Raises: ValueError if the leaves have no leading axis of one length.
     """
@@ -102,34 +108,34 @@ def lanes_of(settings: Any) -> Lanes:
 
 
 class Uniform(NamedTuple):
-    """Values between low and high, each alike."""
+    """Uniform distribution between low and high."""
 
     low: float
     high: float
 
     def at(self, u: np.ndarray) -> np.ndarray:
-        """The values of quantiles in [0, 1)."""
+        """Return the values at quantiles in [0, 1)."""
         return self.low + (self.high - self.low) * u
 
 
 class LogUniform(NamedTuple):
-    """Values between low and high, each order of magnitude alike."""
+    """Distribution between low and high whose logarithm is uniform."""
 
     low: float
     high: float
 
     def at(self, u: np.ndarray) -> np.ndarray:
-        """The values of quantiles in [0, 1)."""
+        """Return the values at quantiles in [0, 1)."""
         return self.low * (self.high / self.low) ** u
 
 
 class Choice(NamedTuple):
-    """One of several values, each alike; they may be structure."""
+    """Uniform distribution over values, which may be structure."""
 
     values: tuple[Any, ...]
 
     def at(self, u: np.ndarray) -> list[Any]:
-        """The values of quantiles in [0, 1)."""
+        """Return the values at quantiles in [0, 1)."""
         return [self.values[int(x * len(self.values))] for x in u]
 
 
@@ -137,24 +143,24 @@ Distribution = Uniform | LogUniform | Choice
 
 
 def uniform(low: float, high: float) -> Uniform:
-    """Uniform between low and high. Raises ValueError unless low < high."""
+    """Return a uniform distribution. Raises ValueError unless low < high."""
     if not low < high:
         raise ValueError(f"uniform: low must be below high, got {low} and {high}")
     return Uniform(low, high)
 
 
 def loguniform(low: float, high: float) -> LogUniform:
-    """Uniform in the logarithm between low and high. Raises ValueError unless 0 < low < high."""
+    """Return a log-uniform distribution. Raises ValueError unless 0 < low < high."""
     if not 0 < low < high:
-        raise ValueError(f"loguniform: 0 < low < high wanted, got {low} and {high}")
+        raise ValueError(f"loguniform: must have 0 < low < high, got {low} and {high}")
     return LogUniform(low, high)
 
 
 def choice(values: Iterable[Any]) -> Choice:
-    """One of the values, each alike. Raises ValueError if there are none."""
+    """Return a uniform distribution over values. Raises ValueError if there are none."""
     values = tuple(values)
     if not values:
-        raise ValueError("choice: needs at least one value")
+        raise ValueError("choice: values must hold at least one value")
     return Choice(values)
 
 
@@ -162,17 +168,17 @@ def choice(values: Iterable[Any]) -> Choice:
 
 
 def grid(factory: Callable[..., Any], /, **axes: Any) -> Any:
-    """Settings over the product of the axes, the last one fastest.
+    """Return settings over the product of the axes; the last axis varies fastest.
 
     Args:
-      factory: numbers to a setting; called with each axis by its name.
-      axes: a sequence of values each. Numbers become lanes; None, bools and strings structure.
+      factory: function from numbers to a setting; called with a value of each axis by its name.
+      axes: sequences of values. Numbers make lanes; None, bools and strings make structure.
 
-    Returns: `Lanes`; or, if structure varies, a dict of them, one for each structure, by its label.
-    Raises: ValueError for no axes or an empty one, and whatever the factory raises for a value.
+    Returns: `Lanes`; or, if structure varies, a dict of `Lanes`, one for each structure.
+    Raises: ValueError for no axes or an empty one, and what the factory raises for a value.
     """
     if not axes:
-        raise ValueError("grid: needs at least one axis")
+        raise ValueError("grid: axes must hold at least one axis, got none")
     columns = {}
     for name, values in axes.items():
         if isinstance(values, str) or not hasattr(values, "__iter__"):
@@ -186,13 +192,13 @@ def grid(factory: Callable[..., Any], /, **axes: Any) -> Any:
 def random_search(
     factory: Callable[..., Any], n: int, key: jax.Array, /, **distributions: Distribution
 ) -> Any:
-    """n settings drawn from the distributions.
+    """Return n settings drawn from distributions.
 
     Args:
-      factory: numbers to a setting; called with each of them by its name.
-      n: how many.
-      key: of the draws; one key gives the same settings everywhere.
-      distributions: `loguniform`, `uniform` or `choice` each.
+      factory: function from numbers to a setting; called with each number by its name.
+      n: number of settings, at least 1.
+      key: random key; one key gives the same settings on all machines.
+      distributions: `loguniform`, `uniform` or `choice`, by name.
 
     Returns and raises: as `grid`.
     """
@@ -203,7 +209,7 @@ def random_search(
 def sobol_search(
     factory: Callable[..., Any], n: int, key: jax.Array, /, **distributions: Distribution
 ) -> Any:
-    """n settings of a scrambled Sobol sequence: spread out evenly, best for n a power of two.
+    """Return n settings of a scrambled Sobol sequence: evenly spread, best for n a power of two.
 
     Args, returns and raises: as `random_search`. The sequence is SciPy's.
     """
@@ -218,7 +224,7 @@ def sobol_search(
 def halton_search(
     factory: Callable[..., Any], n: int, key: jax.Array, /, **distributions: Distribution
 ) -> Any:
-    """n settings of a scrambled Halton sequence: spread out evenly for any n.
+    """Return n settings of a scrambled Halton sequence: evenly spread for any n.
 
     Args, returns and raises: as `random_search`. The sequence is SciPy's.
     """
@@ -237,9 +243,12 @@ def _drawn(
     distributions: Mapping[str, Distribution],
     quantiles: Callable[[int], np.ndarray],
 ) -> Any:
-    """Settings at the quantiles, of shape (distributions, n), in [0, 1)."""
+    """Return settings at quantiles of shape (distributions, n) in [0, 1)."""
     if n < 1 or not distributions:
-        raise ValueError(f"{name}: needs at least one draw of at least one distribution")
+        raise ValueError(
+            f"{name}: must have at least one setting and one distribution, got {n} and"
+            f" {len(distributions)}"
+        )
     rows = zip(distributions.values(), quantiles(len(distributions)), strict=True)
     draws = [distribution.at(u) for distribution, u in rows]
     return batch(factory, list(distributions), list(zip(*draws, strict=True)))
@@ -250,23 +259,23 @@ def _is_array(x: Any) -> bool:
 
 
 def is_scalar(x: Any) -> bool:
-    """Whether a value makes lanes; everything else is structure."""
+    """Return whether a value makes lanes; other values are structure."""
     return is_number(x) and np.ndim(x) == 0
 
 
 def batch(factory: Callable[..., Any], names: list[str], points: Sequence[tuple[Any, ...]]) -> Any:
-    """The settings at some points: `Lanes`, or a dict of them where structure varies."""
-    groups: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
-    for point in points:  # what is no number is structure
+    """Return the settings at points: `Lanes`, or a dict of `Lanes` where structure varies."""
+    groups = dict[tuple[Any, ...], list[int]]()
+    for index, point in enumerate(points):
         structure = tuple((i, Static(x)) for i, x in enumerate(point) if not is_scalar(x))
-        groups.setdefault(structure, []).append(point)
+        groups.setdefault(structure, []).append(index)
     _try_each_value(factory, names, points)
     mixed = {i for structure in groups for i, _ in structure}
     batches = {}
     for structure, members in groups.items():
         fixed = {names[i]: node.value for i, node in structure}
         varied = [i for i in range(len(names)) if names[i] not in fixed]
-        axes = {names[i]: np.array([float(point[i]) for point in members]) for i in varied}
+        axes = {names[i]: np.array([float(points[m][i]) for m in members]) for i in varied}
         if axes:
             build = lambda numbers, fixed=fixed: factory(**numbers, **fixed)
             settings = jax.vmap(build)({k: jnp.asarray(v, float) for k, v in axes.items()})
@@ -275,16 +284,15 @@ def batch(factory: Callable[..., Any], names: list[str], points: Sequence[tuple[
             settings = jax.tree.map(lambda x: jnp.asarray(x, float)[None], one)
         shown = [f"{names[i]}={fixed.get(names[i], 'number')}" for i in sorted(mixed)]
         label = ", ".join(shown)
-        batches[f"{label} ({len(batches)})" if label in batches else label] = Lanes(
-            settings, axes, fixed
-        )
+        label = f"{label} ({len(batches)})" if label in batches else label
+        batches[label] = Lanes(settings, axes, fixed, members)
     return batches if len(batches) > 1 else next(iter(batches.values()))
 
 
 def _try_each_value(
     factory: Callable[..., Any], names: list[str], points: Sequence[tuple[Any, ...]]
 ) -> None:
-    """Call the factory once with each value, so that a bad one is refused before any training."""
+    """Call the factory once with each value, so that it refuses a bad one before any training."""
     tried = set()
     for point in points:
         values = {(i, repr(x)) for i, x in enumerate(point)}

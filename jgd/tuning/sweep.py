@@ -215,7 +215,7 @@ class Prepared:
         def state_of(lane: int) -> Any:
             if lane not in pool:
                 return None
-            states = engine.states(self.plan.group_of(lane), pool.take([lane]))
+            states = engine.programs[self.plan.group_of(lane)].states(pool.take([lane]))
             return jax.tree.map(lambda x: x[0], states)
 
         return make_result(self.plan, self.groups, ledger, self.record, state_of)

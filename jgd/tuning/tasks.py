@@ -15,7 +15,7 @@ __all__ = ["digits"]
 
 
 def digits(batch_size: int | None = 128, hidden: int = 64) -> Task:
-    """1797 images of 8 x 8 pixels in ten classes: 1347 to train on, 450 held out.
+    """Return a task: 1797 images of 8 x 8 pixels in ten classes, 450 of them held out.
 
     A network 64-hidden-10 with rectified linear units; cross-entropy; "accuracy" and "loss" on the
     held-out images. The data come with scikit-learn, nothing is downloaded.
