@@ -269,6 +269,7 @@ PRETRAINED = {  # as the parameters of a FlaxPreTrainedModel: dicts, with layers
 }
 
 
+@pytest.mark.slow
 def test_weight_decay_of_a_pretrained_model():
     """No decay for biases and LayerNorm: by globs over paths or, as in optax, by a mask."""
     no_decay = jgd.adamw(1e-2, weight_decay=0.0)
@@ -331,6 +332,7 @@ SCANNED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tx", SCANNED.values(), ids=SCANNED)
 def test_scanned_transformer(tx):
     """Stacked layers train; Muon is told the axes of its matrices, LAMB goes layer by layer."""
@@ -351,6 +353,7 @@ def test_scanned_transformer(tx):
     assert losses[-1] < 0.2 < 2.0 < losses[0]
 
 
+@pytest.mark.slow
 def test_what_stacking_means():
     """Elementwise rules do not see it; LAMB takes the stack for one layer, Muon for no matrix."""
     w = jax.random.normal(jax.random.key(0), (LAYERS, 4, 4))
@@ -411,6 +414,7 @@ print("lamb in jit:", *updated(jgd.lamb(0.1), "jit"))
 """
 
 
+@pytest.mark.slow
 def test_shard_map():
     """State sharded like the parameters: no communication, the numbers of one device.
 
@@ -480,6 +484,7 @@ def make_train(config):
     return train
 
 
+@pytest.mark.slow
 def test_reinforcement_learning_in_lanes():
     """Rates by seeds in one program; the best rate learns, the smallest hardly."""
     train = make_train(dict(actors=8, horizon=16, updates=60, discount=0.9))

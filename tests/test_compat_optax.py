@@ -80,7 +80,12 @@ def _assert_close(actual: Any, expected: Any, tolerance: float) -> None:
 
 
 CASES = [
-    pytest.param(row, scheduled, id=f"{row.label}{' scheduled' * scheduled}")
+    pytest.param(
+        row,
+        scheduled,
+        id=f"{row.label}{' scheduled' * scheduled}",
+        marks=[pytest.mark.slow] * (scheduled and row.name not in ("sgd", "adam")),
+    )
     for row in _shared()
     for scheduled in (False, True)
     if not (scheduled and row.name in NO_SCHEDULE)

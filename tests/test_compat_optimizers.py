@@ -375,6 +375,7 @@ MOVED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "numbers"), MOVED)
 def test_half_the_way_there_and_half_here_torch(name, numbers):
     params, noise = problem(MATRICES if name == "muon" else None)
@@ -405,6 +406,7 @@ KERAS_MOVED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "numbers"), KERAS_MOVED)
 def test_half_the_way_there_and_half_here_keras(name, numbers):
     half = 102  # two gradients are waiting where four make a step

@@ -105,7 +105,10 @@ def _line_batch(batch_size, rates, steps, lanes=40):
     return [diagnosis.verdict(report.seen, steps).tolist() for report in reports]
 
 
-@pytest.mark.parametrize("batch_size", [4, 16, None])
+@pytest.mark.parametrize(
+    "batch_size",
+    [4, pytest.param(16, marks=pytest.mark.slow), pytest.param(None, marks=pytest.mark.slow)],
+)
 def test_verdicts_under_the_noise_of_batches(batch_size):
     for steps, expected in (
         (100, {3e-2: "good"}),

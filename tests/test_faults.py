@@ -159,6 +159,7 @@ def test_a_fault_at_each_operation_on_files(stride, whole, tmp_path, monkeypatch
         shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 def test_a_fault_at_each_turn(whole, tmp_path):
     append, turns, died = folders.Folder.append, 0, True
     while died:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 
 import jgd
@@ -31,6 +32,7 @@ def _learned(task, lanes=LANES, **options):
     return result
 
 
+@pytest.mark.slow
 def test_flax_linen():
     model = nn.Sequential([nn.Dense(16), nn.relu, nn.Dense(2)])
     task = jgd.Task(
@@ -54,6 +56,7 @@ class _Nnx(nnx.Module):
         return self.last(self.drop(nnx.relu(self.norm(self.first(x))), rngs=rngs))
 
 
+@pytest.mark.slow
 def test_flax_nnx_with_batch_norm_and_dropout():
     split = lambda model: nnx.split(model, nnx.Param, ...)
     graph, *_ = split(nnx.eval_shape(lambda: _Nnx(nnx.Rngs(0))))
@@ -78,6 +81,7 @@ def test_flax_nnx_with_batch_norm_and_dropout():
     assert not np.allclose(model.norm.mean[...], 0)  # the statistics were carried along
 
 
+@pytest.mark.slow
 def test_equinox():
     make = lambda key: eqx.nn.MLP(5, 2, 16, 1, key=key)
     static = eqx.filter(make(jax.random.key(0)), eqx.is_array, inverse=True)

@@ -20,9 +20,15 @@ import jgd
 import jgd.optimizers
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=LABELS)
-
-
 FIRST = list({row.name: row for row in reversed(ROWS)}.values())[::-1]
+# Each optimizer by default, and its other rows in the slow tests.
+quickly_every_row = pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, id=row.label, marks=[pytest.mark.slow] * (row not in FIRST))
+        for row in ROWS
+    ],
+)
 every_optimizer = pytest.mark.parametrize("row", FIRST, ids=[row.name for row in FIRST])
 peered = pytest.mark.parametrize(
     "row", [row for row in ROWS if row.peer], ids=[row.label for row in ROWS if row.peer]
@@ -138,6 +144,7 @@ def _numbers(row):
     return {**defaults, **row.arguments}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", own_optimizers())
 def test_reaches_what_it_reached(name, float64):
     """On a badly scaled quadratic, Rosenbrock's valley and a logistic regression."""
@@ -183,7 +190,7 @@ def _by_rate(row):
     return lambda rate: row.ours(**{row.rate: rate}, **rest)
 
 
-@every_row
+@quickly_every_row
 def test_a_lane_is_the_setting_alone(row):
     rates = jnp.array([0.5, 0.9, 1.0]) * row.arguments[row.rate]
     make = _by_rate(row)
@@ -216,7 +223,7 @@ def test_one_trace_for_floats_ints_arrays_and_numpy(row):
         chex.assert_trees_all_equal(result, results[0])
 
 
-@every_row
+@quickly_every_row
 def test_constant_schedule_is_the_number(row):
     params, gradients = _small_params(), _small_gradients()
     make, rate = _by_rate(row), row.arguments[row.rate]
@@ -269,7 +276,7 @@ def test_a_float16_zero_gradient_gives_a_finite_step(row):
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
 
 
-@every_row
+@quickly_every_row
 def test_a_tree_is_its_leaves(row):
     """Or one long vector, for the rules that look at the whole tree."""
     params, gradients = _small_params(), _small_gradients()

@@ -65,6 +65,7 @@ def test_who_is_there_first_is_best_and_ends_there():
     assert highest.rows[1]["score"] == 4  # nobody else was there: the last report counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [dict(best="ever"), dict(target=4.0), dict(keep=3)])
 def test_resumed_with_the_same_best(options, tmp_path):
     whole, _ = _swept(folder=tmp_path / "whole", width=2, **options)

@@ -684,6 +684,7 @@ def setting(rate=0.2, l2=1e-3, momentum=0.9):
     return {"tx": jgd.adam(0.03), "rate": rate, "l2": l2, "momentum": momentum}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("axis", "values", "metric"),
     [("rate", [0.0, 0.2, 0.5], "loss"), ("l2", [0.0, 1e-2, 1.0], "norm"),
@@ -716,6 +717,7 @@ def test_the_strength_of_a_link_is_an_axis():
     assert [row["strength"] for row in result.rows] == [1.0, 0.0]
 
 
+@pytest.mark.slow
 def test_hypergradients_through_training():
     """Of the evaluated loss in every number of the setting, in one pass."""
 

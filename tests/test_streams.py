@@ -62,6 +62,7 @@ def test_a_stream_is_read_once_for_all_tiles_and_groups():
     assert loader.read[looks:] == list(range(24))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["generator", "grain"])
 def test_a_resumed_sweep_goes_on_with_the_stream(kind, tmp_path):
     source = grain.MapDataset.source(list(zip(X, Y, strict=True))).shuffle(seed=3).repeat()

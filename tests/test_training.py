@@ -273,7 +273,16 @@ def test_a_run_of_ones_own():
     chex.assert_trees_all_close(distances, np.array([0.5, 0.75, 0.9]) ** 10, rtol=2e-6)
 
 
-@pytest.mark.parametrize("name", ["sgd", "momentum", "adagrad", "rmsprop", "adam", "adamax"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adam",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("sgd", "momentum", "adagrad", "rmsprop", "adamax")
+        ),
+    ],
+)
 def test_hypergradients_are_finite_on_digits(name):
     """Its corner pixels are always zero, so that Adam's derivatives in optax are NaN."""
     task = digits()
