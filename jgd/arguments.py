@@ -108,6 +108,10 @@ class NumberKind(Kind):
     decay: bool = False  # the decay of an average that is corrected for its bias
 
     def admit(self, label: str, value: Any) -> Any:
+        if type(value) is float:  # as nearly all are
+            value = np.float64(value)
+            self.check_range(label, value)
+            return value
         if callable(value) and not isinstance(value, type):
             return admit_schedule(label, value)
         if not is_number(value):

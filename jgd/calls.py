@@ -109,6 +109,9 @@ class Spec:
         }
         self.names = tuple(self.kinds)
         self.labels = {name: f"{self.name}: {name}" for name in self.names}
+        self.required = frozenset(n for n, p in parameters.items() if p.default is p.empty)
+        variadic = inspect.Parameter.VAR_POSITIONAL
+        self.variadic = next((n for n, p in parameters.items() if p.kind is variadic), None)
         self.optional = frozenset(
             name
             for name, p in parameters.items()
@@ -164,9 +167,9 @@ class Spec:
         if not kwargs.keys().isdisjoint(given) or not kwargs.keys() <= self.kinds.keys():
             return self._bind_by_signature(args, kwargs)
         given.update(kwargs)
-        stored = self._defaults | {name: self.admit(name, x) for name, x in given.items()}
-        if any(x is inspect.Parameter.empty for x in stored.values()):
+        if not self.required <= given.keys():
             return self._bind_by_signature(args, kwargs)
+        stored = self._defaults | {name: self.admit(name, x) for name, x in given.items()}
         return tuple(stored.values())
 
     def _bind_by_signature(
@@ -189,9 +192,7 @@ class Spec:
         kind, label = self.kinds[name], self.labels[name]
         if value is None and name in self.optional:
             return None
-        if self.signature.parameters[name].kind is not inspect.Parameter.VAR_POSITIONAL:
-            return kind.admit(label, value)
-        if isinstance(kind, LinkKind):
+        if name == self.variadic and isinstance(kind, LinkKind):
             links: Any = value
             return tuple(kind.admit(label, link) for link in links)
         return kind.admit(label, value)
@@ -207,9 +208,9 @@ class Spec:
 
     def check_call(self, args: tuple[Any, ...]) -> None:
         """Check what is checked in a user's call only, and not in the body of a factory."""
-        for (name, kind), arg in zip(self.kinds.items(), args, strict=True):
+        for name, arg in zip(self.names, args, strict=True):
             if arg is not None and type(arg) is not np.float64:
-                kind.check_call(self.labels[name], arg)
+                self.kinds[name].check_call(self.labels[name], arg)
 
     # --- from the stored form to the body
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from optax import GradientTransformation
 
 from jgd.arguments import NonNegative, Number, Structure
-from jgd.arithmetic import abs_square, quotient, safe_sqrt
+from jgd.arithmetic import abs_square, formula, quotient, safe_sqrt
 from jgd.combinators import stateless
 from jgd.pytree import as_pytree
 from jgd.transforms import pointwise
@@ -20,11 +20,13 @@ __all__ = [
 ]
 
 
+@formula
 def norm(x: Any) -> Any:
     """Return the Euclidean norm of all entries, with derivative 0 at 0."""
     return safe_sqrt(jnp.sum(abs_square(x)))
 
 
+@formula
 def rms_norm(x: Any) -> Any:
     """Return the root mean square of all entries, with derivative 0 at 0; 0 for no entries."""
     return safe_sqrt(jnp.sum(abs_square(x)) / max(x.size, 1))

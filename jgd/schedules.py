@@ -11,6 +11,7 @@ and boundaries included: nothing here branches on a number. Where optax has a sc
 that name takes the same call and gives the same values.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from jgd.arguments import (
     Numbers,
     Positive,
 )
+from jgd.arithmetic import formula
 from jgd.pytree import as_pytree
 from jgd.ramps import as_float, as_vector, ramp, safe_power, safe_ratio, whole_ratio
 
@@ -97,15 +99,19 @@ def polynomial_schedule(
       transition_begin: where the ramp starts; less than 0 counts as 0.
     """
 
-    def value(step: Any) -> Any:
-        begin = jnp.maximum(transition_begin, 0)
-        passed = ramp(step, begin, transition_steps)
-        # the second half is counted from the end, which is exact then too: roots are steep there
-        left = ramp(begin + transition_steps - as_float(step), 0, transition_steps)
-        rest = jnp.where(passed < 0.5, 1 - passed, left)
-        return end_value + (init_value - end_value) * safe_power(rest, power)
+    return functools.partial(
+        _polynomial, init_value, end_value, power, transition_steps, transition_begin
+    )
 
-    return value
+
+@formula
+def _polynomial(init: Any, end: Any, power: Any, length: Any, begin: Any, step: Any) -> Any:
+    begin, step = jnp.maximum(begin, 0), as_float(step)
+    passed = safe_ratio(step - begin, length)
+    # the second half is counted from the end, which is exact then too: roots are steep there
+    left = safe_ratio(begin + length - step, length)
+    rest = jnp.clip(jnp.where(passed < 0.5, 1 - passed, left), 0, 1)
+    return end + (init - end) * safe_power(rest, power)
 
 
 @as_pytree
@@ -214,11 +220,14 @@ def cosine_decay_schedule(
     Source: Loshchilov & Hutter 2017, arXiv:1608.03983.
     """
 
-    def value(step: Any) -> Any:
-        cosine = 0.5 * (1 + jnp.cos(jnp.pi * ramp(step, 0, decay_steps)))
-        return init_value * ((1 - alpha) * safe_power(cosine, exponent) + alpha)
+    return functools.partial(_cosine, init_value, decay_steps, alpha, exponent)
 
-    return value
+
+@formula
+def _cosine(init: Any, length: Any, alpha: Any, exponent: Any, step: Any) -> Any:
+    passed = jnp.clip(safe_ratio(as_float(step), length), 0, 1)
+    cosine = 0.5 * (1 + jnp.cos(jnp.pi * passed))
+    return init * ((1 - alpha) * safe_power(cosine, exponent) + alpha)
 
 
 # --- pieces joined ---------------------------------------------------------------------------
