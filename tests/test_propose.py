@@ -83,7 +83,7 @@ def test_structure_may_be_proposed_and_bad_trials_fail():
 def test_bad_proposals_are_refused():
     study = optuna.create_study(direction="maximize")
     with pytest.raises(
-        ValueError, match="study must have the direction of loss, min, got maximize"
+        ValueError, match="study must have the direction of loss, minimize, got maximize"
     ):
         jgd.optuna_search(_line(), jgd.adam, 8, 4, SPACE, study=study)
     for wrong in (dict(trials=0), dict(trials=4, at_once=0)):

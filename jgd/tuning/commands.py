@@ -1,5 +1,6 @@
 """The commands: arguments -> a sweep -> its result, in the terminal and in a folder."""
 
+import contextlib
 import dataclasses
 import inspect
 import itertools
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -218,7 +220,6 @@ def _sweep(options: Sweep) -> None:
     from jgd.tuning import console, devices
     from jgd.tuning.sweep import Interrupted, sweep
 
-    several = options.coordinator is not None
     if options.coordinator is not None:
         devices.join(options.coordinator, options.processes, options.process)
     terminal = Console(quiet=not devices.is_writer())
@@ -233,30 +234,14 @@ def _sweep(options: Sweep) -> None:
     groups, halving = groups_of(options.optimizer or TEXTBOOK, options.set), _halving(options)
     if options.resume is None and devices.is_writer():
         _write_command(options, out)
-    progress = console.Progress(terminal)
-    result, interrupted = None, False
+    progress, interrupted = console.Progress(terminal), False
+    given = values_of(options, SweepOptions)
+    given |= dict(halving=halving, stop=options.patience, folder=out, resume=resume)
     try:
-        with progress:
-            result = sweep(
-                task,
-                groups,
-                options.steps,
-                halving=halving,
-                stop=options.patience,
-                folder=out,
-                resume=resume,
-                on_report=progress,
-                **values_of(options, SweepOptions),
-            )
+        with progress, _one_line(options, out):
+            result = sweep(task, groups, options.steps, on_report=progress, **given)
     except Interrupted as error:
         result, interrupted = error.result, True
-    except (ValueError, OSError) as error:
-        _forget_command(out)
-        raise UserError(str(error)) from error
-    except Exception as error:  # of the user's task, inside the program, or of the connection
-        _forget_command(out)
-        hint = f"; perhaps {_how_to_go_on(out)}" if several else ""
-        raise UserError(f"task {options.task}: {where(error)}{hint}") from error
     if not devices.is_writer():
         return
     _show(terminal, result, out, options.top)
@@ -268,6 +253,20 @@ def _sweep(options: Sweep) -> None:
     )
     if interrupted:
         raise UserError(f"interrupted; go on with: jgd sweep --resume {out}")
+
+
+@contextlib.contextmanager
+def _one_line(options: Sweep, out: Path) -> Generator[None]:
+    """Within this context, raise errors of the sweep and of the user's task as one line."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        _forget_command(out)
+        raise UserError(str(error)) from error
+    except Exception as error:  # of the user's task, inside the program, or of the connection
+        _forget_command(out)
+        hint = "" if options.coordinator is None else f"; perhaps {_how_to_go_on(out)}"
+        raise UserError(f"task {options.task}: {where(error)}{hint}") from error
 
 
 def _task(options: Sweep) -> Any:

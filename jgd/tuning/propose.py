@@ -112,21 +112,7 @@ def optuna_search(arguments: SearchArguments) -> Proposed:
     )
     middle = [tuple(space[name].at(np.array([0.5]))[0] for name in names)]
     plan = prepared(batch(arguments.factory, names, middle)).plan
-    study: Any = arguments.study
-    if study is None:
-        sampler = arguments.sampler or optuna.samplers.TPESampler(
-            constant_liar=True, seed=arguments.key
-        )
-        study = optuna.create_study(
-            direction="maximize" if plan.mode == "max" else "minimize",
-            sampler=sampler,
-            pruner=arguments.pruner or optuna.pruners.NopPruner(),
-        )
-    elif (study.direction.name == "MAXIMIZE") != (plan.mode == "max"):
-        raise ValueError(
-            f"optuna_search: study must have the direction of {plan.metric}, {plan.mode}, got"
-            f" {study.direction.name.lower()}"
-        )
+    study = _study(arguments, plan)
     distributions = {name: _of_optuna(space[name]) for name in names}
     results = list[Result]()
     for first in range(0, arguments.trials, arguments.at_once):
@@ -150,6 +136,26 @@ def optuna_search(arguments: SearchArguments) -> Proposed:
             to_storage=arguments.storage,
         )
     return _proposed(study, plan, results)
+
+
+def _study(arguments: SearchArguments, plan: Plan) -> Any:
+    """Return the study to continue, or a new one. Raises ValueError for another direction."""
+    import optuna
+
+    study, direction = arguments.study, "maximize" if plan.mode == "max" else "minimize"
+    if study is None:
+        sampler = optuna.samplers.TPESampler(constant_liar=True, seed=arguments.key)
+        return optuna.create_study(
+            direction=direction,
+            sampler=arguments.sampler or sampler,
+            pruner=arguments.pruner or optuna.pruners.NopPruner(),
+        )
+    if study.direction.name.lower() != direction:
+        raise ValueError(
+            f"optuna_search: study must have the direction of {plan.metric}, {direction}, got"
+            f" {study.direction.name.lower()}"
+        )
+    return study
 
 
 def _proposed(study: Any, plan: Plan, results: list[Result]) -> Proposed:
