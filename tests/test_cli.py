@@ -155,6 +155,21 @@ def test_killed_before_there_was_a_plan(project, monkeypatch, capsys):
         assert (project / "early" / name).read_bytes() == (project / "whole" / name).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("command", "file"), [(["sweep", "--resume"], "command.json"), (["report"], "results.json")]
+)
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_a_damaged_file_is_named_in_one_line(command, file, content, project, monkeypatch, capsys):
+    for name in ("plan.json", "command.json", "results.json", "curves.npz"):
+        (project / name).write_text("{}")
+    (project / file).write_text(content)
+    with pytest.raises(SystemExit):
+        _jgd(monkeypatch, *command, ".")
+    error = capsys.readouterr().err
+    assert file in error
+    assert len(error.splitlines()) == 1
+
+
 def test_a_factory_of_optax(project, monkeypatch, capsys):
     _jgd(
         monkeypatch,

@@ -257,7 +257,7 @@ def _sweep(options: Sweep) -> None:
 
 @contextlib.contextmanager
 def _one_line(options: Sweep, out: Path) -> Generator[None]:
-    """Within this context, raise errors of the sweep and of the user's task as one line."""
+    """Turn errors of the sweep and of the user's task into a `UserError` of one line."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -336,10 +336,12 @@ def _resumed(options: Sweep) -> Sweep:
     path = options.resume / "command.json"
     if not path.exists():
         raise UserError(f"{options.resume} holds no sweep of the command line: no command.json")
-    given = json.loads(path.read_text())
     now = ("top", "checkpoint_every", "coordinator", "processes", "process", "resume")
-    given |= {name: getattr(options, name) for name in now} | {"out": options.resume}
-    return Sweep(**given)
+    given = {name: getattr(options, name) for name in now} | {"out": options.resume}
+    try:
+        return Sweep(**json.loads(path.read_text()) | given)
+    except (OSError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def _new_folder(path: Path) -> Path:

@@ -169,7 +169,7 @@ class Folder:
             path.unlink()
         named = set[str]()
         for path in _manifests(self.path):
-            with contextlib.suppress(ValueError, KeyError):  # a damaged one names nothing
+            with contextlib.suppress(ValueError, KeyError):  # a damaged manifest names no state
                 named |= set(_read_json(path)["blocks"])
         for path in _entries(self.path / "states"):
             if path.name not in named:
@@ -180,14 +180,14 @@ class Folder:
     def last_checkpoint(self) -> dict[str, Any] | None:
         """Return the manifest of the last whole checkpoint; None if there is none.
 
-        What is wrong with damaged ones is added to `notes`.
+        A line for each damaged checkpoint is added to `notes`.
         """
         for path in _manifests(self.path):
             try:
                 manifest = _read_json(path)
                 self._check(manifest)
             except (OSError, ValueError, KeyError, TypeError) as error:
-                self.notes.append(f"checkpoint {_generation(path)}: {error}")
+                self.notes.append(f"{self.path}: checkpoint {_generation(path)}: {error}")
                 continue
             return manifest
         return None
@@ -327,8 +327,8 @@ def read_result(path: str | Path) -> Result:
     for name in ("plan.json", "results.json", "curves.npz"):
         if not (path / name).exists():
             raise FileNotFoundError(f"{path} holds no finished sweep: there is no {name}")
-    plan = Plan.of_json(_read_json(path / "plan.json"))
     rows = _read_json(path / "results.json")["rows"]
+    plan = Plan.of_json(_read_json(path / "plan.json"))
     rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
     with np.load(path / "curves.npz") as arrays:
         curves = {
