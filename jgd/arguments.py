@@ -108,7 +108,7 @@ class NumberKind(Kind):
     decay: bool = False  # the decay of an average that is corrected for its bias
 
     def admit(self, label: str, value: Any) -> Any:
-        if type(value) is float:  # as nearly all are
+        if type(value) is float:  # the common case, kept short
             value = np.float64(value)
             self.check_range(label, value)
             return value

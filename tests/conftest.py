@@ -49,7 +49,7 @@ MINUTES = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark notebooks as slow, sort by duration, and give the tests of a row to one worker.
 
-    They share programs that the worker then compiles once.
+    Tests of a row share programs, which one worker compiles once.
     """
     for item in items:
         row = getattr(item, "callspec", None) and item.callspec.params.get("row")

@@ -32,7 +32,7 @@ def test_sequences_are_spread_out(search):
     other = search(jgd.adam, 64, jax.random.key(1), **SPACE)
     assert (lanes.axes["b1"] != other.axes["b1"]).any()
     assert len(search(jgd.adam, 5, jax.random.key(0), **SPACE)) == 5
-    with pytest.raises(ValueError, match=f"{search.__name__}: must have at least one setting"):
+    with pytest.raises(ValueError, match=f"{search.__name__}: n and the number of distributions"):
         search(jgd.adam, 0, jax.random.key(0), **SPACE)
 
 

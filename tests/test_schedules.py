@@ -53,7 +53,7 @@ def test_equals_optax(name, arguments):
     expected = np.array([theirs(int(step)) for step in STEPS], np.float32)
     jitted = jax.jit(lambda schedule, step: schedule(step))
     close = functools.partial(chex.assert_trees_all_close, rtol=2e-6, atol=2e-7)
-    close(jnp.stack([ours(int(s)) for s in STEPS[::9]]), expected[::9])
+    close(jnp.stack([ours(int(s)) for s in STEPS]), expected)
     close(jnp.stack([jitted(ours, s) for s in STEPS[::9]]), expected[::9])
     close(jax.vmap(ours)(STEPS), expected)
     close(ours(STEPS), expected)

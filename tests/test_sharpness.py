@@ -47,7 +47,7 @@ def test_gradient_descent_oscillates_beyond_two_over_the_rate():
     assert result.curves["sgd"].metrics["loss"][2, -1] > 1e-3
     assert plots.plot_sharpness(result).axes
     plain = jgd.sweep(_quartic(), lanes, 10)
-    with pytest.raises(ValueError, match=r"needs a sweep of learning rates"):
+    with pytest.raises(ValueError, match=r"sweep of learning rates with jgd\.with_sharpness"):
         plots.plot_sharpness(plain)
 
 

@@ -1,7 +1,7 @@
 """The batches of the chunks of a sweep: one protocol for a function of the step and for a stream.
 
-    ahead = batches.of(first)               # outside the program: an argument of the chunk
-    batches.at(ahead, first, offset)        # inside it: one batch
+    chunk = batches.of(first)               # outside the program: an argument of it
+    batches.at(chunk, first, offset)        # inside the program: one batch
 
 A sequential source is read once: every tile does a chunk before any tile does the next one.
 """
@@ -30,8 +30,8 @@ class BatchSource(Protocol):
         """Return the batches of the chunk from this step on, as the program takes them."""
         ...
 
-    def at(self, ahead: Any, first: Any, offset: Any) -> Any:
-        """Return one batch. Traced."""
+    def at(self, chunk: Any, first: Any, offset: Any) -> Any:
+        """Return one batch of a chunk. Traced."""
         ...
 
     def release(self) -> None:
@@ -84,24 +84,24 @@ class FunctionBatches:
         moves = id(closed.jaxpr.invars[0]) in used
         self.ahead = moves and size * self.size <= BYTES_AHEAD
         self.keep = size * self.size * len(reports) <= 4 * BYTES_AHEAD
-        self._known = dict[int, Any]()
+        self._chunks = dict[int, Any]()
         many = lambda first: jax.vmap(self.batch)(first + jnp.arange(self.size))
         self.make = compiler.compiled(many, np.int32(0), out=compiler.on_all)
 
     def of(self, first: int) -> Any:
         if not self.ahead:
             return ()
-        if first not in self._known:
+        if first not in self._chunks:
             if not self.keep:
-                self._known.clear()
-            self._known[first] = self.make(np.int32(first))
-        return self._known[first]
+                self._chunks.clear()
+            self._chunks[first] = self.make(np.int32(first))
+        return self._chunks[first]
 
-    def at(self, ahead: Any, first: Any, offset: Any) -> Any:
-        return pick(ahead, offset) if self.ahead else self.batch(first + offset)
+    def at(self, chunk: Any, first: Any, offset: Any) -> Any:
+        return pick(chunk, offset) if self.ahead else self.batch(first + offset)
 
     def release(self) -> None:
-        self._known.clear()
+        self._chunks.clear()
 
     def mark(self, first: int) -> None:
         return None

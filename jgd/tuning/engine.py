@@ -6,7 +6,8 @@
     wait()                                              # lanes, losses, metrics, endings
 
 Sweeps of one task that differ in numbers only share their programs within a process, as calls of
-one jitted function do: `shared_programs` finds them by the identity of the task's functions.
+one jitted function do: `shared_programs` finds them by the identity of the task's functions and by
+the digest of its data.
 """
 
 import collections

@@ -45,7 +45,7 @@ class Group:
     fixed: Mapping[str, str]  # structural values that all of them share
     settings: int
     width: int = 0  # lanes in a tile; the last tile of a group is padded
-    widths: Sequence[int] = ()  # of tiles with fewer lanes as well, widest first
+    widths: Sequence[int] = ()  # of all its tiles, widest first; narrow ones hold fewer lanes
     costs: Sequence[float] = ()  # the time of a step at each of them, in any unit
 
     def at_width(
@@ -74,7 +74,7 @@ class Group:
 class Plan(SweepOptions):
     """The options of a sweep, resolved, and what follows from them."""
 
-    # options that may be None for a user are known here
+    # resolved: in the user's options these may be None
     report_every: int = 1
     metric: str = "loss"
     mode: Literal["min", "max"] = "min"
@@ -83,7 +83,7 @@ class Plan(SweepOptions):
     reports: list[int]
     rounds: list[int]
     groups: list[Group]
-    brackets: list[int]  # of halving: one for each setting
+    brackets: list[int]  # the bracket of each setting
     metrics: list[str]  # of `evaluate`, in its order
     halving: Mapping[str, Any] | None
     stop: str | None
@@ -254,7 +254,7 @@ def _rungs(halving: Any, steps: int) -> list[int]:
             f"sweep: halving must have distinct rungs, got {rungs} for {steps} steps, eta"
             f" {halving.eta} and min_steps {halving.min_steps}. Lower min_steps or raise eta"
         )
-    return rungs  # of the first bracket: the others have a part of them
+    return rungs  # the first bracket has the rungs of all brackets
 
 
 def usual_width(lanes: int, at_once: int, most: int = WIDTH) -> int:

@@ -212,7 +212,9 @@ def plot_sharpness(result: Result) -> Any:
     """
     groups = [group for group in result.plan.groups if "learning_rate" in group.axes]
     if not groups or "sharpness" not in result.plan.metrics:
-        raise ValueError("plot_sharpness: needs a sweep of learning rates with jgd.with_sharpness")
+        raise ValueError(
+            "plot_sharpness: result must be of a sweep of learning rates with jgd.with_sharpness"
+        )
     figure, panels = _panels(len(groups))
     norm = _norm([x for group in groups for x in group.axes["learning_rate"]])
     seen: list[float] = []
@@ -340,7 +342,8 @@ def _norm(values: list[float]) -> Any:
 def save_plots(result: Result, folder: str | Path) -> list[Path]:
     """Write the plots into a folder as PNG, and return their paths.
 
-    sensitivity, curves and ranges; survivors if lanes ended early, sharpness if it was reported.
+    They are sensitivity, curves and ranges; survivors if lanes ended early; sharpness if it was
+    reported.
     """
     plots = {
         "sensitivity.png": plot_sensitivity,

@@ -152,7 +152,7 @@ def uniform(low: float, high: float) -> Uniform:
 def loguniform(low: float, high: float) -> LogUniform:
     """Return a log-uniform distribution. Raises ValueError unless 0 < low < high."""
     if not 0 < low < high:
-        raise ValueError(f"loguniform: must have 0 < low < high, got {low} and {high}")
+        raise ValueError(f"loguniform: bounds must satisfy 0 < low < high, got {low} and {high}")
     return LogUniform(low, high)
 
 
@@ -174,7 +174,7 @@ def grid(factory: Callable[..., Any], /, **axes: Any) -> Any:
       factory: function from numbers to a setting; called with a value of each axis by its name.
       axes: sequences of values. Numbers make lanes; None, bools and strings make structure.
 
-    Returns: `Lanes`; or, if structure varies, a dict of `Lanes`, one for each structure.
+    Returns: `Lanes`; or, if structure varies, a dict of `Lanes` by the label of each structure.
     Raises: ValueError for no axes or an empty one, and what the factory raises for a value.
     """
     if not axes:
@@ -246,7 +246,7 @@ def _drawn(
     """Return settings at quantiles of shape (distributions, n) in [0, 1)."""
     if n < 1 or not distributions:
         raise ValueError(
-            f"{name}: must have at least one setting and one distribution, got {n} and"
+            f"{name}: n and the number of distributions must be at least 1, got {n} and"
             f" {len(distributions)}"
         )
     rows = zip(distributions.values(), quantiles(len(distributions)), strict=True)

@@ -103,8 +103,8 @@ class StreamBatches:
                 self._ahead = following, self._thread.submit(self._read, following)
         return self._now[1]
 
-    def at(self, ahead: Any, first: Any, offset: Any) -> Any:
-        return pick(ahead, offset)
+    def at(self, chunk: Any, first: Any, offset: Any) -> Any:
+        return pick(chunk, offset)
 
     def release(self) -> None:
         self._now, self._ahead = (-1, None), None

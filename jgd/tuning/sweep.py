@@ -324,16 +324,16 @@ class Clock:
     ) -> None:
         self.schedule, self.plan = sweep.schedule, sweep.plan
         self.folder, self.ctrl_c = folder, ctrl_c
-        self.last = time.monotonic()  # checkpoint
-        self.start = self.last - self.schedule.elapsed
+        self.last_checkpoint = time.monotonic()
+        self.start = self.last_checkpoint - self.schedule.elapsed
 
     def __call__(self, events: list[Report | Cut]) -> Decision:
-        now, plan = time.monotonic(), self.plan
+        now, plan, folder = time.monotonic(), self.plan, self.folder
         self.schedule.elapsed = now - self.start
         late = plan.seconds is not None and self.schedule.elapsed > plan.seconds
-        due = self.folder is not None and now - self.last > plan.checkpoint_every
-        if due := due and self.folder is not None and not self.folder.busy():
-            self.last = now
+        due = now - self.last_checkpoint > plan.checkpoint_every
+        if due := due and folder is not None and not folder.busy():
+            self.last_checkpoint = now
         interrupt = self.ctrl_c is not None and self.ctrl_c.interrupt
         return Decision(checkpoint=due, stop=late, interrupt=interrupt)
 
