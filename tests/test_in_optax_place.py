@@ -1,6 +1,8 @@
 """optax's own tests, from its wheel, pass with jgd's functions in the place of optax's.
 
-`in_optax_place` puts them there. `DIFFERENCES` has every test that fails for it, and why.
+`in_optax_place` puts them there. `DIFFERENCES` has every test that fails for it, and why. optax runs
+some tests for each optimizer with each dtype and problem: a sample of these has each optimizer once.
+`OPTAX_TESTS=all` runs all of them, in twice the time, as the workflow does every week.
 """
 
 import fnmatch
@@ -94,7 +96,8 @@ def _failed(report):
 
 @pytest.mark.slow
 def test_optax_passes_its_tests_with_jgd_in_its_place(tmp_path):
-    report, printed = _run(_files(), tmp_path / "jgd.json")
+    sample = [] if os.environ.get("OPTAX_TESTS") == "all" else ["--sample"]
+    report, printed = _run(_files(), tmp_path / "jgd.json", *sample)
     failed = _failed(report)
     if failed:
         itself, _ = _run(sorted(failed), tmp_path / "optax.json", "--optax-itself")
