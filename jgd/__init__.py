@@ -60,7 +60,7 @@ _MODULES = {
     "jgd.training": "Run Task minibatches supervised train with_sharpness",
     "jgd.tuning.prune": "hyperband successive_halving",
     "jgd.tuning.space": """
-        choice grid halton_search loguniform random_search sobol_search uniform""",
+        choice grid halton_search integers loguniform random_search sobol_search uniform""",
     "jgd.tuning.streams": "stream",
     "jgd.tuning.sweep": "iter_sweep sweep",
     "jgd.tuning.propose": "optuna_search",

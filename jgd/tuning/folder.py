@@ -34,9 +34,10 @@ from jgd.tuning.events import Cut, Report, decode, encode
 from jgd.tuning.plan import FORMAT, Plan, plain
 from jgd.tuning.result import Best, Curves, Result
 
-__all__ = ["Folder", "read_result"]
+__all__ = ["Folder", "read_json", "read_result", "write_json"]
 
-EARLY = ("command.json", "plan.json.part", "command.json.part")  # a sweep that has not started
+# files of a sweep or a search that has not started
+EARLY = ("command.json", "plan.json.part", "command.json.part", "search.json.part")
 
 
 class Folder:
@@ -62,7 +63,7 @@ class Folder:
         if not resume and self._writes and not self._is_free():
             raise FileExistsError(f"{self.path} is not empty. Give a sweep a folder of its own")
         self.enabled = path is not None
-        self.plan = _read_json(self.path / "plan.json") if resume else None
+        self.plan = read_json(self.path / "plan.json") if resume else None
         self._journal = self.path / "journal.jsonl"
         self._events = self._bytes = self._crc = self._generation = 0
         self._writer = concurrent.futures.ThreadPoolExecutor(1)
@@ -170,7 +171,7 @@ class Folder:
         named = set[str]()
         for path in _manifests(self.path):
             with contextlib.suppress(ValueError, KeyError):  # a damaged manifest names no state
-                named |= set(_read_json(path)["blocks"])
+                named |= set(read_json(path)["blocks"])
         for path in _entries(self.path / "states"):
             if path.name not in named:
                 shutil.rmtree(path)
@@ -184,7 +185,7 @@ class Folder:
         """
         for path in _manifests(self.path):
             try:
-                manifest = _read_json(path)
+                manifest = read_json(path)
                 self._check(manifest)
             except (OSError, ValueError, KeyError, TypeError) as error:
                 self.notes.append(f"{self.path}: checkpoint {_generation(path)}: {error}")
@@ -237,8 +238,13 @@ class Folder:
     # --- files
 
     def _write_json(self, name: str, content: Any) -> None:
-        with _replacing(self.path / name) as path:
-            path.write_text(json.dumps(plain(content), indent=1))
+        write_json(self.path / name, plain(content))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file of JSON; at any moment it is whole."""
+    with _replacing(path) as part:
+        part.write_text(json.dumps(content, indent=1))
 
 
 @contextlib.contextmanager
@@ -286,7 +292,8 @@ def _manifests(path: Path) -> list[Path]:
     return sorted(path.glob("manifest-[0-9]*.json"), key=_generation, reverse=True)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a file of JSON. Raises ValueError if it holds none."""
     try:
         return dict[str, Any](json.loads(path.read_text()))
     except (TypeError, ValueError) as error:
@@ -327,8 +334,8 @@ def read_result(path: str | Path) -> Result:
     for name in ("plan.json", "results.json", "curves.npz"):
         if not (path / name).exists():
             raise FileNotFoundError(f"{path} holds no finished sweep: there is no {name}")
-    rows = _read_json(path / "results.json")["rows"]
-    plan = Plan.of_json(_read_json(path / "plan.json"))
+    rows = read_json(path / "results.json")["rows"]
+    plan = Plan.of_json(read_json(path / "plan.json"))
     rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
     with np.load(path / "curves.npz") as arrays:
         curves = {

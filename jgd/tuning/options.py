@@ -1,7 +1,7 @@
 """The options of a sweep: each declared, documented, given its default and checked once.
 
     class Training          options of `sweep`, of `optuna_search`, of the command and of the plan
-    class SweepOptions      adds limits and what to keep: not for `optuna_search`
+    class SweepOptions      adds limits of the whole and what to keep: not for `optuna_search`
 
     @function_of(SweepArguments)        # SweepArguments(SweepOptions) adds task, settings, folder
     def sweep(arguments): ...           # called as sweep(task, settings, steps=100, seeds=3)
@@ -84,6 +84,14 @@ class Training:
         Doc("""Number of devices to shard the lanes of a tile over; widths are multiples of it.
         Lanes do not communicate within a chunk. None: all devices."""),
     ] = None
+    target: Annotated[
+        float | None,
+        Doc("""Stop a lane once the metric reaches this value, and rank by the number of steps it
+        took. None: no target."""),
+    ] = None
+    checkpoint_every: Annotated[
+        float, Doc("Seconds between checkpoints: what a crash can lose.")
+    ] = 30.0
 
     def __post_init__(self) -> None:
         for name in ("seeds", "width", "report_every"):
@@ -92,6 +100,12 @@ class Training:
             self._check_count(name, least=None)
         for name in ("order", "mode", "best"):
             self._check_choice(name)
+        if self.target is not None and not math.isfinite(self.target):
+            raise ValueError(f"sweep: target must be finite, got {self.target}")
+        if not self.checkpoint_every >= 0:
+            raise ValueError(
+                f"sweep: checkpoint_every must be at least 0, got {self.checkpoint_every}"
+            )
 
     def _check_count(self, name: str, least: int | None = 1) -> None:
         value = getattr(self, name)
@@ -112,16 +126,11 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepOptions(Training):
-    """Options of training, of ranking and of the limits of a sweep."""
+    """Options of training, of the limits of a sweep and of what it keeps."""
 
     keep: Annotated[
         int, Doc("Number of best settings to return with their trained states, at least 1.")
     ] = 1
-    target: Annotated[
-        float | None,
-        Doc("""Stop a lane once the metric reaches this value, and rank by the number of steps it
-        took. None: no target."""),
-    ] = None
     budget: Annotated[
         int | None,
         Doc("""Limit on lane-steps, including those that pad tiles. Running chunks finish, no new
@@ -132,22 +141,13 @@ class SweepOptions(Training):
         Doc("""Limit on wall-clock time, in seconds. Running chunks finish, no new one starts. A
         sweep that reaches it does not repeat exactly. None: no limit."""),
     ] = None
-    checkpoint_every: Annotated[
-        float, Doc("Seconds between checkpoints: what a crash can lose.")
-    ] = 30.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_count("keep")
         self._check_count("budget")
-        if self.target is not None and not math.isfinite(self.target):
-            raise ValueError(f"sweep: target must be finite, got {self.target}")
         if self.seconds is not None and not self.seconds > 0:
             raise ValueError(f"sweep: seconds must be above 0, got {self.seconds}")
-        if not self.checkpoint_every >= 0:
-            raise ValueError(
-                f"sweep: checkpoint_every must be at least 0, got {self.checkpoint_every}"
-            )
 
 
 def count(label: str, value: Any, least: int | None = 1) -> int:

@@ -10,6 +10,7 @@ that change the structure (None, a bool, a string) make groups.
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,12 +25,14 @@ from jgd.lanes import refuse_functions
 __all__ = [
     "Choice",
     "Distribution",
+    "Integers",
     "Lanes",
     "LogUniform",
     "Uniform",
     "choice",
     "grid",
     "halton_search",
+    "integers",
     "loguniform",
     "random_search",
     "sobol_search",
@@ -117,6 +120,10 @@ class Uniform(NamedTuple):
         """Return the values at quantiles in [0, 1)."""
         return self.low + (self.high - self.low) * u
 
+    def suggest(self, trial: Any, name: str) -> float:
+        """Return the value that an Optuna trial suggests."""
+        return trial.suggest_float(name, self.low, self.high)
+
 
 class LogUniform(NamedTuple):
     """Distribution between low and high whose logarithm is uniform."""
@@ -128,6 +135,28 @@ class LogUniform(NamedTuple):
         """Return the values at quantiles in [0, 1)."""
         return self.low * (self.high / self.low) ** u
 
+    def suggest(self, trial: Any, name: str) -> float:
+        """Return the value that an Optuna trial suggests."""
+        return trial.suggest_float(name, self.low, self.high, log=True)
+
+
+class Integers(NamedTuple):
+    """Distribution over the integers from low to high: uniform, or in the logarithm."""
+
+    low: int
+    high: int
+    log: bool
+
+    def at(self, u: np.ndarray) -> np.ndarray:
+        """Return the values at quantiles in [0, 1)."""
+        ends = self.low - 0.5, self.high + 0.5  # each integer is the middle of its interval
+        spread = LogUniform(*ends) if self.log else Uniform(*ends)
+        return np.rint(spread.at(u)).astype(int).clip(self.low, self.high)
+
+    def suggest(self, trial: Any, name: str) -> int:
+        """Return the value that an Optuna trial suggests."""
+        return trial.suggest_int(name, self.low, self.high, log=self.log)
+
 
 class Choice(NamedTuple):
     """Uniform distribution over values, which may be structure."""
@@ -138,8 +167,14 @@ class Choice(NamedTuple):
         """Return the values at quantiles in [0, 1)."""
         return [self.values[int(x * len(self.values))] for x in u]
 
+    def suggest(self, trial: Any, name: str) -> Any:
+        """Return the value that an Optuna trial suggests; it knows plain values, others by repr."""
+        plain = bool | int | float | str | None
+        labels = [value if isinstance(value, plain) else repr(value) for value in self.values]
+        return self.values[labels.index(trial.suggest_categorical(name, labels))]
 
-Distribution = Uniform | LogUniform | Choice
+
+Distribution = Uniform | LogUniform | Integers | Choice
 
 
 def uniform(low: float, high: float) -> Uniform:
@@ -154,6 +189,28 @@ def loguniform(low: float, high: float) -> LogUniform:
     if not 0 < low < high:
         raise ValueError(f"loguniform: bounds must satisfy 0 < low < high, got {low} and {high}")
     return LogUniform(low, high)
+
+
+def integers(low: int, high: int, *, log: bool = False) -> Integers:
+    """Return a distribution over the integers from low to high, both included.
+
+    They are numbers, not structure: the factory gets them as traced floats.
+
+    Args:
+      low: with log, at least 1.
+      high: above low.
+      log: whether their logarithm is uniform; False: all are equally likely.
+
+    Raises: ValueError for a bound out of its range, TypeError for one that is no integer.
+    """
+    try:
+        low, high = operator.index(low), operator.index(high)
+    except TypeError:
+        raise TypeError(f"integers: bounds must be integers, got {low!r} and {high!r}") from None
+    if not low < high or (log and low < 1):
+        least = "1 <= " if log else ""
+        raise ValueError(f"integers: bounds must satisfy {least}low < high, got {low} and {high}")
+    return Integers(low, high, log)
 
 
 def choice(values: Iterable[Any]) -> Choice:
@@ -186,7 +243,8 @@ def grid(factory: Callable[..., Any], /, **axes: Any) -> Any:
         columns[name] = list(np.asarray(values) if _is_array(values) else values)
         if not columns[name]:
             raise ValueError(f"grid: axis {name} has no values")
-    return batch(factory, list(columns), list(itertools.product(*columns.values())))
+    product = itertools.product(*columns.values())
+    return batch(factory, [dict(zip(columns, point, strict=True)) for point in product])
 
 
 def random_search(
@@ -251,7 +309,8 @@ def _drawn(
         )
     rows = zip(distributions.values(), quantiles(len(distributions)), strict=True)
     draws = [distribution.at(u) for distribution, u in rows]
-    return batch(factory, list(distributions), list(zip(*draws, strict=True)))
+    points = zip(*draws, strict=True)
+    return batch(factory, [dict(zip(distributions, point, strict=True)) for point in points])
 
 
 def _is_array(x: Any) -> bool:
@@ -263,40 +322,46 @@ def is_scalar(x: Any) -> bool:
     return is_number(x) and np.ndim(x) == 0
 
 
-def batch(factory: Callable[..., Any], names: list[str], points: Sequence[tuple[Any, ...]]) -> Any:
-    """Return the settings at points: `Lanes`, or a dict of `Lanes` where structure varies."""
+def batch(factory: Callable[..., Any], points: Sequence[Mapping[str, Any]]) -> Any:
+    """Return the settings at points: `Lanes`, or a dict of `Lanes` where structure varies.
+
+    Args:
+      points: the arguments of each call of the factory. Where one lacks a name that others have,
+        the factory's default is structure.
+    """
+    names = list(dict.fromkeys(name for point in points for name in point))
     groups = dict[tuple[Any, ...], list[int]]()
     for index, point in enumerate(points):
-        structure = tuple((i, Static(x)) for i, x in enumerate(point) if not is_scalar(x))
-        groups.setdefault(structure, []).append(index)
-    _try_each_value(factory, names, points)
-    mixed = {i for structure in groups for i, _ in structure}
+        kinds = (
+            (n, None if is_scalar(point[n]) else Static(point[n])) for n in names if n in point
+        )
+        groups.setdefault(tuple(kinds), []).append(index)
+    _try_each_value(factory, points)
+    constant = {name for name in names if all((name, None) in structure for structure in groups)}
     batches = {}
     for structure, members in groups.items():
-        fixed = {names[i]: node.value for i, node in structure}
-        varied = [i for i in range(len(names)) if names[i] not in fixed]
-        axes = {names[i]: np.array([float(points[m][i]) for m in members]) for i in varied}
+        fixed = {name: node.value for name, node in structure if node is not None}
+        varied = [name for name, node in structure if node is None]
+        axes = {name: np.array([float(points[m][name]) for m in members]) for name in varied}
         if axes:
             build = lambda numbers, fixed=fixed: factory(**numbers, **fixed)
             settings = jax.vmap(build)({k: jnp.asarray(v, float) for k, v in axes.items()})
         else:
             one = factory(**fixed)
             settings = jax.tree.map(lambda x: jnp.asarray(x, float)[None], one)
-        shown = [f"{names[i]}={fixed.get(names[i], 'number')}" for i in sorted(mixed)]
-        label = ", ".join(shown)
+        shown = {**dict.fromkeys(names, "default"), **dict.fromkeys(varied, "number"), **fixed}
+        label = ", ".join(f"{name}={x}" for name, x in shown.items() if name not in constant)
         label = f"{label} ({len(batches)})" if label in batches else label
         batches[label] = Lanes(settings, axes, fixed, members)
     return batches if len(batches) > 1 else next(iter(batches.values()))
 
 
-def _try_each_value(
-    factory: Callable[..., Any], names: list[str], points: Sequence[tuple[Any, ...]]
-) -> None:
+def _try_each_value(factory: Callable[..., Any], points: Sequence[Mapping[str, Any]]) -> None:
     """Call the factory once with each value, so that it refuses a bad one before any training."""
     tried = set()
     for point in points:
-        values = {(i, repr(x)) for i, x in enumerate(point)}
+        values = {(name, repr(x)) for name, x in point.items()}
         if not values <= tried:
             tried |= values
-            setting = factory(**dict(zip(names, point, strict=True)))
+            setting = factory(**point)
             refuse_functions(getattr(factory, "__name__", "factory"), setting)

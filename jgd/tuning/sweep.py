@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +24,7 @@ from jgd.tuning.events import Cut, Report
 from jgd.tuning.folder import Folder
 from jgd.tuning.inputs import check_inputs, resumed
 from jgd.tuning.loop import Decision, Schedule, Sweep, run
-from jgd.tuning.options import Doc, SweepOptions, function_of
+from jgd.tuning.options import Doc, SweepOptions, Training, function_of
 from jgd.tuning.plan import Plan, fingerprint, make_plan
 from jgd.tuning.pool import Block
 from jgd.tuning.prune import Halving
@@ -36,42 +36,29 @@ from jgd.tuning.widths import choose_widths
 __all__ = ["Interrupted", "iter_sweep", "sweep"]
 
 
-Stop = Annotated[
-    Monitor | int | None,
-    Doc("""`jgd.stopping.early_stopping(...)` on the metric of each lane, or its patience alone; a
-    report is an epoch. None: no lane stops early."""),
-]
-
-
-@dataclass(frozen=True)
-class SweepInputs:
-    """Positional arguments of `sweep`."""
-
-    task: Annotated[Task | Run, Doc("A `Task`, or any `Run`.")]
-    settings: Annotated[
-        Any,
-        Doc("""A batch of settings, or a dict of batches by name: what `grid`, `random_search`,
-        `stack` or `jax.vmap` of a factory returns. One program is compiled for each structure, at
-        each width."""),
-    ]
-    steps: Annotated[int, Doc("Steps of each training, at least 4.")]
+# a pruner: plan and reports of a turn -> the settings to cut
+Prune = Callable[[Plan, list[Report | Cut]], Iterable[int]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingArguments(SweepOptions, SweepInputs):
-    """Arguments of `iter_sweep`: those of `sweep` that concern no folder."""
+class Cutting(Training):
+    """Options of training, and objects that end lanes early."""
 
     halving: Annotated[
         Halving | None,
         Doc("""`jgd.successive_halving(...)` or `jgd.hyperband(...)`: at some steps only the best
         settings go on. None: all settings run to their end."""),
     ] = None
-    stop: Stop = None
+    stop: Annotated[
+        Monitor | int | None,
+        Doc("""`jgd.stopping.early_stopping(...)` on the metric of each lane, or its patience
+        alone; a report is an epoch. None: no lane stops early."""),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepArguments(TrainingArguments):
-    """Arguments of `sweep`."""
+class Recorded(Cutting):
+    """Options of `sweep` and of `optuna_search`: those of training, a folder, and a callback."""
 
     folder: Annotated[
         str | Path | None,
@@ -94,6 +81,30 @@ class SweepArguments(TrainingArguments):
             raise ValueError(
                 "sweep: folder must be the folder of a sweep with resume=True, got None"
             )
+
+
+@dataclass(frozen=True)
+class SweepInputs:
+    """Positional arguments of `sweep`."""
+
+    task: Annotated[Task | Run, Doc("A `Task`, or any `Run`.")]
+    settings: Annotated[
+        Any,
+        Doc("""A batch of settings, or a dict of batches by name: what `grid`, `random_search`,
+        `stack` or `jax.vmap` of a factory returns. One program is compiled for each structure, at
+        each width."""),
+    ]
+    steps: Annotated[int, Doc("Steps of each training, at least 4.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingArguments(SweepOptions, Cutting, SweepInputs):
+    """Arguments of `iter_sweep`: those of `sweep` that concern no folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepArguments(TrainingArguments, Recorded):
+    """Arguments of `sweep`."""
 
 
 @function_of(SweepArguments)
@@ -119,11 +130,23 @@ def sweep(arguments: SweepArguments) -> Result:
       in the data, a learning rate that is negative or NaN, an `evaluate` that returns no dict of
       scalars, or an option out of its range. Interrupted, on Ctrl-C.
     """
+    return run_sweep(arguments)
+
+
+def run_sweep(arguments: SweepArguments, prune: Prune | None = None) -> Result:
+    """Run a sweep.
+
+    Args:
+      prune: called with the events of each turn. First, if the sweep is resumed, with those of the
+        journal: their cuts are in it, so what it returns is ignored.
+    """
     folder = Folder(arguments.folder, resume=arguments.resume)
     prepared = prepare(arguments, folder.plan)
     plan = prepared.plan
     if arguments.resume:
         _resume(prepared, folder)
+        if prune is not None:
+            list(prune(plan, list(folder.events(plan))))
     else:
         folder.write_plan(plan)
 
@@ -139,7 +162,7 @@ def sweep(arguments: SweepArguments) -> Result:
     checkpoint = lambda: _checkpoint(prepared, folder)
     try:
         with CtrlC() as ctrl_c:
-            poll = Clock(prepared.sweep, folder, ctrl_c)
+            poll = Clock(prepared.sweep, folder, ctrl_c, prune)
             whole = run(prepared.sweep, deliver, poll, checkpoint)
         result = prepared.result(whole=whole)
         folder.write_result(result)
@@ -185,10 +208,11 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C, with the result so far.
 
     Attributes:
-      result: a `Result` in which the lanes that had not ended are out of budget.
+      result: a `Result` in which the lanes that had not ended are out of budget; a `Proposed` if it
+        was a search.
     """
 
-    def __init__(self, result: Result) -> None:
+    def __init__(self, result: Any) -> None:
         super().__init__("interrupted")
         self.result = result
 
@@ -317,13 +341,17 @@ def _resume(prepared: Prepared, folder: Folder) -> None:
 
 
 class Clock:
-    """The poll of a sweep: limits of time, checkpoints that are due, and Ctrl-C."""
+    """The poll of a sweep: limits of time, checkpoints that are due, a pruner, and Ctrl-C."""
 
     def __init__(
-        self, sweep: Sweep, folder: Folder | None = None, ctrl_c: "CtrlC | None" = None
+        self,
+        sweep: Sweep,
+        folder: Folder | None = None,
+        ctrl_c: "CtrlC | None" = None,
+        prune: Prune | None = None,
     ) -> None:
-        self.schedule, self.plan = sweep.schedule, sweep.plan
-        self.folder, self.ctrl_c = folder, ctrl_c
+        self.schedule, self.plan, self.ledger = sweep.schedule, sweep.plan, sweep.ledger
+        self.folder, self.ctrl_c, self.prune = folder, ctrl_c, prune
         self.last_checkpoint = time.monotonic()
         self.start = self.last_checkpoint - self.schedule.elapsed
 
@@ -335,7 +363,10 @@ class Clock:
         if due := due and folder is not None and not folder.busy():
             self.last_checkpoint = now
         interrupt = self.ctrl_c is not None and self.ctrl_c.interrupt
-        return Decision(checkpoint=due, stop=late, interrupt=interrupt)
+        losing = list(self.prune(plan, events)) if self.prune is not None else list[int]()
+        cuts = plan.lanes_of(np.array(losing, int)).ravel()
+        cuts = tuple(cuts[self.ledger.alive[cuts]].tolist())
+        return Decision(checkpoint=due, cuts=cuts, stop=late, interrupt=interrupt)
 
 
 class CtrlC:
