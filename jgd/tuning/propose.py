@@ -31,6 +31,7 @@ from jgd.tuning.plan import Plan
 from jgd.tuning.result import Best, Result
 from jgd.tuning.space import Distribution, Lanes, batch
 from jgd.tuning.sweep import (
+    CtrlC,
     Cutting,
     Interrupted,
     Recorded,
@@ -42,7 +43,7 @@ from jgd.tuning.sweep import (
 
 __all__ = ["Proposed", "optuna_search"]
 
-TAG = "jgd"  # the user attribute of a trial that says which one of which search it is
+TAG = "jgd"  # user attribute of a trial: its search, batch and place in it
 
 
 class Proposed(NamedTuple):
@@ -117,6 +118,8 @@ class SearchArguments(Recorded, SearchInputs):
         super().__post_init__()
         for name in ("trials", "at_once"):
             count(f"optuna_search: {name}", getattr(self, name))
+        # the same for all batches, the last one too
+        object.__setattr__(self, "width", self.width or min(64, self.at_once * self.seeds))
         if callable(self.space):
             return
         if not isinstance(self.space, Mapping) or not self.space:
@@ -164,37 +167,29 @@ def optuna_search(arguments: SearchArguments) -> Proposed:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     _check_objects(arguments)
-    plan, log = _plan(arguments), _Log(arguments)
-    study, stored = _studies(arguments, plan, log)
-    log.start(study.study_name)
-    results = list[Result]()
-    try:
-        while (number := len(results)) < len(log.batches) or log.trials < arguments.trials:
-            if number < len(log.batches):
-                trials = _asked_before(study, log.batches[number])
-            else:
-                _reseed(study, arguments, number)
-                trials = _ask(study, arguments, log)
-            results.append(_trained(arguments, study, trials, log.folder(number)))
-            _store(study, stored)
-    except KeyboardInterrupt as error:
-        results += [error.result] if isinstance(error, Interrupted) else []
-        if not results:
-            raise
-        _store(study, stored)
-        raise Interrupted(_proposed(study, plan, results)) from None
-    return _proposed(study, plan, results)
+    plan = _plan(arguments)
+    search, results = _Search(arguments, plan), list[Result]()
+    with CtrlC() as ctrl_c:
+        while len(results) < len(search.batches) or search.asked() < arguments.trials:
+            if len(results) == len(search.batches):
+                search.ask()
+            results.append(search.train(len(results), ctrl_c))
+            if search.stored is not None and devices.is_writer():
+                search.store()
+            if ctrl_c.interrupt:
+                raise Interrupted(_proposed(search.study, plan, results))
+    return _proposed(search.study, plan, results)
 
 
 def _check_objects(arguments: SearchArguments) -> None:
     """Raise TypeError for an object that is not Optuna's."""
     import optuna
 
-    kinds: dict[str, tuple[type[Any], ...]] = {
-        "sampler": (optuna.samplers.BaseSampler, Callable),
-        "pruner": (optuna.pruners.BasePruner,),
-        "study": (optuna.Study,),
-        "storage": (optuna.storages.BaseStorage, str),
+    kinds: dict[str, Any] = {
+        "sampler": optuna.samplers.BaseSampler | Callable,
+        "pruner": optuna.pruners.BasePruner,
+        "study": optuna.Study,
+        "storage": optuna.storages.BaseStorage | str,
     }
     for name, kind in kinds.items():
         value = getattr(arguments, name)
@@ -202,171 +197,7 @@ def _check_objects(arguments: SearchArguments) -> None:
             raise TypeError(f"optuna_search: {name} must be an Optuna {name}, got {value!r}")
 
 
-# --- studies ---------------------------------------------------------------------------------
-
-
-def _studies(arguments: SearchArguments, plan: Plan, log: "_Log") -> tuple[Any, Any]:
-    """Return the study that proposes, and its copy in the storage or None.
-
-    Raises: ValueError for a study of another direction.
-    """
-    import optuna
-
-    study, stored = arguments.study, None
-    direction = "maximize" if plan.mode == "max" else "minimize"
-    if study is None:
-        pruner = optuna.pruners.NopPruner()
-        study = optuna.create_study(study_name=log.study, direction=direction, pruner=pruner)
-    if arguments.pruner is not None:
-        study.pruner = arguments.pruner
-    if arguments.storage is not None:
-        stored = optuna.create_study(
-            study_name=study.study_name,
-            storage=arguments.storage,
-            direction=direction,
-            load_if_exists=True,
-        )
-    for each in (study, stored):
-        directions = [] if each is None else [x.name.lower() for x in each.directions]
-        if each is not None and directions != [direction]:
-            raise ValueError(
-                f"optuna_search: study must have the direction of {plan.metric}, {direction}, got"
-                f" {' and '.join(directions)}"
-            )
-    if stored is not None and arguments.study is None:  # trials of earlier searches
-        for trial in stored.get_trials(deepcopy=False):
-            if trial.state.is_finished() and not _tag(trial).startswith(log.id):
-                study.add_trial(trial)
-    return study, stored
-
-
-def _tag(trial: Any) -> str:
-    return trial.user_attrs.get(TAG, "")
-
-
-def _by_tag(study: Any) -> dict[str, Any]:
-    return {_tag(trial): trial for trial in study.get_trials(deepcopy=False)}
-
-
-def _reseed(study: Any, arguments: SearchArguments, number: int) -> None:
-    """Give the study the sampler of a batch."""
-    import optuna
-
-    sampler = arguments.sampler
-    if sampler is None and arguments.study is None:
-        seed = np.random.SeedSequence((arguments.key % 2**32, number)).generate_state(1)
-        sampler = optuna.samplers.TPESampler(constant_liar=True, seed=int(seed[0]))
-    elif callable(sampler):
-        sampler = sampler(number)
-    study.sampler = sampler or study.sampler
-
-
-def _asked_before(study: Any, entries: list[dict[str, Any]]) -> list[Any]:
-    """Return the trials of a batch of the log, which a study in a storage may have already."""
-    import optuna
-    from optuna.distributions import json_to_distribution
-
-    known = _by_tag(study)
-    for entry in entries:
-        if entry["user_attrs"][TAG] not in known:
-            kinds = {name: json_to_distribution(x) for name, x in entry["distributions"].items()}
-            running = optuna.trial.TrialState.RUNNING
-            entry = {**entry, "distributions": kinds, "state": running}
-            study.add_trial(optuna.trial.create_trial(**entry))
-    known = _by_tag(study)
-    trials = [known[entry["user_attrs"][TAG]] for entry in entries]
-    # a trial that is finished ignores what is reported to it
-    return [t if t.state.is_finished() else optuna.Trial(study, t._trial_id) for t in trials]
-
-
-def _store(study: Any, stored: Any) -> None:
-    """Add the finished trials that the study in the storage lacks."""
-    if stored is None or not devices.is_writer():
-        return
-    known = _by_tag(stored)
-    for trial in study.get_trials(deepcopy=False):
-        if trial.state.is_finished() and _tag(trial) not in known:
-            stored.add_trial(trial)
-
-
-# --- the log ---------------------------------------------------------------------------------
-
-
-class _Log:
-    """The trials of each batch as they were asked, in the folder of the search if it has one.
-
-    Raises: FileExistsError for a new search in a folder that holds something, ValueError for a
-      resumed one with other arguments or a damaged file.
-    """
-
-    def __init__(self, arguments: SearchArguments) -> None:
-        space = arguments.space
-        shown = "a function" if callable(space) else {k: repr(d) for k, d in space.items()}
-        self.arguments = dict(steps=arguments.steps, at_once=arguments.at_once, space=shown)
-        self.path = None if arguments.folder is None else Path(arguments.folder)
-        self.id, self.study = uuid.uuid4().hex, arguments.study_name
-        self.batches = list[list[dict[str, Any]]]()
-        if self.path is None or not arguments.resume:
-            Folder(self.path)  # must be empty
-            return
-        if not (self.path / "search.json").exists():
-            raise FileNotFoundError(f"{self.path} holds no search: there is no search.json")
-        written = read_json(self.path / "search.json")
-        for name, now in self.arguments.items():
-            if (was := written.get(name)) != now:
-                raise ValueError(f"resume: {self.path}: {name} was {was} and is now {now}")
-        self.id, self.study = written["id"], written["study"]
-        while (path := self.path / f"batch-{len(self.batches)}.json").exists():
-            self.batches.append(read_json(path)["trials"])
-        devices.wait_for_all()  # all processes have read them before process 0 writes more
-
-    @property
-    def trials(self) -> int:
-        """Return the number of trials in all batches so far."""
-        return sum(map(len, self.batches))
-
-    def folder(self, number: int) -> Path | None:
-        """Return the folder of a batch."""
-        return None if self.path is None else self.path / f"batch-{number}"
-
-    def start(self, study: str) -> None:
-        """Record the search."""
-        self._write("search.json", {"id": self.id, "study": study, **self.arguments})
-
-    def add(self, trials: list[dict[str, Any]]) -> None:
-        """Record the trials of the next batch."""
-        self._write(f"batch-{len(self.batches)}.json", {"trials": trials})
-        self.batches.append(trials)
-
-    def _write(self, name: str, content: dict[str, Any]) -> None:
-        if self.path is not None and devices.is_writer():
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.path / name, content)
-
-
-# --- a batch ---------------------------------------------------------------------------------
-
-
-def _ask(study: Any, arguments: SearchArguments, log: _Log) -> list[Any]:
-    """Return the trials of the next batch, once they are in the log."""
-    from optuna.distributions import distribution_to_json
-
-    number, trials = len(log.batches), list[Any]()
-    for index in range(min(arguments.at_once, arguments.trials - log.trials)):
-        trials.append(study.ask())
-        trials[-1].set_user_attr(TAG, f"{log.id}/batch-{number}/{index}")
-        _point(arguments.space, trials[-1])  # before the next one is asked
-    known = _by_tag(study)
-    frozen = [known[_tag(trial)] for trial in trials]
-    plain = lambda kinds: {name: distribution_to_json(kind) for name, kind in kinds.items()}
-    same = "params", "user_attrs", "system_attrs"
-    log.add(
-        [
-            {**{name: getattr(t, name) for name in same}, "distributions": plain(t.distributions)}
-            for t in frozen
-        ]
-    )
-    return trials
+# --- from trials to settings -----------------------------------------------------------------
 
 
 def _point(space: Any, trial: Any) -> Mapping[str, Any]:
@@ -385,19 +216,13 @@ def _groups(arguments: SearchArguments, trials: Sequence[Any]) -> dict[str, Lane
     """Return the settings of trials by structure, under names that all batches share."""
     lanes = batch(arguments.factory, [_point(arguments.space, trial) for trial in trials])
     name = getattr(arguments.factory, "__name__", "")
-    name = name if name.isidentifier() else ""
     groups = dict[str, Lanes]()
     for each in lanes.values() if isinstance(lanes, dict) else [lanes]:
         structure = [f"{k}={value}" for k, value in each.fixed.items()]
         structure += each.axes if callable(arguments.space) else []
-        groups[f"{name} {', '.join(structure)}".strip() or "setting"] = each
+        label = f"{name if name.isidentifier() else ''} {', '.join(structure)}"
+        groups[label.strip() or "setting"] = each
     return groups
-
-
-def _options(arguments: SearchArguments, cls: type[Any]) -> dict[str, Any]:
-    """Return the options of a sweep, with one width for all batches, the last one too."""
-    width = arguments.width or min(64, arguments.at_once * arguments.seeds)
-    return {**values_of(arguments, cls), "width": width}
 
 
 def _plan(arguments: SearchArguments) -> Plan:
@@ -405,60 +230,207 @@ def _plan(arguments: SearchArguments) -> Plan:
     import optuna
 
     trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
-    groups, options = _groups(arguments, [trial]), _options(arguments, Cutting)
-    return prepare(TrainingArguments(arguments.task, groups, arguments.steps, **options)).plan
+    settings, options = _groups(arguments, [trial]), values_of(arguments, Cutting)
+    return prepare(TrainingArguments(arguments.task, settings, arguments.steps, **options)).plan
 
 
-def _trained(
-    arguments: SearchArguments, study: Any, trials: Sequence[Any], folder: Path | None
-) -> Result:
-    """Train a batch, and tell the study how each setting ended."""
-    groups = _groups(arguments, trials)
-    by_setting = [trials[point] for lanes in groups.values() for point in lanes.points]
-    values: dict[tuple[int, int], list[float]] = {}
-
-    def prune(plan: Plan, events: list[Report | Cut]) -> Iterator[int]:
-        for report in events:
-            if not isinstance(report, Report):
-                continue
-            lanes = plan.offset(report.group) + report.lanes
-            for lane, value in zip(lanes, report.metrics[plan.metric], strict=True):
-                setting = int(lane) // plan.seeds
-                seeds = values.setdefault((setting, report.step), [])
-                seeds.append(float(value))
-                if len(seeds) == plan.seeds and math.isfinite(sum(seeds)):
-                    by_setting[setting].report(sum(seeds) / plan.seeds, report.step)
-                    if by_setting[setting].should_prune():
-                        yield setting
-
-    resume = folder is not None and (folder / "plan.json").exists()
-    options = {**_options(arguments, Recorded), "folder": folder, "resume": resume}
-    inputs = SweepArguments(arguments.task, groups, arguments.steps, **options)
-    try:
-        result = run_sweep(inputs, prune)
-    except Interrupted as error:
-        _tell(study, by_setting, error.result)
-        raise
-    _tell(study, by_setting, result)
-    return result
+# --- batches ---------------------------------------------------------------------------------
 
 
-def _tell(study: Any, trials: Sequence[Any], result: Result) -> None:
-    """Tell the study how settings ended, in the order in which they were asked."""
+class _Search:
+    """A search in progress.
+
+    Attributes:
+      study: it proposes, and is told how trials end.
+      stored: its copy in the storage; None without one.
+      batches: the trials of each batch as they were asked, as JSON.
+
+    Raises: FileExistsError for a new search in a folder that holds something, ValueError for a
+      resumed one with other arguments, and for a study of another direction.
+    """
+
+    def __init__(self, arguments: SearchArguments, plan: Plan) -> None:
+        self.arguments, space = arguments, arguments.space
+        shown = "a function" if callable(space) else {k: repr(d) for k, d in space.items()}
+        same = dict(steps=arguments.steps, at_once=arguments.at_once, space=shown)
+        self.path = None if arguments.folder is None else Path(arguments.folder)
+        self.batches = list[list[dict[str, Any]]]()
+        self.id, name = uuid.uuid4().hex, arguments.study_name
+        if arguments.resume:
+            self.id, name = self._read(same)
+        else:
+            Folder(self.path)  # raises unless it is empty
+        self.study, self.stored = self._studies(name, plan)
+        self._write("search.json", {"id": self.id, "study": self.study.study_name, **same})
+
+    def _studies(self, name: str | None, plan: Plan) -> tuple[Any, Any]:
+        import optuna
+
+        arguments, study, stored = self.arguments, self.arguments.study, None
+        direction = "maximize" if plan.mode == "max" else "minimize"
+        if study is None:
+            study = optuna.create_study(study_name=name, direction=direction)
+            study.pruner = optuna.pruners.NopPruner()
+        study.pruner = arguments.pruner or study.pruner
+        if arguments.storage is not None:
+            stored = optuna.create_study(
+                study_name=study.study_name,
+                storage=arguments.storage,
+                direction=direction,
+                load_if_exists=True,
+            )
+        for each in (study, stored or study):
+            if (got := [x.name.lower() for x in each.directions]) != [direction]:
+                raise ValueError(
+                    f"optuna_search: study must have the direction of {plan.metric}, {direction},"
+                    f" got {' and '.join(got)}"
+                )
+        if stored is not None and arguments.study is None:
+            for trial in stored.get_trials(deepcopy=False):  # of earlier searches
+                if trial.state.is_finished() and not _tag(trial).startswith(self.id):
+                    study.add_trial(trial)
+        return study, stored
+
+    def asked(self) -> int:
+        """Return the number of trials in all batches so far."""
+        return sum(map(len, self.batches))
+
+    def ask(self) -> None:
+        """Ask for the trials of the next batch, and record them."""
+        arguments, number, entries = self.arguments, len(self.batches), list[dict[str, Any]]()
+        if sampler := _sampler(arguments, number):
+            self.study.sampler = sampler
+        for index in range(min(arguments.at_once, arguments.trials - self.asked())):
+            trial = self.study.ask()
+            trial.set_user_attr(TAG, f"{self.id}/{number}/{index}")
+            _point(arguments.space, trial)  # before the next one is asked
+            asked = self.study.get_trials(deepcopy=False)[trial.number]
+            entries.append({"params": asked.params, "system_attrs": asked.system_attrs})
+        self.batches.append(entries)
+        self._write(f"batch-{number}.json", {"trials": entries})
+
+    def _trials(self, number: int) -> list[Any]:
+        """Return the trials of a batch, which the study of a resumed search may not have."""
+        import optuna
+
+        tags = [f"{self.id}/{number}/{index}" for index in range(len(self.batches[number]))]
+        known = _by_tag(self.study)
+        for tag, entry in zip(tags, self.batches[number], strict=True):
+            if tag not in known:
+                fixed = optuna.trial.FixedTrial(entry["params"])
+                _point(self.arguments.space, fixed)
+                running = optuna.trial.TrialState.RUNNING
+                new: Any = {"distributions": fixed.distributions, "user_attrs": {TAG: tag}}
+                self.study.add_trial(optuna.trial.create_trial(state=running, **entry, **new))
+        known = _by_tag(self.study)
+        # a finished trial ignores what is reported to it
+        live = lambda trial: optuna.Trial(self.study, trial._trial_id)
+        trials = [known[tag] for tag in tags]
+        return [trial if trial.state.is_finished() else live(trial) for trial in trials]
+
+    def train(self, number: int, ctrl_c: CtrlC) -> Result:
+        """Train a batch, or go on with it, and tell the study how each setting ended."""
+        arguments, trials = self.arguments, self._trials(number)
+        groups = _groups(arguments, trials)
+        by_setting = [trials[point] for lanes in groups.values() for point in lanes.points]
+        folder = None if self.path is None else self.path / f"batch-{number}"
+        options = values_of(arguments, Recorded)
+        options |= {
+            "folder": folder,
+            "resume": folder is not None and (folder / "plan.json").exists(),
+        }
+        inputs = SweepArguments(arguments.task, groups, arguments.steps, **options)
+        try:
+            result = run_sweep(inputs, _Pruner(by_setting), ctrl_c)
+        except Interrupted as error:
+            result = error.result
+        plan = result.plan
+        setting = lambda row: int(plan.first[plan.index[row["optimizer"]]]) + row["setting"]
+        rows = {by_setting[setting(row)].number: row for row in result.rows}
+        for number, row in sorted(rows.items()):  # in the order in which they were asked
+            _tell(self.study, number, row["ended"], row[plan.metric])
+        return result
+
+    def store(self) -> None:
+        """Add the finished trials that the study in the storage lacks."""
+        known = _by_tag(self.stored)
+        for trial in self.study.get_trials(deepcopy=False):
+            if trial.state.is_finished() and _tag(trial) not in known:
+                self.stored.add_trial(trial)
+
+    def _read(self, same: dict[str, Any]) -> tuple[str, str]:
+        """Read the batches of a search that is resumed; return its id and the name of its study."""
+        assert self.path is not None
+        if not (self.path / "search.json").exists():
+            raise FileNotFoundError(f"{self.path} holds no search: there is no search.json")
+        written = read_json(self.path / "search.json")
+        for name, now in same.items():
+            if (was := written.get(name)) != now:
+                raise ValueError(f"resume: {self.path}: {name} was {was} and is now {now}")
+        while (path := self.path / f"batch-{len(self.batches)}.json").exists():
+            self.batches.append(read_json(path)["trials"])
+        devices.wait_for_all()  # all processes have read before process 0 writes
+        return written["id"], written["study"]
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        if self.path is not None and devices.is_writer():
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self.path / name, content)
+
+
+def _tag(trial: Any) -> str:
+    return trial.user_attrs.get(TAG, "")
+
+
+def _by_tag(study: Any) -> dict[str, Any]:
+    return {_tag(trial): trial for trial in study.get_trials(deepcopy=False)}
+
+
+def _sampler(arguments: SearchArguments, number: int) -> Any:
+    """Return the sampler of a batch; None: that of the study."""
+    import optuna
+
+    if arguments.sampler is None and arguments.study is None:
+        seed = np.random.SeedSequence((arguments.key % 2**32, number)).generate_state(1)
+        return optuna.samplers.TPESampler(constant_liar=True, seed=int(seed[0]))
+    return arguments.sampler(number) if callable(arguments.sampler) else arguments.sampler
+
+
+def _tell(study: Any, number: int, ended: str, value: float) -> None:
+    """Tell the study how a setting ended, unless it was Ctrl-C that ended it."""
     from optuna.trial import TrialState
 
-    plan = result.plan
-    place = lambda row: int(plan.first[plan.index[row["optimizer"]]]) + row["setting"]
-    ended = ((trials[place(row)].number, row) for row in result.rows)
-    for number, row in sorted(ended, key=lambda pair: pair[0]):
-        if row["ended"] == "cut":
-            study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)
-        elif row["ended"] in ("out of budget", "not run"):  # by Ctrl-C: it may go on
-            continue
-        elif math.isfinite(row[plan.metric]):
-            study.tell(number, row[plan.metric], skip_if_finished=True)
-        else:
-            study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
+    if ended == "cut":
+        study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)
+    elif ended not in ("out of budget", "not run"):
+        finite = math.isfinite(value)
+        state = TrialState.COMPLETE if finite else TrialState.FAIL
+        study.tell(number, value if finite else None, state, skip_if_finished=True)
+
+
+class _Pruner:
+    """Reports the metric of settings, the mean over their seeds, to their trials.
+
+    Called with the events of a turn, it yields the settings that Optuna's pruner cuts.
+    """
+
+    def __init__(self, trials: Sequence[Any]) -> None:
+        self.trials = trials
+        self.values = dict[tuple[int, int], list[float]]()
+
+    def __call__(self, plan: Plan, events: list[Report | Cut]) -> Iterator[int]:
+        for report in events:
+            if isinstance(report, Report):
+                lanes = plan.offset(report.group) + report.lanes
+                pairs = zip(lanes.tolist(), report.metrics[plan.metric].tolist(), strict=True)
+                for lane, value in pairs:
+                    seeds = self.values.setdefault((lane // plan.seeds, report.step), [])
+                    seeds.append(float(value))
+                    if len(seeds) == plan.seeds and math.isfinite(sum(seeds)):
+                        trial = self.trials[lane // plan.seeds]
+                        trial.report(sum(seeds) / plan.seeds, report.step)
+                        if trial.should_prune():
+                            yield lane // plan.seeds
 
 
 def _proposed(study: Any, plan: Plan, results: list[Result]) -> Proposed:

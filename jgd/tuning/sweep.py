@@ -133,16 +133,19 @@ def sweep(arguments: SweepArguments) -> Result:
     return run_sweep(arguments)
 
 
-def run_sweep(arguments: SweepArguments, prune: Prune | None = None) -> Result:
+def run_sweep(
+    arguments: SweepArguments, prune: Prune | None = None, shared: "CtrlC | None" = None
+) -> Result:
     """Run a sweep.
 
     Args:
       prune: called with the events of each turn. First, if the sweep is resumed, with those of the
         journal: their cuts are in it, so what it returns is ignored.
+      shared: the flag of Ctrl-C that a caller set up for several sweeps.
     """
     folder = Folder(arguments.folder, resume=arguments.resume)
     prepared = prepare(arguments, folder.plan)
-    plan = prepared.plan
+    plan, ctrl_c = prepared.plan, shared or CtrlC()
     if arguments.resume:
         _resume(prepared, folder)
         if prune is not None:
@@ -161,7 +164,7 @@ def run_sweep(arguments: SweepArguments, prune: Prune | None = None) -> Result:
 
     checkpoint = lambda: _checkpoint(prepared, folder)
     try:
-        with CtrlC() as ctrl_c:
+        with contextlib.nullcontext() if shared else ctrl_c:
             poll = Clock(prepared.sweep, folder, ctrl_c, prune)
             whole = run(prepared.sweep, deliver, poll, checkpoint)
         result = prepared.result(whole=whole)
