@@ -47,6 +47,8 @@ class Group:
     width: int = 0  # lanes in a tile; the last tile of a group is padded
     widths: Sequence[int] = ()  # of all its tiles, widest first; narrow ones hold fewer lanes
     costs: Sequence[float] = ()  # the time of a step at each of them, in any unit
+    structure: str = ""  # digest of what the settings share
+    digests: Sequence[str] = ()  # of the settings; see `Lanes`
 
     def at_width(
         self, width: int, devices: int = 1, seconds: Mapping[int, float] | None = None
@@ -176,11 +178,20 @@ class Plan(SweepOptions):
         def known(cls: Any, entry: Mapping[str, Any]) -> dict[str, Any]:
             return {f.name: entry[f.name] for f in dataclasses.fields(cls) if f.name in entry}
 
+        number = lambda x: math.nan if x is None else float(x)
         groups = [Group(**known(Group, group)) for group in written["groups"]]
+        for index, group in enumerate(groups):
+            axes = {name: list(map(number, values)) for name, values in group.axes.items()}
+            groups[index] = dataclasses.replace(group, axes=axes)
         return cls(**known(cls, {"format": 1, **written, "groups": groups}))
 
     def as_json(self) -> dict[str, Any]:
-        return plain(dataclasses.asdict(self))
+        """Return the plan as JSON; values of axes that are not finite as text."""
+        written = plain(dataclasses.asdict(self))
+        text = lambda x: x if math.isfinite(x) else repr(x)
+        for entry, group in zip(written["groups"], self.groups, strict=True):
+            entry["axes"] = {name: list(map(text, values)) for name, values in group.axes.items()}
+        return written
 
 
 def make_plan(
@@ -222,8 +233,10 @@ def make_plan(
                 name=name,
                 setting=repr(batch.settings),
                 axes={axis: [float(x) for x in values] for axis, values in batch.axes.items()},
-                fixed={axis: repr(value) for axis, value in batch.fixed.items()},
+                fixed={axis: str(value) for axis, value in batch.fixed.items()},
                 settings=len(batch),
+                structure=batch.structure,
+                digests=batch.digests,
             ).at_width(options.width or usual_width(lanes(batch), at_once), devices)
             for name, batch in groups.items()
         ],
