@@ -21,7 +21,6 @@ from jgd.tuning.ledger import Ledger
 from jgd.tuning.plan import Group, Plan
 from jgd.tuning.prune import successive_halving
 from jgd.tuning.result import Record, make_result
-from jgd.tuning.space import Lanes
 
 WIDTH, REPORTS, STEPS = 64, 20, 1000
 
@@ -86,8 +85,7 @@ def folded(lanes: int) -> None:
             seconds["rank and cut"] = time.perf_counter() - started
         begin = end
     started = time.perf_counter()
-    axes = {"learning_rate": np.full(lanes, 0.1)}
-    make_result(plan, {"adam": Lanes({"rate": axes["learning_rate"]}, axes)}, ledger, record)
+    make_result(plan, ledger, record.curves)
     seconds["table"] = time.perf_counter() - started
     parts = ", ".join(f"{name} {part:.1f} s" for name, part in seconds.items())
     print(f"{lanes:,} lanes, {events:,} events: {parts}")

@@ -17,7 +17,6 @@ import concurrent.futures
 import contextlib
 import csv
 import json
-import logging
 import math
 import os
 import shutil
@@ -29,6 +28,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jgd.tuning.devices import checkpointer as _checkpointer
 from jgd.tuning.devices import is_writer
 from jgd.tuning.events import Cut, Report, decode, encode
 from jgd.tuning.plan import FORMAT, Plan, plain
@@ -291,18 +291,6 @@ def _read_json(path: Path) -> dict[str, Any]:
         return dict[str, Any](json.loads(path.read_text()))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} must hold a JSON object: {error}") from None
-
-
-def _checkpointer() -> Any:
-    import orbax.checkpoint
-
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    here = jax.process_index()  # states are on the host of the one process that writes
-    alone = orbax.checkpoint.options.MultiprocessingOptions(
-        primary_host=here, active_processes={here}, barrier_sync_key_prefix=str(here)
-    )
-    several: dict[str, Any] = {"multiprocessing_options": alone} if jax.process_count() > 1 else {}
-    return orbax.checkpoint.StandardCheckpointer(**several)
 
 
 # --- results ---------------------------------------------------------------------------------

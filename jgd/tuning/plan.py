@@ -178,20 +178,11 @@ class Plan(SweepOptions):
         def known(cls: Any, entry: Mapping[str, Any]) -> dict[str, Any]:
             return {f.name: entry[f.name] for f in dataclasses.fields(cls) if f.name in entry}
 
-        number = lambda x: math.nan if x is None else float(x)
         groups = [Group(**known(Group, group)) for group in written["groups"]]
-        for index, group in enumerate(groups):
-            axes = {name: list(map(number, values)) for name, values in group.axes.items()}
-            groups[index] = dataclasses.replace(group, axes=axes)
         return cls(**known(cls, {"format": 1, **written, "groups": groups}))
 
     def as_json(self) -> dict[str, Any]:
-        """Return the plan as JSON; values of axes that are not finite as text."""
-        written = plain(dataclasses.asdict(self))
-        text = lambda x: x if math.isfinite(x) else repr(x)
-        for entry, group in zip(written["groups"], self.groups, strict=True):
-            entry["axes"] = {name: list(map(text, values)) for name, values in group.axes.items()}
-        return written
+        return plain(dataclasses.asdict(self))
 
 
 def make_plan(

@@ -212,13 +212,20 @@ class Prepared:
             ledger = copy.deepcopy(ledger)
             ledger.apply(Cut(None, self.plan.by_group(np.flatnonzero(ledger.alive))))
 
-        def state_of(lane: int) -> Any:
-            if lane not in pool:
-                return None
-            states = engine.programs[self.plan.group_of(lane)].states(pool.take([lane]))
-            return jax.tree.map(lambda x: x[0], states)
+        every = np.arange(self.plan.first[-1])
+        whole = np.isin(self.plan.lanes_of(every), pool.held()).all(1)
+        best = ledger.best_lanes(every)
 
-        return make_result(self.plan, self.groups, ledger, self.record, state_of)
+        def stored(setting: int) -> tuple[Any, Any]:
+            group = self.plan.group_of(setting * self.plan.seeds)
+            row = setting - int(self.plan.first[group])
+            settings = self.groups[self.plan.groups[group].name].settings
+            states = None
+            if whole[setting]:
+                states = engine.programs[group].states(pool.take([best[setting]]))
+            return jax.tree.map(lambda x: x[row], settings), jax.tree.map(lambda x: x[0], states)
+
+        return make_result(self.plan, ledger, self.record.curves, whole, stored)
 
 
 def prepare(arguments: TrainingArguments, written: Mapping[str, Any] | None = None) -> Prepared:
