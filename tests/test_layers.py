@@ -87,6 +87,7 @@ LAYERS = [
     ("tuning.inputs", ""),
     ("tuning.loop", ""),
     ("tuning.result", ""),
+    ("tuning.segment", ""),
     ("tuning.folder", ""),
     ("tuning.sweep", ""),
     ("tuning.propose", ""),

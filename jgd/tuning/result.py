@@ -7,6 +7,7 @@
 A row is a setting, in the order of `Ledger.ranked`.
 """
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -91,17 +92,21 @@ class Record:
 
 def make_result(
     plan: Plan,
-    groups: Mapping[str, Lanes],
+    groups: Mapping[str, Lanes] | None,
     ledger: Ledger,
     record: Record,
     state_of: Callable[[int], Any] | None = None,
 ) -> Result:
-    """Return the result of a sweep in which no lane is alive.
+    """Return the result of a sweep. Lanes that are alive count as out of budget.
 
     Args:
+      groups: None: the best come without their settings.
       state_of: lane -> the state of the run, or None if it was not kept.
     """
-    rows = [row for group in plan.groups for row in _rows(plan, group, groups, ledger, record)]
+    if ledger.alive.any():
+        ledger = copy.deepcopy(ledger)
+        ledger.apply(Cut(None, plan.by_group(np.flatnonzero(ledger.alive))))
+    rows = [row for group in plan.groups for row in _rows(plan, group, ledger, record)]
     order = ledger.ranked(np.arange(len(rows)))
     tied = _tied(ledger, order).tolist()
     ranked = [
@@ -121,24 +126,23 @@ def make_result(
     return Result(ranked, record.curves, kept[0], kept, plan.metric, plan.mode, plan)
 
 
-def _setting(plan: Plan, groups: Mapping[str, Lanes], setting: int) -> Any:
+def _setting(plan: Plan, groups: Mapping[str, Lanes] | None, setting: int) -> Any:
+    if groups is None:
+        return None
     group = plan.group_of(setting * plan.seeds)
     row = setting - int(plan.first[group])
     return jax.tree.map(lambda x: x[row], groups[plan.groups[group].name].settings)
 
 
 @np.errstate(invalid="ignore")
-def _rows(
-    plan: Plan, group: Group, groups: Mapping[str, Lanes], ledger: Ledger, record: Record
-) -> list[dict[str, Any]]:
+def _rows(plan: Plan, group: Group, ledger: Ledger, record: Record) -> list[dict[str, Any]]:
     """Return a row for each setting of a group."""
     first = plan.offset(group.name)
     mine = slice(first, first + group.settings * plan.seeds)
     by_setting = lambda values: np.asarray(values).reshape(-1, plan.seeds)
     curves = record.curves[group.name]
     verdicts, losses = map(by_setting, _verdicts(plan, ledger, mine, curves))
-    lanes, columns = groups[group.name], dict[str, Any]()
-    columns.update(lanes.axes)
+    columns = dict[str, Any](group.axes)
     for name in sorted(plan.metrics, key=lambda name: name != plan.metric):
         values = by_setting(_at(plan, ledger.at[mine], curves.metrics[name]))
         columns[name] = values.mean(1)
@@ -150,13 +154,12 @@ def _rows(
     if plan.best == "ever":
         columns["best_at"] = by_setting(ledger.at[mine]).mean(1)
     endings, at = by_setting(ledger.ending[mine]).max(1), by_setting(ledger.step[mine]).min(1)
-    fixed = {name: str(value) for name, value in lanes.fixed.items()}
     rows = list[dict[str, Any]]()
     for setting in range(group.settings):
         numbers = {name: float(values[setting]) for name, values in columns.items()}
         row: dict[str, Any] = {"optimizer": group.name}
-        row |= {name: numbers.pop(name) for name in lanes.axes}
-        row |= fixed | numbers
+        row |= {name: numbers.pop(name) for name in group.axes}
+        row |= {**group.fixed, **numbers}
         row["verdict"] = _most_frequent(verdicts[setting])
         row["ended"], row["at"] = ENDINGS[endings[setting]], int(at[setting])
         row["seeds"], row["setting"] = plan.seeds, setting
