@@ -182,7 +182,7 @@ class Plan(SweepOptions):
         return cls(**known(cls, {"format": 1, **written, "groups": groups}))
 
     def as_json(self) -> dict[str, Any]:
-        return plain(dataclasses.asdict(self))
+        return plain(dataclasses.asdict(self), null=False)  # an axis may hold inf
 
 
 def make_plan(
@@ -288,12 +288,12 @@ def fingerprint(*trees: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def plain(x: Any) -> Any:
-    """Return data as JSON: no arrays, and null for numbers that are not finite."""
+def plain(x: Any, *, null: bool = True) -> Any:
+    """Return data as JSON: no arrays, and null, if wanted, for numbers that are not finite."""
     if isinstance(x, np.ndarray | np.generic):
         x = x.tolist()
     if isinstance(x, list | tuple):
-        return [plain(item) for item in x]
+        return [plain(item, null=null) for item in x]
     if isinstance(x, dict):
-        return {name: plain(item) for name, item in x.items()}
-    return None if isinstance(x, float) and not math.isfinite(x) else x
+        return {name: plain(item, null=null) for name, item in x.items()}
+    return None if null and isinstance(x, float) and not math.isfinite(x) else x

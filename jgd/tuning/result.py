@@ -8,6 +8,7 @@ A row is a setting, in the order of `Ledger.ranked`.
 """
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -130,12 +131,15 @@ def make_result(
     whole: np.ndarray | None = None,
     stored: Callable[[int], tuple[Any, Any]] = lambda setting: (None, None),
 ) -> Result:
-    """Return the result of a sweep in which no lane is alive.
+    """Return the result of a sweep. Lanes that are alive count as out of budget.
 
     Args:
       whole: mask of the settings whose states are stored; None: no state is.
       stored: setting -> itself, and the state of its best seed, or None if it is not whole.
     """
+    if ledger.alive.any():
+        ledger = copy.deepcopy(ledger)
+        ledger.apply(Cut(None, plan.by_group(np.flatnonzero(ledger.alive))))
     rows = [row for group in plan.groups for row in _rows(plan, group, ledger, curves[group.name])]
     order = ledger.ranked(np.arange(len(rows)))
     tied = _tied(ledger, order).tolist()
