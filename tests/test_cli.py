@@ -114,7 +114,7 @@ def test_halving_report_and_resume(project, monkeypatch, capsys):
     _jgd(monkeypatch, "sweep", "--resume", "cut")
     assert (project / "cut" / "results.csv").read_bytes() == rows
     for wrong, message in (
-        (["report", "none"], "holds no finished sweep"),
+        (["report", "none"], "none holds no sweep: there is no plan.json"),
         (["sweep", "--resume", "none"], "holds no sweep of the command line"),
         (
             ["sweep", "--halving", "2", "--hyperband", "3"],

@@ -87,6 +87,8 @@ LAYERS = [
     ("tuning.inputs", ""),
     ("tuning.loop", ""),
     ("tuning.result", ""),
+    ("tuning.join", ""),
+    ("tuning.segment", ""),
     ("tuning.folder", ""),
     ("tuning.sweep", ""),
     ("tuning.propose", ""),

@@ -156,7 +156,7 @@ class Report:
         """Print the table and draw the pictures."""
         from rich.console import Console
 
-        from jgd.tuning.folder import read_result
+        from jgd.tuning.segment import read_result
 
         try:
             _show(Console(), read_result(self.folder), self.folder, self.top)

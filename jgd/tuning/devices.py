@@ -7,6 +7,7 @@ reads the clock and writes files.
 
 import contextlib
 import functools
+import logging
 import os
 from collections.abc import Generator, Iterable
 from typing import Any
@@ -19,6 +20,7 @@ __all__ = [
     "Failures",
     "by_lane",
     "check_same_task",
+    "checkpointer",
     "from_process_0",
     "is_writer",
     "join",
@@ -158,6 +160,19 @@ def check_same_task(digest: str) -> None:
         raise ValueError(
             f"sweep: process {jax.process_index()} has another task than process 0, or other data"
         )
+
+
+def checkpointer() -> Any:
+    """Return a checkpointer of orbax that works in this process alone."""
+    import orbax.checkpoint
+
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    here = jax.process_index()  # states are on the host of the one process that writes
+    alone = orbax.checkpoint.options.MultiprocessingOptions(
+        primary_host=here, active_processes={here}, barrier_sync_key_prefix=str(here)
+    )
+    several: dict[str, Any] = {"multiprocessing_options": alone} if jax.process_count() > 1 else {}
+    return orbax.checkpoint.StandardCheckpointer(**several)
 
 
 class Failures:

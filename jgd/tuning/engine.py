@@ -54,14 +54,7 @@ class SharedPrograms:
             drop_diverged=plan.drop_diverged,
         )
         self.batches = self.batches_of(plan)
-        root = jax.random.key(plan.key)
-        keys = jax.vmap(lambda seed: jax.random.fold_in(root, seed))(jnp.arange(plan.seeds))
-        self.keys = np.asarray(jax.random.key_data(keys))
-        self.shared_start: Any = None
-        if make := run.begin:
-            begin = lambda bits: jax.vmap(make)(jax.random.wrap_key_data(bits))
-            compiled = self.compiler.compiled(begin, self.keys, out=self.compiler.on_all)
-            self.shared_start = compiled(self.keys)
+        self.keys, self.shared_start = self.start_of(plan)
         self._programs = dict[Any, Program]()
 
     def batches_of(self, plan: Plan) -> BatchSource:
@@ -71,6 +64,16 @@ class SharedPrograms:
             return StreamBatches(make, plan.reports, self.compiler.on_all)
         seeds = plan.seeds if self.options.own_order else None
         return FunctionBatches(make, plan.reports, seeds, self.compiler)
+
+    def start_of(self, plan: Plan) -> tuple[np.ndarray, Any]:
+        """Return the keys of the seeds, as bits, and what all settings of a seed begin with."""
+        root = jax.random.key(plan.key)
+        keys = jax.vmap(lambda seed: jax.random.fold_in(root, seed))(jnp.arange(plan.seeds))
+        bits = np.asarray(jax.random.key_data(keys))
+        if (make := self.options.run.begin) is None:
+            return bits, None
+        begin = lambda bits: jax.vmap(make)(jax.random.wrap_key_data(bits))
+        return bits, self.compiler.compiled(begin, bits, out=self.compiler.on_all)(bits)
 
     def program(self, settings: Any) -> "Program":
         """Return the program for settings of this structure."""

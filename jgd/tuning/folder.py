@@ -17,24 +17,32 @@ import concurrent.futures
 import contextlib
 import csv
 import json
-import logging
-import math
 import os
 import shutil
 import zlib
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from jgd.tuning.devices import checkpointer as _checkpointer
 from jgd.tuning.devices import is_writer
-from jgd.tuning.events import Cut, Report, decode, encode
+from jgd.tuning.events import Cut, Report, encode
 from jgd.tuning.plan import FORMAT, Plan, plain
-from jgd.tuning.result import Best, Curves, Result
+from jgd.tuning.result import Curves, Result
+from jgd.tuning.segment import (
+    Segment,
+    checksums,
+    manifests,
+    number_of,
+    read_manifest,
+    read_segment,
+    sealed,
+)
 
-__all__ = ["Folder", "read_json", "read_result", "write_json"]
+__all__ = ["Folder", "load_block", "write_json"]
 
 # files of a sweep or a search that has not started
 EARLY = ("command.json", "plan.json.part", "command.json.part", "search.json.part")
@@ -48,23 +56,21 @@ class Folder:
 
     Attributes:
       enabled: False without a path.
-      plan: of the sweep that is resumed, as it was written; None for a new sweep.
-      notes: one line for each damaged checkpoint.
+      segment: of the sweep that is resumed; None for a new sweep.
 
-    Raises: FileExistsError for a new sweep in a folder that holds something, FileNotFoundError for
-      a resumed one without a plan, OSError if the folder cannot be written.
+    Raises: FileExistsError for a new sweep in a folder that holds something; what `read_segment`
+      raises for a resumed one; OSError if the folder cannot be written.
     """
 
     def __init__(self, path: str | Path | None, *, resume: bool = False) -> None:
-        self.path, self.notes = Path(path or ""), list[str]()
+        self.path = Path(path or "")
         self._writes = path is not None and is_writer()
-        if resume and not (self.path / "plan.json").exists():
-            raise FileNotFoundError(f"{self.path} holds no sweep: there is no plan.json")
         if not resume and self._writes and not self._is_free():
             raise FileExistsError(f"{self.path} is not empty. Give a sweep a folder of its own")
         self.enabled = path is not None
-        self.plan = read_json(self.path / "plan.json") if resume else None
+        self.segment = read_segment(self.path, resume=True) if resume else None
         self._journal = self.path / "journal.jsonl"
+        self._plan_crc = self.segment.plan_crc if self.segment else 0
         self._events = self._bytes = self._crc = self._generation = 0
         self._writer = concurrent.futures.ThreadPoolExecutor(1)
         self._saving: concurrent.futures.Future[None] | None = None
@@ -80,7 +86,7 @@ class Folder:
         """Write the plan, the first file of a sweep."""
         if self._writes:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._write_json("plan.json", plan.as_json())
+            self._plan_crc = write_json(self.path / "plan.json", plan.as_json())
 
     def write_result(self, result: Result) -> None:
         """Write the table and the curves."""
@@ -93,7 +99,8 @@ class Folder:
             writer = csv.DictWriter(file, columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(result.rows)
-        self._write_json("results.json", {**summary, "seeds": plan.seeds, "rows": result.rows})
+        rows = plain(result.rows)
+        write_json(self.path / "results.json", {**summary, "seeds": plan.seeds, "rows": rows})
         with _replacing(self.path / "curves.npz") as path, path.open("wb") as file:
             arrays: dict[str, Any] = _arrays_of(result.curves)
             np.savez_compressed(file, **arrays)
@@ -131,6 +138,7 @@ class Folder:
         manifest = {
             "format": FORMAT,
             "generation": self._generation,
+            "plan": self._plan_crc,
             "journal": journal,
             **manifest,
         }
@@ -157,94 +165,52 @@ class Folder:
             _sync(folder / name)
         _sync(folder, files=False)
         blocks = {
-            name: {**block, "files": _checksums(folder / name)}
+            name: {**block, "files": checksums(folder / name)}
             for name, block in manifest["blocks"].items()
         }
-        self._write_json(f"manifest-{manifest['generation']}.json", {**manifest, "blocks": blocks})
+        whole = sealed(plain({**manifest, "blocks": blocks}))
+        write_json(self.path / f"manifest-{manifest['generation']}.json", whole)
         _sync(self.path, files=False)
         self._tidy()
 
     def _tidy(self) -> None:
         """Delete all checkpoints but the last two, and the states that neither names."""
-        for path in _manifests(self.path)[2:]:
+        for path in manifests(self.path)[2:]:
             path.unlink()
         named = set[str]()
-        for path in _manifests(self.path):
+        for path in manifests(self.path):
             with contextlib.suppress(ValueError, KeyError):  # a damaged manifest names no state
-                named |= set(read_json(path)["blocks"])
+                named |= set(read_manifest(path)["blocks"])
         for path in _entries(self.path / "states"):
             if path.name not in named:
                 shutil.rmtree(path)
 
     # --- resuming
 
-    def last_checkpoint(self) -> dict[str, Any] | None:
-        """Return the manifest of the last whole checkpoint; None if there is none.
-
-        A line for each damaged checkpoint is added to `notes`.
-        """
-        for path in _manifests(self.path):
-            try:
-                manifest = read_json(path)
-                self._check(manifest)
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                self.notes.append(f"{self.path}: checkpoint {_generation(path)}: {error}")
-                continue
-            return manifest
-        return None
-
-    def _check(self, manifest: Mapping[str, Any]) -> None:
-        """Raise ValueError unless all that a manifest names is there and as it was written."""
-        if manifest["format"] != FORMAT:
-            raise ValueError(f"the format must be {FORMAT}, got {manifest['format']}")
-        data = self._journal.read_bytes()[: manifest["journal"]["bytes"]]
-        if len(data) < manifest["journal"]["bytes"]:
-            raise ValueError(f"{self._journal.name} is shorter than the checkpoint says")
-        if zlib.crc32(data) != manifest["journal"]["crc32"]:
-            raise ValueError(f"{self._journal.name} was changed")
-        for name, block in manifest["blocks"].items():
-            if _checksums(self.path / "states" / name) != block["files"]:
-                raise ValueError(f"states/{name} was changed")
-
-    def return_to(self, manifest: Mapping[str, Any] | None) -> None:
-        """Truncate the journal to what a checkpoint covers, and delete what is newer."""
-        journal = manifest["journal"] if manifest else {"events": 0, "bytes": 0, "crc32": 0}
-        self._events, self._bytes = journal["events"], journal["bytes"]
-        self._crc, self._generation = journal["crc32"], manifest["generation"] if manifest else 0
+    def return_to_checkpoint(self, segment: Segment) -> None:
+        """Truncate the journal to what the checkpoint covers, and delete what is newer."""
+        journal = segment.journal
+        self._events, self._bytes, self._crc = (journal[x] for x in ("events", "bytes", "crc32"))
+        self._generation = segment.manifest["generation"] if segment.manifest else 0
         if not self._writes:
             return
-        for path in _manifests(self.path):
-            if _generation(path) > self._generation:
+        for path in manifests(self.path):
+            if number_of(path) > self._generation:
                 path.unlink()
         if self._journal.exists():
             os.truncate(self._journal, self._bytes)
         self._tidy()
 
-    def events(self, plan: Plan) -> Iterator[Report | Cut]:
-        """Yield the events of the journal, as far as the checkpoint covers it."""
-        if self._bytes:
-            with self._journal.open("rb") as file:
-                for line in file.read(self._bytes).splitlines():
-                    yield decode(line, plan)
 
-    def load(self, name: str, shapes: Any) -> Any:
-        """Return the rows of a block, of these shapes, on the host."""
-        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        shaped = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-        path = (self.path / "states" / name).absolute()
-        rows = _checkpointer().restore(path, {"lanes": jax.tree.map(shaped, shapes)})["lanes"]
-        return jax.tree.map(np.asarray, rows)
-
-    # --- files
-
-    def _write_json(self, name: str, content: Any) -> None:
-        write_json(self.path / name, plain(content))
+# --- files
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a file of JSON; at any moment it is whole."""
+def write_json(path: Path, content: Any) -> int:
+    """Write a file, which at any moment is whole, and return its checksum."""
+    data = json.dumps(content, indent=1).encode()
     with _replacing(path) as part:
-        part.write_text(json.dumps(content, indent=1))
+        part.write_bytes(data)
+    return zlib.crc32(data)
 
 
 @contextlib.contextmanager
@@ -270,49 +236,17 @@ def _sync(path: Path, *, files: bool = True) -> None:
             os.close(descriptor)
 
 
-def _checksums(path: Path) -> dict[str, list[int]]:
-    """Return size and checksum of all files in a folder. Raises FileNotFoundError without one."""
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} is missing")
-    files = sorted(x for x in path.rglob("*") if x.is_file())
-    data = ((x.relative_to(path).as_posix(), x.read_bytes()) for x in files)
-    return {name: [len(content), zlib.crc32(content)] for name, content in data}
-
-
 def _entries(path: Path) -> list[Path]:
     return list(path.iterdir()) if path.is_dir() else []
 
 
-def _generation(path: Path) -> int:
-    return int(path.stem.partition("-")[2])
-
-
-def _manifests(path: Path) -> list[Path]:
-    """Return the manifests of a folder, newest first."""
-    return sorted(path.glob("manifest-[0-9]*.json"), key=_generation, reverse=True)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a file of JSON. Raises ValueError if it holds none."""
-    try:
-        return dict[str, Any](json.loads(path.read_text()))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} must hold a JSON object: {error}") from None
-
-
-def _checkpointer() -> Any:
-    import orbax.checkpoint
-
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    here = jax.process_index()  # states are on the host of the one process that writes
-    alone = orbax.checkpoint.options.MultiprocessingOptions(
-        primary_host=here, active_processes={here}, barrier_sync_key_prefix=str(here)
-    )
-    several: dict[str, Any] = {"multiprocessing_options": alone} if jax.process_count() > 1 else {}
-    return orbax.checkpoint.StandardCheckpointer(**several)
-
-
-# --- results ---------------------------------------------------------------------------------
+def load_block(path: Path, name: str, shapes: Any) -> Any:
+    """Return the rows of a block of states in a folder, of these shapes, on the host."""
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shaped = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+    file = (path / "states" / name).absolute()
+    rows = _checkpointer().restore(file, {"lanes": jax.tree.map(shaped, shapes)})["lanes"]
+    return jax.tree.map(np.asarray, rows)
 
 
 def _arrays_of(curves: Mapping[str, Curves]) -> dict[str, np.ndarray]:
@@ -323,28 +257,3 @@ def _arrays_of(curves: Mapping[str, Curves]) -> dict[str, np.ndarray]:
         arrays[f"{group}/train_loss"] = c.train_loss.astype(np.float32)
         arrays |= {f"{group}/{name}": x.astype(np.float32) for name, x in c.metrics.items()}
     return arrays
-
-
-def read_result(path: str | Path) -> Result:
-    """Return the result in the folder of a sweep that has ended: table and curves, no states.
-
-    Raises: FileNotFoundError if it holds none.
-    """
-    path = Path(path)
-    for name in ("plan.json", "results.json", "curves.npz"):
-        if not (path / name).exists():
-            raise FileNotFoundError(f"{path} holds no finished sweep: there is no {name}")
-    rows = read_json(path / "results.json")["rows"]
-    plan = Plan.of_json(read_json(path / "plan.json"))
-    rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
-    with np.load(path / "curves.npz") as arrays:
-        curves = {
-            g.name: Curves(
-                arrays[f"{g.name}/step"],
-                arrays[f"{g.name}/train_loss"],
-                {name: arrays[f"{g.name}/{name}"] for name in plan.metrics},
-            )
-            for g in plan.groups
-        }
-    best = Best(rows[0], None, None)
-    return Result(rows, curves, best, [best], plan.metric, plan.mode, plan)

@@ -21,7 +21,7 @@ from jgd.stopping import early_stopping
 from jgd.training import Run, start, supervised
 from jgd.tuning import devices
 from jgd.tuning.options import Training
-from jgd.tuning.plan import FORMAT, Plan, ranked_by
+from jgd.tuning.plan import Plan, ranked_by
 from jgd.tuning.space import Lanes, lanes_of
 from jgd.tuning.streams import Stream
 
@@ -177,28 +177,23 @@ def _monitor(stop: Any, mode: Any) -> Monitor | None:
 # --- resuming a sweep ------------------------------------------------------------------------
 
 
-def resumed(plan: Plan, written: Mapping[str, Any]) -> Plan:
+def resumed(plan: Plan, written: Plan) -> Plan:
     """Return the plan of a resumed sweep, with the widths the sweep was started with.
 
     On another number or kind of devices, results agree to rounding.
 
     Raises: ValueError, naming the difference, for the plan of another sweep.
     """
-    if (version := written.get("format", 1)) != FORMAT:
-        raise ValueError(
-            f"resume: the folder has format {version}, and this version of jgd resumes format"
-            f" {FORMAT}. Start the sweep in a new folder; jgd report still reads this one"
-        )
-    if difference := _difference(_without_layout(plan.as_json()), _without_layout(written), ""):
+    if difference := _difference(_without_layout(plan), _without_layout(written), ""):
         raise ValueError(f"resume: this is another sweep: its {difference}")
     groups = []
-    for group, old in zip(plan.groups, written["groups"], strict=True):
-        widths = [devices.round_up(w, plan.devices) for w in old["widths"]]
-        costs = dict(zip(widths, old["costs"], strict=True))  # the last of equal widths
+    for group, old in zip(plan.groups, written.groups, strict=True):
+        widths = [devices.round_up(w, plan.devices) for w in old.widths]
+        costs = dict(zip(widths, old.costs, strict=True))  # the last of equal widths
         sizes = dict(width=widths[0], widths=list(costs), costs=list(costs.values()))
         groups.append(dataclasses.replace(group, **sizes))
-    same = (plan.devices, plan.device) == (written["devices"], written["device"])
-    at_once = written["at_once"] if same else plan.at_once
+    same = (plan.devices, plan.device) == (written.devices, written.device)
+    at_once = written.at_once if same else plan.at_once
     return dataclasses.replace(plan, groups=groups, at_once=at_once)
 
 
@@ -206,10 +201,11 @@ def resumed(plan: Plan, written: Mapping[str, Any]) -> Plan:
 LAYOUT = ("width", "widths", "costs", "devices", "device", "at_once", "checkpoint_every")
 
 
-def _without_layout(plan: Mapping[str, Any]) -> dict[str, Any]:
+def _without_layout(plan: Plan) -> dict[str, Any]:
     """Return the entries of a plan that affect results beyond rounding."""
+    written = plan.as_json()
     bare = lambda x: {name: value for name, value in x.items() if name not in LAYOUT}
-    return {**bare(plan), "groups": list(map(bare, plan["groups"]))}
+    return {**bare(written), "groups": list(map(bare, written["groups"]))}
 
 
 def _difference(now: Any, was: Any, path: str) -> str:
@@ -226,7 +222,8 @@ def _difference(now: Any, was: Any, path: str) -> str:
             if text := _difference(*pair, f"{path} {name}"):
                 return text
         return ""
-    return "" if now == was else f"{path} was {_short(was)} and is now {_short(now)}"
+    same = now == was or repr(now) == repr(was)  # NaN
+    return "" if same else f"{path} was {_short(was)} and is now {_short(now)}"
 
 
 def _short(x: Any) -> str:

@@ -25,10 +25,12 @@ import numpy as np
 from jgd.training import Run, Task
 from jgd.tuning import devices
 from jgd.tuning.events import Cut, Report
-from jgd.tuning.folder import Folder, read_json, write_json
+from jgd.tuning.folder import Folder, write_json
+from jgd.tuning.join import merge
 from jgd.tuning.options import Doc, count, function_of, values_of
 from jgd.tuning.plan import Plan
 from jgd.tuning.result import Best, Result
+from jgd.tuning.segment import read_json
 from jgd.tuning.space import Distribution, Lanes, batch
 from jgd.tuning.sweep import (
     CtrlC,
@@ -177,8 +179,14 @@ def optuna_search(arguments: SearchArguments) -> Proposed:
             if search.stored is not None and devices.is_writer():
                 search.store()
             if ctrl_c.interrupt:
-                raise Interrupted(_proposed(search.study, plan, results))
-    return _proposed(search.study, plan, results)
+                raise Interrupted(_proposed(search.study, results))
+    return _proposed(search.study, results)
+
+
+def _proposed(study: Any, results: list[Result]) -> Proposed:
+    """Rank the settings of all batches together."""
+    merged = merge(*results)
+    return Proposed(study, merged.best, merged.rows, results)
 
 
 def _check_objects(arguments: SearchArguments) -> None:
@@ -431,20 +439,3 @@ class _Pruner:
                         trial.report(sum(seeds) / plan.seeds, report.step)
                         if trial.should_prune():
                             yield lane // plan.seeds
-
-
-def _proposed(study: Any, plan: Plan, results: list[Result]) -> Proposed:
-    """Rank the settings of all batches together."""
-    score = lambda row: (
-        plan.sign * row[plan.metric] if math.isfinite(row[plan.metric]) else math.inf
-    )
-    # as `Ledger.ranked` does
-    short = lambda row: (
-        -row["at"] if row["ended"] in ("cut", "diverged", "out of budget", "not run") else -math.inf
-    )
-    rows = [row for result in results for row in result.rows]
-    rows.sort(key=lambda row: (short(row), score(row)))
-    ranked = ({**row, "rank": rank} for rank, row in enumerate(rows, 1))
-    rows = [{k: x for k, x in row.items() if k != "tied"} for row in ranked]  # within a batch only
-    best = min(results, key=lambda result: score(result.best.row)).best
-    return Proposed(study, best, rows, results)

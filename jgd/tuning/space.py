@@ -8,9 +8,12 @@ The factory is any function from numbers to a setting. Numbers make lanes of one
 that change the structure (None, a bool, a string) make groups.
 """
 
+import functools
+import hashlib
 import itertools
 import math
 import operator
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -70,6 +73,27 @@ class Lanes:
         leaves = jax.tree.leaves(self.settings)
         return len(leaves[0]) if leaves else max([1, *map(len, self.axes.values())])
 
+    @functools.cached_property
+    def structure(self) -> str:
+        """A digest of what all settings share: structure, and paths and dtypes of the numbers."""
+        bare = jax.tree.map(lambda _: 0, self.settings)
+        paths = [f"{path} {x.dtype} {x.shape[1:]}" for path, x in self._numbers()]
+        text = " ".join([repr(bare), str(jax.tree.structure(bare)), *paths])
+        return _digest(re.sub(r" at 0x[0-9a-f]+", "", text).encode())
+
+    @functools.cached_property
+    def digests(self) -> list[str]:
+        """A digest of each setting: equal for equal structure and numbers, in any process."""
+        flat = lambda x: np.ascontiguousarray(x).reshape(len(x), math.prod(x.shape[1:]))
+        columns = [flat(x).view(np.uint8) for _, x in self._numbers()]
+        rows = np.concatenate([np.zeros((len(self), 0), np.uint8), *columns], axis=1)
+        return [_digest(self.structure.encode() + row.tobytes()) for row in rows]
+
+    def _numbers(self) -> list[tuple[str, np.ndarray]]:
+        """Return the numbers, in the dtypes they are trained in, with their paths."""
+        leaves = jax.tree_util.tree_leaves_with_path(self.settings)
+        return [(jax.tree_util.keystr(path), np.asarray(jnp.asarray(x))) for path, x in leaves]
+
     def __repr__(self) -> str:
         varied = ", ".join([*self.axes, *(f"{k}={v}" for k, v in self.fixed.items())])
         return f"<{len(self)} lanes over {varied}>"
@@ -80,6 +104,10 @@ class Lanes:
     @classmethod
     def tree_unflatten(cls, _: None, children: tuple[Any]) -> Any:
         return children[0]  # after a transformation of jax: the settings themselves
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def lanes_of(settings: Any) -> Lanes:

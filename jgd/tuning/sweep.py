@@ -1,13 +1,12 @@
 """`sweep` and `iter_sweep`: many settings and seeds as lanes of compiled programs."""
 
 import contextlib
-import copy
 import dataclasses
 import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +20,7 @@ from jgd.training import Run, Task, start
 from jgd.tuning import devices
 from jgd.tuning.engine import Engine, shared_programs
 from jgd.tuning.events import Cut, Report
-from jgd.tuning.folder import Folder
+from jgd.tuning.folder import Folder, load_block
 from jgd.tuning.inputs import check_inputs, resumed
 from jgd.tuning.loop import Decision, Schedule, Sweep, run
 from jgd.tuning.options import Doc, SweepOptions, Training, function_of
@@ -29,6 +28,7 @@ from jgd.tuning.plan import Plan, fingerprint, make_plan
 from jgd.tuning.pool import Block
 from jgd.tuning.prune import Halving
 from jgd.tuning.result import Record, Result, make_result
+from jgd.tuning.segment import Segment
 from jgd.tuning.space import Lanes
 from jgd.tuning.streams import Stream
 from jgd.tuning.widths import choose_widths
@@ -144,12 +144,12 @@ def run_sweep(
       shared: the flag of Ctrl-C that a caller set up for several sweeps.
     """
     folder = Folder(arguments.folder, resume=arguments.resume)
-    prepared = prepare(arguments, folder.plan)
+    prepared = prepare(arguments, folder.segment and folder.segment.plan)
     plan, ctrl_c = prepared.plan, shared or CtrlC()
-    if arguments.resume:
-        _resume(prepared, folder)
+    if folder.segment is not None:
+        _resume(prepared, folder, folder.segment)
         if prune is not None:
-            list(prune(plan, list(folder.events(plan))))
+            list(prune(plan, list(folder.segment.events())))
     else:
         folder.write_plan(plan)
 
@@ -167,7 +167,7 @@ def run_sweep(
         with contextlib.nullcontext() if shared else ctrl_c:
             poll = Clock(prepared.sweep, folder, ctrl_c, prune)
             whole = run(prepared.sweep, deliver, poll, checkpoint)
-        result = prepared.result(whole=whole)
+        result = prepared.result()
         folder.write_result(result)
         if whole:  # else the last poll asked for a checkpoint
             checkpoint()
@@ -232,27 +232,31 @@ class Prepared:
     sweep: Sweep
     record: Record
 
-    def result(self, *, whole: bool = True) -> Result:
-        """Return the result. If the sweep is not whole, its lanes count as out of budget."""
+    def result(self) -> Result:
+        """Return the result so far."""
         ledger, pool, engine = self.sweep.ledger, self.sweep.pool, self.sweep.engine
-        if not whole:
-            ledger = copy.deepcopy(ledger)
-            ledger.apply(Cut(None, self.plan.by_group(np.flatnonzero(ledger.alive))))
 
-        def state_of(lane: int) -> Any:
-            if lane not in pool:
-                return None
-            states = engine.programs[self.plan.group_of(lane)].states(pool.take([lane]))
-            return jax.tree.map(lambda x: x[0], states)
+        every = np.arange(self.plan.first[-1])
+        whole = np.isin(self.plan.lanes_of(every), pool.held()).all(1)
+        best = ledger.best_lanes(every)
 
-        return make_result(self.plan, self.groups, ledger, self.record, state_of)
+        def stored(setting: int) -> tuple[Any, Any]:
+            group = self.plan.group_of(setting * self.plan.seeds)
+            row = setting - int(self.plan.first[group])
+            settings = self.groups[self.plan.groups[group].name].settings
+            states = None
+            if whole[setting]:
+                states = engine.programs[group].states(pool.take([best[setting]]))
+            return jax.tree.map(lambda x: x[row], settings), jax.tree.map(lambda x: x[0], states)
+
+        return make_result(self.plan, ledger, self.record.curves, whole, stored)
 
 
-def prepare(arguments: TrainingArguments, written: Mapping[str, Any] | None = None) -> Prepared:
+def prepare(arguments: TrainingArguments, written: Plan | None = None) -> Prepared:
     """Plan a sweep; the inputs are checked before anything is compiled.
 
     Args:
-      written: the plan of the sweep to resume, as JSON.
+      written: the plan of the sweep to resume.
     """
     task = arguments.task
     mesh = devices.mesh(arguments.devices)
@@ -310,24 +314,21 @@ def _checkpoint(prepared: Prepared, folder: Folder) -> None:
     folder.checkpoint(manifest, states)
 
 
-def _resume(prepared: Prepared, folder: Folder) -> None:
-    """Return to the last checkpoint: fold the journal, and load the states."""
-    manifest, sweep = folder.last_checkpoint(), prepared.sweep
-    instead = "The sweep starts anew" if manifest is None else "The checkpoint before it is used"
-    for note in folder.notes:
-        warnings.warn(f"{note}. {instead}", stacklevel=4)
+def _resume(prepared: Prepared, folder: Folder, segment: Segment) -> None:
+    """Return to the last checkpoint: take what the journal adds up to, and load the states."""
+    manifest, sweep = segment.manifest, prepared.sweep
+    for note in segment.notes:
+        warnings.warn(note, stacklevel=4)
     devices.wait_for_all()  # all processes have read the manifest before files change
-    folder.return_to(manifest)
+    folder.return_to_checkpoint(segment)
     if manifest is None:
         return
-    for event in folder.events(prepared.plan):
-        sweep.ledger.apply(event)
-        prepared.record.apply(event)
+    sweep.ledger, prepared.record = segment.ledger, segment.record
     sweep.schedule = Schedule.of_json(manifest["schedule"])
     for name, block in manifest["blocks"].items():
         ids = np.array(block["lanes"], int)
         program = sweep.engine.programs[prepared.plan.group_of(ids[0])]
-        rows = folder.load(name, program.shapes(len(ids)))
+        rows = load_block(folder.path, name, program.shapes(len(ids)))
         sweep.pool.restore(block["number"], Block(ids, rows), np.array(block["present"]))
     sweep.pool.last = manifest["last_block"]
     if manifest["stream"] is not None:

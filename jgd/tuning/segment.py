@@ -1,0 +1,305 @@
+"""A segment, read back from its folder: the plan, and what the events of its journal add up to.
+
+    segment = read_segment("runs/a")
+    segment.ledger, segment.record              # folds over the journal
+    segment.manifest, segment.notes             # the newest whole checkpoint, and what was damaged
+
+A manifest holds checksums of itself, of plan.json, of the journal up to its checkpoint and of the
+states. The table follows from plan and journal: results.csv, results.json and curves.npz are never
+read. Readers take no lock.
+"""
+
+import json
+import math
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jgd.tuning.events import Cut, Report, decode
+from jgd.tuning.ledger import Ledger
+from jgd.tuning.plan import FORMAT, Plan
+from jgd.tuning.result import Best, Curves, Record, Result, make_result
+
+__all__ = [
+    "Segment",
+    "check_states",
+    "checksums",
+    "manifests",
+    "number_of",
+    "read_json",
+    "read_manifest",
+    "read_result",
+    "read_segment",
+    "sealed",
+]
+
+NEW = "Start the sweep in a new folder"
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError)  # of decoded JSON
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A segment of a sweep.
+
+    Attributes:
+      plan_crc: checksum of plan.json.
+      manifest: of the newest whole checkpoint; None if there is none.
+      ledger, record: the events, folded.
+      notes: one line for each newer checkpoint, which is damaged.
+      changed: whether plan or journal are not those of a newer checkpoint.
+    """
+
+    path: Path
+    plan: Plan
+    plan_crc: int
+    manifest: Mapping[str, Any] | None
+    ledger: Ledger
+    record: Record
+    notes: list[str]
+    changed: bool
+
+    @property
+    def finished(self) -> bool:
+        """Whether all lanes have ended."""
+        return not self.ledger.alive.any()
+
+    @property
+    def journal(self) -> Mapping[str, int]:
+        """Events, bytes and checksum of the part of the journal that the checkpoint covers."""
+        return self.manifest["journal"] if self.manifest else {"events": 0, "bytes": 0, "crc32": 0}
+
+    def events(self) -> Iterator[Report | Cut]:
+        """Yield the events up to the checkpoint."""
+        if covered := self.journal["bytes"]:
+            data = (self.path / "journal.jsonl").read_bytes()[:covered]
+            yield from (decode(line, self.plan) for line in data.splitlines())
+
+
+def read_segment(path: str | Path, *, resume: bool = False) -> Segment:
+    """Return the segment in a folder.
+
+    A journal goes on after the last checkpoint. Those lines are read as well, as far as each
+    continues its lanes, unless a manifest says that plan or journal were changed.
+
+    Args:
+      resume: whether to check the states too, and to stop where the checkpoint does.
+
+    Raises: FileNotFoundError without a plan; ValueError, naming the file, if nothing vouches for
+      plan and journal.
+    """
+    path = Path(path)
+    ledger, record, plan_crc = _read_plan(path)
+    journal = path / "journal.jsonl"
+    data = journal.read_bytes() if journal.exists() else b""
+    manifest, notes, changed = _whole_manifest(path, plan_crc, data, states=resume)
+    if manifest is None and (changed or (resume and notes)):
+        raise ValueError(
+            f"{path}: no checkpoint is whole: {'; '.join(notes)}. {NEW}, or delete the manifests"
+            " in this one to start it anew"
+        )
+    covered = manifest["journal"]["bytes"] if manifest else 0
+    end = _fold(data[:covered] if resume or changed else data, ledger, record)
+    if end < covered:
+        raise ValueError(f"{journal} is not the journal of {path / 'plan.json'}. {NEW}")
+    instead = "The checkpoint before it is used" if manifest else "The journal is read without it"
+    notes = [f"{note}. {instead}" for note in notes]
+    return Segment(path, ledger.plan, plan_crc, manifest, ledger, record, notes, changed)
+
+
+def _read_plan(path: Path) -> tuple[Ledger, Record, int]:
+    """Return ledger and record of the plan in a folder, before any event, and its checksum."""
+    file = path / "plan.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{path} holds no sweep: there is no plan.json. {NEW}")
+    written = read_json(file)
+    if (version := written.get("format", 1)) != FORMAT:
+        still = "; jgd report still reads this one" if version == 1 else ""
+        raise ValueError(f"{file}: format must be {FORMAT}, got {version}. {NEW}{still}")
+    try:
+        plan = Plan.of_json(written)
+        return Ledger(plan), Record(plan), zlib.crc32(file.read_bytes())
+    except MALFORMED as error:
+        raise ValueError(f"{file} holds no plan: {error}. {NEW}") from None
+
+
+def _whole_manifest(
+    path: Path, plan_crc: int, journal: bytes, *, states: bool
+) -> tuple[dict[str, Any] | None, list[str], bool]:
+    """Return the newest manifest of a whole checkpoint, a note for each newer one that is damaged,
+    and whether plan or journal are not those of one of these.
+    """
+    notes, changed = list[str](), False
+    for file in manifests(path):
+        try:
+            manifest = read_manifest(file)
+        except (OSError, *MALFORMED) as error:
+            notes.append(f"{path}: checkpoint {number_of(file)}: {error}")
+            continue
+        try:
+            _check_journal(file, manifest, plan_crc, journal)
+            if states:
+                check_states(path, manifest["blocks"])
+        except (OSError, ValueError) as error:
+            changed = True
+            notes.append(f"{path}: checkpoint {number_of(file)}: {error}")
+            continue
+        return manifest, notes, changed
+    return None, notes, changed
+
+
+def _check_journal(file: Path, manifest: Mapping[str, Any], plan_crc: int, journal: bytes) -> None:
+    if manifest["plan"] != plan_crc:
+        raise ValueError(f"plan.json was changed, or {file.name} is of another sweep")
+    covered = manifest["journal"]
+    if len(journal) < covered["bytes"]:
+        raise ValueError("journal.jsonl is missing or shorter than the checkpoint says")
+    if zlib.crc32(journal[: covered["bytes"]]) != covered["crc32"]:
+        raise ValueError("journal.jsonl was changed")
+
+
+def _fold(data: bytes, ledger: Ledger, record: Record) -> int:
+    """Fold the lines of a journal; return the number of bytes up to the first that does not fit."""
+    end = 0
+    for line in data.splitlines(keepends=True):
+        try:
+            event = decode(line, ledger.plan)
+            fits = line.endswith(b"\n") and _goes_on(event, ledger)
+        except MALFORMED:
+            return end
+        if not fits:
+            return end
+        ledger.apply(event)
+        record.apply(event)
+        end += len(line)
+    return end
+
+
+def _goes_on(event: Report | Cut, ledger: Ledger) -> bool:
+    """Return whether an event concerns living lanes, all of which were at the report before."""
+    plan = ledger.plan
+    groups = event.lanes if isinstance(event, Cut) else {event.group: event.lanes}
+    for group, ids in groups.items():
+        ids, size = np.asarray(ids, int), plan.groups[plan.index[group]].settings
+        if not ((ids >= 0) & (ids < size * plan.seeds)).all():
+            return False
+        if not ledger.alive[plan.offset(group) + ids].all():
+            return False
+    if isinstance(event, Cut):
+        return True
+    before = [0, *plan.reports][plan.reports.index(event.step)]
+    columns = (event.loss, event.ended, *event.metrics.values(), *(event.seen or ()))
+    same = all(len(values) == len(event.lanes) for values in columns)
+    return same and bool((ledger.step[plan.offset(event.group) + event.lanes] == before).all())
+
+
+# --- manifests and states --------------------------------------------------------------------
+
+
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a manifest with the checksum of its own content."""
+    return {"crc32": zlib.crc32(json.dumps(manifest).encode()), **manifest}
+
+
+def read_manifest(file: Path) -> dict[str, Any]:
+    """Return a manifest. Raises ValueError unless it is as it was written."""
+    written = read_json(file)
+    manifest = {name: value for name, value in written.items() if name != "crc32"}
+    if written != sealed(manifest):
+        raise ValueError(f"{file.name} was changed")
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"{file.name}: format must be {FORMAT}, got {manifest['format']}")
+    return manifest
+
+
+def check_states(path: Path, blocks: Mapping[str, Any]) -> None:
+    """Raise OSError or ValueError unless the files of all blocks are as they were written."""
+    for name, block in blocks.items():
+        if checksums(path / "states" / name) != block["files"]:
+            raise ValueError(f"states/{name} was changed")
+
+
+def checksums(path: Path) -> dict[str, list[int]]:
+    """Return size and checksum of all files in a folder. Raises FileNotFoundError without one."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"states/{path.name} is missing")
+    files = sorted(x for x in path.rglob("*") if x.is_file())
+    data = ((x.relative_to(path).as_posix(), x.read_bytes()) for x in files)
+    return {name: [len(content), zlib.crc32(content)] for name, content in data}
+
+
+def manifests(path: Path) -> list[Path]:
+    """Return the manifests of a folder, newest first."""
+    found = (x for x in path.glob("manifest-*.json") if x.stem[len("manifest-") :].isdecimal())
+    return sorted(found, key=number_of, reverse=True)
+
+
+def number_of(manifest: Path) -> int:
+    """Return the number of the checkpoint that a manifest belongs to."""
+    return int(manifest.stem.partition("-")[2])
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object. Raises ValueError, naming the file, for any other content."""
+    try:
+        return dict[str, Any](json.loads(path.read_text()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} must hold a JSON object: {error}") from None
+
+
+# --- results ---------------------------------------------------------------------------------
+
+
+def read_result(path: str | Path) -> Result:
+    """Return table and curves of the sweep in a folder, without states.
+
+    Lanes of a sweep that has not finished count as out of budget. A warning says so, and names
+    damaged files.
+
+    Raises: as `read_segment`; ValueError if there is no report yet.
+    """
+    path = Path(path)
+    if (path / "results.json").exists() and _format(path) == 1:
+        return _read_old_result(path)
+    segment = read_segment(path)
+    for note in segment.notes:
+        warnings.warn(note, stacklevel=2)
+    if not segment.finished:
+        how = f"If it no longer runs, go on with it: jgd sweep --resume {path}"
+        if segment.changed or not segment.ledger.step.any():
+            raise ValueError(f"{path} has no table yet. {how}")
+        warnings.warn(f"{path} has not finished: this is its table so far. {how}", stacklevel=2)
+    return make_result(segment.plan, segment.ledger, segment.record.curves)
+
+
+def _format(path: Path) -> Any:
+    return read_json(path / "plan.json").get("format", 1) if (path / "plan.json").exists() else None
+
+
+def _read_old_result(path: Path) -> Result:
+    """Return the result in a folder of jgd 0.1."""
+    file = path / "results.json"
+    try:
+        rows = read_json(file)["rows"]
+        rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
+        best = Best(rows[0], None, None)
+        file = path / "plan.json"
+        plan = Plan.of_json(read_json(file))
+        file = path / "curves.npz"
+        with np.load(file) as arrays:
+            curves = {
+                g.name: Curves(
+                    arrays[f"{g.name}/step"],
+                    arrays[f"{g.name}/train_loss"],
+                    {name: arrays[f"{g.name}/{name}"] for name in plan.metrics},
+                )
+                for g in plan.groups
+            }
+    except (*MALFORMED, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{file} is damaged: {type(error).__name__}: {error}") from None
+    return Result(rows, curves, best, [best], plan.metric, plan.mode, plan, Ledger(plan))
