@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import functools
+import importlib.util
 import inspect
 import itertools
 import json
@@ -11,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -19,8 +21,8 @@ from typing import Annotated, Any, Literal, NoReturn
 import tyro
 
 import jgd
-from jgd.tuning.options import Doc, Seeds, SweepOptions, values_of
-from jgd.tuning.parsing import UserError, factory_of, groups_of, task_of, where
+from jgd.tuning.options import Doc, Seeds, SweepOptions, Training, values_of
+from jgd.tuning.parsing import UserError, factory_of, groups_of, space_of, task_of, where
 
 __all__ = ["main"]
 
@@ -56,6 +58,11 @@ class Sweep(SweepOptions):
         rate=lin:LOW:HIGH:COUNT. Repeat it for several arguments: every combination is trained.
         Default: learning_rate=log:1e-5:1e1:64."""),
     ] = ()
+    optuna: Annotated[
+        int | None,
+        Doc("""Train this many settings of one optimizer that Optuna proposes, 32 at a time: log and
+        lin of --set give ranges, lists give choices. Default: every combination of --set."""),
+    ] = None
     steps: Annotated[int, Doc("Steps of each training.")] = 1000
     seeds: Seeds = 3
     out: Annotated[
@@ -218,7 +225,9 @@ def _sweep(options: Sweep) -> None:
     from rich.console import Console
 
     from jgd.tuning import console, devices
-    from jgd.tuning.sweep import Interrupted, sweep
+    from jgd.tuning.join import merge
+    from jgd.tuning.propose import Proposed
+    from jgd.tuning.sweep import Interrupted
 
     if options.coordinator is not None:
         devices.join(options.coordinator, options.processes, options.process)
@@ -226,24 +235,26 @@ def _sweep(options: Sweep) -> None:
     out = options.resume or options.out
     out = out or _new_folder(Path("runs") / time.strftime("%Y-%m-%d-%H%M%S"))
     # a sweep that was killed before it had a plan starts anew
-    has_plan = (out / "plan.json").exists()
+    has_plan = any((out / name).exists() for name in ("plan.json", "search.json"))
     resume = options.resume is not None and devices.from_process_0([has_plan])[0]
     if options.resume is not None:
         options = _resumed(options)
     task = _task(options)
-    groups, halving = groups_of(options.optimizer or TEXTBOOK, options.set), _halving(options)
+    train, halving = _training(options, task), _halving(options)
     if options.resume is None and devices.is_writer():
         _write_command(options, out)
-    progress, interrupted = console.Progress(terminal), False
-    given = values_of(options, SweepOptions)
+    progress, interrupted = console.Progress(terminal, options.optuna), False
+    given = values_of(options, SweepOptions if options.optuna is None else Training)
     given |= dict(halving=halving, stop=options.patience, folder=out, resume=resume)
     try:
         with progress, _one_line(options, out):
-            result = sweep(task, groups, options.steps, on_report=progress, **given)
+            result = train(on_report=progress, **given)
     except Interrupted as error:
         result, interrupted = error.result, True
     if not devices.is_writer():
         return
+    if isinstance(result, Proposed):
+        result = merge(*result.results)
     _show(terminal, result, out, options.top)
     seconds = time.perf_counter() - started
     rate = progress.done / max(progress.seconds, 1e-9)
@@ -267,6 +278,23 @@ def _one_line(options: Sweep, out: Path) -> Generator[None]:
         _forget_command(out)
         hint = "" if options.coordinator is None else f"; perhaps {_how_to_go_on(out)}"
         raise UserError(f"task {options.task}: {where(error)}{hint}") from error
+
+
+def _training(options: Sweep, task: Any) -> Callable[..., Any]:
+    """Return the sweep over all combinations, or the search, without its options."""
+    from jgd.tuning.propose import optuna_search
+    from jgd.tuning.sweep import sweep
+
+    optimizers = options.optimizer or TEXTBOOK
+    if options.optuna is None:
+        return functools.partial(sweep, task, groups_of(optimizers, options.set), options.steps)
+    if importlib.util.find_spec("optuna") is None:
+        raise UserError('--optuna needs Optuna: python -m pip install "jgd[optuna]"')
+    for name in ("keep", "budget", "seconds"):
+        if getattr(options, name) != getattr(SweepOptions, name):
+            raise UserError(f"--optuna and --{name} exclude each other")
+    factory, space = space_of(optimizers, options.set)
+    return functools.partial(optuna_search, task, factory, options.steps, options.optuna, space)
 
 
 def _task(options: Sweep) -> Any:

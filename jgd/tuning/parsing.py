@@ -14,13 +14,13 @@ import pkgutil
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jgd
 
-__all__ = ["UserError", "factory_of", "groups_of", "task_of", "where"]
+__all__ = ["UserError", "factory_of", "groups_of", "space_of", "task_of", "where"]
 
 RATES = "log:1e-5:1e1:64"
 
@@ -165,17 +165,9 @@ def groups_of(optimizers: Iterable[str], sets: Iterable[str]) -> dict[str, Any]:
     values: dict[str, list[Any]] = {}
     for name, more in map(_values, sets):
         values.setdefault(name, []).extend(more)
-    groups, unused, known = {}, set(values), set()
-    for spec in optimizers:
-        factory = factory_of(spec)
-        parameters = inspect.signature(factory).parameters
-        known.update(parameters)
-        axes = {name: values[name] for name in values if name in parameters}
-        unused -= set(axes)
-        if "learning_rate" in parameters and "learning_rate" not in axes:
-            axes = dict([_values(f"learning_rate={RATES}")], **axes)
-        if not axes:
-            raise UserError(f"optimizer {spec}: say what to vary with --set")
+    groups: dict[str, Any] = {}
+    rates = _values(f"learning_rate={RATES}")[1]
+    for spec, factory, axes in _varied(optimizers, values, rates):
         name = spec.rpartition(":")[2]
         name = spec if name in groups else name
         if name in groups:
@@ -186,6 +178,56 @@ def groups_of(optimizers: Iterable[str], sets: Iterable[str]) -> dict[str, Any]:
             raise UserError(str(error)) from error
         except Exception as error:
             raise UserError(f"optimizer {spec}: {where(error)}") from error
+    return groups
+
+
+def space_of(
+    optimizers: Sequence[str], sets: Iterable[str]
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Return the factory of the one optimizer, and the distributions of its arguments."""
+    if len(optimizers) != 1:
+        raise UserError(f"--optuna needs one --optimizer, got {len(optimizers)}")
+    space = dict[str, Any]()
+    for spec in sets:
+        name, values = _distribution(spec)
+        if name in space:
+            raise UserError(f"--set {name} is given twice, which --optuna does not take")
+        space[name] = values
+    rates = _distribution(f"learning_rate={RATES}")[1]
+    ((_, factory, space),) = _varied(optimizers, space, rates)
+    return factory, space
+
+
+def _distribution(spec: str) -> tuple[str, Any]:
+    """Return name and distribution of an argument: the range of log and lin, or a choice."""
+    from jgd.tuning.space import choice, loguniform, uniform
+
+    name, values = _values(spec)
+    form, colon, _ = spec.partition("=")[2].partition(":")
+    if not colon:
+        return name, choice(values)
+    try:
+        return name, (loguniform if form == "log" else uniform)(float(values[0]), float(values[-1]))
+    except ValueError as error:
+        raise UserError(f"--set {spec}: {error}") from None
+
+
+def _varied(
+    optimizers: Iterable[str], values: Mapping[str, Any], rates: Any
+) -> list[tuple[str, Callable[..., Any], dict[str, Any]]]:
+    """Return each optimizer, its factory, and those of the values that are arguments of it."""
+    varied, unused, known = list[Any](), set(values), set[str]()
+    for spec in optimizers:
+        factory = factory_of(spec)
+        parameters = inspect.signature(factory).parameters
+        known.update(parameters)
+        axes = {name: values[name] for name in values if name in parameters}
+        unused -= set(axes)
+        if "learning_rate" in parameters and "learning_rate" not in axes:
+            axes = {"learning_rate": rates, **axes}
+        if not axes:
+            raise UserError(f"optimizer {spec}: say what to vary with --set")
+        varied.append((spec, factory, axes))
     for name in unused:
         raise UserError(f"--set {name}: no optimizer here has that argument{nearest(name, known)}")
-    return groups
+    return varied
