@@ -1,8 +1,10 @@
 """Sweeps that are joined: merged results, extended folders, and results loaded from them."""
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint
@@ -10,6 +12,7 @@ import pytest
 from test_training import _line
 
 import jgd
+from jgd.tuning.sweep import Interrupted
 
 RATES = np.geomspace(1e-3, 3, 6)
 TASK = _line()  # one task, so that all sweeps share their compiled programs
@@ -42,7 +45,7 @@ def _assert_equal(result, whole, *, states=True):
         assert jax.tree.structure(mine) == jax.tree.structure(theirs)
         for x, y in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
             assert x.dtype == y.dtype
-            if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
+            if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
                 x, y = jax.random.key_data(x), jax.random.key_data(y)
             np.testing.assert_array_equal(x, y)
 
@@ -115,3 +118,86 @@ def test_the_best_is_saved_with_its_setting(tmp_path):
     lost = result._replace(best=best._replace(state=None))
     with pytest.raises(ValueError, match="save_best: the state of the best setting is not stored"):
         lost.save_best(tmp_path / "lost")
+
+
+# --- load ------------------------------------------------------------------------------------
+
+
+class _State(NamedTuple):
+    """Leaves of all kinds."""
+
+    weight: Any  # bfloat16
+    key: Any
+    count: Any
+    flag: Any
+
+
+def _mixed():
+    def update(setting, state, batch):
+        key, now = jax.random.split(state.key)
+        weight = state.weight - setting["rate"] * jax.random.normal(now, dtype=jnp.bfloat16)
+        loss = jnp.float32(weight) ** 2 + setting["shift"][0]
+        return _State(weight.astype(jnp.bfloat16), key, state.count + 1, ~state.flag), {
+            "loss": loss
+        }
+
+    return jgd.Run(
+        init=lambda setting, key: _State(jnp.bfloat16(1), key, jnp.int32(0), jnp.bool(True)),
+        update=update,
+        evaluate=lambda setting, state: {"loss": jnp.float32(state.weight) ** 2},
+        batch=lambda step: step,
+    )
+
+
+MIXED = {
+    "tx": jgd.grid(jgd.adam, learning_rate=[0.1, 0.2, 0.3]).settings,
+    "rate": np.array([0.1, 0.2, 0.3]),  # float64
+    "shift": jnp.array([[0, np.inf], [1, np.inf], [2, np.inf]], jnp.bfloat16),
+    "depth": np.array([1, 2, 3], np.int8),
+}
+
+
+@pytest.mark.parametrize("options", [dict(keep=2, seeds=2), dict(best="ever", target=0.2)])
+def test_loaded_as_it_was_in_memory(options, tmp_path):
+    run = _mixed()
+    folder = tmp_path / "run"
+    whole = jgd.sweep(run, {"mixed": MIXED}, 8, mode="min", folder=folder, **options)
+    loaded = jgd.load(folder, run)
+    _assert_equal(loaded, whole)
+    assert loaded.plan == whole.plan
+    assert loaded.best.state.weight.dtype == jnp.bfloat16
+    alone = jgd.load(folder)
+    assert repr(alone.rows) == repr(whole.rows)
+    assert [best[1:] for best in alone.kept] == [(None, None)] * len(whole.kept)
+
+
+def test_a_template_tells_what_cannot_be_pickled(tmp_path):
+    build = lambda rate: jgd.adamw(rate, weight_decay=0.1, mask=lambda params: True)
+    settings = {"a": jgd.grid(build, rate=RATES), "b": _adam(RATES)}
+    whole = _sweep(settings, folder=tmp_path / "run")
+    for template in (settings, settings["a"], jgd.lane(settings["a"], 0)):
+        _assert_equal(jgd.load(tmp_path / "run", TASK, template=template), whole)
+    for template in (None, settings["b"], {"a": 3}):
+        with pytest.raises(ValueError, match="load: template must be the settings given to sweep"):
+            jgd.load(tmp_path / "run", TASK, template=template)
+
+
+def test_what_cannot_be_loaded(tmp_path):
+    settings = _adam(RATES[:2])
+    _sweep(settings, folder=tmp_path / "run")
+    (tmp_path / "run" / "settings.pickle").write_bytes(b"garbage")
+    with pytest.raises(ValueError, match=r"load: .*settings.pickle is damaged"):
+        jgd.load(tmp_path / "run", TASK)
+    with pytest.raises(Interrupted):
+        _sweep(settings, folder=tmp_path / "half", on_report=_interrupt)
+    with pytest.raises(ValueError, match=r"load: .*half has not finished"):
+        jgd.load(tmp_path / "half")
+    with pytest.raises(FileNotFoundError, match=r"no plan\.json"):
+        jgd.load(tmp_path / "nowhere")
+    _sweep(settings, folder=tmp_path / "other")
+    with pytest.raises(ValueError, match="load: task must be that of the sweep"):
+        jgd.load(tmp_path / "other", _mixed(), template=settings)
+
+
+def _interrupt(plan, report):
+    raise KeyboardInterrupt

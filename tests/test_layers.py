@@ -90,6 +90,7 @@ LAYERS = [
     ("tuning.join", ""),
     ("tuning.segment", ""),
     ("tuning.folder", ""),
+    ("tuning.load", ""),
     ("tuning.sweep", ""),
     ("tuning.propose", ""),
     ("tuning.console", ""),

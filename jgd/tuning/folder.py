@@ -5,8 +5,10 @@ command.json         the command line, if the sweep came from there
 journal.jsonl        the events, one per line
 states/              the states of lanes, a folder for each block of the pool (orbax)
 manifest-N.json      checkpoint N: how much of the journal it covers, the schedule, and the blocks
+segment-N/           an extension: plan, journal, states and manifests of its own
 results.csv          a row per setting, ranked; results.json the same with metric, mode and steps
 curves.npz           the curves of all lanes
+settings.pickle      the settings: their numbers, and their structure if it can be pickled
 
 A block is written once, under a name of its own. A manifest is written after all that it names is
 on disk, and the one before it stays, so that at any moment a whole checkpoint is there. Results and
@@ -18,6 +20,7 @@ import contextlib
 import csv
 import json
 import os
+import pickle
 import shutil
 import zlib
 from collections.abc import Generator, Mapping, Sequence
@@ -35,39 +38,52 @@ from jgd.tuning.result import Curves, Result
 from jgd.tuning.segment import (
     Segment,
     checksums,
+    crc_of_plan,
+    extensions,
     manifests,
     number_of,
     read_manifest,
     read_segment,
+    read_segments,
     sealed,
 )
+from jgd.tuning.space import Lanes
 
-__all__ = ["Folder", "load_block"]
+__all__ = ["SETTINGS", "Folder", "load_block"]
+
+SETTINGS = "settings.pickle"
 
 EARLY = ("command.json", "plan.json.part", "command.json.part")  # a sweep that has not started
 
 
 class Folder:
-    """The folder of one sweep. Of several processes, process 0 writes.
+    """The folder of one segment. Of several processes, process 0 writes.
 
     Args:
       path: None for a sweep without a folder: nothing is written.
+      earlier: the segments that an extension extends; results are written beside the first one.
 
     Attributes:
       enabled: False without a path.
-      segment: of the sweep that is resumed; None for a new sweep.
+      segment: of the sweep that is resumed; None for a new one.
 
     Raises: FileExistsError for a new sweep in a folder that holds something; what `read_segment`
       raises for a resumed one; OSError if the folder cannot be written.
     """
 
-    def __init__(self, path: str | Path | None, *, resume: bool = False) -> None:
-        self.path = Path(path or "")
+    def __init__(
+        self, path: str | Path | None, *, resume: bool = False, earlier: Sequence[Segment] = ()
+    ) -> None:
+        self.path, self.earlier = Path(path or ""), earlier
+        if resume and not earlier and extensions(self.path):
+            raise ValueError(f"resume: {path} was extended. Give it as extend, not as folder")
         self._writes = path is not None and is_writer()
         if not resume and self._writes and not self._is_free():
             raise FileExistsError(f"{self.path} is not empty. Give a sweep a folder of its own")
         self.enabled = path is not None
-        self.segment = read_segment(self.path, resume=True) if resume else None
+        self.segment = None
+        if resume:
+            self.segment = read_segment(self.path, resume=True, earlier=earlier)
         self._journal = self.path / "journal.jsonl"
         self._plan_crc = self.segment.plan_crc if self.segment else 0
         self._events = self._bytes = self._crc = self._generation = 0
@@ -79,30 +95,47 @@ class Folder:
             return True
         return self.path.is_dir() and all(x.name in EARLY for x in self.path.iterdir())
 
+    @classmethod
+    def of_extension(cls, path: str | Path) -> "Folder":
+        """Return the folder of a new extension, or of one that has not finished.
+
+        Raises: ValueError if the sweep in the folder has not finished; as `read_segments`.
+        """
+        segments = read_segments(path, resume=True)
+        *earlier, last = segments
+        if last.finished:
+            return cls(Path(path) / f"segment-{len(segments) + 1}", earlier=segments)
+        if not earlier:
+            raise ValueError(f"extend: {path} has not finished. Go on with resume=True first")
+        return cls(last.path, resume=True, earlier=earlier)
+
     # --- plan and results
 
     def write_plan(self, plan: Plan) -> None:
         """Write the plan, the first file of a sweep."""
         if self._writes:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._plan_crc = self._write_json("plan.json", plan.as_json())
+            data = _write_json(self.path / "plan.json", plan.as_json())
+            self._plan_crc = crc_of_plan(data, self.earlier)
 
-    def write_result(self, result: Result) -> None:
-        """Write the table and the curves."""
+    def write_result(self, result: Result, groups: Mapping[str, Lanes]) -> None:
+        """Write the table, the curves and the settings."""
         if not self._writes:
             return
-        plan = result.plan
+        plan, folder = result.plan, self.earlier[0].path if self.earlier else self.path
         summary = {"metric": plan.metric, "mode": plan.mode, "steps": plan.steps}
-        with _replacing(self.path / "results.csv") as path, path.open("w", newline="") as file:
+        with _replacing(folder / "results.csv") as path, path.open("w", newline="") as file:
             columns = list(dict.fromkeys(name for row in result.rows for name in row))
             writer = csv.DictWriter(file, columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(result.rows)
         rows = plain(result.rows)
-        self._write_json("results.json", {**summary, "seeds": plan.seeds, "rows": rows})
-        with _replacing(self.path / "curves.npz") as path, path.open("wb") as file:
+        _write_json(folder / "results.json", {**summary, "seeds": plan.seeds, "rows": rows})
+        with _replacing(folder / "curves.npz") as path, path.open("wb") as file:
             arrays: dict[str, Any] = _arrays_of(result.curves)
             np.savez_compressed(file, **arrays)
+        with _replacing(folder / SETTINGS) as path, path.open("wb") as file:
+            pickle.dump({name: _pickled(lanes.settings) for name, lanes in groups.items()}, file)
 
     # --- the journal
 
@@ -158,7 +191,8 @@ class Folder:
         folder.mkdir(exist_ok=True)
         new = [name for name in states if not (folder / name).exists()]
         for name in new:  # orbax renames a folder when it is whole, and saves no single array
-            checkpointer.save(folder / name, {"lanes": states[name]})
+            leaves = enumerate(jax.tree.leaves(states[name]))
+            checkpointer.save(folder / name, {str(place): leaf for place, leaf in leaves})
         checkpointer.wait_until_finished()
         for name in new:
             _sync(folder / name)
@@ -168,7 +202,7 @@ class Folder:
             for name, block in manifest["blocks"].items()
         }
         whole = sealed(plain({**manifest, "blocks": blocks}))
-        self._write_json(f"manifest-{manifest['generation']}.json", whole)
+        _write_json(self.path / f"manifest-{manifest['generation']}.json", whole)
         _sync(self.path, files=False)
         self._tidy()
 
@@ -200,14 +234,24 @@ class Folder:
             os.truncate(self._journal, self._bytes)
         self._tidy()
 
-    # --- files
 
-    def _write_json(self, name: str, content: Any) -> int:
-        """Write a file, and return its checksum."""
-        data = json.dumps(content, indent=1).encode()
-        with _replacing(self.path / name) as path:
-            path.write_bytes(data)
-        return zlib.crc32(data)
+# --- files -----------------------------------------------------------------------------------
+
+
+def _write_json(path: Path, content: Any) -> bytes:
+    """Write a file, and return its content."""
+    data = json.dumps(content, indent=1).encode()
+    with _replacing(path) as part:
+        part.write_bytes(data)
+    return data
+
+
+def _pickled(settings: Any) -> tuple[bytes | None, list[np.ndarray]]:
+    """Return the structure of settings, None if it cannot be pickled, and their numbers."""
+    structure = None
+    with contextlib.suppress(Exception):  # a function, or what a user's class raises
+        structure = pickle.dumps(jax.tree.map(lambda _: 0, settings))
+    return structure, jax.tree.map(np.asarray, jax.tree.leaves(settings))
 
 
 @contextlib.contextmanager
@@ -237,13 +281,10 @@ def _entries(path: Path) -> list[Path]:
     return list(path.iterdir()) if path.is_dir() else []
 
 
-def load_block(path: Path, name: str, shapes: Any) -> Any:
-    """Return the rows of a block of states in a folder, of these shapes, on the host."""
-    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shaped = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-    file = (path / "states" / name).absolute()
-    rows = _checkpointer().restore(file, {"lanes": jax.tree.map(shaped, shapes)})["lanes"]
-    return jax.tree.map(np.asarray, rows)
+def load_block(path: Path, name: str) -> list[np.ndarray]:
+    """Return the leaves of a block of states in a folder, on the host."""
+    leaves = _checkpointer().restore((path / "states" / name).absolute())
+    return [np.asarray(leaves[str(place)]) for place in range(len(leaves))]
 
 
 def _arrays_of(curves: Mapping[str, Curves]) -> dict[str, np.ndarray]:

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +21,10 @@ from jgd.tuning import devices
 from jgd.tuning.engine import Engine, shared_programs
 from jgd.tuning.events import Cut, Report
 from jgd.tuning.folder import Folder, load_block
-from jgd.tuning.inputs import check_inputs, resumed
+from jgd.tuning.inputs import check_inputs, extended, resumed
+from jgd.tuning.join import Facts, take
+from jgd.tuning.ledger import Ledger
+from jgd.tuning.load import StoredStates, stored_best
 from jgd.tuning.loop import Decision, Schedule, Sweep, run
 from jgd.tuning.options import Doc, SweepOptions, function_of
 from jgd.tuning.plan import Plan, fingerprint, make_plan
@@ -77,6 +80,13 @@ class SweepArguments(TrainingArguments):
         str | Path | None,
         Doc("A new folder for plan, journal, checkpoints and results. None: nothing is written."),
     ] = None
+    extend: Annotated[
+        str | Path | None,
+        Doc("""The folder of a finished sweep, in place of `folder`. The arguments describe the
+        whole sweep wanted; only lanes that are not there train: more settings, groups or seeds.
+        Lanes that are there and not in the arguments stay in the folder and out of the result. The
+        same call goes on with an extension that was interrupted. None: a new sweep."""),
+    ] = None
     resume: Annotated[
         bool,
         Doc("""Whether to go on with the sweep of `folder` from its last checkpoint. It ends with
@@ -93,6 +103,11 @@ class SweepArguments(TrainingArguments):
         if self.resume and self.folder is None:
             raise ValueError(
                 "sweep: folder must be the folder of a sweep with resume=True, got None"
+            )
+        if self.extend is not None and self.folder is not None:
+            raise ValueError(
+                f"sweep: folder must be None with extend, got {str(self.folder)!r}. An extension is"
+                " written into the folder that it extends"
             )
 
 
@@ -119,13 +134,19 @@ def sweep(arguments: SweepArguments) -> Result:
       in the data, a learning rate that is negative or NaN, an `evaluate` that returns no dict of
       scalars, or an option out of its range. Interrupted, on Ctrl-C.
     """
-    folder = Folder(arguments.folder, resume=arguments.resume)
-    prepared = prepare(arguments, folder.segment and folder.segment.plan)
+    if arguments.extend is not None:
+        folder = Folder.of_extension(arguments.extend)
+    else:
+        folder = Folder(arguments.folder, resume=arguments.resume)
+    prepared = prepare(arguments, folder.segment and folder.segment.plan, folder.earlier)
     plan = prepared.plan
     if folder.segment is not None:
         _resume(prepared, folder, folder.segment)
-    else:
+    elif prepared.sweep.schedule.queue:
         folder.write_plan(plan)
+    else:  # nothing new
+        prepared.sweep.engine.close()
+        return prepared.result()
 
     def deliver(events: list[Report | Cut]) -> None:
         folder.append(events)
@@ -142,7 +163,7 @@ def sweep(arguments: SweepArguments) -> Result:
             poll = Clock(prepared.sweep, folder, ctrl_c)
             whole = run(prepared.sweep, deliver, poll, checkpoint)
         result = prepared.result()
-        folder.write_result(result)
+        folder.write_result(result, prepared.groups)
         if whole:  # else the last poll asked for a checkpoint
             checkpoint()
         folder.finish()
@@ -204,38 +225,38 @@ class Prepared:
     groups: dict[str, Lanes]
     sweep: Sweep
     record: Record
+    earlier: Sequence[Segment] = ()  # of an extension
 
     def result(self) -> Result:
         """Return the result so far."""
-        ledger, pool, engine = self.sweep.ledger, self.sweep.pool, self.sweep.engine
+        plan, pool = self.plan, self.sweep.pool
+        states = StoredStates(plan, self.earlier)
+        states.held[pool.held()] = True
 
-        every = np.arange(self.plan.first[-1])
-        whole = np.isin(self.plan.lanes_of(every), pool.held()).all(1)
-        best = ledger.best_lanes(every)
+        def leaves_of(lane: int) -> list[Any]:
+            in_pool = lane in pool
+            return [x[0] for x in jax.tree.leaves(pool.take([lane]))] if in_pool else states[lane]
 
-        def stored(setting: int) -> tuple[Any, Any]:
-            group = self.plan.group_of(setting * self.plan.seeds)
-            row = setting - int(self.plan.first[group])
-            settings = self.groups[self.plan.groups[group].name].settings
-            states = None
-            if whole[setting]:
-                states = engine.programs[group].states(pool.take([best[setting]]))
-            return jax.tree.map(lambda x: x[row], settings), jax.tree.map(lambda x: x[0], states)
-
-        return make_result(self.plan, ledger, self.record.curves, whole, stored)
+        batches = [self.groups[group.name].settings for group in plan.groups]
+        run = self.sweep.engine.programs[0].options.run
+        stored = lambda *best: stored_best(run, plan, batches, leaves_of, *best)
+        return make_result(plan, self.sweep.ledger, self.record.curves, states.held, stored)
 
 
-def prepare(arguments: TrainingArguments, written: Plan | None = None) -> Prepared:
+def prepare(
+    arguments: TrainingArguments, written: Plan | None = None, earlier: Sequence[Segment] = ()
+) -> Prepared:
     """Plan a sweep; the inputs are checked before anything is compiled.
 
     Args:
       written: the plan of the sweep to resume.
+      earlier: the segments to extend.
     """
     task = arguments.task
-    mesh = devices.mesh(arguments.devices)
+    mesh = devices.mesh(arguments.devices or next((x.plan.devices for x in earlier), None))
     inputs = check_inputs(task, arguments.settings, arguments, arguments.stop)
     training, batch = inputs.run, inputs.batch
-    first = jax.tree.map(lambda x: jnp.asarray(x)[0], next(iter(inputs.groups.values())).settings)
+    first = _first_setting(inputs.groups, earlier)
     state = start(training, first, jax.random.key(arguments.key))
     streamed = training.batch if isinstance(training.batch, Stream) else None
     last = () if streamed is not None else training.batch(arguments.steps - 1)
@@ -255,11 +276,27 @@ def prepare(arguments: TrainingArguments, written: Plan | None = None) -> Prepar
     devices.check_same_task(plan.task)
     if written is not None:
         plan = resumed(plan, written)
-    engine = Engine(plan, inputs.groups, shared_programs(task, training, plan, inputs.stop, mesh))
-    probed = written is None and arguments.width is None and streamed is None
+    elif earlier:
+        plan = extended(plan, [segment.plan for segment in earlier])
+    shared = shared_programs(task, training, plan, inputs.stop, mesh)
+    engine = Engine(plan, inputs.groups, shared)
+    probed = written is None and not earlier and arguments.width is None and streamed is None
     if probed and jax.process_count() == 1:
         plan = choose_widths(plan, engine)
-    return Prepared(plan, inputs.groups, Sweep(plan, engine), Record(plan))
+    ledger, record = Ledger(plan), Record(plan)
+    for segment in earlier:
+        shared.check_seeds(plan, segment.plan)
+        take(Facts(plan, ledger, record.curves), segment.facts)
+    return Prepared(plan, inputs.groups, Sweep(plan, engine, ledger), record, earlier)
+
+
+def _first_setting(groups: Mapping[str, Lanes], earlier: Sequence[Segment]) -> Any:
+    """Return the setting that the digest of the task is taken with; an extension keeps it."""
+    name, row = next(iter(groups)), 0
+    for group in (segment.plan.groups[0] for segment in earlier[:1]):
+        if group.name in groups and group.digests[0] in groups[group.name].digests:
+            name, row = group.name, groups[group.name].digests.index(group.digests[0])
+    return jax.tree.map(lambda x: jnp.asarray(x)[row], groups[name].settings)
 
 
 # --- checkpoints -----------------------------------------------------------------------------
@@ -301,7 +338,8 @@ def _resume(prepared: Prepared, folder: Folder, segment: Segment) -> None:
     for name, block in manifest["blocks"].items():
         ids = np.array(block["lanes"], int)
         program = sweep.engine.programs[prepared.plan.group_of(ids[0])]
-        rows = load_block(folder.path, name, program.shapes(len(ids)))
+        structure = jax.tree.structure(program.shapes(len(ids)))
+        rows = jax.tree.unflatten(structure, load_block(folder.path, name))
         sweep.pool.restore(block["number"], Block(ids, rows), np.array(block["present"]))
     sweep.pool.last = manifest["last_block"]
     if manifest["stream"] is not None:
