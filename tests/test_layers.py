@@ -87,6 +87,7 @@ LAYERS = [
     ("tuning.inputs", ""),
     ("tuning.loop", ""),
     ("tuning.result", ""),
+    ("tuning.lock", ""),
     ("tuning.segment", ""),
     ("tuning.folder", ""),
     ("tuning.sweep", ""),

@@ -28,8 +28,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jgd.tuning.devices import is_writer
+from jgd.tuning.devices import fails_everywhere, is_writer
 from jgd.tuning.events import Cut, Report, encode
+from jgd.tuning.lock import LOCKS, locked
 from jgd.tuning.plan import FORMAT, Plan, plain
 from jgd.tuning.result import Curves, Result
 from jgd.tuning.segment import (
@@ -42,9 +43,31 @@ from jgd.tuning.segment import (
     sealed,
 )
 
-__all__ = ["Folder", "load_block"]
+__all__ = ["Folder", "load_block", "opened"]
 
-EARLY = ("command.json", "plan.json.part", "command.json.part")  # a sweep that has not started
+# of a sweep that has not started
+EARLY = ("command.json", "plan.json.part", "command.json.part", *LOCKS)
+
+
+@contextlib.contextmanager
+def opened(path: str | Path | None, *, resume: bool = False) -> Generator["Folder"]:
+    """Hold the folder of a sweep: no other process has it, and at the end all is written.
+
+    Args, raises: as `Folder`; BlockingIOError, naming the holder, if another process has it.
+    """
+    with contextlib.ExitStack() as stack:
+        with fails_everywhere():
+            if path is not None and is_writer():
+                stack.enter_context(locked(Path(path)))
+        with fails_everywhere():
+            folder = Folder(path, resume=resume)
+        try:
+            yield folder
+        except BaseException:
+            with contextlib.suppress(Exception):  # a checkpoint that is being written is finished
+                folder.finish()
+            raise
+        folder.finish()
 
 
 class Folder:
@@ -52,6 +75,7 @@ class Folder:
 
     Args:
       path: None for a sweep without a folder: nothing is written.
+      resume: whether it holds a sweep to go on with.
 
     Attributes:
       enabled: False without a path.
@@ -75,16 +99,13 @@ class Folder:
         self._saving: concurrent.futures.Future[None] | None = None
 
     def _is_free(self) -> bool:
-        if not self.path.exists():
-            return True
-        return self.path.is_dir() and all(x.name in EARLY for x in self.path.iterdir())
+        return all(x.name in EARLY for x in _entries(self.path))
 
     # --- plan and results
 
     def write_plan(self, plan: Plan) -> None:
         """Write the plan, the first file of a sweep."""
         if self._writes:
-            self.path.mkdir(parents=True, exist_ok=True)
             self._plan_crc = self._write_json("plan.json", plan.as_json())
 
     def write_result(self, result: Result) -> None:
