@@ -1,6 +1,8 @@
 """Sweeps that are joined: merged results, extended folders, and results loaded from them."""
 
 import dataclasses
+import functools
+import json
 from typing import Any, NamedTuple
 
 import jax
@@ -12,11 +14,18 @@ import pytest
 from test_training import _line
 
 import jgd
+from jgd.tuning.segment import read_result
 from jgd.tuning.sweep import Interrupted
 
 RATES = np.geomspace(1e-3, 3, 6)
 TASK = _line()  # one task, so that all sweeps share their compiled programs
 OPTIONS = dict(width=2, report_every=8, keep=2, mode="min")
+
+
+def _noisy():
+    """A task whose seeds begin apart."""
+    init = lambda key: {"w": jax.random.normal(key, (2,)), "b": jnp.zeros(())}
+    return TASK._replace(init=init)
 
 
 def _adam(rates):
@@ -201,3 +210,52 @@ def test_what_cannot_be_loaded(tmp_path):
 
 def _interrupt(plan, report):
     raise KeyboardInterrupt
+
+
+# --- extend ----------------------------------------------------------------------------------
+
+TABLES = ("results.csv", "results.json", "curves.npz", "settings.pickle")
+
+
+def _both(tmp_path, settings, **options):
+    """One straight sweep, in the folder "whole"."""
+    return _sweep(settings, folder=tmp_path / "whole", **options)
+
+
+def _trained(folder):
+    """The lanes in a journal, by group."""
+    lines = map(json.loads, (folder / "journal.jsonl").read_text().splitlines())
+    return {(line["group"], lane) for line in lines if "tile" in line for lane in line["lanes"]}
+
+
+@pytest.mark.parametrize("options", [dict(), dict(best="ever"), dict(order="own")])
+def test_an_extension_is_one_sweep_of_the_whole(options, tmp_path):
+    """By settings on both sides, then by seeds and a group; all is equal to the bit."""
+    folder, task = tmp_path / "run", _noisy()
+    sweep = functools.partial(jgd.sweep, task, steps=24, **OPTIONS | options)
+    sweep({"adam": _adam(RATES[2:4])}, folder=folder)
+    more = {"adam": _adam(RATES)}
+    _assert_equal(sweep(more, extend=folder), sweep(more, folder=tmp_path / "more"))
+    assert _trained(folder / "segment-2") == {("adam", lane) for lane in (0, 1, 4, 5)}
+    wanted = {"lion": jgd.grid(jgd.lion, learning_rate=RATES[:3]), **more}
+    extended, whole = (
+        sweep(wanted, seeds=3, extend=folder),
+        sweep(wanted, seeds=3, folder=tmp_path / "whole"),
+    )
+    assert repr(extended.rows) == repr(whole.rows)
+    jax.tree.map(np.testing.assert_array_equal, extended.curves, whole.curves)
+    assert ("adam", 0) not in _trained(folder / "segment-3")
+    assert {("adam", 1), ("lion", 0)} <= _trained(folder / "segment-3")
+    for name in TABLES:
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    _assert_equal(jgd.load(folder, task), extended)
+    _assert_equal(sweep(wanted, seeds=3, extend=folder), extended)  # nothing new
+    assert not (folder / "segment-4").exists()
+    assert repr(read_result(folder).rows) == repr(whole.rows)
+    states = {(best.row["optimizer"], best.row["setting"]): best.state for best in whole.kept}
+    for best in extended.kept:  # those that are stored
+        mine = states.get((best.row["optimizer"], best.row["setting"]), best.state)
+        jax.tree.map(np.testing.assert_array_equal, best.state, mine)
+    fewer = sweep({"adam": _adam(RATES[1:3])}, seeds=2, extend=folder)
+    assert [row["setting"] for row in fewer.rows].sort() == [0, 1].sort()
+    assert not (folder / "segment-4").exists()

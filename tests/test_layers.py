@@ -88,6 +88,7 @@ LAYERS = [
     ("tuning.loop", ""),
     ("tuning.result", ""),
     ("tuning.join", ""),
+    ("tuning.lock", ""),
     ("tuning.segment", ""),
     ("tuning.folder", ""),
     ("tuning.load", ""),

@@ -18,6 +18,7 @@ curves follow from the journal; nothing is ever read from them to resume.
 import concurrent.futures
 import contextlib
 import csv
+import functools
 import json
 import os
 import pickle
@@ -31,8 +32,9 @@ import jax
 import numpy as np
 
 from jgd.tuning.devices import checkpointer as _checkpointer
-from jgd.tuning.devices import is_writer
+from jgd.tuning.devices import fails_everywhere, is_writer
 from jgd.tuning.events import Cut, Report, encode
+from jgd.tuning.lock import LOCKS, locked
 from jgd.tuning.plan import FORMAT, Plan, plain
 from jgd.tuning.result import Curves, Result
 from jgd.tuning.segment import (
@@ -49,11 +51,40 @@ from jgd.tuning.segment import (
 )
 from jgd.tuning.space import Lanes
 
-__all__ = ["SETTINGS", "Folder", "load_block"]
+__all__ = ["SETTINGS", "Folder", "load_block", "opened"]
 
 SETTINGS = "settings.pickle"
 
-EARLY = ("command.json", "plan.json.part", "command.json.part")  # a sweep that has not started
+# of a sweep that has not started
+EARLY = ("command.json", "plan.json.part", "command.json.part", *LOCKS)
+
+
+@contextlib.contextmanager
+def opened(
+    path: str | Path | None, *, resume: bool = False, extend: bool = False
+) -> Generator["Folder"]:
+    """Hold the folder of a sweep: no other process has it, and at the end all is written.
+
+    Args:
+      extend: whether to return the folder of an extension, a new one or one to go on with.
+
+    Other arguments and raises: as `Folder`; BlockingIOError, naming the holder, if another process
+      has it.
+    """
+    with contextlib.ExitStack() as stack:
+        with fails_everywhere():
+            if path is not None and is_writer():
+                stack.enter_context(locked(Path(path)))
+        with fails_everywhere():
+            new = Folder.of_extension if extend else functools.partial(Folder, resume=resume)
+            folder = new(path)
+        try:
+            yield folder
+        except BaseException:
+            with contextlib.suppress(Exception):  # a checkpoint that is being written is finished
+                folder.finish()
+            raise
+        folder.finish()
 
 
 class Folder:
@@ -61,6 +92,7 @@ class Folder:
 
     Args:
       path: None for a sweep without a folder: nothing is written.
+      resume: whether it holds a sweep to go on with.
       earlier: the segments that an extension extends; results are written beside the first one.
 
     Attributes:
@@ -91,20 +123,19 @@ class Folder:
         self._saving: concurrent.futures.Future[None] | None = None
 
     def _is_free(self) -> bool:
-        if not self.path.exists():
-            return True
-        return self.path.is_dir() and all(x.name in EARLY for x in self.path.iterdir())
+        return all(x.name in EARLY for x in _entries(self.path))
 
     @classmethod
-    def of_extension(cls, path: str | Path) -> "Folder":
+    def of_extension(cls, path: str | Path | None) -> "Folder":
         """Return the folder of a new extension, or of one that has not finished.
 
         Raises: ValueError if the sweep in the folder has not finished; as `read_segments`.
         """
+        path = Path(path or "")
         segments = read_segments(path, resume=True)
         *earlier, last = segments
         if last.finished:
-            return cls(Path(path) / f"segment-{len(segments) + 1}", earlier=segments)
+            return cls(path / f"segment-{len(segments) + 1}", earlier=segments)
         if not earlier:
             raise ValueError(f"extend: {path} has not finished. Go on with resume=True first")
         return cls(last.path, resume=True, earlier=earlier)

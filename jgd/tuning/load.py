@@ -114,15 +114,15 @@ def _batches(folder: Path, plan: Plan, template: Any) -> list[Any]:
     file = folder / SETTINGS
     try:
         written = pickle.loads(file.read_bytes())
-        parts = [(group, *written[group.name]) for group in plan.groups]
+        parts = [(group, written[group.name]) for group in plan.groups]
     except Exception as error:  # a pickle that is damaged raises anything
         raise ValueError(
             f"load: {file} is damaged: {error}. Without a task, rows and curves can be loaded"
         ) from None
-    return [_batch(*part, template) for part in parts]
+    return [_batch(group, *part, template) for group, part in parts]
 
 
-def _batch(group: Group, pickled: bytes | None, leaves: list[np.ndarray], template: Any) -> Any:
+def _batch(group: Group, pickled: bytes | None, leaves: Sequence[Any], template: Any) -> Any:
     """Return the settings of a group: of the structure that gives them their digests."""
     as_trained = lambda x: jnp.asarray(x) if jnp.asarray(x).dtype == x.dtype else x
     leaves = list(map(as_trained, leaves))

@@ -20,7 +20,7 @@ from jgd.training import Run, Task, start
 from jgd.tuning import devices
 from jgd.tuning.engine import Engine, shared_programs
 from jgd.tuning.events import Cut, Report
-from jgd.tuning.folder import Folder, load_block
+from jgd.tuning.folder import Folder, load_block, opened
 from jgd.tuning.inputs import check_inputs, extended, resumed
 from jgd.tuning.join import Facts, take
 from jgd.tuning.ledger import Ledger
@@ -132,21 +132,34 @@ def sweep(arguments: SweepArguments) -> Result:
     Returns: a `Result`: ranked rows, curves, and the best settings with their trained states.
     Raises: ValueError, before anything is trained or written, for settings that are no batch, NaN
       in the data, a learning rate that is negative or NaN, an `evaluate` that returns no dict of
-      scalars, or an option out of its range. Interrupted, on Ctrl-C.
+      scalars, or an option out of its range. BlockingIOError, naming the holder, if a sweep of
+      another process runs in `folder`. Interrupted, on Ctrl-C.
     """
-    if arguments.extend is not None:
-        folder = Folder.of_extension(arguments.extend)
-    else:
-        folder = Folder(arguments.folder, resume=arguments.resume)
-    prepared = prepare(arguments, folder.segment and folder.segment.plan, folder.earlier)
-    plan = prepared.plan
+    extend = arguments.extend is not None
+    path = arguments.extend if extend else arguments.folder
+    with opened(path, resume=arguments.resume, extend=extend) as folder:
+        prepared = prepare(arguments, folder.segment and folder.segment.plan, folder.earlier)
+        try:
+            if extend and folder.segment is None and not prepared.sweep.schedule.queue:
+                return prepared.result()  # nothing is new
+            whole = _run(arguments, prepared, folder)
+            result = prepared.result()
+            folder.write_result(result, prepared.groups)
+            if whole:  # else the last poll asked for a checkpoint
+                _checkpoint(prepared, folder)
+        finally:
+            prepared.sweep.engine.close()
+    if not whole:
+        raise Interrupted(result)
+    return result
+
+
+def _run(arguments: SweepArguments, prepared: "Prepared", folder: Folder) -> bool:
+    """Run a sweep to its end. Returns False on Ctrl-C."""
     if folder.segment is not None:
         _resume(prepared, folder, folder.segment)
-    elif prepared.sweep.schedule.queue:
-        folder.write_plan(plan)
-    else:  # nothing new
-        prepared.sweep.engine.close()
-        return prepared.result()
+    else:
+        folder.write_plan(prepared.plan)
 
     def deliver(events: list[Report | Cut]) -> None:
         folder.append(events)
@@ -155,27 +168,11 @@ def sweep(arguments: SweepArguments) -> Result:
             if arguments.on_report is not None and isinstance(event, Report):
                 alive = int(prepared.sweep.ledger.alive.sum())
                 with ctrl_c.interrupts():
-                    arguments.on_report(plan, event._replace(alive=alive))
+                    arguments.on_report(prepared.plan, event._replace(alive=alive))
 
-    checkpoint = lambda: _checkpoint(prepared, folder)
-    try:
-        with CtrlC() as ctrl_c:
-            poll = Clock(prepared.sweep, folder, ctrl_c)
-            whole = run(prepared.sweep, deliver, poll, checkpoint)
-        result = prepared.result()
-        folder.write_result(result, prepared.groups)
-        if whole:  # else the last poll asked for a checkpoint
-            checkpoint()
-        folder.finish()
-    except BaseException:
-        with contextlib.suppress(Exception):  # a checkpoint that is being written is finished
-            folder.finish()
-        raise
-    finally:
-        prepared.sweep.engine.close()
-    if not whole:
-        raise Interrupted(result)
-    return result
+    with CtrlC() as ctrl_c:
+        poll = Clock(prepared.sweep, folder, ctrl_c)
+        return run(prepared.sweep, deliver, poll, lambda: _checkpoint(prepared, folder))
 
 
 @function_of(TrainingArguments)
@@ -328,7 +325,7 @@ def _resume(prepared: Prepared, folder: Folder, segment: Segment) -> None:
     """Return to the last checkpoint: take what the journal adds up to, and load the states."""
     manifest, sweep = segment.manifest, prepared.sweep
     for note in segment.notes:
-        warnings.warn(note, stacklevel=4)
+        warnings.warn(note, stacklevel=5)
     devices.wait_for_all()  # all processes have read the manifest before files change
     folder.return_to_checkpoint(segment)
     if manifest is None:
