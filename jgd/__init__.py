@@ -63,6 +63,7 @@ _MODULES = {
         choice grid halton_search integers loguniform random_search sobol_search uniform""",
     "jgd.tuning.streams": "stream",
     "jgd.tuning.join": "merge",
+    "jgd.tuning.load": "load",
     "jgd.tuning.sweep": "iter_sweep sweep",
     "jgd.tuning.propose": "optuna_search",
 }
@@ -97,6 +98,7 @@ if TYPE_CHECKING:
     from jgd.transforms import *  # noqa: F403
     from jgd.trees import *  # noqa: F403
     from jgd.tuning.join import merge as merge
+    from jgd.tuning.load import load as load
     from jgd.tuning.propose import *  # noqa: F403
     from jgd.tuning.prune import *  # noqa: F403
     from jgd.tuning.space import *  # noqa: F403

@@ -1,8 +1,12 @@
 """Sweeps that are joined: merged results, extended folders, and results loaded from them."""
 
 import dataclasses
+import functools
+import json
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint
@@ -10,10 +14,18 @@ import pytest
 from test_training import _line
 
 import jgd
+from jgd.tuning.segment import read_result
+from jgd.tuning.sweep import Interrupted
 
 RATES = np.geomspace(1e-3, 3, 6)
 TASK = _line()  # one task, so that all sweeps share their compiled programs
 OPTIONS = dict(width=2, report_every=8, keep=2, mode="min")
+
+
+def _noisy():
+    """A task whose seeds begin apart."""
+    init = lambda key: {"w": jax.random.normal(key, (2,)), "b": jnp.zeros(())}
+    return TASK._replace(init=init)
 
 
 def _adam(rates):
@@ -42,7 +54,7 @@ def _assert_equal(result, whole, *, states=True):
         assert jax.tree.structure(mine) == jax.tree.structure(theirs)
         for x, y in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
             assert x.dtype == y.dtype
-            if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
+            if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
                 x, y = jax.random.key_data(x), jax.random.key_data(y)
             np.testing.assert_array_equal(x, y)
 
@@ -115,3 +127,135 @@ def test_the_best_is_saved_with_its_setting(tmp_path):
     lost = result._replace(best=best._replace(state=None))
     with pytest.raises(ValueError, match="save_best: the state of the best setting is not stored"):
         lost.save_best(tmp_path / "lost")
+
+
+# --- load ------------------------------------------------------------------------------------
+
+
+class _State(NamedTuple):
+    """Leaves of all kinds."""
+
+    weight: Any  # bfloat16
+    key: Any
+    count: Any
+    flag: Any
+
+
+def _mixed():
+    def update(setting, state, batch):
+        key, now = jax.random.split(state.key)
+        weight = state.weight - setting["rate"] * jax.random.normal(now, dtype=jnp.bfloat16)
+        loss = jnp.float32(weight) ** 2 + setting["shift"][0]
+        return _State(weight.astype(jnp.bfloat16), key, state.count + 1, ~state.flag), {
+            "loss": loss
+        }
+
+    return jgd.Run(
+        init=lambda setting, key: _State(jnp.bfloat16(1), key, jnp.int32(0), jnp.bool(True)),
+        update=update,
+        evaluate=lambda setting, state: {"loss": jnp.float32(state.weight) ** 2},
+        batch=lambda step: step,
+    )
+
+
+MIXED = {
+    "tx": jgd.grid(jgd.adam, learning_rate=[0.1, 0.2, 0.3]).settings,
+    "rate": np.array([0.1, 0.2, 0.3]),  # float64
+    "shift": jnp.array([[0, np.inf], [1, np.inf], [2, np.inf]], jnp.bfloat16),
+    "depth": np.array([1, 2, 3], np.int8),
+}
+
+
+@pytest.mark.parametrize("options", [dict(keep=2, seeds=2), dict(best="ever", target=0.2)])
+def test_loaded_as_it_was_in_memory(options, tmp_path):
+    run = _mixed()
+    folder = tmp_path / "run"
+    whole = jgd.sweep(run, {"mixed": MIXED}, 8, mode="min", folder=folder, **options)
+    loaded = jgd.load(folder, run)
+    _assert_equal(loaded, whole)
+    assert loaded.plan == whole.plan
+    assert loaded.best.state.weight.dtype == jnp.bfloat16
+    alone = jgd.load(folder)
+    assert repr(alone.rows) == repr(whole.rows)
+    assert [best[1:] for best in alone.kept] == [(None, None)] * len(whole.kept)
+
+
+def test_a_template_tells_what_cannot_be_pickled(tmp_path):
+    build = lambda rate: jgd.adamw(rate, weight_decay=0.1, mask=lambda params: True)
+    settings = {"a": jgd.grid(build, rate=RATES), "b": _adam(RATES)}
+    whole = _sweep(settings, folder=tmp_path / "run")
+    for template in (settings, settings["a"], jgd.lane(settings["a"], 0)):
+        _assert_equal(jgd.load(tmp_path / "run", TASK, template=template), whole)
+    for template in (None, settings["b"], {"a": 3}):
+        with pytest.raises(ValueError, match="load: template must be the settings given to sweep"):
+            jgd.load(tmp_path / "run", TASK, template=template)
+
+
+def test_what_cannot_be_loaded(tmp_path):
+    settings = _adam(RATES[:2])
+    _sweep(settings, folder=tmp_path / "run")
+    (tmp_path / "run" / "settings.pickle").write_bytes(b"garbage")
+    with pytest.raises(ValueError, match=r"load: .*settings.pickle is damaged"):
+        jgd.load(tmp_path / "run", TASK)
+    with pytest.raises(Interrupted):
+        _sweep(settings, folder=tmp_path / "half", on_report=_interrupt)
+    with pytest.raises(ValueError, match=r"load: .*half has not finished"):
+        jgd.load(tmp_path / "half")
+    with pytest.raises(FileNotFoundError, match=r"no plan\.json"):
+        jgd.load(tmp_path / "nowhere")
+    _sweep(settings, folder=tmp_path / "other")
+    with pytest.raises(ValueError, match="load: task must be that of the sweep"):
+        jgd.load(tmp_path / "other", _mixed(), template=settings)
+
+
+def _interrupt(plan, report):
+    raise KeyboardInterrupt
+
+
+# --- extend ----------------------------------------------------------------------------------
+
+TABLES = ("results.csv", "results.json", "curves.npz", "settings.pickle")
+
+
+def _both(tmp_path, settings, **options):
+    """One straight sweep, in the folder "whole"."""
+    return _sweep(settings, folder=tmp_path / "whole", **options)
+
+
+def _trained(folder):
+    """The lanes in a journal, by group."""
+    lines = map(json.loads, (folder / "journal.jsonl").read_text().splitlines())
+    return {(line["group"], lane) for line in lines if "tile" in line for lane in line["lanes"]}
+
+
+@pytest.mark.parametrize("options", [dict(), dict(best="ever"), dict(order="own")])
+def test_an_extension_is_one_sweep_of_the_whole(options, tmp_path):
+    """By settings on both sides, then by seeds and a group; all is equal to the bit."""
+    folder, task = tmp_path / "run", _noisy()
+    sweep = functools.partial(jgd.sweep, task, steps=24, **OPTIONS | options)
+    sweep({"adam": _adam(RATES[2:4])}, folder=folder)
+    more = {"adam": _adam(RATES)}
+    _assert_equal(sweep(more, extend=folder), sweep(more, folder=tmp_path / "more"))
+    assert _trained(folder / "segment-2") == {("adam", lane) for lane in (0, 1, 4, 5)}
+    wanted = {"lion": jgd.grid(jgd.lion, learning_rate=RATES[:3]), **more}
+    extended, whole = (
+        sweep(wanted, seeds=3, extend=folder),
+        sweep(wanted, seeds=3, folder=tmp_path / "whole"),
+    )
+    assert repr(extended.rows) == repr(whole.rows)
+    jax.tree.map(np.testing.assert_array_equal, extended.curves, whole.curves)
+    assert ("adam", 0) not in _trained(folder / "segment-3")
+    assert {("adam", 1), ("lion", 0)} <= _trained(folder / "segment-3")
+    for name in TABLES:
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    _assert_equal(jgd.load(folder, task), extended)
+    _assert_equal(sweep(wanted, seeds=3, extend=folder), extended)  # nothing new
+    assert not (folder / "segment-4").exists()
+    assert repr(read_result(folder).rows) == repr(whole.rows)
+    states = {(best.row["optimizer"], best.row["setting"]): best.state for best in whole.kept}
+    for best in extended.kept:  # those that are stored
+        mine = states.get((best.row["optimizer"], best.row["setting"]), best.state)
+        jax.tree.map(np.testing.assert_array_equal, best.state, mine)
+    fewer = sweep({"adam": _adam(RATES[1:3])}, seeds=2, extend=folder)
+    assert [row["setting"] for row in fewer.rows].sort() == [0, 1].sort()
+    assert not (folder / "segment-4").exists()

@@ -409,6 +409,7 @@ def test_a_folder_holds_plan_journal_and_results(tmp_path):
         "curves.npz",
         "manifest-1.json",
         "states",
+        "lock",
     }
     for name in ("plan.json", "journal.jsonl", "results.csv", "results.json"):
         assert (folder / name).read_bytes() == (tmp_path / "two" / name).read_bytes()

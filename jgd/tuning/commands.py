@@ -8,7 +8,6 @@ import inspect
 import itertools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import tyro
 
 import jgd
+from jgd.tuning.lock import LOCKS, locked
 from jgd.tuning.options import Doc, Seeds, SweepOptions, Training, values_of
 from jgd.tuning.parsing import UserError, factory_of, groups_of, space_of, task_of, where
 
@@ -222,6 +222,23 @@ def _how_to_go_on(out: Path) -> str:
 def _sweep(options: Sweep) -> None:
     started = time.perf_counter()
     _keep_compiled_programs()
+    from jgd.tuning import devices
+
+    if options.coordinator is not None:
+        devices.join(options.coordinator, options.processes, options.process)
+    out = options.resume or options.out
+    out = out or _new_folder(Path("runs") / time.strftime("%Y-%m-%d-%H%M%S"))
+    with contextlib.ExitStack() as held:
+        try:
+            with devices.fails_everywhere():
+                if devices.is_writer():
+                    held.enter_context(locked(out))
+        except (OSError, RuntimeError) as error:
+            raise UserError(str(error)) from error
+        _sweep_in(out, options, started)
+
+
+def _sweep_in(out: Path, options: Sweep, started: float) -> None:
     from rich.console import Console
 
     from jgd.tuning import console, devices
@@ -229,11 +246,7 @@ def _sweep(options: Sweep) -> None:
     from jgd.tuning.propose import Proposed
     from jgd.tuning.sweep import Interrupted
 
-    if options.coordinator is not None:
-        devices.join(options.coordinator, options.processes, options.process)
     terminal = Console(quiet=not devices.is_writer())
-    out = options.resume or options.out
-    out = out or _new_folder(Path("runs") / time.strftime("%Y-%m-%d-%H%M%S"))
     # a sweep that was killed before it had a plan starts anew
     has_plan = any((out / name).exists() for name in ("plan.json", "search.json"))
     resume = options.resume is not None and devices.from_process_0([has_plan])[0]
@@ -344,8 +357,7 @@ def _write_command(options: Sweep, out: Path) -> None:
     plain = lambda x: str(x) if isinstance(x, Path) else x
     given = {name: plain(x) for name, x in dataclasses.asdict(options).items()}
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not any(out.iterdir()):
+        if {path.name for path in out.iterdir()} <= set(LOCKS):
             (out / "command.json.part").write_text(json.dumps(given, indent=1))
             (out / "command.json.part").replace(out / "command.json")
     except OSError as error:
@@ -353,9 +365,9 @@ def _write_command(options: Sweep, out: Path) -> None:
 
 
 def _forget_command(out: Path) -> None:
-    """Leave no folder behind for a sweep that was refused."""
-    if out.is_dir() and [path.name for path in out.iterdir()] == ["command.json"]:
-        shutil.rmtree(out, ignore_errors=True)
+    """Leave nothing behind for a sweep that was refused."""
+    if out.is_dir() and {path.name for path in out.iterdir()} <= {"command.json", *LOCKS}:
+        (out / "command.json").unlink(missing_ok=True)
 
 
 def _resumed(options: Sweep) -> Sweep:

@@ -21,6 +21,7 @@ __all__ = [
     "by_lane",
     "check_same_task",
     "checkpointer",
+    "fails_everywhere",
     "from_process_0",
     "is_writer",
     "join",
@@ -213,3 +214,12 @@ class Failures:
         for process, other in enumerate(everywhere):
             if message := bytes(other).rstrip(b"\0").decode(errors="replace"):
                 raise RuntimeError(f"process {process} failed: {message}")
+
+
+@contextlib.contextmanager
+def fails_everywhere() -> Generator[None]:
+    """Within this context an error on one process is raised on all. All processes enter it."""
+    failures = Failures()
+    with failures.collected():
+        yield
+    failures.raise_everywhere()

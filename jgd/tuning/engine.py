@@ -75,6 +75,18 @@ class SharedPrograms:
         begin = lambda bits: jax.vmap(make)(jax.random.wrap_key_data(bits))
         return bits, self.compiler.compiled(begin, bits, out=self.compiler.on_all)(bits)
 
+    def check_seeds(self, plan: Plan, before: Plan) -> None:
+        """Raise ValueError unless a seed begins alike in sweeps of these two numbers of seeds."""
+        n = min(plan.seeds, before.seeds)
+        mine, theirs = (self.start_of(each)[1] for each in (plan, before))
+        same = jax.tree.map(lambda x, y: bool((x[:n] == y[:n]).all()), mine, theirs)
+        if not all(jax.tree.leaves(same)):
+            raise ValueError(
+                f"extend: seeds must be {before.seeds}, got {plan.seeds}: the initial parameters of"
+                " this task round otherwise for other numbers of seeds. Start a sweep in a new"
+                " folder"
+            )
+
     def program(self, settings: Any) -> "Program":
         """Return the program for settings of this structure."""
         leaves = map(jnp.asarray, jax.tree.leaves(settings))
@@ -150,11 +162,6 @@ class Program:
             )
         program = self.chunks[width]
         return lambda: program(lanes, *arguments)
-
-    def states(self, rows: Lane) -> Any:
-        """Return the states of the run at the reports that count, as the user knows them."""
-        rows = jax.tree.map(jnp.asarray, rows)
-        return lane.result(jax.tree.map(lambda x, spec: spec.unpack(x), rows, self._specs))
 
     def shapes(self, rows: int) -> Lane:
         """Return the shapes and dtypes of a number of lanes outside the program."""

@@ -5,8 +5,10 @@ command.json         the command line, if the sweep came from there
 journal.jsonl        the events, one per line
 states/              the states of lanes, a folder for each block of the pool (orbax)
 manifest-N.json      checkpoint N: how much of the journal it covers, the schedule, and the blocks
+segment-N/           an extension: plan, journal, states and manifests of its own
 results.csv          a row per setting, ranked; results.json the same with metric, mode and steps
 curves.npz           the curves of all lanes
+settings.pickle      the settings: their numbers, and their structure if it can be pickled
 
 A block is written once, under a name of its own. A manifest is written after all that it names is
 on disk, and the one before it stays, so that at any moment a whole checkpoint is there. Results and
@@ -16,8 +18,10 @@ curves follow from the journal; nothing is ever read from them to resume.
 import concurrent.futures
 import contextlib
 import csv
+import functools
 import json
 import os
+import pickle
 import shutil
 import zlib
 from collections.abc import Generator, Mapping, Sequence
@@ -28,47 +32,90 @@ import jax
 import numpy as np
 
 from jgd.tuning.devices import checkpointer as _checkpointer
-from jgd.tuning.devices import is_writer
+from jgd.tuning.devices import fails_everywhere, is_writer
 from jgd.tuning.events import Cut, Report, encode
+from jgd.tuning.lock import LOCKS, locked
 from jgd.tuning.plan import FORMAT, Plan, plain
 from jgd.tuning.result import Curves, Result
 from jgd.tuning.segment import (
     Segment,
     checksums,
+    crc_of_plan,
+    extensions,
     manifests,
     number_of,
     read_manifest,
     read_segment,
+    read_segments,
     sealed,
 )
+from jgd.tuning.space import Lanes
 
-__all__ = ["Folder", "load_block", "write_json"]
+__all__ = ["SETTINGS", "Folder", "load_block", "opened", "write_json", "write_table"]
 
-# files of a sweep or a search that has not started
-EARLY = ("command.json", "plan.json.part", "command.json.part", "search.json.part")
+SETTINGS = "settings.pickle"
+
+# of a sweep or a search that has not started
+EARLY = ("command.json", *(f"{x}.json.part" for x in ("command", "plan", "search")), *LOCKS)
+
+
+@contextlib.contextmanager
+def opened(
+    path: str | Path | None, *, resume: bool = False, extend: bool = False
+) -> Generator["Folder"]:
+    """Hold the folder of a sweep: no other process has it, and at the end all is written.
+
+    Args:
+      extend: whether to return the folder of an extension, a new one or one to go on with.
+
+    Other arguments and raises: as `Folder`; BlockingIOError, naming the holder, if another process
+      has it.
+    """
+    with contextlib.ExitStack() as stack:
+        with fails_everywhere():
+            if path is not None and is_writer():
+                stack.enter_context(locked(Path(path)))
+        with fails_everywhere():
+            new = Folder.of_extension if extend else functools.partial(Folder, resume=resume)
+            folder = new(path)
+        try:
+            yield folder
+        except BaseException:
+            with contextlib.suppress(Exception):  # a checkpoint that is being written is finished
+                folder.finish()
+            raise
+        folder.finish()
 
 
 class Folder:
-    """The folder of one sweep. Of several processes, process 0 writes.
+    """The folder of one segment. Of several processes, process 0 writes.
 
     Args:
       path: None for a sweep without a folder: nothing is written.
+      resume: whether it holds a sweep to go on with.
+      earlier: the segments that an extension extends; results are written beside the first one.
 
     Attributes:
       enabled: False without a path.
-      segment: of the sweep that is resumed; None for a new sweep.
+      segment: of the sweep that is resumed; None for a new one.
 
     Raises: FileExistsError for a new sweep in a folder that holds something; what `read_segment`
       raises for a resumed one; OSError if the folder cannot be written.
     """
 
-    def __init__(self, path: str | Path | None, *, resume: bool = False) -> None:
-        self.path = Path(path or "")
+    def __init__(
+        self, path: str | Path | None, *, resume: bool = False, earlier: Sequence[Segment] = ()
+    ) -> None:
+        self.path, self.earlier = Path(path or ""), earlier
+        if resume and not earlier and extensions(self.path):
+            raise ValueError(f"resume: {path} was extended. Give it as extend, not as folder")
         self._writes = path is not None and is_writer()
         if not resume and self._writes and not self._is_free():
             raise FileExistsError(f"{self.path} is not empty. Give a sweep a folder of its own")
         self.enabled = path is not None
-        self.segment = read_segment(self.path, resume=True) if resume else None
+        self.segment = None
+        if resume:
+            self.segment = read_segment(self.path, resume=True, earlier=earlier)
         self._journal = self.path / "journal.jsonl"
         self._plan_crc = self.segment.plan_crc if self.segment else 0
         self._events = self._bytes = self._crc = self._generation = 0
@@ -76,9 +123,22 @@ class Folder:
         self._saving: concurrent.futures.Future[None] | None = None
 
     def _is_free(self) -> bool:
-        if not self.path.exists():
-            return True
-        return self.path.is_dir() and all(x.name in EARLY for x in self.path.iterdir())
+        return all(x.name in EARLY for x in _entries(self.path))
+
+    @classmethod
+    def of_extension(cls, path: str | Path | None) -> "Folder":
+        """Return the folder of a new extension, or of one that has not finished.
+
+        Raises: ValueError if the sweep in the folder has not finished; as `read_segments`.
+        """
+        path = Path(path or "")
+        segments = read_segments(path, resume=True)
+        *earlier, last = segments
+        if last.finished:
+            return cls(path / f"segment-{len(segments) + 1}", earlier=segments)
+        if not earlier:
+            raise ValueError(f"extend: {path} has not finished. Go on with resume=True first")
+        return cls(last.path, resume=True, earlier=earlier)
 
     # --- plan and results
 
@@ -86,24 +146,17 @@ class Folder:
         """Write the plan, the first file of a sweep."""
         if self._writes:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._plan_crc = write_json(self.path / "plan.json", plan.as_json())
+            data = write_json(self.path / "plan.json", plan.as_json())
+            self._plan_crc = crc_of_plan(data, self.earlier)
 
-    def write_result(self, result: Result) -> None:
-        """Write the table and the curves."""
+    def write_result(self, result: Result, groups: Mapping[str, Lanes]) -> None:
+        """Write the table, the curves and the settings."""
         if not self._writes:
             return
-        plan = result.plan
-        summary = {"metric": plan.metric, "mode": plan.mode, "steps": plan.steps}
-        with _replacing(self.path / "results.csv") as path, path.open("w", newline="") as file:
-            columns = list(dict.fromkeys(name for row in result.rows for name in row))
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(result.rows)
-        rows = plain(result.rows)
-        write_json(self.path / "results.json", {**summary, "seeds": plan.seeds, "rows": rows})
-        with _replacing(self.path / "curves.npz") as path, path.open("wb") as file:
-            arrays: dict[str, Any] = _arrays_of(result.curves)
-            np.savez_compressed(file, **arrays)
+        folder = self.earlier[0].path if self.earlier else self.path
+        write_table(folder, result)
+        with _replacing(folder / SETTINGS) as path, path.open("wb") as file:
+            pickle.dump({name: _pickled(lanes.settings) for name, lanes in groups.items()}, file)
 
     # --- the journal
 
@@ -159,7 +212,8 @@ class Folder:
         folder.mkdir(exist_ok=True)
         new = [name for name in states if not (folder / name).exists()]
         for name in new:  # orbax renames a folder when it is whole, and saves no single array
-            checkpointer.save(folder / name, {"lanes": states[name]})
+            leaves = enumerate(jax.tree.leaves(states[name]))
+            checkpointer.save(folder / name, {str(place): leaf for place, leaf in leaves})
         checkpointer.wait_until_finished()
         for name in new:
             _sync(folder / name)
@@ -202,15 +256,39 @@ class Folder:
         self._tidy()
 
 
-# --- files
+# --- files -----------------------------------------------------------------------------------
 
 
-def write_json(path: Path, content: Any) -> int:
-    """Write a file, which at any moment is whole, and return its checksum."""
+def write_table(folder: Path, result: Result) -> None:
+    """Write the table and the curves."""
+    plan = result.plan
+    summary = {"metric": plan.metric, "mode": plan.mode, "steps": plan.steps}
+    with _replacing(folder / "results.csv") as path, path.open("w", newline="") as file:
+        columns = list(dict.fromkeys(name for row in result.rows for name in row))
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(result.rows)
+    rows = plain(result.rows)
+    write_json(folder / "results.json", {**summary, "seeds": plan.seeds, "rows": rows})
+    with _replacing(folder / "curves.npz") as path, path.open("wb") as file:
+        arrays: dict[str, Any] = _arrays_of(result.curves)
+        np.savez_compressed(file, **arrays)
+
+
+def write_json(path: Path, content: Any) -> bytes:
+    """Write a file, and return its content."""
     data = json.dumps(content, indent=1).encode()
     with _replacing(path) as part:
         part.write_bytes(data)
-    return zlib.crc32(data)
+    return data
+
+
+def _pickled(settings: Any) -> tuple[bytes | None, list[np.ndarray]]:
+    """Return the structure of settings, None if it cannot be pickled, and their numbers."""
+    structure = None
+    with contextlib.suppress(Exception):  # a function, or what a user's class raises
+        structure = pickle.dumps(jax.tree.map(lambda _: 0, settings))
+    return structure, jax.tree.map(np.asarray, jax.tree.leaves(settings))
 
 
 @contextlib.contextmanager
@@ -240,13 +318,10 @@ def _entries(path: Path) -> list[Path]:
     return list(path.iterdir()) if path.is_dir() else []
 
 
-def load_block(path: Path, name: str, shapes: Any) -> Any:
-    """Return the rows of a block of states in a folder, of these shapes, on the host."""
-    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shaped = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-    file = (path / "states" / name).absolute()
-    rows = _checkpointer().restore(file, {"lanes": jax.tree.map(shaped, shapes)})["lanes"]
-    return jax.tree.map(np.asarray, rows)
+def load_block(path: Path, name: str) -> list[np.ndarray]:
+    """Return the leaves of a block of states in a folder, on the host."""
+    leaves = _checkpointer().restore((path / "states" / name).absolute())
+    return [np.asarray(leaves[str(place)]) for place in range(len(leaves))]
 
 
 def _arrays_of(curves: Mapping[str, Curves]) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +25,7 @@ from jgd.tuning.plan import Plan, ranked_by
 from jgd.tuning.space import Lanes, lanes_of
 from jgd.tuning.streams import Stream
 
-__all__ = ["Inputs", "check_inputs", "resumed"]
+__all__ = ["Inputs", "check_inputs", "extended", "resumed"]
 
 # columns of the table and the journal, which no metric may be named
 RESERVED = (
@@ -186,12 +186,46 @@ def resumed(plan: Plan, written: Plan) -> Plan:
     """
     if difference := _difference(_without_layout(plan), _without_layout(written), ""):
         raise ValueError(f"resume: this is another sweep: its {difference}")
-    groups = []
-    for group, old in zip(plan.groups, written.groups, strict=True):
-        widths = [devices.round_up(w, plan.devices) for w in old.widths]
-        costs = dict(zip(widths, old.costs, strict=True))  # the last of equal widths
-        sizes = dict(width=widths[0], widths=list(costs), costs=list(costs.values()))
-        groups.append(dataclasses.replace(group, **sizes))
+    return _with_layout(plan, written)
+
+
+def extended(plan: Plan, earlier: Sequence[Plan]) -> Plan:
+    """Return the plan of an extended sweep, with the widths of the groups that are there.
+
+    Raises: ValueError, with the reason, if its lanes would differ from those of one sweep.
+    """
+    for each in (plan, *earlier):
+        for name in ("halving", "budget", "seconds"):
+            if getattr(each, name) is not None:
+                raise ValueError(
+                    f"extend: {name} must be None, in the sweep that is there too: it ends lanes by"
+                    " what all lanes of the sweep do. Start a sweep in a new folder"
+                )
+    kept = lambda x: {k: v for k, v in _without_layout(x).items() if k not in EXTENDABLE}
+    if difference := _difference(kept(plan), kept(earlier[0]), ""):
+        raise ValueError(
+            f"extend: lanes of another sweep would differ: its {difference}. Start a sweep in a new"
+            " folder"
+        )
+    for each in earlier:
+        plan = _with_layout(plan, each)
+    return plan
+
+
+# what an extension may change
+EXTENDABLE = ("groups", "seeds", "brackets", "keep")
+
+
+def _with_layout(plan: Plan, written: Plan) -> Plan:
+    """Return a plan with the widths of the groups of another one."""
+    groups = list(plan.groups)
+    for place, group in enumerate(groups):
+        if group.name in written.index:
+            old = written.groups[written.index[group.name]]
+            widths = [devices.round_up(w, plan.devices) for w in old.widths]
+            costs = dict(zip(widths, old.costs, strict=True))  # the last of equal widths
+            sizes = dict(width=widths[0], widths=list(costs), costs=list(costs.values()))
+            groups[place] = dataclasses.replace(group, **sizes)
     same = (plan.devices, plan.device) == (written.devices, written.device)
     at_once = written.at_once if same else plan.at_once
     return dataclasses.replace(plan, groups=groups, at_once=at_once)

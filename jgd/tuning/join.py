@@ -98,7 +98,7 @@ def merge(*results: Result) -> Result:
         brackets=[0] * sum(group.settings for group in groups.values()),
     )
     facts = Facts(plan, Ledger(plan), Record(plan).curves)
-    whole, stored = np.full(plan.first[-1], False), dict[int, tuple[Any, Any]]()
+    stored = dict[int, tuple[Any, Any]]()
     for part, result in reversed([*zip(parts, results, strict=True)]):  # the first one wins
         take(facts, part)
         for best in result.kept:
@@ -106,10 +106,11 @@ def merge(*results: Result) -> Result:
             place = groups[group.name].digests.index(group.digests[best.row["setting"]])
             setting = int(plan.first[plan.index[group.name]]) + place
             if best.state is not None or setting not in stored:
-                whole[setting], stored[setting] = best.state is not None, best[1:]
-    return make_result(
-        plan, facts.ledger, dict(facts.curves), whole, lambda k: stored.get(k, (None, None))
-    )
+                stored[setting] = best.setting, best.state
+    held = np.full(plan.lanes, False)
+    held[plan.lanes_of([k for k, (_, state) in stored.items() if state is not None])] = True
+    known = lambda setting, lane: stored.get(setting, (None, None))
+    return make_result(plan, facts.ledger, dict(facts.curves), held, known)
 
 
 def _refuse_unlike(first: Plan, plan: Plan) -> None:

@@ -13,6 +13,7 @@ batch-0.json         the trials of the batch, written before it trains
 batch-0/             its sweep, which a resumed search resumes: with it the study sees every report
 """
 
+import contextlib
 import math
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,8 +26,9 @@ import numpy as np
 from jgd.training import Run, Task
 from jgd.tuning import devices
 from jgd.tuning.events import Cut, Report
-from jgd.tuning.folder import Folder, write_json
+from jgd.tuning.folder import Folder, write_json, write_table
 from jgd.tuning.join import merge
+from jgd.tuning.lock import locked
 from jgd.tuning.options import Doc, count, function_of, values_of
 from jgd.tuning.plan import Plan
 from jgd.tuning.result import Best, Result
@@ -169,9 +171,9 @@ def optuna_search(arguments: SearchArguments) -> Proposed:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     _check_objects(arguments)
-    plan = _plan(arguments)
-    search, results = _Search(arguments, plan), list[Result]()
-    with CtrlC() as ctrl_c:
+    plan, results = _plan(arguments), list[Result]()
+    with CtrlC() as ctrl_c, _held(arguments.folder):
+        search = _Search(arguments, plan)
         while len(results) < len(search.batches) or search.asked() < arguments.trials:
             if len(results) == len(search.batches):
                 search.ask()
@@ -179,14 +181,15 @@ def optuna_search(arguments: SearchArguments) -> Proposed:
             if search.stored is not None and devices.is_writer():
                 search.store()
             if ctrl_c.interrupt:
-                raise Interrupted(_proposed(search.study, results))
-    return _proposed(search.study, results)
+                raise Interrupted(search.ended(results))
+        return search.ended(results)
 
 
-def _proposed(study: Any, results: list[Result]) -> Proposed:
-    """Rank the settings of all batches together."""
-    merged = merge(*results)
-    return Proposed(study, merged.best, merged.rows, results)
+def _held(folder: str | Path | None) -> contextlib.AbstractContextManager[None]:
+    """Hold the folder of a search for this process."""
+    if folder is None or not devices.is_writer():
+        return contextlib.nullcontext()
+    return locked(Path(folder))
 
 
 def _check_objects(arguments: SearchArguments) -> None:
@@ -366,6 +369,13 @@ class _Search:
             if trial.state.is_finished() and _tag(trial) not in known:
                 self.stored.add_trial(trial)
 
+    def ended(self, results: list[Result]) -> Proposed:
+        """Rank the settings of all batches together, and write the table."""
+        merged = merge(*results)
+        if self.path is not None and devices.is_writer():
+            write_table(self.path, merged)
+        return Proposed(self.study, merged.best, merged.rows, results)
+
     def _read(self, same: dict[str, Any]) -> tuple[str, str]:
         """Read the batches of a search that is resumed; return its id and the name of its study."""
         assert self.path is not None
@@ -382,7 +392,6 @@ class _Search:
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         if self.path is not None and devices.is_writer():
-            self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / name, content)
 
 

@@ -2,7 +2,7 @@
 
     record = Record(plan)               # curves: a fold over the events, as the ledger is
     record.apply(event)
-    make_result(plan, ledger, record.curves, whole, stored)
+    make_result(plan, ledger, record.curves, held, stored)
 
 A row is a setting, in the order of `Ledger.ranked`.
 """
@@ -128,27 +128,34 @@ def make_result(
     plan: Plan,
     ledger: Ledger,
     curves: dict[str, Curves],
-    whole: np.ndarray | None = None,
-    stored: Callable[[int], tuple[Any, Any]] = lambda setting: (None, None),
+    held: np.ndarray | None = None,
+    stored: Callable[[int, int | None], tuple[Any, Any]] = lambda setting, lane: (None, None),
 ) -> Result:
     """Return the result of a sweep. Lanes that are alive count as out of budget.
 
     Args:
-      whole: mask of the settings whose states are stored; None: no state is.
-      stored: setting -> itself, and the state of its best seed, or None if it is not whole.
+      held: mask of the lanes whose states are stored; None: no state is.
+      stored: (setting, lane of its best seed) -> the setting and the state of the lane. The lane is
+        None if its state is not stored.
     """
     if ledger.alive.any():
         ledger = copy.deepcopy(ledger)
         ledger.apply(Cut(None, plan.by_group(np.flatnonzero(ledger.alive))))
     rows = [row for group in plan.groups for row in _rows(plan, group, ledger, curves[group.name])]
-    order = ledger.ranked(np.arange(len(rows)))
+    settings = np.arange(len(rows))
+    order, best = ledger.ranked(settings), ledger.best_lanes(settings)
     tied = _tied(ledger, order).tolist()
     ranked = [
         {"rank": place + 1, "tied": tied[place], **rows[setting]}
         for place, setting in enumerate(order.tolist())
     ]
-    places = [] if whole is None else np.flatnonzero(whole[order])[: plan.keep].tolist()
-    kept = [Best(ranked[place], *stored(int(order[place]))) for place in sorted({0, *places})]
+    kept = list[Best]()
+    begun = ledger.step[plan.lanes_of(settings)].all(1)
+    whole = np.full(len(rows), False) if held is None else held[best] & begun
+    for place in sorted({0, *np.flatnonzero(whole[order])[: plan.keep].tolist()}):
+        setting = int(order[place])
+        lane = int(best[setting]) if whole[setting] else None
+        kept.append(Best(ranked[place], *stored(setting, lane)))
     return Result(ranked, curves, kept[0], kept, plan.metric, plan.mode, plan, ledger)
 
 

@@ -3,6 +3,10 @@
     segment = read_segment("runs/a")
     segment.ledger, segment.record              # folds over the journal
     segment.manifest, segment.notes             # the newest whole checkpoint, and what was damaged
+    read_segments("runs/a")                     # this one, and its extensions in their order
+
+An extension is a segment whose plan is that of the whole sweep. It holds the events of the lanes
+that it trains; the facts about the others are those of the segments before it.
 
 A manifest holds checksums of itself, of plan.json, of the journal up to its checkpoint and of the
 states. The table follows from plan and journal: results.csv, results.json and curves.npz are never
@@ -14,7 +18,7 @@ import math
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from jgd.tuning.events import Cut, Report, decode
+from jgd.tuning.join import Facts, take
 from jgd.tuning.ledger import Ledger
 from jgd.tuning.plan import FORMAT, Plan
 from jgd.tuning.result import Best, Curves, Record, Result, make_result
@@ -30,12 +35,15 @@ __all__ = [
     "Segment",
     "check_states",
     "checksums",
+    "crc_of_plan",
+    "extensions",
     "manifests",
     "number_of",
     "read_json",
     "read_manifest",
     "read_result",
     "read_segment",
+    "read_segments",
     "sealed",
 ]
 
@@ -48,7 +56,7 @@ class Segment:
     """A segment of a sweep.
 
     Attributes:
-      plan_crc: checksum of plan.json.
+      plan_crc: checksum of plan.json, and of those of earlier segments.
       manifest: of the newest whole checkpoint; None if there is none.
       ledger, record: the events, folded.
       notes: one line for each newer checkpoint, which is damaged.
@@ -70,6 +78,10 @@ class Segment:
         return not self.ledger.alive.any()
 
     @property
+    def facts(self) -> Facts:
+        return Facts(self.plan, self.ledger, self.record.curves)
+
+    @property
     def journal(self) -> Mapping[str, int]:
         """Events, bytes and checksum of the part of the journal that the checkpoint covers."""
         return self.manifest["journal"] if self.manifest else {"events": 0, "bytes": 0, "crc32": 0}
@@ -81,7 +93,30 @@ class Segment:
             yield from (decode(line, self.plan) for line in data.splitlines())
 
 
-def read_segment(path: str | Path, *, resume: bool = False) -> Segment:
+def read_segments(path: str | Path, *, resume: bool = False) -> list[Segment]:
+    """Return the segment in a folder, and those of its extensions.
+
+    Args, raises: as `read_segment`; ValueError if a segment that was extended is not whole.
+    """
+    segments = [read_segment(path, resume=resume)]
+    for folder in extensions(Path(path)):
+        if not segments[-1].finished:
+            lost = "; ".join(segments[-1].notes) or "lanes are missing"
+            raise ValueError(f"{segments[-1].path} was extended and is not whole: {lost}. {NEW}")
+        segments.append(read_segment(folder, resume=resume, earlier=segments))
+    return segments
+
+
+def extensions(path: Path) -> list[Path]:
+    """Return the folders of the extensions of a sweep; the last one has a plan."""
+    numbers = [x.parent.name.partition("-")[2] for x in path.glob("segment-*/plan.json")]
+    last = max((int(number) for number in numbers if number.isdecimal()), default=1)
+    return [path / f"segment-{number}" for number in range(2, last + 1)]
+
+
+def read_segment(
+    path: str | Path, *, resume: bool = False, earlier: Sequence[Segment] = ()
+) -> Segment:
     """Return the segment in a folder.
 
     A journal goes on after the last checkpoint. Those lines are read as well, as far as each
@@ -89,12 +124,16 @@ def read_segment(path: str | Path, *, resume: bool = False) -> Segment:
 
     Args:
       resume: whether to check the states too, and to stop where the checkpoint does.
+      earlier: the segments that this one extends.
 
     Raises: FileNotFoundError without a plan; ValueError, naming the file, if nothing vouches for
       plan and journal.
     """
     path = Path(path)
-    ledger, record, plan_crc = _read_plan(path)
+    ledger, record, data = _read_plan(path)
+    plan_crc = crc_of_plan(data, earlier)
+    for segment in earlier:
+        take(Facts(ledger.plan, ledger, record.curves), segment.facts)
     journal = path / "journal.jsonl"
     data = journal.read_bytes() if journal.exists() else b""
     manifest, notes, changed = _whole_manifest(path, plan_crc, data, states=resume)
@@ -112,8 +151,13 @@ def read_segment(path: str | Path, *, resume: bool = False) -> Segment:
     return Segment(path, ledger.plan, plan_crc, manifest, ledger, record, notes, changed)
 
 
-def _read_plan(path: Path) -> tuple[Ledger, Record, int]:
-    """Return ledger and record of the plan in a folder, before any event, and its checksum."""
+def crc_of_plan(data: bytes, earlier: Sequence[Segment]) -> int:
+    """Return the checksum of a plan and of the plans that it extends."""
+    return zlib.crc32(data, zlib.crc32(str([segment.plan_crc for segment in earlier]).encode()))
+
+
+def _read_plan(path: Path) -> tuple[Ledger, Record, bytes]:
+    """Return ledger and record of the plan in a folder, before any event, and its bytes."""
     file = path / "plan.json"
     if not file.exists():
         raise FileNotFoundError(f"{path} holds no sweep: there is no plan.json. {NEW}")
@@ -123,7 +167,7 @@ def _read_plan(path: Path) -> tuple[Ledger, Record, int]:
         raise ValueError(f"{file}: format must be {FORMAT}, got {version}. {NEW}{still}")
     try:
         plan = Plan.of_json(written)
-        return Ledger(plan), Record(plan), zlib.crc32(file.read_bytes())
+        return Ledger(plan), Record(plan), file.read_bytes()
     except MALFORMED as error:
         raise ValueError(f"{file} holds no plan: {error}. {NEW}") from None
 
@@ -266,7 +310,7 @@ def read_result(path: str | Path) -> Result:
     path = Path(path)
     if (path / "results.json").exists() and _format(path) == 1:
         return _read_old_result(path)
-    segment = read_segment(path)
+    segment = read_segments(path)[-1]
     for note in segment.notes:
         warnings.warn(note, stacklevel=2)
     if not segment.finished:

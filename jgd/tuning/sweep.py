@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,8 +20,11 @@ from jgd.training import Run, Task, start
 from jgd.tuning import devices
 from jgd.tuning.engine import Engine, shared_programs
 from jgd.tuning.events import Cut, Report
-from jgd.tuning.folder import Folder, load_block
-from jgd.tuning.inputs import check_inputs, resumed
+from jgd.tuning.folder import Folder, load_block, opened
+from jgd.tuning.inputs import check_inputs, extended, resumed
+from jgd.tuning.join import Facts, take
+from jgd.tuning.ledger import Ledger
+from jgd.tuning.load import StoredStates, stored_best
 from jgd.tuning.loop import Decision, Schedule, Sweep, run
 from jgd.tuning.options import Doc, SweepOptions, Training, function_of
 from jgd.tuning.plan import Plan, fingerprint, make_plan
@@ -36,8 +39,9 @@ from jgd.tuning.widths import choose_widths
 __all__ = ["Interrupted", "iter_sweep", "sweep"]
 
 
-# a pruner: plan and reports of a turn -> the settings to cut
+# a pruner: plan and events of a turn -> the settings to cut
 Prune = Callable[[Plan, list[Report | Cut]], Iterable[int]]
+NO_PRUNING: Prune = lambda plan, events: ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +110,22 @@ class TrainingArguments(SweepOptions, Cutting, SweepInputs):
 class SweepArguments(TrainingArguments, Recorded):
     """Arguments of `sweep`."""
 
+    extend: Annotated[
+        str | Path | None,
+        Doc("""The folder of a finished sweep, in place of `folder`. The arguments describe the
+        whole sweep wanted; only lanes that are not there train: more settings, groups or seeds.
+        Lanes that are there and not in the arguments stay in the folder and out of the result. The
+        same call goes on with an extension that was interrupted. None: a new sweep."""),
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.extend is not None and self.folder is not None:
+            raise ValueError(
+                f"sweep: folder must be None with extend, got {str(self.folder)!r}. An extension is"
+                " written into the folder that it extends"
+            )
+
 
 @function_of(SweepArguments)
 def sweep(arguments: SweepArguments) -> Result:
@@ -128,30 +148,54 @@ def sweep(arguments: SweepArguments) -> Result:
     Returns: a `Result`: ranked rows, curves, and the best settings with their trained states.
     Raises: ValueError, before anything is trained or written, for settings that are no batch, NaN
       in the data, a learning rate that is negative or NaN, an `evaluate` that returns no dict of
-      scalars, or an option out of its range. Interrupted, on Ctrl-C.
+      scalars, or an option out of its range. BlockingIOError, naming the holder, if a sweep of
+      another process runs in `folder`. Interrupted, on Ctrl-C.
     """
     return run_sweep(arguments)
 
 
 def run_sweep(
-    arguments: SweepArguments, prune: Prune | None = None, shared: "CtrlC | None" = None
+    arguments: SweepArguments, prune: Prune = NO_PRUNING, ctrl_c: "CtrlC | None" = None
 ) -> Result:
     """Run a sweep.
 
     Args:
       prune: called with the events of each turn. First, if the sweep is resumed, with those of the
         journal: their cuts are in it, so what it returns is ignored.
-      shared: the flag of Ctrl-C that a caller set up for several sweeps.
+      ctrl_c: of several sweeps; None: of this one.
     """
-    folder = Folder(arguments.folder, resume=arguments.resume)
-    prepared = prepare(arguments, folder.segment and folder.segment.plan)
-    plan, ctrl_c = prepared.plan, shared or CtrlC()
+    extend = arguments.extend is not None
+    path = arguments.extend if extend else arguments.folder
+    with opened(path, resume=arguments.resume, extend=extend) as folder:
+        prepared = prepare(arguments, folder.segment and folder.segment.plan, folder.earlier)
+        try:
+            if extend and folder.segment is None and not prepared.sweep.schedule.queue:
+                return prepared.result()  # nothing is new
+            whole = _run(arguments, prepared, folder, prune, ctrl_c or CtrlC())
+            result = prepared.result()
+            folder.write_result(result, prepared.groups)
+            if whole:  # else the last poll asked for a checkpoint
+                _checkpoint(prepared, folder)
+        finally:
+            prepared.sweep.engine.close()
+    if not whole:
+        raise Interrupted(result)
+    return result
+
+
+def _run(
+    arguments: SweepArguments,
+    prepared: "Prepared",
+    folder: Folder,
+    prune: Prune,
+    ctrl_c: "CtrlC",
+) -> bool:
+    """Run a sweep to its end. Returns False on Ctrl-C."""
     if folder.segment is not None:
         _resume(prepared, folder, folder.segment)
-        if prune is not None:
-            list(prune(plan, list(folder.segment.events())))
+        list(prune(prepared.plan, list(folder.segment.events())))
     else:
-        folder.write_plan(plan)
+        folder.write_plan(prepared.plan)
 
     def deliver(events: list[Report | Cut]) -> None:
         folder.append(events)
@@ -160,27 +204,11 @@ def run_sweep(
             if arguments.on_report is not None and isinstance(event, Report):
                 alive = int(prepared.sweep.ledger.alive.sum())
                 with ctrl_c.interrupts():
-                    arguments.on_report(plan, event._replace(alive=alive))
+                    arguments.on_report(prepared.plan, event._replace(alive=alive))
 
-    checkpoint = lambda: _checkpoint(prepared, folder)
-    try:
-        with contextlib.nullcontext() if shared else ctrl_c:
-            poll = Clock(prepared.sweep, folder, ctrl_c, prune)
-            whole = run(prepared.sweep, deliver, poll, checkpoint)
-        result = prepared.result()
-        folder.write_result(result)
-        if whole:  # else the last poll asked for a checkpoint
-            checkpoint()
-        folder.finish()
-    except BaseException:
-        with contextlib.suppress(Exception):  # a checkpoint that is being written is finished
-            folder.finish()
-        raise
-    finally:
-        prepared.sweep.engine.close()
-    if not whole:
-        raise Interrupted(result)
-    return result
+    with ctrl_c:
+        poll = Clock(prepared.sweep, folder, ctrl_c, prune)
+        return run(prepared.sweep, deliver, poll, lambda: _checkpoint(prepared, folder))
 
 
 @function_of(TrainingArguments)
@@ -231,38 +259,38 @@ class Prepared:
     groups: dict[str, Lanes]
     sweep: Sweep
     record: Record
+    earlier: Sequence[Segment] = ()  # of an extension
 
     def result(self) -> Result:
         """Return the result so far."""
-        ledger, pool, engine = self.sweep.ledger, self.sweep.pool, self.sweep.engine
+        plan, pool = self.plan, self.sweep.pool
+        states = StoredStates(plan, self.earlier)
+        states.held[pool.held()] = True
 
-        every = np.arange(self.plan.first[-1])
-        whole = np.isin(self.plan.lanes_of(every), pool.held()).all(1)
-        best = ledger.best_lanes(every)
+        def leaves_of(lane: int) -> list[Any]:
+            in_pool = lane in pool
+            return [x[0] for x in jax.tree.leaves(pool.take([lane]))] if in_pool else states[lane]
 
-        def stored(setting: int) -> tuple[Any, Any]:
-            group = self.plan.group_of(setting * self.plan.seeds)
-            row = setting - int(self.plan.first[group])
-            settings = self.groups[self.plan.groups[group].name].settings
-            states = None
-            if whole[setting]:
-                states = engine.programs[group].states(pool.take([best[setting]]))
-            return jax.tree.map(lambda x: x[row], settings), jax.tree.map(lambda x: x[0], states)
-
-        return make_result(self.plan, ledger, self.record.curves, whole, stored)
+        batches = [self.groups[group.name].settings for group in plan.groups]
+        run = self.sweep.engine.programs[0].options.run
+        stored = lambda *best: stored_best(run, plan, batches, leaves_of, *best)
+        return make_result(plan, self.sweep.ledger, self.record.curves, states.held, stored)
 
 
-def prepare(arguments: TrainingArguments, written: Plan | None = None) -> Prepared:
+def prepare(
+    arguments: TrainingArguments, written: Plan | None = None, earlier: Sequence[Segment] = ()
+) -> Prepared:
     """Plan a sweep; the inputs are checked before anything is compiled.
 
     Args:
       written: the plan of the sweep to resume.
+      earlier: the segments to extend.
     """
     task = arguments.task
-    mesh = devices.mesh(arguments.devices)
+    mesh = devices.mesh(arguments.devices or next((x.plan.devices for x in earlier), None))
     inputs = check_inputs(task, arguments.settings, arguments, arguments.stop)
     training, batch = inputs.run, inputs.batch
-    first = jax.tree.map(lambda x: jnp.asarray(x)[0], next(iter(inputs.groups.values())).settings)
+    first = _first_setting(inputs.groups, earlier)
     state = start(training, first, jax.random.key(arguments.key))
     streamed = training.batch if isinstance(training.batch, Stream) else None
     last = () if streamed is not None else training.batch(arguments.steps - 1)
@@ -282,11 +310,27 @@ def prepare(arguments: TrainingArguments, written: Plan | None = None) -> Prepar
     devices.check_same_task(plan.task)
     if written is not None:
         plan = resumed(plan, written)
-    engine = Engine(plan, inputs.groups, shared_programs(task, training, plan, inputs.stop, mesh))
-    probed = written is None and arguments.width is None and streamed is None
+    elif earlier:
+        plan = extended(plan, [segment.plan for segment in earlier])
+    shared = shared_programs(task, training, plan, inputs.stop, mesh)
+    engine = Engine(plan, inputs.groups, shared)
+    probed = written is None and not earlier and arguments.width is None and streamed is None
     if probed and jax.process_count() == 1:
         plan = choose_widths(plan, engine)
-    return Prepared(plan, inputs.groups, Sweep(plan, engine), Record(plan))
+    ledger, record = Ledger(plan), Record(plan)
+    for segment in earlier:
+        shared.check_seeds(plan, segment.plan)
+        take(Facts(plan, ledger, record.curves), segment.facts)
+    return Prepared(plan, inputs.groups, Sweep(plan, engine, ledger), record, earlier)
+
+
+def _first_setting(groups: Mapping[str, Lanes], earlier: Sequence[Segment]) -> Any:
+    """Return the setting that the digest of the task is taken with; an extension keeps it."""
+    name, row = next(iter(groups)), 0
+    for group in (segment.plan.groups[0] for segment in earlier[:1]):
+        if group.name in groups and group.digests[0] in groups[group.name].digests:
+            name, row = group.name, groups[group.name].digests.index(group.digests[0])
+    return jax.tree.map(lambda x: jnp.asarray(x)[row], groups[name].settings)
 
 
 # --- checkpoints -----------------------------------------------------------------------------
@@ -318,7 +362,7 @@ def _resume(prepared: Prepared, folder: Folder, segment: Segment) -> None:
     """Return to the last checkpoint: take what the journal adds up to, and load the states."""
     manifest, sweep = segment.manifest, prepared.sweep
     for note in segment.notes:
-        warnings.warn(note, stacklevel=4)
+        warnings.warn(note, stacklevel=5)
     devices.wait_for_all()  # all processes have read the manifest before files change
     folder.return_to_checkpoint(segment)
     if manifest is None:
@@ -328,7 +372,8 @@ def _resume(prepared: Prepared, folder: Folder, segment: Segment) -> None:
     for name, block in manifest["blocks"].items():
         ids = np.array(block["lanes"], int)
         program = sweep.engine.programs[prepared.plan.group_of(ids[0])]
-        rows = load_block(folder.path, name, program.shapes(len(ids)))
+        structure = jax.tree.structure(program.shapes(len(ids)))
+        rows = jax.tree.unflatten(structure, load_block(folder.path, name))
         sweep.pool.restore(block["number"], Block(ids, rows), np.array(block["present"]))
     sweep.pool.last = manifest["last_block"]
     if manifest["stream"] is not None:
@@ -352,7 +397,7 @@ class Clock:
         sweep: Sweep,
         folder: Folder | None = None,
         ctrl_c: "CtrlC | None" = None,
-        prune: Prune | None = None,
+        prune: Prune = NO_PRUNING,
     ) -> None:
         self.schedule, self.plan, self.ledger = sweep.schedule, sweep.plan, sweep.ledger
         self.folder, self.ctrl_c, self.prune = folder, ctrl_c, prune
@@ -367,8 +412,7 @@ class Clock:
         if due := due and folder is not None and not folder.busy():
             self.last_checkpoint = now
         interrupt = self.ctrl_c is not None and self.ctrl_c.interrupt
-        losing = list(self.prune(plan, events)) if self.prune is not None else list[int]()
-        cuts = plan.lanes_of(np.array(losing, int)).ravel()
+        cuts = plan.lanes_of(np.array(list(self.prune(plan, events)), int)).ravel()
         cuts = tuple(cuts[self.ledger.alive[cuts]].tolist())
         return Decision(checkpoint=due, cuts=cuts, stop=late, interrupt=interrupt)
 
@@ -378,16 +422,16 @@ class CtrlC:
 
     def __init__(self) -> None:
         self.interrupt = False
-        self._before: Any = None
+        self._before = list[Any]()  # a sweep of a search enters the context of the search again
 
     def __enter__(self) -> "CtrlC":
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._set)
+            self._before.append(signal.signal(signal.SIGINT, self._set))
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        if self._before:
+            signal.signal(signal.SIGINT, self._before.pop())
 
     def _set(self, *_: object) -> None:
         if self.interrupt:
