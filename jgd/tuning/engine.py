@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jgd.checks import key_of
 from jgd.pytree import Monitor
 from jgd.training import Run
 from jgd.tuning import devices
@@ -54,12 +55,13 @@ class SharedPrograms:
             drop_diverged=plan.drop_diverged,
         )
         self.batches = self.batches_of(plan)
-        root = jax.random.key(plan.key)
+        root = key_of(plan.key)
+        self.kind = jax.random.key_impl(root)
         keys = jax.vmap(lambda seed: jax.random.fold_in(root, seed))(jnp.arange(plan.seeds))
         self.keys = np.asarray(jax.random.key_data(keys))
         self.shared_start: Any = None
         if make := run.begin:
-            begin = lambda bits: jax.vmap(make)(jax.random.wrap_key_data(bits))
+            begin = lambda bits: jax.vmap(make)(jax.random.wrap_key_data(bits, impl=self.kind))
             compiled = self.compiler.compiled(begin, self.keys, out=self.compiler.on_all)
             self.shared_start = compiled(self.keys)
         self._programs = dict[Any, Program]()
@@ -169,7 +171,7 @@ class Program:
         return jax.tree.map(lambda x: devices.placed(x, by_lane), tree)
 
     def _one(self, setting: Any, seed: Any, bits: Any, shared_start: Any) -> Lane:
-        key = jax.random.wrap_key_data(bits)
+        key = jax.random.wrap_key_data(bits, impl=self.shared.kind)
         return lane.begin(self.options, setting, seed, key, shared_start)
 
     def _begin(self, settings: Any, seeds: Any, keys: Any, shared_start: Any) -> Lane:

@@ -59,6 +59,11 @@ class Folder:
         self._writes = path is not None and is_writer()
         if resume and not (self.path / "plan.json").exists():
             raise FileNotFoundError(f"{self.path} holds no sweep: there is no plan.json")
+        file = next((p for p in (self.path, *self.path.parents) if p.is_file()), None)
+        if not resume and file is not None:
+            raise NotADirectoryError(
+                f"sweep: folder must be a folder, got {path}: {file} is a file"
+            )
         if not resume and self._writes and not self._is_free():
             raise FileExistsError(f"{self.path} is not empty. Give a sweep a folder of its own")
         self.enabled = path is not None

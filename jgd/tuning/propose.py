@@ -13,17 +13,18 @@ asking and telling then take little time compared to training.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from jgd.checks import at_least, refuse
 from jgd.training import Run, Task
 from jgd.tuning.events import CUT, Cut, Report
 from jgd.tuning.loop import Decision, run
-from jgd.tuning.options import Doc, Training, count, function_of, values_of
+from jgd.tuning.options import Doc, Steps, Training, function_of, values_of
 from jgd.tuning.plan import Plan
 from jgd.tuning.result import Best, Result
-from jgd.tuning.space import Choice, Distribution, LogUniform, batch
+from jgd.tuning.space import Choice, Distribution, LogUniform, batch, check_distributions
 from jgd.tuning.sweep import Prepared, Stop, TrainingArguments, prepare
 
 __all__ = ["Proposed", "optuna_search"]
@@ -48,8 +49,8 @@ class SearchInputs:
         Doc("""A function from numbers to a setting, called with each number of the space by its
         name."""),
     ]
-    steps: Annotated[int, Doc("Steps of each training, at least 4.")]
-    trials: Annotated[int, Doc("Number of settings in all, at least 1.")]
+    steps: Steps
+    trials: Annotated[int, at_least(1), Doc("Number of settings in all, at least 1.")]
     space: Annotated[
         Mapping[str, Distribution],
         Doc("Name -> `jgd.loguniform`, `jgd.uniform` or `jgd.choice`."),
@@ -60,8 +61,11 @@ class SearchInputs:
 class SearchArguments(Training, SearchInputs):
     """Arguments of `optuna_search`."""
 
+    function: ClassVar[str] = "optuna_search"
+
     at_once: Annotated[
         int,
+        at_least(1),
         Doc("""Settings proposed and trained together, at least 1. All batches share their compiled
         programs."""),
     ] = 32
@@ -83,11 +87,6 @@ class SearchArguments(Training, SearchInputs):
         Any, Doc("An Optuna storage that the study is copied to at the end. None: no copy.")
     ] = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("trials", "at_once"):
-            count(f"optuna_search: {name}", getattr(self, name))
-
 
 @function_of(SearchArguments)
 def optuna_search(arguments: SearchArguments) -> Proposed:
@@ -102,7 +101,9 @@ def optuna_search(arguments: SearchArguments) -> Proposed:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    _check_optuna(arguments)
     task, steps, space = arguments.task, arguments.steps, arguments.space
+    check_distributions("optuna_search", space)
     names = list(space)
     options = values_of(arguments, Training)
     # the same for all batches, the last one too
@@ -138,13 +139,33 @@ def optuna_search(arguments: SearchArguments) -> Proposed:
     return _proposed(study, plan, results)
 
 
+def _check_optuna(arguments: SearchArguments) -> None:
+    """Raise TypeError for objects that are not Optuna's."""
+    from optuna import Study
+    from optuna.pruners import BasePruner
+    from optuna.samplers import BaseSampler
+    from optuna.storages import BaseStorage
+
+    for name, kinds, description in (
+        ("sampler", BaseSampler, "an Optuna sampler, such as optuna.samplers.TPESampler()"),
+        ("pruner", BasePruner, "an Optuna pruner, such as optuna.pruners.MedianPruner()"),
+        ("study", Study, "an Optuna study, such as optuna.create_study()"),
+        ("storage", str | BaseStorage, "an Optuna storage, or its URL"),
+    ):
+        value = getattr(arguments, name)
+        if value is not None and not isinstance(value, kinds):
+            refuse(f"optuna_search: {name}", description, value)
+
+
 def _study(arguments: SearchArguments, plan: Plan) -> Any:
     """Return the study to continue, or a new one. Raises ValueError for another direction."""
     import optuna
 
     study, direction = arguments.study, "maximize" if plan.mode == "max" else "minimize"
     if study is None:
-        sampler = optuna.samplers.TPESampler(constant_liar=True, seed=arguments.key)
+        key = arguments.key
+        seed = key if isinstance(key, int) else key[-1]
+        sampler = optuna.samplers.TPESampler(constant_liar=True, seed=seed)
         return optuna.create_study(
             direction=direction,
             sampler=arguments.sampler or sampler,

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jgd.checks import key_of
 from jgd.pytree import Monitor
 from jgd.training import Run, Task, start
 from jgd.tuning import devices
@@ -24,7 +25,7 @@ from jgd.tuning.events import Cut, Report
 from jgd.tuning.folder import Folder
 from jgd.tuning.inputs import check_inputs, resumed
 from jgd.tuning.loop import Decision, Schedule, Sweep, run
-from jgd.tuning.options import Doc, SweepOptions, function_of
+from jgd.tuning.options import Doc, Steps, SweepOptions, function_of
 from jgd.tuning.plan import Plan, fingerprint, make_plan
 from jgd.tuning.pool import Block
 from jgd.tuning.prune import Halving
@@ -54,7 +55,7 @@ class SweepInputs:
         `stack` or `jax.vmap` of a factory returns. One program is compiled for each structure, at
         each width."""),
     ]
-    steps: Annotated[int, Doc("Steps of each training, at least 4.")]
+    steps: Steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +233,7 @@ def prepare(arguments: TrainingArguments, written: Mapping[str, Any] | None = No
     inputs = check_inputs(task, arguments.settings, arguments, arguments.stop)
     training, batch = inputs.run, inputs.batch
     first = jax.tree.map(lambda x: jnp.asarray(x)[0], next(iter(inputs.groups.values())).settings)
-    state = start(training, first, jax.random.key(arguments.key))
+    state = start(training, first, key_of(arguments.key))
     streamed = training.batch if isinstance(training.batch, Stream) else None
     last = () if streamed is not None else training.batch(arguments.steps - 1)
     params = state.params if isinstance(task, Task) else state
