@@ -18,6 +18,7 @@ README = PACKAGE.parent / "README.md"
 LAYERS = [
     ("version", ""),
     ("nodes", "structure without leaves"),
+    ("checks", "what plain arguments may be"),
     ("arguments", "what the arguments of a factory may be"),
     ("calls", "the calls of a factory, and the bodies that run"),
     ("trees", "walks over leaves, and the errors where trees do not match"),

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jgd.checks import key_of
 from jgd.pytree import Monitor
 from jgd.training import Run
 from jgd.tuning import devices
@@ -54,6 +55,7 @@ class SharedPrograms:
             drop_diverged=plan.drop_diverged,
         )
         self.batches = self.batches_of(plan)
+        self.kind = jax.random.key_impl(key_of(plan.key))
         self.keys, self.shared_start = self.start_of(plan)
         self._programs = dict[Any, Program]()
 
@@ -67,12 +69,12 @@ class SharedPrograms:
 
     def start_of(self, plan: Plan) -> tuple[np.ndarray, Any]:
         """Return the keys of the seeds, as bits, and what all settings of a seed begin with."""
-        root = jax.random.key(plan.key)
+        root = key_of(plan.key)
         keys = jax.vmap(lambda seed: jax.random.fold_in(root, seed))(jnp.arange(plan.seeds))
         bits = np.asarray(jax.random.key_data(keys))
         if (make := self.options.run.begin) is None:
             return bits, None
-        begin = lambda bits: jax.vmap(make)(jax.random.wrap_key_data(bits))
+        begin = lambda bits: jax.vmap(make)(jax.random.wrap_key_data(bits, impl=self.kind))
         return bits, self.compiler.compiled(begin, bits, out=self.compiler.on_all)(bits)
 
     def check_seeds(self, plan: Plan, before: Plan) -> None:
@@ -179,7 +181,7 @@ class Program:
         return jax.tree.map(lambda x: devices.placed(x, by_lane), tree)
 
     def _one(self, setting: Any, seed: Any, bits: Any, shared_start: Any) -> Lane:
-        key = jax.random.wrap_key_data(bits)
+        key = jax.random.wrap_key_data(bits, impl=self.shared.kind)
         return lane.begin(self.options, setting, seed, key, shared_start)
 
     def _begin(self, settings: Any, seeds: Any, keys: Any, shared_start: Any) -> Lane:

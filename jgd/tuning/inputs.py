@@ -7,7 +7,6 @@ inputs.run, inputs.groups, inputs.metrics
 import dataclasses
 import functools
 import inspect
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,9 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jgd.checks import admit, refuse, traceable
+from jgd.lanes import check_numbers
+from jgd.nodes import brief, is_number
 from jgd.pytree import Monitor
 from jgd.stopping import early_stopping
-from jgd.training import Run, start, supervised
+from jgd.training import Run, Task, check_task, start, supervised
 from jgd.tuning import devices
 from jgd.tuning.options import Training
 from jgd.tuning.plan import Plan, ranked_by
@@ -47,6 +49,7 @@ class Inputs(NamedTuple):
 
 def check_inputs(task: Any, settings: Any, options: Training, stop: Any) -> Inputs:
     """Return the checked inputs. Raises ValueError or TypeError for those a sweep cannot train."""
+    check_task(options.function, task, Task, Run)
     run = task if isinstance(task, Run) else supervised(task)
     groups = _groups(settings)
     batch = _first_batch(run.batch, options.order)
@@ -61,6 +64,11 @@ def _groups(settings: Any) -> dict[str, Lanes]:
         settings = {_name_of(settings): settings}
     groups = dict[str, Lanes]()
     for name, batch in settings.items():
+        if not isinstance(name, str):
+            refuse("sweep: the name of a group", "a string", name)
+        if len(settings) > 1 and isinstance(batch, np.ndarray | jax.Array):
+            cure = ". If the dict is one batch, name it: {'batch': settings}"
+            refuse(f"sweep: settings[{name!r}]", "a batch of settings", batch, cure)
         several = type(batch) is dict and any(isinstance(x, Lanes) for x in batch.values())
         named = {f"{name} {label}": x for label, x in batch.items()} if several else {name: batch}
         for label, lanes in named.items():
@@ -111,6 +119,10 @@ def _first_batch(make: Callable[..., Any], order: str) -> Any:
             )
         first = make(0)
         data = None if jax.tree_util.all_leaves([make]) else make
+    check_numbers("sweep", first, "a batch")
+    if not isinstance(make, Stream):
+        with traceable("sweep: batch"):
+            jax.eval_shape(make, 0)
     for path, leaf in jax.tree_util.tree_leaves_with_path(first if data is None else data):
         if not jnp.issubdtype(jax.typeof(leaf).dtype, jnp.floating):
             continue
@@ -142,23 +154,45 @@ def _metrics(run: Run, groups: Mapping[str, Lanes], batch: Any) -> list[str]:
 def _metrics_of(run: Run, lanes: Lanes, batch: Any) -> list[str]:
     one = lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], jnp.asarray(x).dtype)
     setting = jax.tree.map(one, lanes.settings)
-    state = jax.eval_shape(functools.partial(start, run), setting, jax.random.key(0))
-    _, of_update = jax.eval_shape(run.update, setting, state, batch)
-    if "loss" not in of_update or of_update["loss"].shape:
-        raise ValueError("sweep: update must report a scalar under the name 'loss'")
+    with traceable("sweep: init"):
+        state = jax.eval_shape(functools.partial(start, run), setting, jax.random.key(0))
     names: list[str] = []
 
-    def evaluate(setting: Any, state: Any) -> dict[str, Any]:
+    def update(setting: Any, state: Any, batch: Any) -> Any:
+        after = run.update(setting, state, batch)
+        if not isinstance(after, tuple) or len(after) != 2 or not isinstance(after[1], dict):
+            refuse("sweep: update", "a function that returns (state, metrics)", after)
+        if not _is_scalar(after[1].get("loss")):
+            raise ValueError("sweep: update must report a scalar under the name 'loss'")
+        shapes = [jax.tree.map(np.shape, tree) for tree in (state, after[0])]
+        if shapes[0] != shapes[1]:
+            refuse("sweep: the state after update", f"shaped as before, {shapes[0]}", shapes[1])
+        return after
+
+    def evaluate(setting: Any, state: Any) -> None:
         values = run.evaluate(setting, state)
         if not isinstance(values, dict) or not values:
-            raise ValueError(f"sweep: evaluate must return a dict of scalars, got {values!r}")
+            raise ValueError(f"sweep: evaluate must return a dict of scalars, got {brief(values)}")
+        for name, value in values.items():
+            if not isinstance(name, str):
+                refuse("sweep: the name of a metric", "a string", name)
+            if not _is_scalar(value):
+                raise ValueError(
+                    f"sweep: metric {name} of evaluate must be a scalar, got {brief(value)}"
+                )
         names.extend(values)  # in the user's order; JAX sorts names
-        return values
 
-    for name, value in jax.eval_shape(evaluate, setting, state).items():
-        if getattr(value, "shape", None) != ():
-            raise ValueError(f"sweep: metric {name} of evaluate must be a scalar, got {value!r}")
+    with traceable(f"sweep: {'loss' if run.begin else 'update'}"):
+        jax.eval_shape(update, setting, state, batch)
+    with traceable("sweep: evaluate"):
+        jax.eval_shape(evaluate, setting, state)
     return names
+
+
+def _is_scalar(x: Any) -> bool:
+    """Return whether a value is a real scalar; a bool counts as 0 or 1."""
+    a_bool = isinstance(x, bool) or str(getattr(x, "dtype", "")) == "bool"
+    return (is_number(x) or a_bool) and np.shape(x) == ()
 
 
 def _monitor(stop: Any, mode: Any) -> Monitor | None:
@@ -171,7 +205,7 @@ def _monitor(stop: Any, mode: Any) -> Monitor | None:
         return stop
     if isinstance(stop, bool) or not hasattr(stop, "__index__"):
         raise ValueError(f"sweep: stop must be jgd.stopping.early_stopping or an int, got {stop!r}")
-    return early_stopping(patience=operator.index(stop), mode=mode)
+    return early_stopping(patience=admit("sweep: stop", stop, int), mode=mode)
 
 
 # --- resuming a sweep ------------------------------------------------------------------------

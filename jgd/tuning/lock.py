@@ -71,8 +71,8 @@ def locked(folder: Path) -> Generator[None]:
 
 def _take(folder: Path) -> Callable[[], None]:
     """Lock a folder; return the function that releases it."""
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} must be a folder, got a file")
+    if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
+        raise NotADirectoryError(f"sweep: folder must be a folder, got {folder}: {file} is a file")
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     while True:
         folder.mkdir(parents=True, exist_ok=True)

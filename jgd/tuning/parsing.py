@@ -12,13 +12,11 @@ import math
 import os
 import pkgutil
 import sys
-import sysconfig
-import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jgd
+from jgd.checks import place_of
 
 __all__ = ["UserError", "factory_of", "groups_of", "space_of", "task_of", "where"]
 
@@ -37,8 +35,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def _load(spec: str, what: str) -> Any:
     """Return the object at module:name."""
     module_name, _, name = spec.partition(":")
-    if not all(part.isidentifier() for part in [*module_name.split("."), name]):
-        raise UserError(f"{what} must be module:name, got {spec!r}")
+    parts = [*module_name.split("."), name]
+    if not all(map(str.isidentifier, parts)) or module_name.endswith(".py"):
+        raise UserError(f"{what} must be module:name, got {spec!r}{_as_module(spec)}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -58,18 +57,17 @@ def _load(spec: str, what: str) -> Any:
     return getattr(module, name)
 
 
+def _as_module(spec: str) -> str:
+    """Return the module:name that a path to a file may stand for."""
+    path, _, name = spec.partition(":")
+    module = os.path.relpath(path.removesuffix(".py")).replace(os.sep, ".")
+    return f"; did you mean {module}:{name or 'task'}?" if path.endswith(".py") else ""
+
+
 def where(error: BaseException) -> str:
     """Return an error of the user's code in one line, with file and line that raised it."""
-    libraries = (sysconfig.get_path("stdlib"), str(Path(__file__).parent), "<")
-    frames = traceback.extract_tb(error.__traceback__)
-    theirs = [
-        frame
-        for frame in frames
-        if not frame.filename.startswith(libraries) and "site-packages" not in frame.filename
-    ]
-    place = f" ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})" if theirs else ""
     text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}{place}"
+    return f"{type(error).__name__}: {text[0] if text else ''}{place_of(error)}"
 
 
 def task_of(spec: str) -> Any:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import jaxlib.version
 import numpy as np
 
-from jgd.tuning.options import SweepOptions, Training, count, values_of
+from jgd.tuning.options import SweepOptions, Training, values_of
 from jgd.tuning.prune import Halving
 from jgd.version import __version__
 
@@ -205,7 +205,6 @@ def make_plan(
 
     Raises: ValueError for an argument out of its range.
     """
-    steps = count("sweep: steps", steps, 4)
     every = options.report_every
     if every is None:
         every = max(1, steps // 20) if usual_every is None else usual_every

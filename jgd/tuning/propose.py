@@ -19,21 +19,22 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from jgd.checks import at_least, refuse
 from jgd.training import Run, Task
 from jgd.tuning import devices
 from jgd.tuning.events import Cut, Report
 from jgd.tuning.folder import Folder, write_json, write_table
 from jgd.tuning.join import merge
 from jgd.tuning.lock import locked
-from jgd.tuning.options import Doc, count, function_of, values_of
+from jgd.tuning.options import Doc, Steps, function_of, values_of
 from jgd.tuning.plan import Plan
 from jgd.tuning.result import Best, Result
 from jgd.tuning.segment import read_json
-from jgd.tuning.space import Distribution, Lanes, batch
+from jgd.tuning.space import Distribution, Lanes, batch, check_distributions
 from jgd.tuning.sweep import (
     CtrlC,
     Cutting,
@@ -69,9 +70,11 @@ class SearchInputs:
         Doc("""A function from numbers to a setting, called with each number of the space by its
         name."""),
     ]
-    steps: Annotated[int, Doc("Steps of each training, at least 4.")]
+    steps: Steps
     trials: Annotated[
-        int, Doc("Number of settings in all, at least 1. A resumed search may ask for more.")
+        int,
+        at_least(1),
+        Doc("Number of settings in all, at least 1. A resumed search may ask for more."),
     ]
     space: Annotated[
         Mapping[str, Distribution] | Callable[[Any], Mapping[str, Any]],
@@ -85,8 +88,11 @@ class SearchInputs:
 class SearchArguments(Recorded, SearchInputs):
     """Arguments of `optuna_search`."""
 
+    function: ClassVar[str] = "optuna_search"
+
     at_once: Annotated[
         int,
+        at_least(1),
         Doc("""Settings proposed and trained together, at least 1. All batches share their compiled
         programs."""),
     ] = 32
@@ -120,23 +126,12 @@ class SearchArguments(Recorded, SearchInputs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("trials", "at_once"):
-            count(f"optuna_search: {name}", getattr(self, name))
         # the same for all batches, the last one too
         object.__setattr__(self, "width", self.width or min(64, self.at_once * self.seeds))
-        if callable(self.space):
-            return
-        if not isinstance(self.space, Mapping) or not self.space:
-            raise TypeError(
-                "optuna_search: space must be a dict of distributions or a function of a trial, got"
-                f" {self.space!r}"
-            )
-        for name, values in self.space.items():
-            if not isinstance(values, Distribution):
-                raise TypeError(
-                    f"optuna_search: {name} must be a distribution such as jgd.uniform or"
-                    f" jgd.choice, got {values!r}"
-                )
+        if not callable(self.space):
+            check_distributions(self.function, self.space)
+            if not self.space:
+                refuse(f"{self.function}: space", "at least one distribution", self.space)
 
 
 @function_of(SearchArguments)
@@ -170,7 +165,7 @@ def optuna_search(arguments: SearchArguments) -> Proposed:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    _check_objects(arguments)
+    _check_optuna(arguments)
     plan, results = _plan(arguments), list[Result]()
     with CtrlC() as ctrl_c, _held(arguments.folder):
         search = _Search(arguments, plan)
@@ -192,20 +187,22 @@ def _held(folder: str | Path | None) -> contextlib.AbstractContextManager[None]:
     return locked(Path(folder))
 
 
-def _check_objects(arguments: SearchArguments) -> None:
-    """Raise TypeError for an object that is not Optuna's."""
-    import optuna
+def _check_optuna(arguments: SearchArguments) -> None:
+    """Raise TypeError for objects that are not Optuna's."""
+    from optuna import Study
+    from optuna.pruners import BasePruner
+    from optuna.samplers import BaseSampler
+    from optuna.storages import BaseStorage
 
-    kinds: dict[str, Any] = {
-        "sampler": optuna.samplers.BaseSampler | Callable,
-        "pruner": optuna.pruners.BasePruner,
-        "study": optuna.Study,
-        "storage": optuna.storages.BaseStorage | str,
-    }
-    for name, kind in kinds.items():
+    for name, kinds, description in (
+        ("sampler", BaseSampler | Callable, "an Optuna sampler, or a function of the batch"),
+        ("pruner", BasePruner, "an Optuna pruner, such as optuna.pruners.MedianPruner()"),
+        ("study", Study, "an Optuna study, such as optuna.create_study()"),
+        ("storage", str | BaseStorage, "an Optuna storage, or its URL"),
+    ):
         value = getattr(arguments, name)
-        if value is not None and not isinstance(value, kind):
-            raise TypeError(f"optuna_search: {name} must be an Optuna {name}, got {value!r}")
+        if value is not None and not isinstance(value, kinds):
+            refuse(f"optuna_search: {name}", description, value)
 
 
 # --- from trials to settings -----------------------------------------------------------------
@@ -217,9 +214,7 @@ def _point(space: Any, trial: Any) -> Mapping[str, Any]:
         return {name: values.suggest(trial, name) for name, values in space.items()}
     point = space(trial)
     if not isinstance(point, Mapping) or not point:
-        raise TypeError(
-            f"optuna_search: space must return a dict of the factory's arguments, got {point!r}"
-        )
+        refuse("optuna_search: space", "a function that returns arguments by name", point)
     return point
 
 
@@ -408,7 +403,9 @@ def _sampler(arguments: SearchArguments, number: int) -> Any:
     import optuna
 
     if arguments.sampler is None and arguments.study is None:
-        seed = np.random.SeedSequence((arguments.key % 2**32, number)).generate_state(1)
+        key = arguments.key if isinstance(arguments.key, tuple) else (arguments.key,)
+        words = [word % 2**32 for word in (*key, number) if isinstance(word, int)]
+        seed = np.random.SeedSequence(words).generate_state(1)
         return optuna.samplers.TPESampler(constant_liar=True, seed=int(seed[0]))
     return arguments.sampler(number) if callable(arguments.sampler) else arguments.sampler
 

@@ -47,6 +47,11 @@ class Best(NamedTuple):
         """The trained parameters of a supervised task. Raises ValueError if there are none."""
         if self.state is None:
             raise ValueError("the best setting did not come to an end, so there are no parameters")
+        if not hasattr(self.state, "params"):
+            raise ValueError(
+                "best.params: the sweep must be of a jgd.Task, got the state of a jgd.Run. It is"
+                " best.state"
+            )
         return self.state.params
 
 

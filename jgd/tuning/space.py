@@ -12,10 +12,9 @@ import functools
 import hashlib
 import itertools
 import math
-import operator
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,9 @@ import numpy as np
 import scipy.stats
 
 from jgd.arguments import Static, is_number
-from jgd.lanes import refuse_functions
+from jgd.checks import FINITE, admit, check_key, refuse, traceable
+from jgd.lanes import check_numbers, length
+from jgd.nodes import brief
 
 __all__ = [
     "Choice",
@@ -117,14 +118,9 @@ def lanes_of(settings: Any) -> Lanes:
     """
     if isinstance(settings, Lanes):
         return settings
-    refuse_functions("sweep", settings)
+    if not length("sweep", settings):
+        raise ValueError("sweep: no settings")
     leaves = jax.tree_util.tree_leaves_with_path(settings)
-    sizes = {np.shape(leaf)[:1] for _, leaf in leaves}
-    if len(sizes) != 1 or () in sizes:
-        raise ValueError(
-            f"a batch of settings needs one leading axis on all its numbers, got {settings!r};"
-            " build it with jgd.grid, jgd.random_search, jgd.stack or jax.vmap of the factory"
-        )
     axes = {}
     for path, leaf in leaves:
         name, values = jax.tree_util.keystr(path).lstrip("."), np.asarray(leaf)
@@ -206,14 +202,16 @@ Distribution = Uniform | LogUniform | Integers | Choice
 
 
 def uniform(low: float, high: float) -> Uniform:
-    """Return a uniform distribution. Raises ValueError unless low < high."""
+    """Return a uniform distribution. Raises ValueError unless low < high, both finite."""
+    low, high = _bounds("uniform", low, high)
     if not low < high:
         raise ValueError(f"uniform: low must be below high, got {low} and {high}")
     return Uniform(low, high)
 
 
 def loguniform(low: float, high: float) -> LogUniform:
-    """Return a log-uniform distribution. Raises ValueError unless 0 < low < high."""
+    """Return a log-uniform distribution. Raises ValueError unless 0 < low < high, both finite."""
+    low, high = _bounds("loguniform", low, high)
     if not 0 < low < high:
         raise ValueError(f"loguniform: bounds must satisfy 0 < low < high, got {low} and {high}")
     return LogUniform(low, high)
@@ -231,22 +229,43 @@ def integers(low: int, high: int, *, log: bool = False) -> Integers:
 
     Raises: ValueError for a bound out of its range, TypeError for one that is no integer.
     """
-    try:
-        low, high = operator.index(low), operator.index(high)
-    except TypeError:
-        raise TypeError(f"integers: bounds must be integers, got {low!r} and {high!r}") from None
+    low, high = admit("integers: low", low, int), admit("integers: high", high, int)
     if not low < high or (log and low < 1):
         least = "1 <= " if log else ""
         raise ValueError(f"integers: bounds must satisfy {least}low < high, got {low} and {high}")
     return Integers(low, high, log)
 
 
+def _bounds(function: str, low: Any, high: Any) -> tuple[float, float]:
+    finite = Annotated[float, FINITE]
+    return admit(f"{function}: low", low, finite), admit(f"{function}: high", high, finite)
+
+
 def choice(values: Iterable[Any]) -> Choice:
     """Return a uniform distribution over values. Raises ValueError if there are none."""
-    values = tuple(values)
-    if not values:
-        raise ValueError("choice: values must hold at least one value")
-    return Choice(values)
+    return Choice(tuple(_sequence("choice: the sequence", values)))
+
+
+def _sequence(label: str, values: Any) -> list[Any]:
+    """Return values as a list. Raises ValueError for none, or for something that has no order."""
+    of_jgd = isinstance(values, Distribution | Lanes)
+    if isinstance(values, str | bytes | Mapping | Set) or of_jgd or not np.iterable(values):
+        raise ValueError(f"{label} must be a sequence of values, got {brief(values)}")
+    several = list(np.asarray(values) if isinstance(values, jax.Array) else values)
+    if not several:
+        raise ValueError(f"{label} has no values")
+    return several
+
+
+def check_distributions(function: str, distributions: Mapping[str, Any]) -> None:
+    """Raise TypeError unless each value is a distribution."""
+    if not isinstance(distributions, Mapping) or not all(isinstance(n, str) for n in distributions):
+        refuse(f"{function}: space", "a dict of distributions by name", distributions)
+    for name, values in distributions.items():
+        if not isinstance(values, Distribution):
+            cure = ". Use jgd.choice for values, or jgd.grid"
+            expected = "jgd.loguniform, jgd.uniform, jgd.integers or jgd.choice"
+            refuse(f"{function}: {name}", expected, values, cure)
 
 
 # --- batches of settings ---------------------------------------------------------------------
@@ -264,13 +283,7 @@ def grid(factory: Callable[..., Any], /, **axes: Any) -> Any:
     """
     if not axes:
         raise ValueError("grid: axes must hold at least one axis, got none")
-    columns = {}
-    for name, values in axes.items():
-        if isinstance(values, str) or not hasattr(values, "__iter__"):
-            raise ValueError(f"grid: axis {name} must be a sequence of values, got {values!r}")
-        columns[name] = list(np.asarray(values) if _is_array(values) else values)
-        if not columns[name]:
-            raise ValueError(f"grid: axis {name} has no values")
+    columns = {name: _sequence(f"grid: axis {name}", values) for name, values in axes.items()}
     product = itertools.product(*columns.values())
     return batch(factory, [dict(zip(columns, point, strict=True)) for point in product])
 
@@ -289,7 +302,7 @@ def random_search(
     Returns and raises: as `grid`.
     """
     uniform = lambda d: np.asarray(jax.random.uniform(key, (d, n)), np.float64)
-    return _drawn("random_search", factory, n, distributions, uniform)
+    return _drawn("random_search", factory, n, key, distributions, uniform)
 
 
 def sobol_search(
@@ -304,7 +317,7 @@ def sobol_search(
         sequence = scipy.stats.qmc.Sobol(d, rng=_seed(key))
         return sequence.random_base2(max(0, math.ceil(math.log2(n))))[:n].T
 
-    return _drawn("sobol_search", factory, n, distributions, quantiles)
+    return _drawn("sobol_search", factory, n, key, distributions, quantiles)
 
 
 def halton_search(
@@ -315,7 +328,7 @@ def halton_search(
     Args, returns and raises: as `random_search`. The sequence is SciPy's.
     """
     quantiles = lambda d: scipy.stats.qmc.Halton(d, rng=_seed(key)).random(n).T
-    return _drawn("halton_search", factory, n, distributions, quantiles)
+    return _drawn("halton_search", factory, n, key, distributions, quantiles)
 
 
 def _seed(key: jax.Array) -> np.random.Generator:
@@ -326,10 +339,14 @@ def _drawn(
     name: str,
     factory: Callable[..., Any],
     n: int,
+    key: jax.Array,
     distributions: Mapping[str, Distribution],
     quantiles: Callable[[int], np.ndarray],
 ) -> Any:
     """Return settings at quantiles of shape (distributions, n) in [0, 1)."""
+    n = admit(f"{name}: n", n, int)
+    check_key(f"{name}: key", key)
+    check_distributions(name, distributions)
     if n < 1 or not distributions:
         raise ValueError(
             f"{name}: n and the number of distributions must be at least 1, got {n} and"
@@ -339,10 +356,6 @@ def _drawn(
     draws = [distribution.at(u) for distribution, u in rows]
     points = zip(*draws, strict=True)
     return batch(factory, [dict(zip(distributions, point, strict=True)) for point in points])
-
-
-def _is_array(x: Any) -> bool:
-    return isinstance(x, np.ndarray | jax.Array)
 
 
 def is_scalar(x: Any) -> bool:
@@ -373,7 +386,8 @@ def batch(factory: Callable[..., Any], points: Sequence[Mapping[str, Any]]) -> A
         axes = {name: np.array([float(points[m][name]) for m in members]) for name in varied}
         if axes:
             build = lambda numbers, fixed=fixed: factory(**numbers, **fixed)
-            settings = jax.vmap(build)({k: jnp.asarray(v, float) for k, v in axes.items()})
+            with traceable("factory"):
+                settings = jax.vmap(build)({k: jnp.asarray(v, float) for k, v in axes.items()})
         else:
             one = factory(**fixed)
             settings = jax.tree.map(lambda x: jnp.asarray(x, float)[None], one)
@@ -386,10 +400,12 @@ def batch(factory: Callable[..., Any], points: Sequence[Mapping[str, Any]]) -> A
 
 def _try_each_value(factory: Callable[..., Any], points: Sequence[Mapping[str, Any]]) -> None:
     """Call the factory once with each value, so that it refuses a bad one before any training."""
+    if not callable(factory):
+        refuse("factory", "a function from numbers to a setting", factory)
     tried = set()
     for point in points:
         values = {(name, repr(x)) for name, x in point.items()}
         if not values <= tried:
             tried |= values
             setting = factory(**point)
-            refuse_functions(getattr(factory, "__name__", "factory"), setting)
+            check_numbers(getattr(factory, "__name__", "factory"), setting)

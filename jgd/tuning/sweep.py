@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jgd.checks import key_of
 from jgd.pytree import Monitor
 from jgd.training import Run, Task, start
 from jgd.tuning import devices
@@ -26,7 +27,7 @@ from jgd.tuning.join import Facts, take
 from jgd.tuning.ledger import Ledger
 from jgd.tuning.load import StoredStates, stored_best
 from jgd.tuning.loop import Decision, Schedule, Sweep, run
-from jgd.tuning.options import Doc, SweepOptions, Training, function_of
+from jgd.tuning.options import Doc, Steps, SweepOptions, Training, function_of
 from jgd.tuning.plan import Plan, fingerprint, make_plan
 from jgd.tuning.pool import Block
 from jgd.tuning.prune import Halving
@@ -98,7 +99,7 @@ class SweepInputs:
         `stack` or `jax.vmap` of a factory returns. One program is compiled for each structure, at
         each width."""),
     ]
-    steps: Annotated[int, Doc("Steps of each training, at least 4.")]
+    steps: Steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,7 +292,7 @@ def prepare(
     inputs = check_inputs(task, arguments.settings, arguments, arguments.stop)
     training, batch = inputs.run, inputs.batch
     first = _first_setting(inputs.groups, earlier)
-    state = start(training, first, jax.random.key(arguments.key))
+    state = start(training, first, key_of(arguments.key))
     streamed = training.batch if isinstance(training.batch, Stream) else None
     last = () if streamed is not None else training.batch(arguments.steps - 1)
     params = state.params if isinstance(task, Task) else state
