@@ -288,7 +288,8 @@ def prepare(
       earlier: the segments to extend.
     """
     task = arguments.task
-    mesh = devices.mesh(arguments.devices or next((x.plan.devices for x in earlier), None))
+    given = [arguments.devices, *(segment.plan.devices for segment in earlier)]
+    mesh = devices.mesh(next((count for count in given if count is not None), None))
     inputs = check_inputs(task, arguments.settings, arguments, arguments.stop)
     training, batch = inputs.run, inputs.batch
     first = _first_setting(inputs.groups, earlier)
