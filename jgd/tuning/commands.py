@@ -163,10 +163,10 @@ class Report:
         """Print the table and draw the pictures."""
         from rich.console import Console
 
-        from jgd.tuning.segment import read_result
+        from jgd.tuning.load import read_results
 
         try:
-            _show(Console(), read_result(self.folder), self.folder, self.top)
+            _show(Console(), read_results(self.folder), self.folder, self.top)
         except (OSError, ValueError) as error:
             raise UserError(str(error)) from error
 

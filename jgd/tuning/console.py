@@ -105,7 +105,8 @@ class Progress:
 def print_result(console: Console, result: Result, top: int) -> None:
     """Print the best setting of each group with its verdicts, then the best `top` settings."""
     plan = result.plan
-    varied = list(dict.fromkeys(name for g in plan.groups for name in (*g.axes, *g.fixed)))
+    varied = dict.fromkeys(name for g in plan.groups for name in (*g.axes, *g.fixed))
+    varied.pop("optimizer", None)  # an argument of that name is in the name of the group
 
     table = _table(
         "best of each optimizer", result.metric, "optimizer", *varied, result.metric, *_STYLES

@@ -108,7 +108,8 @@ def merge(*results: Result) -> Result:
             if best.state is not None or setting not in stored:
                 stored[setting] = best.setting, best.state
     held = np.full(plan.lanes, False)
-    held[plan.lanes_of([k for k, (_, state) in stored.items() if state is not None])] = True
+    whole = [setting for setting, (_, state) in stored.items() if state is not None]
+    held[plan.lanes_of(np.array(whole, int))] = True
     known = lambda setting, lane: stored.get(setting, (None, None))
     return make_result(plan, facts.ledger, dict(facts.curves), held, known)
 

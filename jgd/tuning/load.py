@@ -8,6 +8,7 @@ from code: from the task, and from pickled settings without their numbers, or a 
 
 import contextlib
 import pickle
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,18 @@ import numpy as np
 
 from jgd.training import Run, Task, supervised
 from jgd.tuning.folder import SETTINGS, load_block
-from jgd.tuning.join import common_lanes
+from jgd.tuning.join import common_lanes, merge
 from jgd.tuning.lanes import state_of
 from jgd.tuning.plan import Group, Plan
 from jgd.tuning.result import Result, make_result
-from jgd.tuning.segment import Segment, read_segments
+from jgd.tuning.segment import Segment, batches_of, read_result, read_segments
 from jgd.tuning.space import Lanes
 
-__all__ = ["StoredStates", "load", "stored_best"]
+__all__ = ["StoredStates", "load", "read_results", "stored_best"]
 
 
 def load(folder: str | Path, task: Task | Run | None = None, *, template: Any = None) -> Result:
-    """Return the result of a finished sweep, extended or not, from its folder.
+    """Return the result of a finished sweep, extended or not, or of a search, from its folder.
 
         result = jgd.load("runs/a", task)
         result.best.params, result.best.setting
@@ -47,6 +48,8 @@ def load(folder: str | Path, task: Task | Run | None = None, *, template: Any = 
     Raises: FileNotFoundError or ValueError, naming the file, for a folder that is damaged or whose
       sweep has not finished, for another task, and where a template is needed.
     """
+    if batches := batches_of(Path(folder)):
+        return merge(*(load(batch, task, template=template) for batch in batches))
     segments = read_segments(folder, resume=True)
     last = segments[-1]
     if not last.finished:
@@ -58,6 +61,19 @@ def load(folder: str | Path, task: Task | Run | None = None, *, template: Any = 
     batches = _batches(Path(folder), last.plan, template)
     stored = lambda *best: stored_best(run, last.plan, batches, states.__getitem__, *best)
     return make_result(last.plan, last.ledger, last.record.curves, states.held, stored)
+
+
+def read_results(path: Path) -> Result:
+    """Return table and curves of the sweep in a folder, or of all batches of a search.
+
+    Raises: as `read_result`.
+    """
+    batches = batches_of(path)
+    if not batches:
+        return read_result(path)
+    if len(batches) > 1 and not (batches[-1] / "plan.json").exists():  # it was not begun
+        warnings.warn(f"{batches.pop()} has no table yet", stacklevel=2)
+    return merge(*map(read_result, batches))
 
 
 def stored_best(

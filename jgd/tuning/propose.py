@@ -33,7 +33,7 @@ from jgd.tuning.lock import locked
 from jgd.tuning.options import Doc, Steps, function_of, values_of
 from jgd.tuning.plan import Plan
 from jgd.tuning.result import Best, Result
-from jgd.tuning.segment import read_json
+from jgd.tuning.segment import batches_of, read_json
 from jgd.tuning.space import Distribution, Lanes, batch, check_distributions
 from jgd.tuning.sweep import (
     CtrlC,
@@ -224,10 +224,9 @@ def _groups(arguments: SearchArguments, trials: Sequence[Any]) -> dict[str, Lane
     name = getattr(arguments.factory, "__name__", "")
     groups = dict[str, Lanes]()
     for each in lanes.values() if isinstance(lanes, dict) else [lanes]:
-        structure = [f"{k}={value}" for k, value in each.fixed.items()]
-        structure += each.axes if callable(arguments.space) else []
-        label = f"{name if name.isidentifier() else ''} {', '.join(structure)}"
-        groups[label.strip() or "setting"] = each
+        structure = ", ".join(f"{k}={value}" for k, value in each.fixed.items())
+        label = f"{name if name.isidentifier() else ''} {structure}".strip() or "setting"
+        groups[label if label not in groups else f"{label} {', '.join(each.axes)}"] = each
     return groups
 
 
@@ -380,8 +379,8 @@ class _Search:
         for name, now in same.items():
             if (was := written.get(name)) != now:
                 raise ValueError(f"resume: {self.path}: {name} was {was} and is now {now}")
-        while (path := self.path / f"batch-{len(self.batches)}.json").exists():
-            self.batches.append(read_json(path)["trials"])
+        for folder in batches_of(self.path):
+            self.batches.append(read_json(folder.with_suffix(".json"))["trials"])
         devices.wait_for_all()  # all processes have read before process 0 writes
         return written["id"], written["study"]
 

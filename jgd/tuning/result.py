@@ -188,7 +188,7 @@ def _rows(plan: Plan, group: Group, ledger: Ledger, curves: Curves) -> list[dict
         numbers = {name: float(values[setting]) for name, values in columns.items()}
         row: dict[str, Any] = {"optimizer": group.name}
         row |= {name: numbers.pop(name) for name in group.axes}
-        row |= {**group.fixed, **numbers}
+        row |= {**group.fixed, **numbers, "optimizer": group.name}
         row["verdict"] = _most_frequent(verdicts[setting])
         row["ended"], row["at"] = ENDINGS[endings[setting]], int(at[setting])
         row["seeds"], row["setting"] = plan.seeds, setting

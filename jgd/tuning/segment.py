@@ -13,6 +13,7 @@ states. The table follows from plan and journal: results.csv, results.json and c
 read. Readers take no lock.
 """
 
+import itertools
 import json
 import math
 import warnings
@@ -33,6 +34,7 @@ from jgd.tuning.result import Best, Curves, Record, Result, make_result
 
 __all__ = [
     "Segment",
+    "batches_of",
     "check_states",
     "checksums",
     "crc_of_plan",
@@ -112,6 +114,12 @@ def extensions(path: Path) -> list[Path]:
     numbers = [x.parent.name.partition("-")[2] for x in path.glob("segment-*/plan.json")]
     last = max((int(number) for number in numbers if number.isdecimal()), default=1)
     return [path / f"segment-{number}" for number in range(2, last + 1)]
+
+
+def batches_of(path: Path) -> list[Path]:
+    """Return the folders of the batches of a search; a sweep has none."""
+    paths = (path / f"batch-{number}" for number in itertools.count())
+    return list(itertools.takewhile(lambda path: path.with_suffix(".json").exists(), paths))
 
 
 def read_segment(
