@@ -139,13 +139,13 @@ def optuna_search(arguments: SearchArguments) -> Proposed:
     """Train settings proposed by Optuna, as lanes.
 
         def space(trial):  # one value may decide on others
-            name = trial.suggest_categorical("optimizer", ["adam", "momentum"])
-            rate = trial.suggest_float("learning_rate", 1e-5, 1e-1, log=True)
+            name = trial.suggest_categorical("optimizer", ["adam", "sgd"])
+            rate = jgd.loguniform(1e-5, 1e-1).suggest(trial, "learning_rate")
             more = {"b1": trial.suggest_float("b1", 0.8, 0.99)} if name == "adam" else {}
             return {"optimizer": name, "learning_rate": rate, **more}
 
         build = lambda optimizer, **numbers: jgd.get(optimizer)(**numbers)
-        found = jgd.optuna_search(task, build, 1000, 64, space, folder="runs/search")
+        found = jgd.optuna_search(task, build, steps=100, trials=16, space=space)
 
     Args:
       {arguments}
@@ -166,25 +166,18 @@ def optuna_search(arguments: SearchArguments) -> Proposed:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     _check_optuna(arguments)
-    plan, results = _plan(arguments), list[Result]()
-    with CtrlC() as ctrl_c, _held(arguments.folder):
+    plan, folder, results = _plan(arguments), arguments.folder, list[Result]()
+    writes = folder is not None and devices.is_writer()
+    with CtrlC() as ctrl_c, locked(Path(folder)) if writes else contextlib.nullcontext():
         search = _Search(arguments, plan)
         while len(results) < len(search.batches) or search.asked() < arguments.trials:
             if len(results) == len(search.batches):
                 search.ask()
             results.append(search.train(len(results), ctrl_c))
-            if search.stored is not None and devices.is_writer():
-                search.store()
+            search.store()
             if ctrl_c.interrupt:
                 raise Interrupted(search.ended(results))
         return search.ended(results)
-
-
-def _held(folder: str | Path | None) -> contextlib.AbstractContextManager[None]:
-    """Hold the folder of a search for this process."""
-    if folder is None or not devices.is_writer():
-        return contextlib.nullcontext()
-    return locked(Path(folder))
 
 
 def _check_optuna(arguments: SearchArguments) -> None:
@@ -265,6 +258,7 @@ class _Search:
             self.id, name = self._read(same)
         else:
             Folder(self.path)  # raises unless it is empty
+        devices.wait_for_all()  # all processes have read before process 0 writes
         self.study, self.stored = self._studies(name, plan)
         self._write("search.json", {"id": self.id, "study": self.study.study_name, **same})
 
@@ -302,25 +296,29 @@ class _Search:
 
     def ask(self) -> None:
         """Ask for the trials of the next batch, and record them."""
-        arguments, number, entries = self.arguments, len(self.batches), list[dict[str, Any]]()
+        arguments, number = self.arguments, len(self.batches)
         if sampler := _sampler(arguments, number):
             self.study.sampler = sampler
-        for index in range(min(arguments.at_once, arguments.trials - self.asked())):
+        tags = self._tags(number, min(arguments.at_once, arguments.trials - self.asked()))
+        for tag in tags:
             trial = self.study.ask()
-            trial.set_user_attr(TAG, f"{self.id}/{number}/{index}")
+            trial.set_user_attr(TAG, tag)
             _point(arguments.space, trial)  # before the next one is asked
-            asked = self.study.get_trials(deepcopy=False)[trial.number]
-            entries.append({"params": asked.params, "system_attrs": asked.system_attrs})
-        self.batches.append(entries)
-        self._write(f"batch-{number}.json", {"trials": entries})
+        known = _by_tag(self.study)
+        parts = "params", "system_attrs"
+        self.batches.append([{part: getattr(known[tag], part) for part in parts} for tag in tags])
+        self._write(f"batch-{number}.json", {"trials": self.batches[-1]})
+
+    def _tags(self, number: int, size: int) -> list[str]:
+        return [f"{self.id}/{number}/{place}" for place in range(size)]
 
     def _trials(self, number: int) -> list[Any]:
         """Return the trials of a batch, which the study of a resumed search may not have."""
         import optuna
 
-        tags = [f"{self.id}/{number}/{index}" for index in range(len(self.batches[number]))]
-        known = _by_tag(self.study)
-        for tag, entry in zip(tags, self.batches[number], strict=True):
+        entries, known = self.batches[number], _by_tag(self.study)
+        tags = self._tags(number, len(entries))
+        for tag, entry in zip(tags, entries, strict=True):
             if tag not in known:
                 fixed = optuna.trial.FixedTrial(entry["params"])
                 _point(self.arguments.space, fixed)
@@ -330,8 +328,7 @@ class _Search:
         known = _by_tag(self.study)
         # a finished trial ignores what is reported to it
         live = lambda trial: optuna.Trial(self.study, trial._trial_id)
-        trials = [known[tag] for tag in tags]
-        return [trial if trial.state.is_finished() else live(trial) for trial in trials]
+        return [known[t] if known[t].state.is_finished() else live(known[t]) for t in tags]
 
     def train(self, number: int, ctrl_c: CtrlC) -> Result:
         """Train a batch, or go on with it, and tell the study how each setting ended."""
@@ -339,11 +336,9 @@ class _Search:
         groups = _groups(arguments, trials)
         by_setting = [trials[point] for lanes in groups.values() for point in lanes.points]
         folder = None if self.path is None else self.path / f"batch-{number}"
-        options = values_of(arguments, Recorded)
-        options |= {
-            "folder": folder,
-            "resume": folder is not None and (folder / "plan.json").exists(),
-        }
+        resume = folder is not None and (folder / "plan.json").exists()
+        options: dict[str, Any] = {"folder": folder, "resume": resume}
+        options = values_of(arguments, Recorded) | options
         inputs = SweepArguments(arguments.task, groups, arguments.steps, **options)
         try:
             result = run_sweep(inputs, _Pruner(by_setting), ctrl_c)
@@ -358,6 +353,8 @@ class _Search:
 
     def store(self) -> None:
         """Add the finished trials that the study in the storage lacks."""
+        if self.stored is None or not devices.is_writer():
+            return
         known = _by_tag(self.stored)
         for trial in self.study.get_trials(deepcopy=False):
             if trial.state.is_finished() and _tag(trial) not in known:
@@ -373,16 +370,20 @@ class _Search:
     def _read(self, same: dict[str, Any]) -> tuple[str, str]:
         """Read the batches of a search that is resumed; return its id and the name of its study."""
         assert self.path is not None
-        if not (self.path / "search.json").exists():
+        file = self.path / "search.json"
+        if not file.exists():
             raise FileNotFoundError(f"{self.path} holds no search: there is no search.json")
-        written = read_json(self.path / "search.json")
+        written = read_json(file)
         for name, now in same.items():
             if (was := written.get(name)) != now:
                 raise ValueError(f"resume: {self.path}: {name} was {was} and is now {now}")
-        for folder in batches_of(self.path):
-            self.batches.append(read_json(folder.with_suffix(".json"))["trials"])
-        devices.wait_for_all()  # all processes have read before process 0 writes
-        return written["id"], written["study"]
+        try:
+            for folder in batches_of(self.path):
+                file = folder.with_suffix(".json")
+                self.batches.append([{**trial} for trial in read_json(file)["trials"]])
+            return written["id"], written["study"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{file} was changed: {error!r}. Start a new search") from None
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         if self.path is not None and devices.is_writer():
