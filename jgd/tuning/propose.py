@@ -167,8 +167,10 @@ def optuna_search(arguments: SearchArguments) -> Proposed:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     _check_optuna(arguments)
     plan, folder, results = _plan(arguments), arguments.folder, list[Result]()
-    writes = folder is not None and devices.is_writer()
-    with CtrlC() as ctrl_c, locked(Path(folder)) if writes else contextlib.nullcontext():
+    held = contextlib.nullcontext()
+    if folder is not None and devices.is_writer():
+        held = locked(Path(folder))
+    with CtrlC() as ctrl_c, held:
         search = _Search(arguments, plan)
         while len(results) < len(search.batches) or search.asked() < arguments.trials:
             if len(results) == len(search.batches):
