@@ -114,12 +114,13 @@ def _batches(folder: Path, plan: Plan, template: Any) -> list[Any]:
     file = folder / SETTINGS
     try:
         written = pickle.loads(file.read_bytes())
-        parts = [(group, written[group.name]) for group in plan.groups]
+        structures, leaves = zip(*(written[group.name] for group in plan.groups), strict=True)
     except Exception as error:  # a pickle that is damaged raises anything
         raise ValueError(
             f"load: {file} is damaged: {error}. Without a task, rows and curves can be loaded"
         ) from None
-    return [_batch(group, *part, template) for group, part in parts]
+    parts = zip(plan.groups, structures, leaves, strict=True)
+    return [_batch(group, pickled, numbers, template) for group, pickled, numbers in parts]
 
 
 def _batch(group: Group, pickled: bytes | None, leaves: Sequence[Any], template: Any) -> Any:
