@@ -122,9 +122,9 @@ def test_a_sweep_that_runs_is_neither_resumed_nor_overwritten(tmp_path, monkeypa
     folder, lanes = tmp_path / "run", jgd.grid(jgd.sgd, learning_rate=[0.1])
     with _racers("system", 1) as (racer,):
         _tell([racer], f"{folder} 0")  # it has not written anything yet
-        for resume in (False, True):
+        for options in (dict(folder=folder), dict(folder=folder, resume=True), dict(extend=folder)):
             with pytest.raises(BlockingIOError, match=_in_use(racer.pid)):
-                jgd.sweep(_line(), lanes, 8, folder=folder, resume=resume)
+                jgd.sweep(_line(), lanes, 8, **options)
         for option in ("--out", "--resume"):
             monkeypatch.setattr(sys, "argv", ["jgd", "sweep", option, str(folder)])
             with pytest.raises(SystemExit):

@@ -31,7 +31,7 @@ __all__ = ["StoredStates", "load", "stored_best"]
 def load(folder: str | Path, task: Task | Run | None = None, *, template: Any = None) -> Result:
     """Return the result of a finished sweep, extended or not, from its folder.
 
-        result = jgd.load("runs/a", task)
+        result = load("runs/a", task)
         result.best.params, result.best.setting
 
     Load only folders that you trust: given a task, it unpickles settings.pickle, and a pickle can

@@ -308,7 +308,8 @@ def read_result(path: str | Path) -> Result:
     for note in segment.notes:
         warnings.warn(note, stacklevel=2)
     if not segment.finished:
-        how = f"If it no longer runs, go on with it: jgd sweep --resume {path}"
+        call = f"jgd sweep --resume {path}" if segment.path == path else "the call that extended it"
+        how = f"If it no longer runs, go on with it: {call}"
         if segment.changed or not segment.ledger.step.any():
             raise ValueError(f"{path} has no table yet. {how}")
         warnings.warn(f"{path} has not finished: this is its table so far. {how}", stacklevel=2)
