@@ -16,6 +16,7 @@ curves follow from the journal; nothing is ever read from them to resume.
 import concurrent.futures
 import contextlib
 import csv
+import errno
 import json
 import logging
 import os
@@ -43,17 +44,20 @@ from jgd.tuning.segment import (
     sealed,
 )
 
-__all__ = ["Folder", "load_block", "opened"]
+__all__ = ["Folder", "is_free", "load_block", "opened"]
 
 # of a sweep that has not started
 EARLY = ("command.json", "plan.json.part", "command.json.part", *LOCKS)
+# orbax has errors of its own, with these texts
+FULL = os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)
 
 
 @contextlib.contextmanager
 def opened(path: str | Path | None, *, resume: bool = False) -> Generator["Folder"]:
     """Hold the folder of a sweep: no other process has it, and at the end all is written.
 
-    Args, raises: as `Folder`; BlockingIOError, naming the holder, if another process has it.
+    Args, raises: as `Folder`; BlockingIOError, naming the holder, if another process has it;
+      OSError, saying how to go on, if the disk is full.
     """
     with contextlib.ExitStack() as stack:
         with fails_everywhere():
@@ -63,11 +67,17 @@ def opened(path: str | Path | None, *, resume: bool = False) -> Generator["Folde
             folder = Folder(path, resume=resume)
         try:
             yield folder
-        except BaseException:
+            folder.finish()
+        except BaseException as error:
             with contextlib.suppress(Exception):  # a checkpoint that is being written is finished
                 folder.finish()
-            raise
-        folder.finish()
+            full = next((text for text in FULL if text in str(error)), None)
+            if path is None or full is None:
+                raise
+            raise OSError(
+                f"{path}: {full}. Free some space, then go on: jgd sweep --resume {path}, or"
+                " resume=True in Python"
+            ) from error
 
 
 class Folder:
@@ -88,7 +98,7 @@ class Folder:
     def __init__(self, path: str | Path | None, *, resume: bool = False) -> None:
         self.path = Path(path or "")
         self._writes = path is not None and is_writer()
-        if not resume and self._writes and not self._is_free():
+        if not resume and self._writes and not is_free(self.path):
             raise FileExistsError(f"{self.path} is not empty. Give a sweep a folder of its own")
         self.enabled = path is not None
         self.segment = read_segment(self.path, resume=True) if resume else None
@@ -97,9 +107,6 @@ class Folder:
         self._events = self._bytes = self._crc = self._generation = 0
         self._writer = concurrent.futures.ThreadPoolExecutor(1)
         self._saving: concurrent.futures.Future[None] | None = None
-
-    def _is_free(self) -> bool:
-        return all(x.name in EARLY for x in _entries(self.path))
 
     # --- plan and results
 
@@ -254,6 +261,11 @@ def _sync(path: Path, *, files: bool = True) -> None:
             os.close(descriptor)
 
 
+def is_free(path: Path) -> bool:
+    """Return whether a sweep may start in a folder: none has."""
+    return all(x.name in EARLY for x in _entries(path))
+
+
 def _entries(path: Path) -> list[Path]:
     return list(path.iterdir()) if path.is_dir() else []
 
@@ -270,13 +282,17 @@ def load_block(path: Path, name: str, shapes: Any) -> Any:
 def _checkpointer() -> Any:
     import orbax.checkpoint
 
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").addFilter(_is_not_of_orbax)
     here = jax.process_index()  # states are on the host of the one process that writes
     alone = orbax.checkpoint.options.MultiprocessingOptions(
         primary_host=here, active_processes={here}, barrier_sync_key_prefix=str(here)
     )
     several: dict[str, Any] = {"multiprocessing_options": alone} if jax.process_count() > 1 else {}
     return orbax.checkpoint.StandardCheckpointer(**several)
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname  # errors are raised as well
 
 
 def _arrays_of(curves: Mapping[str, Curves]) -> dict[str, np.ndarray]:

@@ -185,7 +185,9 @@ def resumed(plan: Plan, written: Plan) -> Plan:
     Raises: ValueError, naming the difference, for the plan of another sweep.
     """
     if difference := _difference(_without_layout(plan), _without_layout(written), ""):
-        raise ValueError(f"resume: this is another sweep: its {difference}")
+        raise ValueError(
+            f"resume: this is another sweep: its {difference}. plan.json says how it was started"
+        )
     groups = []
     for group, old in zip(plan.groups, written.groups, strict=True):
         widths = [devices.round_up(w, plan.devices) for w in old.widths]
