@@ -185,7 +185,9 @@ def resumed(plan: Plan, written: Plan, what: str = "resume") -> Plan:
     Raises: ValueError, naming the difference, for the plan of another sweep.
     """
     if difference := _difference(_without_layout(plan), _without_layout(written), ""):
-        raise ValueError(f"{what}: this is another sweep: its {difference}")
+        raise ValueError(
+            f"{what}: this is another sweep: its {difference}. plan.json says how it was started"
+        )
     return _with_layout(plan, written)
 
 

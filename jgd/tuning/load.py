@@ -50,7 +50,8 @@ def load(folder: str | Path, task: Task | Run | None = None, *, template: Any = 
     segments = read_segments(folder, resume=True)
     last = segments[-1]
     if not last.finished:
-        raise ValueError(f"load: {last.path} has not finished. Go on with the sweep first")
+        why = "; ".join(last.notes) or f"{last.path} has not finished"
+        raise ValueError(f"load: {why}. Go on with the sweep first")
     states = StoredStates(last.plan, segments)
     if task is None:
         return make_result(last.plan, last.ledger, last.record.curves, states.held)
