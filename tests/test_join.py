@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import shutil
 from typing import Any, NamedTuple
 
@@ -367,3 +368,49 @@ def _begins_by_number(key):
 @_begins_by_number.def_vmap
 def _(size, batched, key):
     return jnp.full((size, 2), 1 + 1e-7 * size), True
+
+
+@pytest.fixture(scope="module")
+def twice(tmp_path_factory):
+    """A sweep that was extended twice."""
+    folder = tmp_path_factory.mktemp("twice") / "run"
+    _sweep({"adam": _adam(RATES[:2])}, folder=folder)
+    for number in (3, 4):
+        _sweep({"adam": _adam(RATES[:number])}, extend=folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda run: shutil.rmtree(run / "segment-2"), r"segment-2 holds no sweep"),
+        (lambda run: os.truncate(run / "segment-2" / "journal.jsonl", 99), "segment-2: no checkp"),
+        (lambda run: os.truncate(run / "journal.jsonl", 99), "run: no checkpoint is whole"),
+        (
+            lambda run: [(run / "segment-2" / x).unlink() for x in ("journal.jsonl", MANIFEST)],
+            "segment-2 was extended and is not whole",
+        ),
+        (
+            lambda run: shutil.copy(run / "segment-2" / "plan.json", run / "segment-3"),
+            "plan.json was changed, or manifest-1.json is of another sweep",
+        ),
+        (
+            lambda run: [
+                shutil.copy(run / "segment-2" / x, run)
+                for x in ("plan.json", "journal.jsonl", MANIFEST)
+            ],
+            "manifest-1.json is of another sweep",
+        ),
+    ],
+)
+def test_a_damaged_extension_gives_no_table(damage, message, twice, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(twice, run)
+    assert len(read_result(run).rows) == 4
+    damage(run)
+    for read in (read_result, jgd.load, lambda run: _sweep({"adam": _adam(RATES)}, extend=run)):
+        with pytest.raises((ValueError, OSError), match=message):
+            read(run)
+
+
+MANIFEST = "manifest-1.json"
