@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import os
+import shutil
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +13,7 @@ import numpy as np
 import optax
 import orbax.checkpoint
 import pytest
+from test_faults import _Faults
 from test_training import _line
 
 import jgd
@@ -19,13 +22,10 @@ from jgd.tuning.sweep import Interrupted
 
 RATES = np.geomspace(1e-3, 3, 6)
 TASK = _line()  # one task, so that all sweeps share their compiled programs
+NOISY = TASK._replace(  # seeds begin apart
+    init=lambda key: {"w": jax.random.normal(key, (2,)), "b": jnp.zeros(())}
+)
 OPTIONS = dict(width=2, report_every=8, keep=2, mode="min")
-
-
-def _noisy():
-    """A task whose seeds begin apart."""
-    init = lambda key: {"w": jax.random.normal(key, (2,)), "b": jnp.zeros(())}
-    return TASK._replace(init=init)
 
 
 def _adam(rates):
@@ -217,22 +217,17 @@ def _interrupt(plan, report):
 TABLES = ("results.csv", "results.json", "curves.npz", "settings.pickle")
 
 
-def _both(tmp_path, settings, **options):
-    """One straight sweep, in the folder "whole"."""
-    return _sweep(settings, folder=tmp_path / "whole", **options)
-
-
 def _trained(folder):
     """The lanes in a journal, by group."""
     lines = map(json.loads, (folder / "journal.jsonl").read_text().splitlines())
     return {(line["group"], lane) for line in lines if "tile" in line for lane in line["lanes"]}
 
 
-@pytest.mark.parametrize("options", [dict(), dict(best="ever"), dict(order="own")])
+@pytest.mark.parametrize("options", [dict(), dict(best="ever", order="own")])
 def test_an_extension_is_one_sweep_of_the_whole(options, tmp_path):
     """By settings on both sides, then by seeds and a group; all is equal to the bit."""
-    folder, task = tmp_path / "run", _noisy()
-    sweep = functools.partial(jgd.sweep, task, steps=24, **OPTIONS | options)
+    folder = tmp_path / "run"
+    sweep = functools.partial(jgd.sweep, NOISY, steps=24, **OPTIONS | options)
     sweep({"adam": _adam(RATES[2:4])}, folder=folder)
     more = {"adam": _adam(RATES)}
     _assert_equal(sweep(more, extend=folder), sweep(more, folder=tmp_path / "more"))
@@ -248,7 +243,7 @@ def test_an_extension_is_one_sweep_of_the_whole(options, tmp_path):
     assert {("adam", 1), ("lion", 0)} <= _trained(folder / "segment-3")
     for name in TABLES:
         assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    _assert_equal(jgd.load(folder, task), extended)
+    _assert_equal(jgd.load(folder, NOISY), extended)
     _assert_equal(sweep(wanted, seeds=3, extend=folder), extended)  # nothing new
     assert not (folder / "segment-4").exists()
     assert repr(read_result(folder).rows) == repr(whole.rows)
@@ -257,5 +252,165 @@ def test_an_extension_is_one_sweep_of_the_whole(options, tmp_path):
         mine = states.get((best.row["optimizer"], best.row["setting"]), best.state)
         jax.tree.map(np.testing.assert_array_equal, best.state, mine)
     fewer = sweep({"adam": _adam(RATES[1:3])}, seeds=2, extend=folder)
-    assert [row["setting"] for row in fewer.rows].sort() == [0, 1].sort()
+    np.testing.assert_array_equal(
+        fewer.curves["adam"].train_loss.reshape(2, 2, -1),
+        whole.curves["adam"].train_loss.reshape(6, 3, -1)[1:3, :2],
+    )
     assert not (folder / "segment-4").exists()
+
+
+@pytest.mark.parametrize(
+    "stride", [pytest.param(1, marks=pytest.mark.slow), pytest.param(29, id="some")]
+)
+def test_an_extension_that_dies_goes_on(stride, tmp_path, monkeypatch):
+    extend = lambda folder: _sweep(
+        {"adam": _adam(RATES)}, seeds=2, extend=folder, checkpoint_every=0, report_every=12
+    )
+    _sweep({"adam": _adam(RATES[:3])}, folder=tmp_path / "old", report_every=12)
+    begin = lambda name: shutil.copytree(tmp_path / "old", tmp_path / name)
+    whole = extend(begin("whole"))
+    faults = _Faults(monkeypatch)
+    counted = begin("count")
+    assert not faults.dies(None, lambda: extend(counted))
+    assert faults.count > 30
+    for at in range(1, faults.count, stride):
+        folder = begin(str(at))
+        faults.dies(at, lambda folder=folder: extend(folder))
+        _assert_equal(extend(folder), whole)
+        for name in TABLES:
+            assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert [x.name for x in folder.glob("segment-*")] == ["segment-2"]
+
+
+def test_another_extension_than_the_one_that_was_interrupted(tmp_path):
+    folder = tmp_path / "run"
+    _sweep({"adam": _adam(RATES[:2])}, folder=folder)
+    with pytest.raises(Interrupted) as error:
+        _sweep({"adam": _adam(RATES)}, extend=folder, on_report=_interrupt)
+    assert {row["ended"] for row in error.value.result.rows} >= {"finished"}
+    with pytest.raises(
+        ValueError,
+        match=r"extend: an extension has not finished: .* its groups adam setting was",
+    ):
+        _sweep({"adam": _adam(RATES[:5])}, extend=folder)
+    with pytest.raises(ValueError, match=r"load: .*segment-2 has not finished"):
+        jgd.load(folder)
+    whole = _sweep({"adam": _adam(RATES)}, extend=folder)
+    assert [row["ended"] for row in whole.rows] == ["finished"] * 6
+    with pytest.raises(ValueError, match=r"resume: .*run was extended. Give it as extend"):
+        _sweep({"adam": _adam(RATES[:2])}, folder=folder, resume=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    _sweep({"adam": _adam(RATES[:2])}, folder=folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(steps=32), "lanes of another sweep would differ: its steps was 24 and is now 32"),
+        (
+            dict(halving=jgd.successive_halving(2, 8)),
+            "extend: halving must be None.* ends lanes by",
+        ),
+        (dict(budget=100), "extend: budget must be None"),
+        (dict(seconds=9.0), "extend: seconds must be None"),
+        (dict(key=1), "its key was 0 and is now 1"),
+        (dict(report_every=6), "its report_every was 8 and is now 6"),
+        (dict(order="own"), "its order was 'shared' and is now 'own'"),
+        (dict(target=0.1), "its target was None and is now 0.1"),
+        (dict(stop=3), "its stop was None"),
+        (dict(drop_diverged=True), "its drop_diverged was False and is now True"),
+        (dict(mode="max"), "its mode was 'min' and is now 'max'"),
+        (dict(best="ever"), "its best was 'final' and is now 'ever'"),
+        (dict(folder="x"), "sweep: folder must be None with extend, got 'x'"),
+        (dict(resume=True), "folder must be the folder of a sweep with resume=True"),
+    ],
+)
+def test_lanes_that_would_differ_are_refused(options, message, finished):
+    with pytest.raises(ValueError, match=message):
+        _sweep({"adam": _adam(RATES)}, extend=finished, **options)
+    assert not (finished / "segment-2").exists()
+
+
+def test_what_cannot_be_extended(finished, tmp_path):
+    settings = {"adam": _adam(RATES[:4])}
+    with pytest.raises(ValueError, match="its task was"):
+        jgd.sweep(_line(3), settings, 24, extend=finished, **OPTIONS)
+    with pytest.raises(FileNotFoundError, match=r"no plan\.json"):
+        _sweep(settings, extend=tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+    with pytest.raises(Interrupted):
+        _sweep(settings, folder=tmp_path / "half", on_report=_interrupt)
+    with pytest.raises(
+        ValueError, match=r"extend: .*half has not finished. Go on with resume=True"
+    ):
+        _sweep(settings, extend=tmp_path / "half")
+    halving = jgd.successive_halving(2, 8)
+    _sweep(settings, folder=tmp_path / "halved", halving=halving)
+    with pytest.raises(ValueError, match="halving must be None, in the sweep that is there too"):
+        _sweep(settings, extend=tmp_path / "halved")
+    task = TASK._replace(init=lambda key: {"w": _begins_by_number(key), "b": jnp.zeros(())})
+    jgd.sweep(task, settings, 24, seeds=2, folder=tmp_path / "sums", **OPTIONS)
+    with pytest.raises(ValueError, match="extend: seeds must be 2, got 3: the initial parameters"):
+        jgd.sweep(task, settings, 24, seeds=3, extend=tmp_path / "sums", **OPTIONS)
+
+
+@jax.custom_batching.custom_vmap
+def _begins_by_number(key):
+    """Parameters that are rounded by the number of seeds, as sums may be."""
+    return jnp.ones(2)
+
+
+@_begins_by_number.def_vmap
+def _(size, batched, key):
+    return jnp.full((size, 2), 1 + 1e-7 * size), True
+
+
+@pytest.fixture(scope="module")
+def twice(tmp_path_factory):
+    """A sweep that was extended twice."""
+    folder = tmp_path_factory.mktemp("twice") / "run"
+    _sweep({"adam": _adam(RATES[:2])}, folder=folder)
+    for number in (3, 4):
+        _sweep({"adam": _adam(RATES[:number])}, extend=folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda run: shutil.rmtree(run / "segment-2"), r"segment-2 holds no sweep"),
+        (lambda run: os.truncate(run / "segment-2" / "journal.jsonl", 99), "segment-2: no checkp"),
+        (lambda run: os.truncate(run / "journal.jsonl", 99), "run: no checkpoint is whole"),
+        (
+            lambda run: [(run / "segment-2" / x).unlink() for x in ("journal.jsonl", MANIFEST)],
+            "segment-2 was extended and is not whole",
+        ),
+        (
+            lambda run: shutil.copy(run / "segment-2" / "plan.json", run / "segment-3"),
+            "plan.json was changed, or manifest-1.json is of another sweep",
+        ),
+        (
+            lambda run: [
+                shutil.copy(run / "segment-2" / x, run)
+                for x in ("plan.json", "journal.jsonl", MANIFEST)
+            ],
+            "manifest-1.json is of another sweep",
+        ),
+    ],
+)
+def test_a_damaged_extension_gives_no_table(damage, message, twice, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(twice, run)
+    assert len(read_result(run).rows) == 4
+    damage(run)
+    for read in (read_result, jgd.load, lambda run: _sweep({"adam": _adam(RATES)}, extend=run)):
+        with pytest.raises((ValueError, OSError), match=message):
+            read(run)
+
+
+MANIFEST = "manifest-1.json"

@@ -426,6 +426,7 @@ def test_a_folder_holds_plan_journal_and_results(tmp_path):
         "results.csv",
         "results.json",
         "curves.npz",
+        "settings.pickle",
         "manifest-1.json",
         "states",
         "lock",

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,6 +175,7 @@ class Report:
 def main() -> None:
     """Parse the arguments and run a command."""
     commands = {"sweep": Sweep, "report": Report, "optimizers": Optimizers}
+    warnings.formatwarning = lambda message, *_, **__: f"jgd: {message}\n"
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="jgd").run()
     except UserError as error:
@@ -242,14 +244,15 @@ def _sweep_in(out: Path, options: Sweep, started: float) -> None:
     from rich.console import Console
 
     from jgd.tuning import console, devices
+    from jgd.tuning.folder import is_free
     from jgd.tuning.join import merge
     from jgd.tuning.propose import Proposed
     from jgd.tuning.sweep import Interrupted
 
     terminal = Console(quiet=not devices.is_writer())
     # a sweep that was killed before it had a plan starts anew
-    has_plan = any((out / name).exists() for name in ("plan.json", "search.json"))
-    resume = options.resume is not None and devices.from_process_0([has_plan])[0]
+    new = devices.from_process_0([is_free(out)])[0]
+    resume = options.resume is not None and not new
     if options.resume is not None:
         options = _resumed(options)
     task = _task(options)

@@ -167,13 +167,17 @@ def checkpointer() -> Any:
     """Return a checkpointer of orbax that works in this process alone."""
     import orbax.checkpoint
 
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").addFilter(_is_not_of_orbax)
     here = jax.process_index()  # states are on the host of the one process that writes
     alone = orbax.checkpoint.options.MultiprocessingOptions(
         primary_host=here, active_processes={here}, barrier_sync_key_prefix=str(here)
     )
     several: dict[str, Any] = {"multiprocessing_options": alone} if jax.process_count() > 1 else {}
     return orbax.checkpoint.StandardCheckpointer(**several)
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname  # errors are raised as well
 
 
 class Failures:

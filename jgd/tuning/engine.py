@@ -80,8 +80,9 @@ class SharedPrograms:
     def check_seeds(self, plan: Plan, before: Plan) -> None:
         """Raise ValueError unless a seed begins alike in sweeps of these two numbers of seeds."""
         n = min(plan.seeds, before.seeds)
-        mine, theirs = (self.start_of(each)[1] for each in (plan, before))
-        same = jax.tree.map(lambda x, y: bool((x[:n] == y[:n]).all()), mine, theirs)
+        theirs = self.shared_start if plan.seeds == before.seeds else self.start_of(before)[1]
+        alike = lambda x, y: bool((x[:n] == y[:n]).all())
+        same = jax.tree.map(alike, self.shared_start, theirs)
         if not all(jax.tree.leaves(same)):
             raise ValueError(
                 f"extend: seeds must be {before.seeds}, got {plan.seeds}: the initial parameters of"

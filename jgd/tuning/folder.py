@@ -18,6 +18,7 @@ curves follow from the journal; nothing is ever read from them to resume.
 import concurrent.futures
 import contextlib
 import csv
+import errno
 import functools
 import json
 import os
@@ -51,12 +52,14 @@ from jgd.tuning.segment import (
 )
 from jgd.tuning.space import Lanes
 
-__all__ = ["SETTINGS", "Folder", "load_block", "opened", "write_json", "write_table"]
+__all__ = ["SETTINGS", "Folder", "is_free", "load_block", "opened", "write_json", "write_table"]
 
 SETTINGS = "settings.pickle"
 
 # of a sweep or a search that has not started
 EARLY = ("command.json", *(f"{x}.json.part" for x in ("command", "plan", "search")), *LOCKS)
+# orbax has errors of its own, with these texts
+FULL = os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)
 
 
 @contextlib.contextmanager
@@ -69,7 +72,7 @@ def opened(
       extend: whether to return the folder of an extension, a new one or one to go on with.
 
     Other arguments and raises: as `Folder`; BlockingIOError, naming the holder, if another process
-      has it.
+      has it; OSError, saying how to go on, if the disk is full.
     """
     with contextlib.ExitStack() as stack:
         with fails_everywhere():
@@ -80,11 +83,16 @@ def opened(
             folder = new(path)
         try:
             yield folder
-        except BaseException:
+            folder.finish()
+        except BaseException as error:
             with contextlib.suppress(Exception):  # a checkpoint that is being written is finished
                 folder.finish()
-            raise
-        folder.finish()
+            full = next((text for text in FULL if text in str(error)), None)
+            if path is None or full is None:
+                raise
+            call = f"jgd sweep --resume {path}, or resume=True in Python"
+            call = "by the same call" if extend else call
+            raise OSError(f"{path}: {full}. Free some space, then go on: {call}") from error
 
 
 class Folder:
@@ -110,7 +118,7 @@ class Folder:
         if resume and not earlier and extensions(self.path):
             raise ValueError(f"resume: {path} was extended. Give it as extend, not as folder")
         self._writes = path is not None and is_writer()
-        if not resume and self._writes and not self._is_free():
+        if not resume and self._writes and not is_free(self.path):
             raise FileExistsError(f"{self.path} is not empty. Give a sweep a folder of its own")
         self.enabled = path is not None
         self.segment = None
@@ -121,9 +129,6 @@ class Folder:
         self._events = self._bytes = self._crc = self._generation = 0
         self._writer = concurrent.futures.ThreadPoolExecutor(1)
         self._saving: concurrent.futures.Future[None] | None = None
-
-    def _is_free(self) -> bool:
-        return all(x.name in EARLY for x in _entries(self.path))
 
     @classmethod
     def of_extension(cls, path: str | Path | None) -> "Folder":
@@ -137,7 +142,8 @@ class Folder:
         if last.finished:
             return cls(path / f"segment-{len(segments) + 1}", earlier=segments)
         if not earlier:
-            raise ValueError(f"extend: {path} has not finished. Go on with resume=True first")
+            why = "; ".join(last.notes) or f"{path} has not finished"
+            raise ValueError(f"extend: {why}. Go on with resume=True first")
         return cls(last.path, resume=True, earlier=earlier)
 
     # --- plan and results
@@ -312,6 +318,11 @@ def _sync(path: Path, *, files: bool = True) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def is_free(path: Path) -> bool:
+    """Return whether a sweep may start in a folder: none has."""
+    return all(x.name in EARLY for x in _entries(path))
 
 
 def _entries(path: Path) -> list[Path]:

@@ -211,7 +211,7 @@ def _monitor(stop: Any, mode: Any) -> Monitor | None:
 # --- resuming a sweep ------------------------------------------------------------------------
 
 
-def resumed(plan: Plan, written: Plan) -> Plan:
+def resumed(plan: Plan, written: Plan, what: str = "resume") -> Plan:
     """Return the plan of a resumed sweep, with the widths the sweep was started with.
 
     On another number or kind of devices, results agree to rounding.
@@ -219,7 +219,9 @@ def resumed(plan: Plan, written: Plan) -> Plan:
     Raises: ValueError, naming the difference, for the plan of another sweep.
     """
     if difference := _difference(_without_layout(plan), _without_layout(written), ""):
-        raise ValueError(f"resume: this is another sweep: its {difference}")
+        raise ValueError(
+            f"{what}: this is another sweep: its {difference}. plan.json says how it was started"
+        )
     return _with_layout(plan, written)
 
 

@@ -62,7 +62,9 @@ COMPARED = ("steps", "reports", "seeds", "metrics", "metric", "mode", "best", "t
 def merge(*results: Result) -> Result:
     """Rank the settings of several results together.
 
-        merge(jgd.sweep(task, lanes, 100), jgd.sweep(task, other_lanes, 100)).best
+        one = jgd.sweep(task, jgd.grid(jgd.adam, learning_rate=[0.01, 0.1]), steps=100)
+        two = jgd.sweep(task, {"lion": other_lanes}, steps=100)
+        jgd.merge(one, two).rows
 
     Args:
       results: of sweeps of one task; that their data are the same is not checked.

@@ -32,7 +32,7 @@ __all__ = ["StoredStates", "load", "read_results", "stored_best"]
 def load(folder: str | Path, task: Task | Run | None = None, *, template: Any = None) -> Result:
     """Return the result of a finished sweep, extended or not, or of a search, from its folder.
 
-        result = jgd.load("runs/a", task)
+        result = load("runs/a", task)
         result.best.params, result.best.setting
 
     Load only folders that you trust: given a task, it unpickles settings.pickle, and a pickle can
@@ -53,7 +53,8 @@ def load(folder: str | Path, task: Task | Run | None = None, *, template: Any = 
     segments = read_segments(folder, resume=True)
     last = segments[-1]
     if not last.finished:
-        raise ValueError(f"load: {last.path} has not finished. Go on with the sweep first")
+        why = "; ".join(last.notes) or f"{last.path} has not finished"
+        raise ValueError(f"load: {why}. Go on with the sweep first")
     states = StoredStates(last.plan, segments)
     if task is None:
         return make_result(last.plan, last.ledger, last.record.curves, states.held)
@@ -130,12 +131,13 @@ def _batches(folder: Path, plan: Plan, template: Any) -> list[Any]:
     file = folder / SETTINGS
     try:
         written = pickle.loads(file.read_bytes())
-        parts = [(group, written[group.name]) for group in plan.groups]
+        structures, leaves = zip(*(written[group.name] for group in plan.groups), strict=True)
     except Exception as error:  # a pickle that is damaged raises anything
         raise ValueError(
             f"load: {file} is damaged: {error}. Without a task, rows and curves can be loaded"
         ) from None
-    return [_batch(group, *part, template) for group, part in parts]
+    parts = zip(plan.groups, structures, leaves, strict=True)
+    return [_batch(group, pickled, numbers, template) for group, pickled, numbers in parts]
 
 
 def _batch(group: Group, pickled: bytes | None, leaves: Sequence[Any], template: Any) -> Any:

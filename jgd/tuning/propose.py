@@ -27,7 +27,7 @@ from jgd.checks import at_least, refuse
 from jgd.training import Run, Task
 from jgd.tuning import devices
 from jgd.tuning.events import Cut, Report
-from jgd.tuning.folder import Folder, write_json, write_table
+from jgd.tuning.folder import Folder, is_free, write_json, write_table
 from jgd.tuning.join import merge
 from jgd.tuning.lock import locked
 from jgd.tuning.options import Doc, Steps, function_of, values_of
@@ -338,7 +338,7 @@ class _Search:
         groups = _groups(arguments, trials)
         by_setting = [trials[point] for lanes in groups.values() for point in lanes.points]
         folder = None if self.path is None else self.path / f"batch-{number}"
-        resume = folder is not None and (folder / "plan.json").exists()
+        resume = folder is not None and not is_free(folder)
         options: dict[str, Any] = {"folder": folder, "resume": resume}
         options = values_of(arguments, Recorded) | options
         inputs = SweepArguments(arguments.task, groups, arguments.steps, **options)

@@ -62,7 +62,7 @@ class Segment:
       manifest: of the newest whole checkpoint; None if there is none.
       ledger, record: the events, folded.
       notes: one line for each newer checkpoint, which is damaged.
-      changed: whether plan or journal are not those of a newer checkpoint.
+      changed: whether the journal is not that of a newer checkpoint.
     """
 
     path: Path
@@ -146,16 +146,19 @@ def read_segment(
     data = journal.read_bytes() if journal.exists() else b""
     manifest, notes, changed = _whole_manifest(path, plan_crc, data, states=resume)
     if manifest is None and (changed or (resume and notes)):
+        still = "" if changed else "; jgd report still shows its table"
         raise ValueError(
             f"{path}: no checkpoint is whole: {'; '.join(notes)}. {NEW}, or delete the manifests"
-            " in this one to start it anew"
+            f" in this one to start it anew{still}"
         )
     covered = manifest["journal"]["bytes"] if manifest else 0
     end = _fold(data[:covered] if resume or changed else data, ledger, record)
     if end < covered:
         raise ValueError(f"{journal} is not the journal of {path / 'plan.json'}. {NEW}")
     instead = "The checkpoint before it is used" if manifest else "The journal is read without it"
-    notes = [f"{note}. {instead}" for note in notes]
+    notes = [f"{path}: {note}. {instead}" for note in notes]
+    if resume and data and manifest is None:
+        notes = [f"{path} has no checkpoint: no manifest. The sweep starts anew"]
     return Segment(path, ledger.plan, plan_crc, manifest, ledger, record, notes, changed)
 
 
@@ -183,36 +186,28 @@ def _read_plan(path: Path) -> tuple[Ledger, Record, bytes]:
 def _whole_manifest(
     path: Path, plan_crc: int, journal: bytes, *, states: bool
 ) -> tuple[dict[str, Any] | None, list[str], bool]:
-    """Return the newest manifest of a whole checkpoint, a note for each newer one that is damaged,
-    and whether plan or journal are not those of one of these.
+    """Return the newest manifest of a whole checkpoint, a note for each newer one, which is
+    damaged, and whether the journal, or without a manifest the plan, is not that of one of these.
     """
-    notes, changed = list[str](), False
+    notes, changed, foreign = list[str](), False, False
     for file in manifests(path):
         try:
             manifest = read_manifest(file)
-        except (OSError, *MALFORMED) as error:
-            notes.append(f"{path}: checkpoint {number_of(file)}: {error}")
-            continue
-        try:
-            _check_journal(file, manifest, plan_crc, journal)
+            if manifest["plan"] != plan_crc:
+                foreign = True
+                raise ValueError(f"plan.json was changed, or {file.name} is of another sweep")
+            covered = journal[: manifest["journal"]["bytes"]]
+            written = {"bytes": len(covered), "crc32": zlib.crc32(covered)}
+            if not written.items() <= manifest["journal"].items():
+                changed = True
+                raise ValueError("journal.jsonl is not as the checkpoint says")
             if states:
                 check_states(path, manifest["blocks"])
-        except (OSError, ValueError) as error:
-            changed = True
-            notes.append(f"{path}: checkpoint {number_of(file)}: {error}")
-            continue
-        return manifest, notes, changed
-    return None, notes, changed
-
-
-def _check_journal(file: Path, manifest: Mapping[str, Any], plan_crc: int, journal: bytes) -> None:
-    if manifest["plan"] != plan_crc:
-        raise ValueError(f"plan.json was changed, or {file.name} is of another sweep")
-    covered = manifest["journal"]
-    if len(journal) < covered["bytes"]:
-        raise ValueError("journal.jsonl is missing or shorter than the checkpoint says")
-    if zlib.crc32(journal[: covered["bytes"]]) != covered["crc32"]:
-        raise ValueError("journal.jsonl was changed")
+        except (OSError, *MALFORMED) as error:
+            notes.append(f"checkpoint {number_of(file)}: {error}")
+        else:
+            return manifest, notes, changed
+    return None, notes, changed or foreign
 
 
 def _fold(data: bytes, ledger: Ledger, record: Record) -> int:
@@ -260,7 +255,10 @@ def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_manifest(file: Path) -> dict[str, Any]:
     """Return a manifest. Raises ValueError unless it is as it was written."""
-    written = read_json(file)
+    try:
+        written = read_json(file)
+    except ValueError:
+        written = {}
     manifest = {name: value for name, value in written.items() if name != "crc32"}
     if written != sealed(manifest):
         raise ValueError(f"{file.name} was changed")
@@ -319,13 +317,14 @@ def read_result(path: str | Path) -> Result:
     if (path / "results.json").exists() and _format(path) == 1:
         return _read_old_result(path)
     segment = read_segments(path)[-1]
+    if not segment.finished:
+        call = f"jgd sweep --resume {path}" if segment.path == path else "the call that extended it"
+        how = f"If it no longer runs, go on with it: {call}"
+        if segment.changed or not segment.ledger.step.any():
+            raise ValueError(f"{'; '.join(segment.notes) or path}: there is no table. {how}")
+        warnings.warn(f"{path} has not finished: this is its table so far. {how}", stacklevel=2)
     for note in segment.notes:
         warnings.warn(note, stacklevel=2)
-    if not segment.finished:
-        how = f"If it no longer runs, go on with it: jgd sweep --resume {path}"
-        if segment.changed or not segment.ledger.step.any():
-            raise ValueError(f"{path} has no table yet. {how}")
-        warnings.warn(f"{path} has not finished: this is its table so far. {how}", stacklevel=2)
     return make_result(segment.plan, segment.ledger, segment.record.curves)
 
 

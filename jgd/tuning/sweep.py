@@ -311,7 +311,9 @@ def prepare(
     )
     devices.check_same_task(plan.task)
     if written is not None:
-        plan = resumed(plan, written)
+        plan = resumed(
+            plan, written, "extend: an extension has not finished" if earlier else "resume"
+        )
     elif earlier:
         plan = extended(plan, [segment.plan for segment in earlier])
     shared = shared_programs(task, training, plan, inputs.stop, mesh)
