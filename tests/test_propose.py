@@ -3,6 +3,7 @@
 import collections
 import itertools
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from test_training import _line
 
 import jgd
+from jgd.tuning.load import read_results
 from jgd.tuning.sweep import Interrupted
 
 TASK = _line()  # one task, so that all searches share their compiled programs
@@ -248,6 +250,42 @@ def test_more_trials_may_be_asked_of_a_search_that_has_ended(tmp_path):
     assert [t.params for t in more.study.trials[:4]] == [t.params for t in first.study.trials]
     assert len(more.rows) == 8
     assert (tmp_path / "a" / "results.csv").read_text().count("\n") == 9
+    loaded = jgd.load(tmp_path / "a", TASK)
+    assert loaded.rows == more.rows
+    chex.assert_trees_all_equal(loaded.best.params, more.best.params)
+
+
+def test_a_damaged_search_is_named_or_mended(tmp_path):
+    whole = tmp_path / "whole"
+    rows = _search(whole).rows
+    for name, content, message in (
+        ("search.json", None, "holds no search: there is no search.json"),
+        ("search.json", "", "search.json must hold a JSON object"),
+        ("search.json", '{"steps": 40}', "at_once was None and is now 4"),
+        ("batch-1.json", "[1", "batch-1.json must hold a JSON object"),
+        ("batch-1.json", "{}", "batch-1.json was changed: KeyError('trials')"),
+        ("batch-1.json", '{"trials": [3]}', "batch-1.json was changed"),
+        ("batch-1.json", (whole / "batch-0.json").read_text(), "this is another sweep"),
+        ("batch-1.json", None, None),  # the default sampler proposes the same trials again
+        ("batch-0.json", None, None),
+        ("batch-1/plan.json", None, "batch-1 holds no sweep: there is no plan.json"),
+        ("batch-1/journal.jsonl", "", "batch-1"),
+    ):
+        folder = shutil.copytree(whole, tmp_path / "damaged")
+        (folder / name).unlink()
+        if content is not None:
+            (folder / name).write_text(content)
+        if message is None:
+            with pytest.raises(
+                (ValueError, OSError), match=r"batch-1.json is missing|holds no sweep"
+            ):
+                read_results(folder)
+            assert _search(folder, True).rows == rows
+        else:
+            with pytest.raises((ValueError, OSError), match=re.escape(message)) as caught:
+                _search(folder, True)
+            assert "\n" not in str(caught.value)
+        shutil.rmtree(folder)
 
 
 def test_integers_are_numbers_and_a_space_may_have_conditions():

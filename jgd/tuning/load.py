@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jgd.training import Run, Task, supervised
-from jgd.tuning.folder import SETTINGS, load_block
+from jgd.tuning.folder import SETTINGS, is_free, load_block
 from jgd.tuning.join import common_lanes, merge
 from jgd.tuning.lanes import state_of
 from jgd.tuning.plan import Group, Plan
@@ -72,7 +72,12 @@ def read_results(path: Path) -> Result:
     batches = batches_of(path)
     if not batches:
         return read_result(path)
-    if len(batches) > 1 and not (batches[-1] / "plan.json").exists():  # it was not begun
+    if (path / f"batch-{len(batches)}").exists():
+        raise ValueError(
+            f"{path / f'batch-{len(batches)}.json'} is missing: there is no table. Go on with the"
+            f" search: jgd sweep --resume {path}, or resume=True in Python"
+        )
+    if len(batches) > 1 and is_free(batches[-1]):
         warnings.warn(f"{batches.pop()} has no table yet", stacklevel=2)
     return merge(*map(read_result, batches))
 

@@ -46,6 +46,7 @@ __all__ = [
     "read_result",
     "read_segment",
     "read_segments",
+    "resumable",
     "sealed",
 ]
 
@@ -120,6 +121,11 @@ def batches_of(path: Path) -> list[Path]:
     """Return the folders of the batches of a search; a sweep has none."""
     paths = (path / f"batch-{number}" for number in itertools.count())
     return list(itertools.takewhile(lambda path: path.with_suffix(".json").exists(), paths))
+
+
+def resumable(path: Path) -> Path:
+    """Return the folder to resume: that of the search, for one of its batches."""
+    return path.parent if (path.parent / "search.json").exists() else path
 
 
 def read_segment(
@@ -318,7 +324,11 @@ def read_result(path: str | Path) -> Result:
         return _read_old_result(path)
     segment = read_segments(path)[-1]
     if not segment.finished:
-        call = f"jgd sweep --resume {path}" if segment.path == path else "the call that extended it"
+        call = (
+            f"jgd sweep --resume {resumable(path)}"
+            if segment.path == path
+            else "the call that extended it"
+        )
         how = f"If it no longer runs, go on with it: {call}"
         if segment.changed or not segment.ledger.step.any():
             raise ValueError(f"{'; '.join(segment.notes) or path}: there is no table. {how}")
