@@ -259,9 +259,10 @@ class Folder:
 
     def return_to_checkpoint(self, segment: Segment) -> None:
         """Truncate the journal to what the checkpoint covers, and delete what is newer."""
-        journal = segment.journal
-        self._events, self._bytes, self._crc = (journal[x] for x in ("events", "bytes", "crc32"))
-        self._generation = segment.manifest["generation"] if segment.manifest else 0
+        if segment.manifest is not None:
+            journal, self._generation = segment.manifest["journal"], segment.manifest["generation"]
+            self._events, self._bytes = journal["events"], journal["bytes"]
+            self._crc = journal["crc32"]
         if not self._writes:
             return
         for path in manifests(self.path):

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +21,7 @@ from jgd.tuning import devices
 from jgd.tuning.engine import Engine, shared_programs
 from jgd.tuning.events import Cut, Report
 from jgd.tuning.folder import Folder, load_block, opened
-from jgd.tuning.inputs import check_inputs, extended, resumed
+from jgd.tuning.inputs import check_inputs, extended, first_setting, resumed
 from jgd.tuning.join import Facts, take
 from jgd.tuning.ledger import Ledger
 from jgd.tuning.load import StoredStates, stored_best
@@ -250,10 +250,11 @@ def prepare(
       earlier: the segments to extend.
     """
     task = arguments.task
-    mesh = devices.mesh(arguments.devices or next((x.plan.devices for x in earlier), None))
+    mesh = devices.mesh(arguments.devices or (earlier[0].plan.devices if earlier else None))
     inputs = check_inputs(task, arguments.settings, arguments, arguments.stop)
     training, batch = inputs.run, inputs.batch
-    first = _first_setting(inputs.groups, earlier)
+    plans = [segment.plan for segment in earlier]
+    first = first_setting(inputs.groups, plans)
     state = start(training, first, jax.random.key(arguments.key))
     streamed = training.batch if isinstance(training.batch, Stream) else None
     last = () if streamed is not None else training.batch(arguments.steps - 1)
@@ -272,11 +273,10 @@ def prepare(
     )
     devices.check_same_task(plan.task)
     if written is not None:
-        plan = resumed(
-            plan, written, "extend: an extension has not finished" if earlier else "resume"
-        )
+        what = "extend: an extension has not finished" if earlier else "resume"
+        plan = resumed(plan, written, what)
     elif earlier:
-        plan = extended(plan, [segment.plan for segment in earlier])
+        plan = extended(plan, plans)
     shared = shared_programs(task, training, plan, inputs.stop, mesh)
     engine = Engine(plan, inputs.groups, shared)
     probed = written is None and not earlier and arguments.width is None and streamed is None
@@ -287,15 +287,6 @@ def prepare(
         shared.check_seeds(plan, segment.plan)
         take(Facts(plan, ledger, record.curves), segment.facts)
     return Prepared(plan, inputs.groups, Sweep(plan, engine, ledger), record, earlier)
-
-
-def _first_setting(groups: Mapping[str, Lanes], earlier: Sequence[Segment]) -> Any:
-    """Return the setting that the digest of the task is taken with; an extension keeps it."""
-    name, row = next(iter(groups)), 0
-    for group in (segment.plan.groups[0] for segment in earlier[:1]):
-        if group.name in groups and group.digests[0] in groups[group.name].digests:
-            name, row = group.name, groups[group.name].digests.index(group.digests[0])
-    return jax.tree.map(lambda x: jnp.asarray(x)[row], groups[name].settings)
 
 
 # --- checkpoints -----------------------------------------------------------------------------
