@@ -16,7 +16,7 @@ import numpy as np
 
 from jgd import diagnosis
 from jgd.tuning.events import FINISHED, Report
-from jgd.tuning.folder import Folder
+from jgd.tuning.folder import opened
 from jgd.tuning.ledger import Ledger
 from jgd.tuning.plan import Group, Plan
 from jgd.tuning.prune import successive_halving
@@ -96,11 +96,10 @@ def read_again(lanes: int) -> None:
     """Write the journal of a sweep, and read it as a resume does."""
     plan = plan_of(lanes)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Folder(Path(scratch) / "run")
-        folder.write_plan(plan)
-        folder.append(events := list(reports(plan, Ledger(plan), 0, plan.steps)))
-        folder.checkpoint({"blocks": {}, "schedule": {}}, {})
-        folder.finish()
+        with opened(Path(scratch) / "run") as folder:
+            folder.write_plan(plan)
+            folder.append(events := list(reports(plan, Ledger(plan), 0, plan.steps)))
+            folder.checkpoint({"blocks": {}, "schedule": {}}, {})
         started = time.perf_counter()
         assert read_segment(folder.path, resume=True).finished
         seconds = time.perf_counter() - started

@@ -348,7 +348,8 @@ def _show(terminal: Any, result: Any, out: Path, top: int) -> None:
 
     console.print_result(terminal, result, top)
     pictures = plots.save_plots(result, out)
-    files = ["results.csv", "results.json", "curves.npz", *(path.name for path in pictures)]
+    tables = [out / name for name in ("results.csv", "results.json", "curves.npz")]
+    files = [path.name for path in (*tables, *pictures) if path.exists()]
     terminal.print(f"in {out}: {', '.join(files)}")
 
 

@@ -25,7 +25,7 @@ import os
 import pickle
 import shutil
 import zlib
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ import numpy as np
 
 from jgd.tuning.devices import checkpointer as _checkpointer
 from jgd.tuning.devices import fails_everywhere, is_writer
-from jgd.tuning.events import Cut, Report, encode
+from jgd.tuning.events import Cut, Report, decode, encode
 from jgd.tuning.lock import LOCKS, locked
 from jgd.tuning.plan import FORMAT, Plan, plain
 from jgd.tuning.result import Curves, Result
@@ -250,9 +250,10 @@ class Folder:
 
     def return_to_checkpoint(self, segment: Segment) -> None:
         """Truncate the journal to what the checkpoint covers, and delete what is newer."""
-        journal = segment.journal
-        self._events, self._bytes, self._crc = (journal[x] for x in ("events", "bytes", "crc32"))
-        self._generation = segment.manifest["generation"] if segment.manifest else 0
+        if segment.manifest is not None:
+            journal, self._generation = segment.manifest["journal"], segment.manifest["generation"]
+            self._events, self._bytes = journal["events"], journal["bytes"]
+            self._crc = journal["crc32"]
         if not self._writes:
             return
         for path in manifests(self.path):
@@ -261,6 +262,12 @@ class Folder:
         if self._journal.exists():
             os.truncate(self._journal, self._bytes)
         self._tidy()
+
+    def events(self, plan: Plan) -> Iterator[Report | Cut]:
+        """Yield the events up to the checkpoint that the folder returned to."""
+        if self._bytes:
+            data = self._journal.read_bytes()[: self._bytes]
+            yield from (decode(line, plan) for line in data.splitlines())
 
 
 # --- files -----------------------------------------------------------------------------------

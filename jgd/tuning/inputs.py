@@ -27,7 +27,7 @@ from jgd.tuning.plan import Plan, ranked_by
 from jgd.tuning.space import Lanes, lanes_of
 from jgd.tuning.streams import Stream
 
-__all__ = ["Inputs", "check_inputs", "extended", "resumed"]
+__all__ = ["Inputs", "check_inputs", "extended", "first_setting", "resumed"]
 
 # columns of the table and the journal, which no metric may be named
 RESERVED = (
@@ -246,6 +246,15 @@ def extended(plan: Plan, earlier: Sequence[Plan]) -> Plan:
     for each in earlier:
         plan = _with_layout(plan, each)
     return plan
+
+
+def first_setting(groups: Mapping[str, Lanes], earlier: Sequence[Plan]) -> Any:
+    """Return the setting that the digest of the task is taken with; an extension keeps it."""
+    name, row = next(iter(groups)), 0
+    for group in (plan.groups[0] for plan in earlier[:1]):
+        if group.name in groups and group.digests[0] in groups[group.name].digests:
+            name, row = group.name, groups[group.name].digests.index(group.digests[0])
+    return jax.tree.map(lambda x: jnp.asarray(x)[row], groups[name].settings)
 
 
 # what an extension may change

@@ -13,13 +13,14 @@ states. The table follows from plan and journal: results.csv, results.json and c
 read. Readers take no lock.
 """
 
+import contextlib
 import itertools
 import json
 import math
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,17 +84,6 @@ class Segment:
     @property
     def facts(self) -> Facts:
         return Facts(self.plan, self.ledger, self.record.curves)
-
-    @property
-    def journal(self) -> Mapping[str, int]:
-        """Events, bytes and checksum of the part of the journal that the checkpoint covers."""
-        return self.manifest["journal"] if self.manifest else {"events": 0, "bytes": 0, "crc32": 0}
-
-    def events(self) -> Iterator[Report | Cut]:
-        """Yield the events up to the checkpoint."""
-        if covered := self.journal["bytes"]:
-            data = (self.path / "journal.jsonl").read_bytes()[:covered]
-            yield from (decode(line, self.plan) for line in data.splitlines())
 
 
 def read_segments(path: str | Path, *, resume: bool = False) -> list[Segment]:
@@ -180,7 +170,7 @@ def _read_plan(path: Path) -> tuple[Ledger, Record, bytes]:
         raise FileNotFoundError(f"{path} holds no sweep: there is no plan.json. {NEW}")
     written = read_json(file)
     if (version := written.get("format", 1)) != FORMAT:
-        still = "; jgd report still reads this one" if version == 1 else ""
+        still = "; jgd report still reads this one" if _is_old(path) else ""
         raise ValueError(f"{file}: format must be {FORMAT}, got {version}. {NEW}{still}")
     try:
         plan = Plan.of_json(written)
@@ -219,36 +209,34 @@ def _whole_manifest(
 def _fold(data: bytes, ledger: Ledger, record: Record) -> int:
     """Fold the lines of a journal; return the number of bytes up to the first that does not fit."""
     end = 0
-    for line in data.splitlines(keepends=True):
-        try:
+    with contextlib.suppress(*MALFORMED):
+        for line in data.splitlines(keepends=True):
             event = decode(line, ledger.plan)
-            fits = line.endswith(b"\n") and _goes_on(event, ledger)
-        except MALFORMED:
-            return end
-        if not fits:
-            return end
-        ledger.apply(event)
-        record.apply(event)
-        end += len(line)
+            if not line.endswith(b"\n") or not _continues(event, ledger):
+                break
+            ledger.apply(event)
+            record.apply(event)
+            end += len(line)
     return end
 
 
-def _goes_on(event: Report | Cut, ledger: Ledger) -> bool:
+def _continues(event: Report | Cut, ledger: Ledger) -> bool:
     """Return whether an event concerns living lanes, all of which were at the report before."""
     plan = ledger.plan
     groups = event.lanes if isinstance(event, Cut) else {event.group: event.lanes}
     for group, ids in groups.items():
-        ids, size = np.asarray(ids, int), plan.groups[plan.index[group]].settings
-        if not ((ids >= 0) & (ids < size * plan.seeds)).all():
+        first, end = plan.offset(group), plan.offset(plan.index[group] + 1)
+        lanes = first + np.asarray(ids, int)
+        inside = (lanes >= first) & (lanes < end)
+        if not inside.all() or not ledger.alive[lanes].all():
             return False
-        if not ledger.alive[plan.offset(group) + ids].all():
-            return False
-    if isinstance(event, Cut):
-        return True
-    before = [0, *plan.reports][plan.reports.index(event.step)]
-    columns = (event.loss, event.ended, *event.metrics.values(), *(event.seen or ()))
-    same = all(len(values) == len(event.lanes) for values in columns)
-    return same and bool((ledger.step[plan.offset(event.group) + event.lanes] == before).all())
+        if isinstance(event, Report):
+            before = [0, *plan.reports][plan.reports.index(event.step)]
+            columns = (event.loss, event.ended, *event.metrics.values(), *(event.seen or ()))
+            even = all(len(column) == len(lanes) for column in columns)
+            if not even or (ledger.step[lanes] != before).any():
+                return False
+    return True
 
 
 # --- manifests and states --------------------------------------------------------------------
@@ -320,7 +308,7 @@ def read_result(path: str | Path) -> Result:
     Raises: as `read_segment`; ValueError if there is no report yet.
     """
     path = Path(path)
-    if (path / "results.json").exists() and _format(path) == 1:
+    if _is_old(path):
         return _read_old_result(path)
     segment = read_segments(path)[-1]
     if not segment.finished:
@@ -338,8 +326,12 @@ def read_result(path: str | Path) -> Result:
     return make_result(segment.plan, segment.ledger, segment.record.curves)
 
 
-def _format(path: Path) -> Any:
-    return read_json(path / "plan.json").get("format", 1) if (path / "plan.json").exists() else None
+def _is_old(path: Path) -> bool:
+    """Return whether a folder is that of a finished sweep of jgd 0.1."""
+    files = [path / name for name in ("plan.json", "results.json", "curves.npz")]
+    if manifests(path) or not all(file.exists() for file in files):
+        return False
+    return "format" not in read_json(files[0])
 
 
 def _read_old_result(path: Path) -> Result:

@@ -6,13 +6,12 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jgd.checks import key_of
@@ -22,7 +21,7 @@ from jgd.tuning import devices
 from jgd.tuning.engine import Engine, shared_programs
 from jgd.tuning.events import Cut, Report
 from jgd.tuning.folder import Folder, load_block, opened
-from jgd.tuning.inputs import check_inputs, extended, resumed
+from jgd.tuning.inputs import check_inputs, extended, first_setting, resumed
 from jgd.tuning.join import Facts, take
 from jgd.tuning.ledger import Ledger
 from jgd.tuning.load import StoredStates, stored_best
@@ -194,7 +193,7 @@ def _run(
     """Run a sweep to its end. Returns False on Ctrl-C."""
     if folder.segment is not None:
         _resume(prepared, folder, folder.segment)
-        list(prune(prepared.plan, list(folder.segment.events())))
+        list(prune(prepared.plan, list(folder.events(prepared.plan))))
     else:
         folder.write_plan(prepared.plan)
 
@@ -292,7 +291,8 @@ def prepare(
     mesh = devices.mesh(next((count for count in given if count is not None), None))
     inputs = check_inputs(task, arguments.settings, arguments, arguments.stop)
     training, batch = inputs.run, inputs.batch
-    first = _first_setting(inputs.groups, earlier)
+    plans = [segment.plan for segment in earlier]
+    first = first_setting(inputs.groups, plans)
     state = start(training, first, key_of(arguments.key))
     streamed = training.batch if isinstance(training.batch, Stream) else None
     last = () if streamed is not None else training.batch(arguments.steps - 1)
@@ -311,11 +311,10 @@ def prepare(
     )
     devices.check_same_task(plan.task)
     if written is not None:
-        plan = resumed(
-            plan, written, "extend: an extension has not finished" if earlier else "resume"
-        )
+        what = "extend: an extension has not finished" if earlier else "resume"
+        plan = resumed(plan, written, what)
     elif earlier:
-        plan = extended(plan, [segment.plan for segment in earlier])
+        plan = extended(plan, plans)
     shared = shared_programs(task, training, plan, inputs.stop, mesh)
     engine = Engine(plan, inputs.groups, shared)
     probed = written is None and not earlier and arguments.width is None and streamed is None
@@ -326,15 +325,6 @@ def prepare(
         shared.check_seeds(plan, segment.plan)
         take(Facts(plan, ledger, record.curves), segment.facts)
     return Prepared(plan, inputs.groups, Sweep(plan, engine, ledger), record, earlier)
-
-
-def _first_setting(groups: Mapping[str, Lanes], earlier: Sequence[Segment]) -> Any:
-    """Return the setting that the digest of the task is taken with; an extension keeps it."""
-    name, row = next(iter(groups)), 0
-    for group in (segment.plan.groups[0] for segment in earlier[:1]):
-        if group.name in groups and group.digests[0] in groups[group.name].digests:
-            name, row = group.name, groups[group.name].digests.index(group.digests[0])
-    return jax.tree.map(lambda x: jnp.asarray(x)[row], groups[name].settings)
 
 
 # --- checkpoints -----------------------------------------------------------------------------
