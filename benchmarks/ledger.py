@@ -1,6 +1,6 @@
-"""Times the host's part of a sweep: 100,000 lanes with 20 reports, and a journal of 200 MB.
+"""Times the host's part of a sweep: 100,000 lanes with 20 reports, and their journal.
 
-    python benchmarks/ledger.py             # about a minute; --lanes and --megabytes for others
+    python benchmarks/ledger.py             # about a minute; --lanes for another number
 
 The events are those of a sweep with a rung in its middle, of tiles of 64 lanes; nothing is trained.
 """
@@ -16,12 +16,12 @@ import numpy as np
 
 from jgd import diagnosis
 from jgd.tuning.events import FINISHED, Report
-from jgd.tuning.folder import Folder
+from jgd.tuning.folder import opened
 from jgd.tuning.ledger import Ledger
 from jgd.tuning.plan import Group, Plan
 from jgd.tuning.prune import successive_halving
 from jgd.tuning.result import Record, make_result
-from jgd.tuning.space import Lanes
+from jgd.tuning.segment import read_segment
 
 WIDTH, REPORTS, STEPS = 64, 20, 1000
 
@@ -86,47 +86,33 @@ def folded(lanes: int) -> None:
             seconds["rank and cut"] = time.perf_counter() - started
         begin = end
     started = time.perf_counter()
-    axes = {"learning_rate": np.full(lanes, 0.1)}
-    make_result(plan, {"adam": Lanes({"rate": axes["learning_rate"]}, axes)}, ledger, record)
+    make_result(plan, ledger, record.curves)
     seconds["table"] = time.perf_counter() - started
     parts = ", ".join(f"{name} {part:.1f} s" for name, part in seconds.items())
     print(f"{lanes:,} lanes, {events:,} events: {parts}")
 
 
-def read_again(megabytes: int) -> None:
-    """Write a journal of this size, and fold it as a resume does."""
-    plan = plan_of(100_000)
-    ledger = Ledger(plan)
+def read_again(lanes: int) -> None:
+    """Write the journal of a sweep, and read it as a resume does."""
+    plan = plan_of(lanes)
     with tempfile.TemporaryDirectory() as scratch:
-        folder, journal = Folder(Path(scratch) / "run"), Path(scratch) / "run" / "journal.jsonl"
-        folder.write_plan(plan)
-        events = list(reports(plan, ledger, 0, plan.rounds[0]))
-        while not journal.exists() or journal.stat().st_size < megabytes * 1e6:
-            folder.append(events)
-        folder.checkpoint({"blocks": {}, "schedule": {}}, {})
-        folder.finish()
+        with opened(Path(scratch) / "run") as folder:
+            folder.write_plan(plan)
+            folder.append(events := list(reports(plan, Ledger(plan), 0, plan.steps)))
+            folder.checkpoint({"blocks": {}, "schedule": {}}, {})
         started = time.perf_counter()
-        resumed = Folder(folder.path, resume=True)
-        resumed.return_to(resumed.last_checkpoint())
-        count, fresh, record = 0, Ledger(plan), Record(plan)
-        for event in resumed.events(plan):
-            fresh.apply(event)
-            record.apply(event)
-            count += 1
+        assert read_segment(folder.path, resume=True).finished
         seconds = time.perf_counter() - started
-        size = journal.stat().st_size / 1e6
-        print(
-            f"a journal of {size:.0f} MB, {count:,} events, is read and folded in {seconds:.1f} s"
-        )
+        size = (folder.path / "journal.jsonl").stat().st_size / 1e6
+        print(f"a journal of {size:.0f} MB, {len(events):,} events, is read in {seconds:.1f} s")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lanes", type=int, default=100_000)
-    parser.add_argument("--megabytes", type=int, default=200)
     options = parser.parse_args()
     folded(options.lanes)
-    read_again(options.megabytes)
+    read_again(options.lanes)
 
 
 if __name__ == "__main__":

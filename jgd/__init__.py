@@ -60,8 +60,10 @@ _MODULES = {
     "jgd.training": "Run Task minibatches supervised train with_sharpness",
     "jgd.tuning.prune": "hyperband successive_halving",
     "jgd.tuning.space": """
-        choice grid halton_search loguniform random_search sobol_search uniform""",
+        choice grid halton_search integers loguniform random_search sobol_search uniform""",
     "jgd.tuning.streams": "stream",
+    "jgd.tuning.join": "merge",
+    "jgd.tuning.load": "load",
     "jgd.tuning.sweep": "iter_sweep sweep",
     "jgd.tuning.propose": "optuna_search",
 }
@@ -95,6 +97,8 @@ if TYPE_CHECKING:
     from jgd.training import *  # noqa: F403
     from jgd.transforms import *  # noqa: F403
     from jgd.trees import *  # noqa: F403
+    from jgd.tuning.join import merge as merge
+    from jgd.tuning.load import load as load
     from jgd.tuning.propose import *  # noqa: F403
     from jgd.tuning.prune import *  # noqa: F403
     from jgd.tuning.space import *  # noqa: F403

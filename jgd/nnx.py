@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jgd.lanes import refuse_functions
+from jgd.lanes import check_numbers
 from jgd.training import optimizer_of
 from jgd.tuning.result import Best
 
@@ -46,7 +46,7 @@ class Optimizer(nnx.Optimizer[Any]):
 
     def __init__(self, model: Any, tx: Any, *, wrt: Any, **options: Any) -> None:
         setting = tx.setting if isinstance(tx, Best) else tx
-        refuse_functions("Optimizer", setting)
+        check_numbers("Optimizer", setting)
         super().__init__(model, optimizer_of(setting), wrt=wrt, **options)
 
     @property

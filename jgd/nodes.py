@@ -140,6 +140,8 @@ def brief(value: Any) -> str:
         text = repr(Static(value) if any(map(callable, jax.tree.leaves(value))) else value)
     elif callable(value) and hasattr(value, "__name__"):
         text = f"the function {value.__name__}"
+    elif any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value)):
+        text = show(value)
     else:
         text = repr(value)
     text = " ".join(text.split())

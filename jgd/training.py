@@ -12,7 +12,6 @@ The setting is any pytree of numbers: an optimizer, or a tuple or dict of one an
 
 import functools
 import inspect
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -21,15 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jgd.arguments import Static
+from jgd.arguments import Static, is_number
+from jgd.checks import Count, admit, check_key, refuse, traceable
 from jgd.diagnosis import sharpness
-from jgd.lanes import refuse_functions
+from jgd.lanes import check_numbers
 from jgd.trees import like
 
 __all__ = [
     "Run",
     "Task",
     "TrainState",
+    "check_task",
     "minibatches",
     "start",
     "supervised",
@@ -80,6 +81,16 @@ class Run(NamedTuple):
     """Optional: key -> what all settings of a seed begin with, such as parameters: made once."""
 
 
+def check_task(function: str, task: Any, *kinds: type[Any]) -> None:
+    """Raise TypeError unless `task` is of one of these classes, and its fields are functions."""
+    if not isinstance(task, kinds):
+        cure = ". Call it" if callable(task) else ""
+        refuse(f"{function}: task", " or ".join(f"a jgd.{k.__name__}" for k in kinds), task, cure)
+    for name, field in task._asdict().items():
+        if not callable(field) and (name, field) != ("begin", None):
+            refuse(f"{function}: {name} of the task", "a function", field)
+
+
 def start(run: Run, setting: Any, key: jax.Array) -> Any:
     """The state that a run begins with."""
     return run.init(setting, key, *(() if run.begin is None else (run.begin(key),)))
@@ -110,6 +121,10 @@ def optimizer_of(setting: Any) -> optax.GradientTransformationExtraArgs:
     return optax.with_extra_args_support(found[0])
 
 
+def _is_pair(x: Any) -> bool:
+    return isinstance(x, tuple) and len(x) == 2
+
+
 def _arity(f: Callable[..., Any]) -> int:
     """How many positional arguments a function takes without help."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -125,8 +140,9 @@ def supervised(task: Task) -> Run:
     model state are those of the step. Line searches, `sophia` and `momo` need some of them; a
     function that is not called costs nothing.
 
-    Raises: TypeError if `loss` takes neither 2 nor 5 arguments.
+    Raises: TypeError if `task` is no `Task`, or `loss` takes neither 2 nor 5 arguments.
     """
+    check_task("supervised", task, Task)
     arity = _arity(task.loss)
     if arity not in (2, 5):
         raise TypeError(
@@ -137,7 +153,12 @@ def supervised(task: Task) -> Run:
 
     def loss_of(*arguments: Any) -> Any:
         found = task.loss(*arguments)
-        if shape := jnp.shape(found[0] if full else found):
+        if full and not (_is_pair(found) and _is_pair(found[1])):
+            refuse("loss", "a function that returns (loss, (metrics, model_state))", found)
+        loss = found[0] if full else found
+        if not is_number(loss) or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+            refuse("loss", "a function that returns a real scalar", loss)
+        if shape := jnp.shape(loss):
             raise TypeError(
                 f"loss must return a scalar, got an array of shape {shape}. Take its mean"
             )
@@ -148,7 +169,12 @@ def supervised(task: Task) -> Run:
 
     def init(setting: Any, key: jax.Array, made: Any) -> TrainState:
         step_key = jax.random.split(key)[1]
+        if full and not _is_pair(made):
+            refuse("init", "a function that returns (params, model_state)", made)
         params, model_state = made if full else (made, None)
+        for leaf in jax.tree.leaves(params):
+            if not jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.inexact):
+                refuse("init", "a function that returns parameters of floats", leaf)
         opt_state = optimizer_of(setting).init(params)
         return TrainState(params, opt_state, model_state, step_key if full else None)
 
@@ -202,6 +228,8 @@ def with_sharpness(task: Task, batch: Any = None, iterations: int = 20) -> Run:
       batch: what the loss is taken on; None: the task's first batch.
       iterations: see `jgd.diagnosis.sharpness`.
     """
+    check_task("with_sharpness", task, Task)
+    iterations = admit("with_sharpness: iterations", iterations, Count)
     run, full = supervised(task), _arity(task.loss) == 5
     batch = task.batch(0) if batch is None else batch
 
@@ -235,17 +263,21 @@ def minibatches(data: Any, batch_size: int | None, key: jax.Array) -> Callable[[
       (step, seed=seed): each seed, an int, has orders of its own.
     Raises: ValueError for arrays of unlike lengths, or a batch size outside 1 to n.
     """
-    leaves = jax.tree.leaves(data)
-    sizes = {np.shape(leaf)[0] for leaf in leaves}
-    if len(sizes) != 1:
-        raise ValueError(f"minibatches: data must have one leading length, got {sorted(sizes)}")
-    (examples,) = sizes
+    check_numbers("minibatches", data, "data")
+    sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(data)}
+    if len(sizes) != 1 or sizes <= {(), (0,)}:
+        raise ValueError(
+            f"minibatches: data must have one leading length, got {sorted(sum(sizes, ()))}"
+        )
+    ((examples,),) = sizes
     data = jax.tree.map(jnp.asarray, data)
     if batch_size is None:
         return jax.tree_util.Partial(_full_batch, data)
-    if not 1 <= batch_size <= examples:
-        raise ValueError(f"minibatches: batch_size must be in 1 to {examples}, got {batch_size}")
-    return jax.tree_util.Partial(_Minibatch(batch_size), data, key)
+    size: int = admit("minibatches: batch_size", batch_size, int)
+    check_key("minibatches: key", key)
+    if not 1 <= size <= examples:
+        raise ValueError(f"minibatches: batch_size must be in 1 to {examples}, got {size}")
+    return jax.tree_util.Partial(_Minibatch(size), data, key)
 
 
 def _full_batch(data: Any, step: Any) -> Any:
@@ -287,10 +319,12 @@ def train(
       statistics of its batch norms and the memory of its optimizer.
     Raises: ValueError for no steps, TypeError for an optimizer that is no pytree of its numbers.
     """
-    if operator.index(steps) < 1:
-        raise ValueError(f"train: steps must be at least 1, got {steps}")
-    refuse_functions("train", setting)
-    return _train(Static(operator.index(steps)), _as_arguments(task), setting, key)
+    check_task("train", task, Task, Run)
+    check_numbers("train", setting)
+    steps = admit("train: steps", steps, Count)
+    check_key("train: key", key)
+    with traceable("train: each function of the task"):
+        return _train(Static(steps), _as_arguments(task), setting, key)
 
 
 def _as_arguments(task: Any) -> Any:

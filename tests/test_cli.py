@@ -114,7 +114,7 @@ def test_halving_report_and_resume(project, monkeypatch, capsys):
     _jgd(monkeypatch, "sweep", "--resume", "cut")
     assert (project / "cut" / "results.csv").read_bytes() == rows
     for wrong, message in (
-        (["report", "none"], "holds no finished sweep"),
+        (["report", "none"], "none holds no sweep: there is no plan.json"),
         (["sweep", "--resume", "none"], "holds no sweep of the command line"),
         (
             ["sweep", "--halving", "2", "--hyperband", "3"],
@@ -126,6 +126,30 @@ def test_halving_report_and_resume(project, monkeypatch, capsys):
         with pytest.raises(SystemExit):
             _jgd(monkeypatch, *wrong)
         assert message in capsys.readouterr().err
+
+
+def test_optuna_report_and_resume(project, monkeypatch, capsys):
+    _jgd(
+        monkeypatch,
+        *("sweep", "mine:task", "--optimizer", "adam", "--optuna", "34", "--out", "found"),
+        *("--set", "learning_rate=log:1e-3:1:2", "--set", "b1=lin:0.5:0.9:2"),
+        *("--set", "nesterov=true,false", "--steps", "20", "--seeds", "2"),
+    )
+    shown = capsys.readouterr().out
+    assert "68 trainings of 20 steps: 34 settings in 2 compiled programs" in shown
+    found = project / "found"
+    assert (found / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
+    rows = list(csv.DictReader((found / "results.csv").open()))
+    assert [int(row["rank"]) for row in rows] == list(range(1, 35))
+    assert {row["optimizer"] for row in rows} == {"adam nesterov=True", "adam nesterov=False"}
+    assert all(1e-3 <= float(row["learning_rate"]) <= 1 for row in rows)
+    assert all(0.5 <= float(row["b1"]) <= 0.9 for row in rows)
+    before = (found / "results.csv").read_bytes()
+    _jgd(monkeypatch, "report", "found")
+    assert "the best 20 of 34 settings" in capsys.readouterr().out
+    (found / "results.csv").unlink()
+    _jgd(monkeypatch, "sweep", "--resume", "found")
+    assert (found / "results.csv").read_bytes() == before
 
 
 def test_what_is_best_in_which_order_and_how_sharp(project, monkeypatch, capsys):
@@ -206,6 +230,10 @@ def test_a_factory_of_optax(project, monkeypatch, capsys):
             ["--optimizer", "adam", "--set", "b1=0.9,1.5"],
             "adam: b1 must be in [0, 1), got 1.5",
         ),
+        (["--optuna", "4"], "--optuna needs one --optimizer, got 6"),
+        (["--optuna", "4", "--optimizer=sgd", "--budget=9"], "--optuna and --budget exclude"),
+        (["--optuna", "0", "--optimizer=sgd"], "optuna_search: trials must be at least 1, got 0"),
+        (["--optuna", "4", "--optimizer=sgd", "--set", "momentum=lin:1:1:2"], "low must be below"),
         (["--seeds", "0"], "jgd: sweep: seeds must be at least 1, got 0"),
         (["--optimizer", "adam", "--steps", "2"], "steps must be at least 4, got 2"),
         (["mine:task", "--metric", "los", "--optimizer", "sgd"], "metric must be one of loss"),

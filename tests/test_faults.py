@@ -18,6 +18,7 @@ from test_training import _line
 
 import jgd
 from jgd.tuning import folder as folders
+from jgd.tuning.segment import read_manifest, sealed
 
 RATES = np.geomspace(1e-3, 0.3, 5)
 WRITTEN = ("plan.json", "journal.jsonl", "results.csv", "results.json", "curves.npz")
@@ -203,7 +204,7 @@ def test_a_checkpoint_without_the_state_of_a_lane_is_refused(tmp_path):
         with pytest.raises(_Death):
             _sweep(tmp_path / "run")
     for path in (tmp_path / "run").glob("manifest-*.json"):
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"blocks": {}}))
+        path.write_text(json.dumps(sealed(read_manifest(path) | {"blocks": {}})))
     with pytest.raises(
         ValueError, match=r"resume: .* has no state for \d+ lanes that have started"
     ):

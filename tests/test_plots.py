@@ -8,6 +8,7 @@ import pytest
 
 import jgd
 from jgd.tuning import plots
+from jgd.tuning.ledger import Ledger
 from jgd.tuning.options import SweepOptions
 from jgd.tuning.plan import make_plan
 from jgd.tuning.result import Best, Curves, Result
@@ -26,7 +27,7 @@ def _result(settings, seeds=1, values=None, **options):
     curves = Curves(steps, losses, {"loss": losses if values is None else values})
     rows = [{"optimizer": "adam", "at": 100, "ended": "finished"}] * settings
     best = Best(rows[0], None, None)
-    return Result(rows, {"adam": curves}, best, [best], "loss", "min", plan)
+    return Result(rows, {"adam": curves}, best, [best], "loss", "min", plan, Ledger(plan))
 
 
 @pytest.mark.parametrize("settings", [1, 10_000])

@@ -1,5 +1,15 @@
 """Sequences that spread settings out, and Optuna as the one who proposes."""
 
+import collections
+import itertools
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import chex
 import jax
 import numpy as np
 import optuna
@@ -7,7 +17,10 @@ import pytest
 from test_training import _line
 
 import jgd
+from jgd.tuning.load import read_results
+from jgd.tuning.sweep import Interrupted
 
+TASK = _line()  # one task, so that all searches share their compiled programs
 SPACE = {"learning_rate": jgd.loguniform(1e-4, 1.0), "b1": jgd.uniform(0.5, 0.95)}
 
 
@@ -39,13 +52,13 @@ def test_sequences_are_spread_out(search):
 def test_optuna_proposes_and_lanes_train(tmp_path):
     storage = f"sqlite:///{tmp_path / 'study.db'}"
     found = jgd.optuna_search(
-        _line(), jgd.adam, 60, 24, SPACE, at_once=8, seeds=2, storage=storage, report_every=20
+        TASK, jgd.adam, 60, 24, SPACE, at_once=8, seeds=2, storage=storage, report_every=20
     )
     assert len(found.study.trials) == 24
     assert len(found.rows) == 24
     assert found.best.row["loss"] == pytest.approx(found.study.best_value)
     assert found.rows[0]["learning_rate"] == pytest.approx(found.study.best_params["learning_rate"])
-    alone = jgd.train(_line(), found.best.setting, 60, jax.random.fold_in(jax.random.key(0), 0))
+    alone = jgd.train(TASK, found.best.setting, 60, jax.random.fold_in(jax.random.key(0), 0))
     ends = [found.best.params, alone[0]]
     assert any(np.allclose(ends[0]["w"], end["w"], rtol=1e-3) for end in ends)
     first = np.mean([t.value for t in found.study.trials[:8]])
@@ -53,7 +66,7 @@ def test_optuna_proposes_and_lanes_train(tmp_path):
     (name,) = optuna.get_all_study_names(storage)
     kept = optuna.load_study(study_name=name, storage=storage)
     assert kept.best_value == found.study.best_value
-    more = jgd.optuna_search(_line(), jgd.adam, 60, 8, SPACE, study=found.study)
+    more = jgd.optuna_search(TASK, jgd.adam, 60, 8, SPACE, study=found.study)
     assert len(more.study.trials) == 32
 
 
@@ -64,7 +77,7 @@ def test_structure_may_be_proposed_and_bad_trials_fail():
         "nesterov": jgd.choice([False]),
     }
     sampler = optuna.samplers.RandomSampler(seed=0)
-    found = jgd.optuna_search(_line(), jgd.sgd, 40, 16, space, sampler=sampler)
+    found = jgd.optuna_search(TASK, jgd.sgd, 40, 16, space, sampler=sampler)
     states = [trial.state.name for trial in found.study.trials]
     assert set(states) == {"COMPLETE", "FAIL"}
     for trial in found.study.trials:
@@ -80,21 +93,253 @@ def test_structure_may_be_proposed_and_bad_trials_fail():
             assert trial.value == pytest.approx(row["loss"])
 
 
-def test_bad_proposals_are_refused():
+def test_bad_proposals_are_refused(tmp_path):
     study = optuna.create_study(direction="maximize")
-    with pytest.raises(
-        ValueError, match="study must have the direction of loss, minimize, got maximize"
+    direction = "study must have the direction of loss, minimize, got maximize"
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    for wrong, message in (
+        (dict(study=study), direction),
+        (dict(study=optuna.create_study(directions=["minimize"] * 2)), "got minimize and minimize"),
+        (dict(trials=0), "optuna_search: trials must be at least 1, got 0"),
+        (dict(at_once=0), "optuna_search: at_once must be at least 1, got 0"),
+        (dict(space={}), "space must be at least one distribution, got {}"),
+        (dict(space=lambda trial: 3), "space must be a function that returns arguments by name"),
+        (dict(folder=tmp_path / "full"), "full is not empty"),
+        (dict(folder=tmp_path / "none", resume=True), "holds no search: there is no search.json"),
+        (dict(resume=True), "folder must be the folder of a sweep with resume=True, got None"),
+        (dict(sampler="tpe"), "sampler must be an Optuna sampler, or a function of the batch"),
     ):
-        jgd.optuna_search(_line(), jgd.adam, 8, 4, SPACE, study=study)
-    for wrong in (dict(trials=0), dict(trials=4, at_once=0)):
-        with pytest.raises(ValueError, match="must be at least 1, got 0"):
-            jgd.optuna_search(_line(), jgd.adam, 8, space=SPACE, **wrong)
+        given = dict(trials=4, space=SPACE) | wrong
+        with pytest.raises((ValueError, TypeError, OSError), match=re.escape(message)) as caught:
+            jgd.optuna_search(TASK, jgd.adam, 8, **given)
+        assert "\n" not in str(caught.value)
+
+
+def _search(folder=None, resume=False, **options):
+    """A search of three batches, the last one smaller, that writes a checkpoint at every turn."""
+    given = dict(at_once=4, seeds=2, report_every=10, checkpoint_every=0) | options
+    return jgd.optuna_search(TASK, jgd.adam, 40, 10, SPACE, folder=folder, resume=resume, **given)
+
+
+def _interrupts_at(count):
+    """Ctrl-C at a report."""
+    calls = itertools.count(1)
+
+    def on_report(plan, report):
+        if next(calls) == count:
+            raise KeyboardInterrupt
+
+    return on_report
+
+
+def _known(found):
+    """What a search found, for a comparison bit for bit; NaN equals NaN."""
+    study = [
+        (t.number, t.params, t.state.name, t.values, t.intermediate_values)
+        for t in found.study.trials
+    ]
+    return repr((found.rows, study)), jax.tree.map(np.asarray, found.best.params)
+
+
+def _files(folder):
+    """Contents by path, without the random name of the search; states are compared as numbers."""
+    files = (path for path in folder.rglob("*") if path.is_file() and "states" not in path.parts)
+    skipped = ("search.json", "lock")
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in files
+        if path.name not in skipped and "manifest" not in path.name
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "endings", "stops"),
+    [
+        ({}, {"finished"}, (1, 9)),
+        (dict(pruner=optuna.pruners.SuccessiveHalvingPruner(10)), {"finished", "cut"}, (6,)),
+        (dict(halving=jgd.successive_halving(2, 20)), {"finished", "cut"}, (3,)),
+        (dict(target=0.4, pruner=optuna.pruners.MedianPruner(2)), {"reached target"}, (7,)),
+    ],
+    ids=["plain", "pruner", "halving", "target"],
+)
+def test_a_search_goes_on_after_ctrl_c(options, endings, stops, tmp_path):
+    whole = _search(tmp_path / "whole", **options)
+    assert endings <= {row["ended"] for row in whole.rows}
+    states = collections.Counter(trial.state.name for trial in whole.study.trials)
+    assert states["PRUNED"] == sum(row["ended"] == "cut" for row in whole.rows)
+    assert not states["RUNNING"]
+    for stop in stops:
+        folder = tmp_path / str(stop)
+        with pytest.raises(Interrupted) as caught:
+            _search(folder, on_report=_interrupts_at(stop), **options)
+        result = caught.value.result  # the trials that had ended are those of the whole search
+        for mine, other in zip(result.study.trials, whole.study.trials, strict=False):
+            assert mine.params == other.params
+            if mine.state.is_finished():
+                assert (mine.state, mine.values) == (other.state, other.values)
+        chex.assert_trees_all_equal(_known(_search(folder, True, **options)), _known(whole))
+        assert _files(folder) == _files(tmp_path / "whole")
+
+
+def test_a_search_that_ctrl_c_ends_between_batches(tmp_path):
+    """The flag is not lost if it is set in the last turn of a batch."""
+    with pytest.raises(Interrupted) as caught:
+        _search(on_report=_interrupts_at(4))
+    assert len(caught.value.result.study.trials) == len(caught.value.result.rows) == 4
+
+
+@pytest.mark.slow
+def test_a_search_goes_on_after_kill_9(tmp_path):
+    whole = _search(tmp_path / "whole")
+    for kill in (2, 6):
+        folder = tmp_path / str(kill)
+        program = (
+            "import itertools, os, signal, test_propose\n"
+            "calls = itertools.count(1)\n"
+            f"die = lambda *_: next(calls) == {kill} and os.kill(os.getpid(), signal.SIGKILL)\n"
+            f"test_propose._search({str(folder)!r}, on_report=die)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent)
+        assert done.returncode == -signal.SIGKILL
+        chex.assert_trees_all_equal(_known(_search(folder, True)), _known(whole))
+        assert _files(folder) == _files(tmp_path / "whole")
+
+
+def test_a_storage_is_told_after_every_batch(tmp_path):
+    storage = optuna.storages.InMemoryStorage()
+    load = lambda: optuna.load_study(study_name="mine", storage=storage)
+    told = []
+
+    def on_report(plan, report):
+        told.append(len(load().trials))
+        if len(told) == 7:
+            raise KeyboardInterrupt
+
+    names = dict(storage=storage, study_name="mine")
+    with pytest.raises(Interrupted):
+        _search(tmp_path / "a", on_report=on_report, **names)
+    assert (told[:4], set(told[4:])) == ([0] * 4, {4})
+    resumed = _search(tmp_path / "a", True, **names)
+    again = _search(tmp_path / "a", True, **names)  # adds nothing
+    copied = lambda study: [(t.params, t.values, t.intermediate_values) for t in study.trials]
+    assert copied(load()) == copied(resumed.study) == copied(again.study)
+    more = _search(**names)  # another search goes on with the study
+    assert len(more.rows) == 10
+    assert copied(load()) == copied(more.study)
+    assert copied(load())[:10] == copied(resumed.study)
+    # a study that lives in the storage: its trials are there already
+    found = _search(study=load(), storage=storage)
+    assert len(load().trials) == len(found.study.trials) == 30
+
+
+def test_more_trials_may_be_asked_of_a_search_that_has_ended(tmp_path):
+    given = dict(space=SPACE, at_once=4, folder=tmp_path / "a")
+    call = lambda n, **options: jgd.optuna_search(TASK, jgd.adam, 20, n, **given | options)
+    first = call(4)
+    suggest = lambda trial: {
+        "learning_rate": SPACE["learning_rate"].suggest(trial, "learning_rate")
+    }
+    for changed, message in (
+        (dict(space=suggest), r"space was .* and is now a function"),
+        (dict(at_once=5), "at_once was 4 and is now 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(8, resume=True, **changed)
+    more = call(8, resume=True)
+    assert [t.params for t in more.study.trials[:4]] == [t.params for t in first.study.trials]
+    assert len(more.rows) == 8
+    assert (tmp_path / "a" / "results.csv").read_text().count("\n") == 9
+    loaded = jgd.load(tmp_path / "a", TASK)
+    assert loaded.rows == more.rows
+    chex.assert_trees_all_equal(loaded.best.params, more.best.params)
+
+
+def test_a_damaged_search_is_named_or_mended(tmp_path):
+    whole = tmp_path / "whole"
+    rows = _search(whole).rows
+    for name, content, message in (
+        ("search.json", None, "holds no search: there is no search.json"),
+        ("search.json", "", "search.json must hold a JSON object"),
+        ("search.json", '{"steps": 40}', "at_once was None and is now 4"),
+        ("batch-1.json", "[1", "batch-1.json must hold a JSON object"),
+        ("batch-1.json", "{}", "batch-1.json was changed: KeyError('trials')"),
+        ("batch-1.json", '{"trials": [3]}', "batch-1.json was changed"),
+        ("batch-1.json", (whole / "batch-0.json").read_text(), "this is another sweep"),
+        ("batch-1.json", None, None),  # the default sampler proposes the same trials again
+        ("batch-0.json", None, None),
+        ("batch-1/plan.json", None, "batch-1 holds no sweep: there is no plan.json"),
+    ):
+        folder = shutil.copytree(whole, tmp_path / "damaged")
+        (folder / name).unlink()
+        if content is not None:
+            (folder / name).write_text(content)
+        if message is None:
+            with pytest.raises((ValueError, OSError), match=r"batch-1|holds no sweep"):
+                read_results(folder)
+            assert _search(folder, True).rows == rows
+        else:
+            with pytest.raises((ValueError, OSError), match=re.escape(message)) as caught:
+                _search(folder, True)
+            assert "\n" not in str(caught.value)
+        shutil.rmtree(folder)
+
+
+def test_integers_are_numbers_and_a_space_may_have_conditions():
+    made = []
+
+    def build(optimizer, learning_rate, warmup, b1=None):
+        made.append((optimizer, b1 is None))
+        rate = jgd.linear_schedule(0.0, learning_rate, warmup)
+        return jgd.sgd(rate) if b1 is None else jgd.adam(rate, b1=b1)
+
+    def space(trial):
+        name = trial.suggest_categorical("optimizer", ["adam", "sgd"])
+        rate = jgd.loguniform(1e-3, 1.0).suggest(trial, "learning_rate")
+        warmup = jgd.integers(1, 20, log=True).suggest(trial, "warmup")
+        more = {"b1": trial.suggest_float("b1", 0.5, 0.95)} if name == "adam" else {}
+        return {"optimizer": name, "learning_rate": rate, "warmup": warmup, **more}
+
+    found = jgd.optuna_search(TASK, build, 20, 16, space, at_once=8)
+    groups = {row["optimizer"] for row in found.rows}
+    assert groups == {"build optimizer=adam", "build optimizer=sgd"}
+    assert set(made) == {("adam", False), ("sgd", True)}
+    for trial in found.study.trials:
+        assert isinstance(trial.params["warmup"], int)
+        assert ("b1" in trial.params) == (trial.params["optimizer"] == "adam")
+        assert any(
+            row["warmup"] == trial.params["warmup"] and row.get("b1") == trial.params.get("b1")
+            for row in found.rows
+        )
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_integers_are_spread_over_their_range(log):
+    drawn = jgd.random_search(
+        lambda warmup: jgd.sgd(0.1 * warmup),
+        2000,
+        jax.random.key(0),
+        warmup=jgd.integers(1, 4, log=log),
+    )
+    values, counts = np.unique(drawn.axes["warmup"], return_counts=True)
+    assert values.tolist() == [1, 2, 3, 4]
+    edges = np.log([0.5, 1.5, 2.5, 3.5, 4.5]) if log else np.arange(5.0)
+    expected = 2000 * np.diff(edges) / (edges[-1] - edges[0])
+    np.testing.assert_allclose(counts, expected, rtol=0.12)
+    for low, high in ((0, 4), (4, 4)):
+        if log or low == high:
+            with pytest.raises(
+                ValueError, match=r"integers: bounds must satisfy .*low < high, got"
+            ):
+                jgd.integers(low, high, log=log)
+    with pytest.raises(TypeError, match=r"integers: high must be an integer, got 2\.5"):
+        jgd.integers(1, 2.5, log=log)
 
 
 def test_pruned_trials_end_their_lanes():
     pruner = optuna.pruners.ThresholdPruner(upper=1.0)
     found = jgd.optuna_search(
-        _line(),
+        TASK,
         jgd.sgd,
         80,
         16,
@@ -109,7 +354,7 @@ def test_pruned_trials_end_their_lanes():
 
 
 def test_rows_as_a_data_frame():
-    result = jgd.sweep(_line(), jgd.grid(jgd.sgd, learning_rate=[0.1, 0.2]), 10)
+    result = jgd.sweep(TASK, jgd.grid(jgd.sgd, learning_rate=[0.1, 0.2]), 10)
     frame = result.to_pandas()
     assert list(frame["rank"]) == [1, 2]
     assert set(frame.columns) == set(result.rows[0])

@@ -25,6 +25,8 @@ def test_examples_run(tmp_path, monkeypatch):
     assert names["again"].rows == names["halved"].rows
     assert names["fast"].rows[0]["ended"] == "reached target"
     assert len(names["kept"].kept) == 5
+    assert names["loaded"].rows == names["extended"].rows
+    assert len(names["merged"].rows) == 33
     assert names["pulled"].rows[0]["value"] > 0.7
     assert names["streamed"].rows[0]["loss"] < 0.1
     assert len(names["swept"].rows) == 6

@@ -132,6 +132,25 @@ def test_counts_are_checked(wrong):
         jgd.sweep(_line(), lanes, 10, metric="accuracy")
 
 
+def test_a_random_key_is_a_seed(tmp_path):
+    """The key that an int makes is that int; another one is its kind and its words."""
+    task = _line()._replace(
+        init=lambda key: {"w": jax.random.normal(key, (2,)), "b": jnp.zeros(())}
+    )
+    lanes = jgd.grid(jgd.adam, learning_rate=[0.1])
+    plan = lambda key: planned(task, lanes, 8, key=key).plan.as_json()
+    assert plan(0)["key"] == 0
+    assert plan(jax.random.key(0)) == plan(jax.random.PRNGKey(0)) == plan(np.int64(0)) == plan(0)
+    keys = jax.random.split(jax.random.key(1))[1], jax.random.split(jax.random.PRNGKey(1))[1]
+    kind, *words = plan(keys[0])["key"]
+    assert (kind, words) == ("threefry2x32", jax.random.key_data(keys[0]).tolist())
+    options = dict(key=keys[0], folder=tmp_path / "a")
+    result = jgd.sweep(task, lanes, 8, **options)
+    assert jgd.sweep(task, lanes, 8, resume=True, **options | {"key": keys[1]}).rows == result.rows
+    alone, _ = jgd.train(task, result.best.setting, 8, jax.random.fold_in(keys[0], 0))
+    chex.assert_trees_all_close(result.best.params, alone, rtol=1e-5)
+
+
 # --- the driver ------------------------------------------------------------------------------
 
 
@@ -407,8 +426,10 @@ def test_a_folder_holds_plan_journal_and_results(tmp_path):
         "results.csv",
         "results.json",
         "curves.npz",
+        "settings.pickle",
         "manifest-1.json",
         "states",
+        "lock",
     }
     for name in ("plan.json", "journal.jsonl", "results.csv", "results.json"):
         assert (folder / name).read_bytes() == (tmp_path / "two" / name).read_bytes()

@@ -2,16 +2,18 @@
 
 import contextlib
 import dataclasses
+import functools
+import importlib.util
 import inspect
 import itertools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Generator
+import warnings
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -19,8 +21,9 @@ from typing import Annotated, Any, Literal, NoReturn
 import tyro
 
 import jgd
-from jgd.tuning.options import Doc, Seeds, SweepOptions, values_of
-from jgd.tuning.parsing import UserError, factory_of, groups_of, task_of, where
+from jgd.tuning.lock import LOCKS, locked
+from jgd.tuning.options import Doc, Seeds, SweepOptions, Training, values_of
+from jgd.tuning.parsing import UserError, factory_of, groups_of, space_of, task_of, where
 
 __all__ = ["main"]
 
@@ -56,6 +59,11 @@ class Sweep(SweepOptions):
         rate=lin:LOW:HIGH:COUNT. Repeat it for several arguments: every combination is trained.
         Default: learning_rate=log:1e-5:1e1:64."""),
     ] = ()
+    optuna: Annotated[
+        int | None,
+        Doc("""Train this many settings of one optimizer that Optuna proposes, 32 at a time: log and
+        lin of --set give ranges, lists give choices. Default: every combination of --set."""),
+    ] = None
     steps: Annotated[int, Doc("Steps of each training.")] = 1000
     seeds: Seeds = 3
     out: Annotated[
@@ -156,10 +164,10 @@ class Report:
         """Print the table and draw the pictures."""
         from rich.console import Console
 
-        from jgd.tuning.folder import read_result
+        from jgd.tuning.load import read_results
 
         try:
-            _show(Console(), read_result(self.folder), self.folder, self.top)
+            _show(Console(), read_results(self.folder), self.folder, self.top)
         except (OSError, ValueError) as error:
             raise UserError(str(error)) from error
 
@@ -167,6 +175,7 @@ class Report:
 def main() -> None:
     """Parse the arguments and run a command."""
     commands = {"sweep": Sweep, "report": Report, "optimizers": Optimizers}
+    warnings.formatwarning = lambda message, *_, **__: f"jgd: {message}\n"
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="jgd").run()
     except UserError as error:
@@ -215,35 +224,53 @@ def _how_to_go_on(out: Path) -> str:
 def _sweep(options: Sweep) -> None:
     started = time.perf_counter()
     _keep_compiled_programs()
-    from rich.console import Console
-
-    from jgd.tuning import console, devices
-    from jgd.tuning.sweep import Interrupted, sweep
+    from jgd.tuning import devices
 
     if options.coordinator is not None:
         devices.join(options.coordinator, options.processes, options.process)
-    terminal = Console(quiet=not devices.is_writer())
     out = options.resume or options.out
     out = out or _new_folder(Path("runs") / time.strftime("%Y-%m-%d-%H%M%S"))
+    with contextlib.ExitStack() as held:
+        try:
+            with devices.fails_everywhere():
+                if devices.is_writer():
+                    held.enter_context(locked(out))
+        except (OSError, RuntimeError) as error:
+            raise UserError(str(error)) from error
+        _sweep_in(out, options, started)
+
+
+def _sweep_in(out: Path, options: Sweep, started: float) -> None:
+    from rich.console import Console
+
+    from jgd.tuning import console, devices
+    from jgd.tuning.folder import is_free
+    from jgd.tuning.join import merge
+    from jgd.tuning.propose import Proposed
+    from jgd.tuning.sweep import Interrupted
+
+    terminal = Console(quiet=not devices.is_writer())
     # a sweep that was killed before it had a plan starts anew
-    has_plan = (out / "plan.json").exists()
-    resume = options.resume is not None and devices.from_process_0([has_plan])[0]
+    new = devices.from_process_0([is_free(out)])[0]
+    resume = options.resume is not None and not new
     if options.resume is not None:
         options = _resumed(options)
     task = _task(options)
-    groups, halving = groups_of(options.optimizer or TEXTBOOK, options.set), _halving(options)
+    train, halving = _training(options, task), _halving(options)
     if options.resume is None and devices.is_writer():
         _write_command(options, out)
-    progress, interrupted = console.Progress(terminal), False
-    given = values_of(options, SweepOptions)
+    progress, interrupted = console.Progress(terminal, options.optuna), False
+    given = values_of(options, SweepOptions if options.optuna is None else Training)
     given |= dict(halving=halving, stop=options.patience, folder=out, resume=resume)
     try:
         with progress, _one_line(options, out):
-            result = sweep(task, groups, options.steps, on_report=progress, **given)
+            result = train(on_report=progress, **given)
     except Interrupted as error:
         result, interrupted = error.result, True
     if not devices.is_writer():
         return
+    if isinstance(result, Proposed):
+        result = merge(*result.results)
     _show(terminal, result, out, options.top)
     seconds = time.perf_counter() - started
     rate = progress.done / max(progress.seconds, 1e-9)
@@ -267,6 +294,23 @@ def _one_line(options: Sweep, out: Path) -> Generator[None]:
         _forget_command(out)
         hint = "" if options.coordinator is None else f"; perhaps {_how_to_go_on(out)}"
         raise UserError(f"task {options.task}: {where(error)}{hint}") from error
+
+
+def _training(options: Sweep, task: Any) -> Callable[..., Any]:
+    """Return the sweep over all combinations, or the search, without its options."""
+    from jgd.tuning.propose import optuna_search
+    from jgd.tuning.sweep import sweep
+
+    optimizers = options.optimizer or TEXTBOOK
+    if options.optuna is None:
+        return functools.partial(sweep, task, groups_of(optimizers, options.set), options.steps)
+    if importlib.util.find_spec("optuna") is None:
+        raise UserError('--optuna needs Optuna: python -m pip install "jgd[optuna]"')
+    for name in ("keep", "budget", "seconds"):
+        if getattr(options, name) != getattr(SweepOptions, name):
+            raise UserError(f"--optuna and --{name} exclude each other")
+    factory, space = space_of(optimizers, options.set)
+    return functools.partial(optuna_search, task, factory, options.steps, options.optuna, space)
 
 
 def _task(options: Sweep) -> Any:
@@ -304,7 +348,8 @@ def _show(terminal: Any, result: Any, out: Path, top: int) -> None:
 
     console.print_result(terminal, result, top)
     pictures = plots.save_plots(result, out)
-    files = ["results.csv", "results.json", "curves.npz", *(path.name for path in pictures)]
+    tables = [out / name for name in ("results.csv", "results.json", "curves.npz")]
+    files = [path.name for path in (*tables, *pictures) if path.exists()]
     terminal.print(f"in {out}: {', '.join(files)}")
 
 
@@ -316,8 +361,7 @@ def _write_command(options: Sweep, out: Path) -> None:
     plain = lambda x: str(x) if isinstance(x, Path) else x
     given = {name: plain(x) for name, x in dataclasses.asdict(options).items()}
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not any(out.iterdir()):
+        if {path.name for path in out.iterdir()} <= set(LOCKS):
             (out / "command.json.part").write_text(json.dumps(given, indent=1))
             (out / "command.json.part").replace(out / "command.json")
     except OSError as error:
@@ -325,9 +369,9 @@ def _write_command(options: Sweep, out: Path) -> None:
 
 
 def _forget_command(out: Path) -> None:
-    """Leave no folder behind for a sweep that was refused."""
-    if out.is_dir() and [path.name for path in out.iterdir()] == ["command.json"]:
-        shutil.rmtree(out, ignore_errors=True)
+    """Leave nothing behind for a sweep that was refused."""
+    if out.is_dir() and {path.name for path in out.iterdir()} <= {"command.json", *LOCKS}:
+        (out / "command.json").unlink(missing_ok=True)
 
 
 def _resumed(options: Sweep) -> Sweep:

@@ -19,10 +19,14 @@ __all__ = ["Progress", "print_optimizers", "print_result"]
 
 
 class Progress:
-    """A live bar on a terminal, else a line per group; with the best metric so far."""
+    """A live bar on a terminal, else a line per group; with the best metric so far.
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    Args:
+      settings: the number of settings in all plans of a search; None: of the one plan.
+    """
+
+    def __init__(self, console: Console, settings: int | None = None) -> None:
+        self.console, self.settings = console, settings
         self.live = console.is_terminal
         self.line = self.group = ""  # of the group at work
         columns = [
@@ -61,17 +65,18 @@ class Progress:
         self.done += (report.step - before) * len(report.lanes)
         self.seconds = time.perf_counter() - self.started
         speed = f"{self.done / self.seconds:,.0f} lane-steps/s"
+        total = plan.lane_steps * self._settings(plan) / int(plan.first[-1])
         shown = self._best(plan, report)
         self.bar.update(
             self.task,
             description=report.group,
-            total=plan.lane_steps,
+            total=total,
             completed=self.done,
             alive=f"{report.alive:,} alive",
             speed=speed,
             best=shown,
         )
-        self.line = f"{report.group:<12} {self.done / plan.lane_steps:4.0%}  {speed}  {shown}"
+        self.line = f"{report.group:<12} {self.done / total:4.0%}  {speed}  {shown}"
 
     def _print_line(self) -> None:
         if not self.live and self.line:
@@ -85,8 +90,11 @@ class Progress:
         self.best = choose([*seen, *([] if self.best is None else [self.best])], default=None)
         return "" if self.best is None else f"best {plan.metric} {self.best:.4g}"
 
+    def _settings(self, plan: Plan) -> int:
+        return int(plan.first[-1]) if self.settings is None else self.settings
+
     def _announce(self, plan: Plan) -> None:
-        settings = sum(group.settings for group in plan.groups)
+        settings = self._settings(plan)
         widths = " and ".join(str(width) for width in sorted({g.width for g in plan.groups}))
         self.console.print(
             f"{settings * plan.seeds:,} trainings of {plan.steps:,} steps: {settings:,} settings in"
@@ -97,7 +105,8 @@ class Progress:
 def print_result(console: Console, result: Result, top: int) -> None:
     """Print the best setting of each group with its verdicts, then the best `top` settings."""
     plan = result.plan
-    varied = list(dict.fromkeys(name for g in plan.groups for name in (*g.axes, *g.fixed)))
+    varied = dict.fromkeys(name for g in plan.groups for name in (*g.axes, *g.fixed))
+    varied.pop("optimizer", None)  # an argument of that name is in the name of the group
 
     table = _table(
         "best of each optimizer", result.metric, "optimizer", *varied, result.metric, *_STYLES

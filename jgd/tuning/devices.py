@@ -7,6 +7,7 @@ reads the clock and writes files.
 
 import contextlib
 import functools
+import logging
 import os
 from collections.abc import Generator, Iterable
 from typing import Any
@@ -19,6 +20,8 @@ __all__ = [
     "Failures",
     "by_lane",
     "check_same_task",
+    "checkpointer",
+    "fails_everywhere",
     "from_process_0",
     "is_writer",
     "join",
@@ -160,6 +163,23 @@ def check_same_task(digest: str) -> None:
         )
 
 
+def checkpointer() -> Any:
+    """Return a checkpointer of orbax that works in this process alone."""
+    import orbax.checkpoint
+
+    logging.getLogger("absl").addFilter(_is_not_of_orbax)
+    here = jax.process_index()  # states are on the host of the one process that writes
+    alone = orbax.checkpoint.options.MultiprocessingOptions(
+        primary_host=here, active_processes={here}, barrier_sync_key_prefix=str(here)
+    )
+    several: dict[str, Any] = {"multiprocessing_options": alone} if jax.process_count() > 1 else {}
+    return orbax.checkpoint.StandardCheckpointer(**several)
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname  # errors are raised as well
+
+
 class Failures:
     """Errors of this process, kept until all processes know them.
 
@@ -198,3 +218,12 @@ class Failures:
         for process, other in enumerate(everywhere):
             if message := bytes(other).rstrip(b"\0").decode(errors="replace"):
                 raise RuntimeError(f"process {process} failed: {message}")
+
+
+@contextlib.contextmanager
+def fails_everywhere() -> Generator[None]:
+    """Within this context an error on one process is raised on all. All processes enter it."""
+    failures = Failures()
+    with failures.collected():
+        yield
+    failures.raise_everywhere()

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jgd.checks import key_of
 from jgd.pytree import Monitor
 from jgd.training import Run
 from jgd.tuning import devices
@@ -54,14 +55,8 @@ class SharedPrograms:
             drop_diverged=plan.drop_diverged,
         )
         self.batches = self.batches_of(plan)
-        root = jax.random.key(plan.key)
-        keys = jax.vmap(lambda seed: jax.random.fold_in(root, seed))(jnp.arange(plan.seeds))
-        self.keys = np.asarray(jax.random.key_data(keys))
-        self.shared_start: Any = None
-        if make := run.begin:
-            begin = lambda bits: jax.vmap(make)(jax.random.wrap_key_data(bits))
-            compiled = self.compiler.compiled(begin, self.keys, out=self.compiler.on_all)
-            self.shared_start = compiled(self.keys)
+        self.kind = jax.random.key_impl(key_of(plan.key))
+        self.keys, self.shared_start = self.start_of(plan)
         self._programs = dict[Any, Program]()
 
     def batches_of(self, plan: Plan) -> BatchSource:
@@ -71,6 +66,29 @@ class SharedPrograms:
             return StreamBatches(make, plan.reports, self.compiler.on_all)
         seeds = plan.seeds if self.options.own_order else None
         return FunctionBatches(make, plan.reports, seeds, self.compiler)
+
+    def start_of(self, plan: Plan) -> tuple[np.ndarray, Any]:
+        """Return the keys of the seeds, as bits, and what all settings of a seed begin with."""
+        root = key_of(plan.key)
+        keys = jax.vmap(lambda seed: jax.random.fold_in(root, seed))(jnp.arange(plan.seeds))
+        bits = np.asarray(jax.random.key_data(keys))
+        if (make := self.options.run.begin) is None:
+            return bits, None
+        begin = lambda bits: jax.vmap(make)(jax.random.wrap_key_data(bits, impl=self.kind))
+        return bits, self.compiler.compiled(begin, bits, out=self.compiler.on_all)(bits)
+
+    def check_seeds(self, plan: Plan, before: Plan) -> None:
+        """Raise ValueError unless a seed begins alike in sweeps of these two numbers of seeds."""
+        n = min(plan.seeds, before.seeds)
+        theirs = self.shared_start if plan.seeds == before.seeds else self.start_of(before)[1]
+        alike = lambda x, y: bool((x[:n] == y[:n]).all())
+        same = jax.tree.map(alike, self.shared_start, theirs)
+        if not all(jax.tree.leaves(same)):
+            raise ValueError(
+                f"extend: seeds must be {before.seeds}, got {plan.seeds}: the initial parameters of"
+                " this task round otherwise for other numbers of seeds. Start a sweep in a new"
+                " folder"
+            )
 
     def program(self, settings: Any) -> "Program":
         """Return the program for settings of this structure."""
@@ -148,11 +166,6 @@ class Program:
         program = self.chunks[width]
         return lambda: program(lanes, *arguments)
 
-    def states(self, rows: Lane) -> Any:
-        """Return the states of the run at the reports that count, as the user knows them."""
-        rows = jax.tree.map(jnp.asarray, rows)
-        return lane.result(jax.tree.map(lambda x, spec: spec.unpack(x), rows, self._specs))
-
     def shapes(self, rows: int) -> Lane:
         """Return the shapes and dtypes of a number of lanes outside the program."""
         many = lambda x: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype)
@@ -169,7 +182,7 @@ class Program:
         return jax.tree.map(lambda x: devices.placed(x, by_lane), tree)
 
     def _one(self, setting: Any, seed: Any, bits: Any, shared_start: Any) -> Lane:
-        key = jax.random.wrap_key_data(bits)
+        key = jax.random.wrap_key_data(bits, impl=self.shared.kind)
         return lane.begin(self.options, setting, seed, key, shared_start)
 
     def _begin(self, settings: Any, seeds: Any, keys: Any, shared_start: Any) -> Lane:

@@ -5,8 +5,10 @@ command.json         the command line, if the sweep came from there
 journal.jsonl        the events, one per line
 states/              the states of lanes, a folder for each block of the pool (orbax)
 manifest-N.json      checkpoint N: how much of the journal it covers, the schedule, and the blocks
+segment-N/           an extension: plan, journal, states and manifests of its own
 results.csv          a row per setting, ranked; results.json the same with metric, mode and steps
 curves.npz           the curves of all lanes
+settings.pickle      the settings: their numbers, and their structure if it can be pickled
 
 A block is written once, under a name of its own. A manifest is written after all that it names is
 on disk, and the one before it stays, so that at any moment a whole checkpoint is there. Results and
@@ -16,10 +18,11 @@ curves follow from the journal; nothing is ever read from them to resume.
 import concurrent.futures
 import contextlib
 import csv
+import errno
+import functools
 import json
-import logging
-import math
 import os
+import pickle
 import shutil
 import zlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -29,49 +32,120 @@ from typing import Any
 import jax
 import numpy as np
 
-from jgd.tuning.devices import is_writer
+from jgd.tuning.devices import checkpointer as _checkpointer
+from jgd.tuning.devices import fails_everywhere, is_writer
 from jgd.tuning.events import Cut, Report, decode, encode
+from jgd.tuning.lock import LOCKS, locked
 from jgd.tuning.plan import FORMAT, Plan, plain
-from jgd.tuning.result import Best, Curves, Result
+from jgd.tuning.result import Curves, Result
+from jgd.tuning.segment import (
+    Segment,
+    checksums,
+    crc_of_plan,
+    extensions,
+    manifests,
+    number_of,
+    read_manifest,
+    read_segment,
+    read_segments,
+    resumable,
+    sealed,
+)
+from jgd.tuning.space import Lanes
 
-__all__ = ["Folder", "read_result"]
+__all__ = ["SETTINGS", "Folder", "is_free", "load_block", "opened", "write_json", "write_table"]
 
-EARLY = ("command.json", "plan.json.part", "command.json.part")  # a sweep that has not started
+SETTINGS = "settings.pickle"
+
+# of a sweep or a search that has not started
+EARLY = ("command.json", *(f"{x}.json.part" for x in ("command", "plan", "search")), *LOCKS)
+# orbax has errors of its own, with these texts
+FULL = os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)
+
+
+@contextlib.contextmanager
+def opened(
+    path: str | Path | None, *, resume: bool = False, extend: bool = False
+) -> Generator["Folder"]:
+    """Hold the folder of a sweep: no other process has it, and at the end all is written.
+
+    Args:
+      extend: whether to return the folder of an extension, a new one or one to go on with.
+
+    Other arguments and raises: as `Folder`; BlockingIOError, naming the holder, if another process
+      has it; OSError, saying how to go on, if the disk is full.
+    """
+    with contextlib.ExitStack() as stack:
+        with fails_everywhere():
+            if path is not None and is_writer():
+                stack.enter_context(locked(Path(path)))
+        with fails_everywhere():
+            new = Folder.of_extension if extend else functools.partial(Folder, resume=resume)
+            folder = new(path)
+        try:
+            yield folder
+            folder.finish()
+        except BaseException as error:
+            with contextlib.suppress(Exception):  # a checkpoint that is being written is finished
+                folder.finish()
+            full = next((text for text in FULL if text in str(error)), None)
+            if path is None or full is None:
+                raise
+            call = f"jgd sweep --resume {resumable(Path(path))}, or resume=True in Python"
+            call = "by the same call" if extend else call
+            raise OSError(f"{path}: {full}. Free some space, then go on: {call}") from error
 
 
 class Folder:
-    """The folder of one sweep. Of several processes, process 0 writes.
+    """The folder of one segment. Of several processes, process 0 writes.
 
     Args:
       path: None for a sweep without a folder: nothing is written.
+      resume: whether it holds a sweep to go on with.
+      earlier: the segments that an extension extends; results are written beside the first one.
 
     Attributes:
       enabled: False without a path.
-      plan: of the sweep that is resumed, as it was written; None for a new sweep.
-      notes: one line for each damaged checkpoint.
+      segment: of the sweep that is resumed; None for a new one.
 
-    Raises: FileExistsError for a new sweep in a folder that holds something, FileNotFoundError for
-      a resumed one without a plan, OSError if the folder cannot be written.
+    Raises: FileExistsError for a new sweep in a folder that holds something; what `read_segment`
+      raises for a resumed one; OSError if the folder cannot be written.
     """
 
-    def __init__(self, path: str | Path | None, *, resume: bool = False) -> None:
-        self.path, self.notes = Path(path or ""), list[str]()
+    def __init__(
+        self, path: str | Path | None, *, resume: bool = False, earlier: Sequence[Segment] = ()
+    ) -> None:
+        self.path, self.earlier = Path(path or ""), earlier
+        if resume and not earlier and extensions(self.path):
+            raise ValueError(f"resume: {path} was extended. Give it as extend, not as folder")
         self._writes = path is not None and is_writer()
-        if resume and not (self.path / "plan.json").exists():
-            raise FileNotFoundError(f"{self.path} holds no sweep: there is no plan.json")
-        if not resume and self._writes and not self._is_free():
+        if not resume and self._writes and not is_free(self.path):
             raise FileExistsError(f"{self.path} is not empty. Give a sweep a folder of its own")
         self.enabled = path is not None
-        self.plan = _read_json(self.path / "plan.json") if resume else None
+        self.segment = None
+        if resume:
+            self.segment = read_segment(self.path, resume=True, earlier=earlier)
         self._journal = self.path / "journal.jsonl"
+        self._plan_crc = self.segment.plan_crc if self.segment else 0
         self._events = self._bytes = self._crc = self._generation = 0
         self._writer = concurrent.futures.ThreadPoolExecutor(1)
         self._saving: concurrent.futures.Future[None] | None = None
 
-    def _is_free(self) -> bool:
-        if not self.path.exists():
-            return True
-        return self.path.is_dir() and all(x.name in EARLY for x in self.path.iterdir())
+    @classmethod
+    def of_extension(cls, path: str | Path | None) -> "Folder":
+        """Return the folder of a new extension, or of one that has not finished.
+
+        Raises: ValueError if the sweep in the folder has not finished; as `read_segments`.
+        """
+        path = Path(path or "")
+        segments = read_segments(path, resume=True)
+        *earlier, last = segments
+        if last.finished:
+            return cls(path / f"segment-{len(segments) + 1}", earlier=segments)
+        if not earlier:
+            why = "; ".join(last.notes) or f"{path} has not finished"
+            raise ValueError(f"extend: {why}. Go on with resume=True first")
+        return cls(last.path, resume=True, earlier=earlier)
 
     # --- plan and results
 
@@ -79,23 +153,17 @@ class Folder:
         """Write the plan, the first file of a sweep."""
         if self._writes:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._write_json("plan.json", plan.as_json())
+            data = write_json(self.path / "plan.json", plan.as_json())
+            self._plan_crc = crc_of_plan(data, self.earlier)
 
-    def write_result(self, result: Result) -> None:
-        """Write the table and the curves."""
+    def write_result(self, result: Result, groups: Mapping[str, Lanes]) -> None:
+        """Write the table, the curves and the settings."""
         if not self._writes:
             return
-        plan = result.plan
-        summary = {"metric": plan.metric, "mode": plan.mode, "steps": plan.steps}
-        with _replacing(self.path / "results.csv") as path, path.open("w", newline="") as file:
-            columns = list(dict.fromkeys(name for row in result.rows for name in row))
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(result.rows)
-        self._write_json("results.json", {**summary, "seeds": plan.seeds, "rows": result.rows})
-        with _replacing(self.path / "curves.npz") as path, path.open("wb") as file:
-            arrays: dict[str, Any] = _arrays_of(result.curves)
-            np.savez_compressed(file, **arrays)
+        folder = self.earlier[0].path if self.earlier else self.path
+        write_table(folder, result)
+        with _replacing(folder / SETTINGS) as path, path.open("wb") as file:
+            pickle.dump({name: _pickled(lanes.settings) for name, lanes in groups.items()}, file)
 
     # --- the journal
 
@@ -130,6 +198,7 @@ class Folder:
         manifest = {
             "format": FORMAT,
             "generation": self._generation,
+            "plan": self._plan_crc,
             "journal": journal,
             **manifest,
         }
@@ -150,95 +219,90 @@ class Folder:
         folder.mkdir(exist_ok=True)
         new = [name for name in states if not (folder / name).exists()]
         for name in new:  # orbax renames a folder when it is whole, and saves no single array
-            checkpointer.save(folder / name, {"lanes": states[name]})
+            leaves = enumerate(jax.tree.leaves(states[name]))
+            checkpointer.save(folder / name, {str(place): leaf for place, leaf in leaves})
         checkpointer.wait_until_finished()
         for name in new:
             _sync(folder / name)
         _sync(folder, files=False)
         blocks = {
-            name: {**block, "files": _checksums(folder / name)}
+            name: {**block, "files": checksums(folder / name)}
             for name, block in manifest["blocks"].items()
         }
-        self._write_json(f"manifest-{manifest['generation']}.json", {**manifest, "blocks": blocks})
+        whole = sealed(plain({**manifest, "blocks": blocks}))
+        write_json(self.path / f"manifest-{manifest['generation']}.json", whole)
         _sync(self.path, files=False)
         self._tidy()
 
     def _tidy(self) -> None:
         """Delete all checkpoints but the last two, and the states that neither names."""
-        for path in _manifests(self.path)[2:]:
+        for path in manifests(self.path)[2:]:
             path.unlink()
         named = set[str]()
-        for path in _manifests(self.path):
+        for path in manifests(self.path):
             with contextlib.suppress(ValueError, KeyError):  # a damaged manifest names no state
-                named |= set(_read_json(path)["blocks"])
+                named |= set(read_manifest(path)["blocks"])
         for path in _entries(self.path / "states"):
             if path.name not in named:
                 shutil.rmtree(path)
 
     # --- resuming
 
-    def last_checkpoint(self) -> dict[str, Any] | None:
-        """Return the manifest of the last whole checkpoint; None if there is none.
-
-        A line for each damaged checkpoint is added to `notes`.
-        """
-        for path in _manifests(self.path):
-            try:
-                manifest = _read_json(path)
-                self._check(manifest)
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                self.notes.append(f"{self.path}: checkpoint {_generation(path)}: {error}")
-                continue
-            return manifest
-        return None
-
-    def _check(self, manifest: Mapping[str, Any]) -> None:
-        """Raise ValueError unless all that a manifest names is there and as it was written."""
-        if manifest["format"] != FORMAT:
-            raise ValueError(f"the format must be {FORMAT}, got {manifest['format']}")
-        data = self._journal.read_bytes()[: manifest["journal"]["bytes"]]
-        if len(data) < manifest["journal"]["bytes"]:
-            raise ValueError(f"{self._journal.name} is shorter than the checkpoint says")
-        if zlib.crc32(data) != manifest["journal"]["crc32"]:
-            raise ValueError(f"{self._journal.name} was changed")
-        for name, block in manifest["blocks"].items():
-            if _checksums(self.path / "states" / name) != block["files"]:
-                raise ValueError(f"states/{name} was changed")
-
-    def return_to(self, manifest: Mapping[str, Any] | None) -> None:
-        """Truncate the journal to what a checkpoint covers, and delete what is newer."""
-        journal = manifest["journal"] if manifest else {"events": 0, "bytes": 0, "crc32": 0}
-        self._events, self._bytes = journal["events"], journal["bytes"]
-        self._crc, self._generation = journal["crc32"], manifest["generation"] if manifest else 0
+    def return_to_checkpoint(self, segment: Segment) -> None:
+        """Truncate the journal to what the checkpoint covers, and delete what is newer."""
+        if segment.manifest is not None:
+            journal, self._generation = segment.manifest["journal"], segment.manifest["generation"]
+            self._events, self._bytes = journal["events"], journal["bytes"]
+            self._crc = journal["crc32"]
         if not self._writes:
             return
-        for path in _manifests(self.path):
-            if _generation(path) > self._generation:
+        for path in manifests(self.path):
+            if number_of(path) > self._generation:
                 path.unlink()
         if self._journal.exists():
             os.truncate(self._journal, self._bytes)
         self._tidy()
 
     def events(self, plan: Plan) -> Iterator[Report | Cut]:
-        """Yield the events of the journal, as far as the checkpoint covers it."""
+        """Yield the events up to the checkpoint that the folder returned to."""
         if self._bytes:
-            with self._journal.open("rb") as file:
-                for line in file.read(self._bytes).splitlines():
-                    yield decode(line, plan)
+            data = self._journal.read_bytes()[: self._bytes]
+            yield from (decode(line, plan) for line in data.splitlines())
 
-    def load(self, name: str, shapes: Any) -> Any:
-        """Return the rows of a block, of these shapes, on the host."""
-        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        shaped = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-        path = (self.path / "states" / name).absolute()
-        rows = _checkpointer().restore(path, {"lanes": jax.tree.map(shaped, shapes)})["lanes"]
-        return jax.tree.map(np.asarray, rows)
 
-    # --- files
+# --- files -----------------------------------------------------------------------------------
 
-    def _write_json(self, name: str, content: Any) -> None:
-        with _replacing(self.path / name) as path:
-            path.write_text(json.dumps(plain(content), indent=1))
+
+def write_table(folder: Path, result: Result) -> None:
+    """Write the table and the curves."""
+    plan = result.plan
+    summary = {"metric": plan.metric, "mode": plan.mode, "steps": plan.steps}
+    with _replacing(folder / "results.csv") as path, path.open("w", newline="") as file:
+        columns = list(dict.fromkeys(name for row in result.rows for name in row))
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(result.rows)
+    rows = plain(result.rows)
+    write_json(folder / "results.json", {**summary, "seeds": plan.seeds, "rows": rows})
+    with _replacing(folder / "curves.npz") as path, path.open("wb") as file:
+        arrays: dict[str, Any] = _arrays_of(result.curves)
+        np.savez_compressed(file, **arrays)
+
+
+def write_json(path: Path, content: Any) -> bytes:
+    """Write a file, and return its content."""
+    data = json.dumps(content, indent=1).encode()
+    with _replacing(path) as part:
+        part.write_bytes(data)
+    return data
+
+
+def _pickled(settings: Any) -> tuple[bytes | None, list[np.ndarray]]:
+    """Return the structure of settings, None if it cannot be pickled, and their numbers."""
+    structure = None
+    with contextlib.suppress(Exception):  # a function, or what a user's class raises
+        structure = pickle.dumps(jax.tree.map(lambda _: 0, settings))
+    return structure, jax.tree.map(np.asarray, jax.tree.leaves(settings))
 
 
 @contextlib.contextmanager
@@ -264,48 +328,19 @@ def _sync(path: Path, *, files: bool = True) -> None:
             os.close(descriptor)
 
 
-def _checksums(path: Path) -> dict[str, list[int]]:
-    """Return size and checksum of all files in a folder. Raises FileNotFoundError without one."""
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} is missing")
-    files = sorted(x for x in path.rglob("*") if x.is_file())
-    data = ((x.relative_to(path).as_posix(), x.read_bytes()) for x in files)
-    return {name: [len(content), zlib.crc32(content)] for name, content in data}
+def is_free(path: Path) -> bool:
+    """Return whether a sweep may start in a folder: none has."""
+    return all(x.name in EARLY for x in _entries(path))
 
 
 def _entries(path: Path) -> list[Path]:
     return list(path.iterdir()) if path.is_dir() else []
 
 
-def _generation(path: Path) -> int:
-    return int(path.stem.partition("-")[2])
-
-
-def _manifests(path: Path) -> list[Path]:
-    """Return the manifests of a folder, newest first."""
-    return sorted(path.glob("manifest-[0-9]*.json"), key=_generation, reverse=True)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict[str, Any](json.loads(path.read_text()))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} must hold a JSON object: {error}") from None
-
-
-def _checkpointer() -> Any:
-    import orbax.checkpoint
-
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    here = jax.process_index()  # states are on the host of the one process that writes
-    alone = orbax.checkpoint.options.MultiprocessingOptions(
-        primary_host=here, active_processes={here}, barrier_sync_key_prefix=str(here)
-    )
-    several: dict[str, Any] = {"multiprocessing_options": alone} if jax.process_count() > 1 else {}
-    return orbax.checkpoint.StandardCheckpointer(**several)
-
-
-# --- results ---------------------------------------------------------------------------------
+def load_block(path: Path, name: str) -> list[np.ndarray]:
+    """Return the leaves of a block of states in a folder, on the host."""
+    leaves = _checkpointer().restore((path / "states" / name).absolute())
+    return [np.asarray(leaves[str(place)]) for place in range(len(leaves))]
 
 
 def _arrays_of(curves: Mapping[str, Curves]) -> dict[str, np.ndarray]:
@@ -316,28 +351,3 @@ def _arrays_of(curves: Mapping[str, Curves]) -> dict[str, np.ndarray]:
         arrays[f"{group}/train_loss"] = c.train_loss.astype(np.float32)
         arrays |= {f"{group}/{name}": x.astype(np.float32) for name, x in c.metrics.items()}
     return arrays
-
-
-def read_result(path: str | Path) -> Result:
-    """Return the result in the folder of a sweep that has ended: table and curves, no states.
-
-    Raises: FileNotFoundError if it holds none.
-    """
-    path = Path(path)
-    for name in ("plan.json", "results.json", "curves.npz"):
-        if not (path / name).exists():
-            raise FileNotFoundError(f"{path} holds no finished sweep: there is no {name}")
-    rows = _read_json(path / "results.json")["rows"]
-    plan = Plan.of_json(_read_json(path / "plan.json"))
-    rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
-    with np.load(path / "curves.npz") as arrays:
-        curves = {
-            g.name: Curves(
-                arrays[f"{g.name}/step"],
-                arrays[f"{g.name}/train_loss"],
-                {name: arrays[f"{g.name}/{name}"] for name in plan.metrics},
-            )
-            for g in plan.groups
-        }
-    best = Best(rows[0], None, None)
-    return Result(rows, curves, best, [best], plan.metric, plan.mode, plan)

@@ -7,8 +7,7 @@ inputs.run, inputs.groups, inputs.metrics
 import dataclasses
 import functools
 import inspect
-import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,16 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jgd.checks import admit, refuse, traceable
+from jgd.lanes import check_numbers
+from jgd.nodes import brief, is_number
 from jgd.pytree import Monitor
 from jgd.stopping import early_stopping
-from jgd.training import Run, start, supervised
+from jgd.training import Run, Task, check_task, start, supervised
 from jgd.tuning import devices
 from jgd.tuning.options import Training
-from jgd.tuning.plan import FORMAT, Plan, ranked_by
+from jgd.tuning.plan import Plan, ranked_by
 from jgd.tuning.space import Lanes, lanes_of
 from jgd.tuning.streams import Stream
 
-__all__ = ["Inputs", "check_inputs", "resumed"]
+__all__ = ["Inputs", "check_inputs", "extended", "first_setting", "resumed"]
 
 # columns of the table and the journal, which no metric may be named
 RESERVED = (
@@ -47,6 +49,7 @@ class Inputs(NamedTuple):
 
 def check_inputs(task: Any, settings: Any, options: Training, stop: Any) -> Inputs:
     """Return the checked inputs. Raises ValueError or TypeError for those a sweep cannot train."""
+    check_task(options.function, task, Task, Run)
     run = task if isinstance(task, Run) else supervised(task)
     groups = _groups(settings)
     batch = _first_batch(run.batch, options.order)
@@ -61,6 +64,11 @@ def _groups(settings: Any) -> dict[str, Lanes]:
         settings = {_name_of(settings): settings}
     groups = dict[str, Lanes]()
     for name, batch in settings.items():
+        if not isinstance(name, str):
+            refuse("sweep: the name of a group", "a string", name)
+        if len(settings) > 1 and isinstance(batch, np.ndarray | jax.Array):
+            cure = ". If the dict is one batch, name it: {'batch': settings}"
+            refuse(f"sweep: settings[{name!r}]", "a batch of settings", batch, cure)
         several = type(batch) is dict and any(isinstance(x, Lanes) for x in batch.values())
         named = {f"{name} {label}": x for label, x in batch.items()} if several else {name: batch}
         for label, lanes in named.items():
@@ -111,6 +119,10 @@ def _first_batch(make: Callable[..., Any], order: str) -> Any:
             )
         first = make(0)
         data = None if jax.tree_util.all_leaves([make]) else make
+    check_numbers("sweep", first, "a batch")
+    if not isinstance(make, Stream):
+        with traceable("sweep: batch"):
+            jax.eval_shape(make, 0)
     for path, leaf in jax.tree_util.tree_leaves_with_path(first if data is None else data):
         if not jnp.issubdtype(jax.typeof(leaf).dtype, jnp.floating):
             continue
@@ -142,23 +154,45 @@ def _metrics(run: Run, groups: Mapping[str, Lanes], batch: Any) -> list[str]:
 def _metrics_of(run: Run, lanes: Lanes, batch: Any) -> list[str]:
     one = lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], jnp.asarray(x).dtype)
     setting = jax.tree.map(one, lanes.settings)
-    state = jax.eval_shape(functools.partial(start, run), setting, jax.random.key(0))
-    _, of_update = jax.eval_shape(run.update, setting, state, batch)
-    if "loss" not in of_update or of_update["loss"].shape:
-        raise ValueError("sweep: update must report a scalar under the name 'loss'")
+    with traceable("sweep: init"):
+        state = jax.eval_shape(functools.partial(start, run), setting, jax.random.key(0))
     names: list[str] = []
 
-    def evaluate(setting: Any, state: Any) -> dict[str, Any]:
+    def update(setting: Any, state: Any, batch: Any) -> Any:
+        after = run.update(setting, state, batch)
+        if not isinstance(after, tuple) or len(after) != 2 or not isinstance(after[1], dict):
+            refuse("sweep: update", "a function that returns (state, metrics)", after)
+        if not _is_scalar(after[1].get("loss")):
+            raise ValueError("sweep: update must report a scalar under the name 'loss'")
+        shapes = [jax.tree.map(np.shape, tree) for tree in (state, after[0])]
+        if shapes[0] != shapes[1]:
+            refuse("sweep: the state after update", f"shaped as before, {shapes[0]}", shapes[1])
+        return after
+
+    def evaluate(setting: Any, state: Any) -> None:
         values = run.evaluate(setting, state)
         if not isinstance(values, dict) or not values:
-            raise ValueError(f"sweep: evaluate must return a dict of scalars, got {values!r}")
+            raise ValueError(f"sweep: evaluate must return a dict of scalars, got {brief(values)}")
+        for name, value in values.items():
+            if not isinstance(name, str):
+                refuse("sweep: the name of a metric", "a string", name)
+            if not _is_scalar(value):
+                raise ValueError(
+                    f"sweep: metric {name} of evaluate must be a scalar, got {brief(value)}"
+                )
         names.extend(values)  # in the user's order; JAX sorts names
-        return values
 
-    for name, value in jax.eval_shape(evaluate, setting, state).items():
-        if getattr(value, "shape", None) != ():
-            raise ValueError(f"sweep: metric {name} of evaluate must be a scalar, got {value!r}")
+    with traceable(f"sweep: {'loss' if run.begin else 'update'}"):
+        jax.eval_shape(update, setting, state, batch)
+    with traceable("sweep: evaluate"):
+        jax.eval_shape(evaluate, setting, state)
     return names
+
+
+def _is_scalar(x: Any) -> bool:
+    """Return whether a value is a real scalar; a bool counts as 0 or 1."""
+    a_bool = isinstance(x, bool) or str(getattr(x, "dtype", "")) == "bool"
+    return (is_number(x) or a_bool) and np.shape(x) == ()
 
 
 def _monitor(stop: Any, mode: Any) -> Monitor | None:
@@ -171,34 +205,74 @@ def _monitor(stop: Any, mode: Any) -> Monitor | None:
         return stop
     if isinstance(stop, bool) or not hasattr(stop, "__index__"):
         raise ValueError(f"sweep: stop must be jgd.stopping.early_stopping or an int, got {stop!r}")
-    return early_stopping(patience=operator.index(stop), mode=mode)
+    return early_stopping(patience=admit("sweep: stop", stop, int), mode=mode)
 
 
 # --- resuming a sweep ------------------------------------------------------------------------
 
 
-def resumed(plan: Plan, written: Mapping[str, Any]) -> Plan:
+def resumed(plan: Plan, written: Plan, what: str = "resume") -> Plan:
     """Return the plan of a resumed sweep, with the widths the sweep was started with.
 
     On another number or kind of devices, results agree to rounding.
 
     Raises: ValueError, naming the difference, for the plan of another sweep.
     """
-    if (version := written.get("format", 1)) != FORMAT:
+    if difference := _difference(_without_layout(plan), _without_layout(written), ""):
         raise ValueError(
-            f"resume: the folder has format {version}, and this version of jgd resumes format"
-            f" {FORMAT}. Start the sweep in a new folder; jgd report still reads this one"
+            f"{what}: this is another sweep: its {difference}. plan.json says how it was started"
         )
-    if difference := _difference(_without_layout(plan.as_json()), _without_layout(written), ""):
-        raise ValueError(f"resume: this is another sweep: its {difference}")
-    groups = []
-    for group, old in zip(plan.groups, written["groups"], strict=True):
-        widths = [devices.round_up(w, plan.devices) for w in old["widths"]]
-        costs = dict(zip(widths, old["costs"], strict=True))  # the last of equal widths
-        sizes = dict(width=widths[0], widths=list(costs), costs=list(costs.values()))
-        groups.append(dataclasses.replace(group, **sizes))
-    same = (plan.devices, plan.device) == (written["devices"], written["device"])
-    at_once = written["at_once"] if same else plan.at_once
+    return _with_layout(plan, written)
+
+
+def extended(plan: Plan, earlier: Sequence[Plan]) -> Plan:
+    """Return the plan of an extended sweep, with the widths of the groups that are there.
+
+    Raises: ValueError, with the reason, if its lanes would differ from those of one sweep.
+    """
+    for each in (plan, *earlier):
+        for name in ("halving", "budget", "seconds"):
+            if getattr(each, name) is not None:
+                raise ValueError(
+                    f"extend: {name} must be None, in the sweep that is there too: it ends lanes by"
+                    " what all lanes of the sweep do. Start a sweep in a new folder"
+                )
+    kept = lambda x: {k: v for k, v in _without_layout(x).items() if k not in EXTENDABLE}
+    if difference := _difference(kept(plan), kept(earlier[0]), ""):
+        raise ValueError(
+            f"extend: lanes of another sweep would differ: its {difference}. Start a sweep in a new"
+            " folder"
+        )
+    for each in earlier:
+        plan = _with_layout(plan, each)
+    return plan
+
+
+def first_setting(groups: Mapping[str, Lanes], earlier: Sequence[Plan]) -> Any:
+    """Return the setting that the digest of the task is taken with; an extension keeps it."""
+    name, row = next(iter(groups)), 0
+    for group in (plan.groups[0] for plan in earlier[:1]):
+        if group.name in groups and group.digests[0] in groups[group.name].digests:
+            name, row = group.name, groups[group.name].digests.index(group.digests[0])
+    return jax.tree.map(lambda x: jnp.asarray(x)[row], groups[name].settings)
+
+
+# what an extension may change
+EXTENDABLE = ("groups", "seeds", "brackets", "keep")
+
+
+def _with_layout(plan: Plan, written: Plan) -> Plan:
+    """Return a plan with the widths of the groups of another one."""
+    groups = list(plan.groups)
+    for place, group in enumerate(groups):
+        if group.name in written.index:
+            old = written.groups[written.index[group.name]]
+            widths = [devices.round_up(w, plan.devices) for w in old.widths]
+            costs = dict(zip(widths, old.costs, strict=True))  # the last of equal widths
+            sizes = dict(width=widths[0], widths=list(costs), costs=list(costs.values()))
+            groups[place] = dataclasses.replace(group, **sizes)
+    same = (plan.devices, plan.device) == (written.devices, written.device)
+    at_once = written.at_once if same else plan.at_once
     return dataclasses.replace(plan, groups=groups, at_once=at_once)
 
 
@@ -206,10 +280,11 @@ def resumed(plan: Plan, written: Mapping[str, Any]) -> Plan:
 LAYOUT = ("width", "widths", "costs", "devices", "device", "at_once", "checkpoint_every")
 
 
-def _without_layout(plan: Mapping[str, Any]) -> dict[str, Any]:
+def _without_layout(plan: Plan) -> dict[str, Any]:
     """Return the entries of a plan that affect results beyond rounding."""
+    written = plan.as_json()
     bare = lambda x: {name: value for name, value in x.items() if name not in LAYOUT}
-    return {**bare(plan), "groups": list(map(bare, plan["groups"]))}
+    return {**bare(written), "groups": list(map(bare, written["groups"]))}
 
 
 def _difference(now: Any, was: Any, path: str) -> str:
@@ -226,7 +301,8 @@ def _difference(now: Any, was: Any, path: str) -> str:
             if text := _difference(*pair, f"{path} {name}"):
                 return text
         return ""
-    return "" if now == was else f"{path} was {_short(was)} and is now {_short(now)}"
+    same = now == was or repr(now) == repr(was)  # NaN
+    return "" if same else f"{path} was {_short(was)} and is now {_short(now)}"
 
 
 def _short(x: Any) -> str:

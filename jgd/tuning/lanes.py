@@ -7,7 +7,9 @@
 `begin` and `step` describe one lane; `chunk` maps them over the leading axis of a tile.
 """
 
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,10 +17,11 @@ import jax.numpy as jnp
 
 from jgd import diagnosis
 from jgd.pytree import Monitor
-from jgd.training import Run
+from jgd.training import Run, start
+from jgd.tuning.compiling import LeafSpec
 from jgd.tuning.events import DIVERGED, STOPPED
 
-__all__ = ["BestReport", "Lane", "LaneOptions", "begin", "chunk", "result", "step"]
+__all__ = ["BestReport", "Lane", "LaneOptions", "begin", "chunk", "state_of", "step"]
 
 
 class LaneOptions(NamedTuple):
@@ -117,6 +120,23 @@ def _better(best: BestReport, score: Any, state: Any) -> BestReport:
     return jax.tree.map(lambda a, b: jnp.where(better, a, b), BestReport(score, state), best)
 
 
-def result(lanes: Lane) -> Any:
-    """Return the states at the reports that count."""
-    return lanes.state if lanes.best is None else lanes.best.state
+def state_of(run: Run, setting: Any, leaves: Sequence[Any], best: str) -> Any:
+    """Return the state of a run at the report that counts, from the leaves of its `Lane`.
+
+    Args:
+      leaves: as plain arrays outside the program.
+      best: see `SweepOptions`.
+
+    Raises: ValueError if they are not those of this run.
+    """
+    shapes = jax.eval_shape(functools.partial(start, run), setting, jax.random.key(0))
+    specs, structure = jax.tree.flatten(shapes)
+    first = len(leaves) - len(specs) if best == "ever" else len(jax.tree.leaves(setting))
+    mine = leaves[first : first + len(specs)]
+    state = list[jax.Array]()
+    with contextlib.suppress(TypeError, ValueError):  # bits that are no key, or too few leaves
+        pairs = zip(specs, mine, strict=True)
+        state = [LeafSpec(spec.dtype).unpack(jnp.asarray(x)) for spec, x in pairs]
+    if [x.shape for x in state] != [x.shape for x in specs]:
+        raise ValueError("load: task must be that of the sweep: its state has other leaves")
+    return jax.tree.unflatten(structure, state)

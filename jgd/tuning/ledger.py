@@ -80,6 +80,14 @@ class Ledger:
             return np.full(len(values), False)
         return self.plan.sign * values <= self.plan.sign * self.plan.target
 
+    def take(self, lanes: np.ndarray, ledger: "Ledger", theirs: np.ndarray) -> None:
+        """Take over the facts about lanes from another ledger, where they have other numbers."""
+        for mine, others in zip(self._facts(), ledger._facts(), strict=True):
+            mine[lanes] = others[theirs]
+
+    def _facts(self) -> list[np.ndarray]:
+        return [x for x in (*vars(self).values(), *self.seen) if isinstance(x, np.ndarray)]
+
     # --- the ranking
 
     def ranked(self, settings: np.ndarray) -> np.ndarray:
@@ -92,6 +100,11 @@ class Ledger:
         values, reached = self.value[lanes], self.reached[lanes]
         scores = np.where(np.isfinite(values), self.plan.sign * values, np.inf)
         return np.where(np.isfinite(reached).all(1, keepdims=True), reached, scores)
+
+    def best_lanes(self, settings: np.ndarray) -> np.ndarray:
+        """Return the lane of the best seed of each setting."""
+        lanes, best = self.plan.lanes_of(settings), self.scores(settings).argmin(1)
+        return lanes[np.arange(len(lanes)), best]
 
     def shortfall(self, settings: np.ndarray) -> np.ndarray:
         """Return minus the steps after which settings were ended early; -inf if they were not.

@@ -69,21 +69,24 @@ class Decision(NamedTuple):
 class Sweep:
     """A sweep in progress.
 
+    Args:
+      ledger: the facts so far; lanes that are not alive do not train. None: no lane has started.
+
     Attributes:
       ledger, pool, schedule: see the head of this module.
       events: events since the last `take`.
     """
 
-    def __init__(self, plan: Plan, engine: Engine) -> None:
+    def __init__(self, plan: Plan, engine: Engine, ledger: Ledger | None = None) -> None:
         self.plan, self.engine = plan, engine
-        self.ledger, self.pool, self.schedule = Ledger(plan), Pool(plan.lanes), Schedule()
+        self.ledger, self.pool, self.schedule = ledger or Ledger(plan), Pool(plan.lanes), Schedule()
         self._running: list[tuple[Tile, int, Callable[[], Outcome]]] = []
         self.events: list[Report | Cut] = []
         for index, group in enumerate(plan.groups):
             first, end = plan.offset(index), plan.offset(index + 1)
-            for lane in range(first, end, group.width):
-                lanes = list(range(lane, min(lane + group.width, end)))
-                self._queue([self._tile(index, lanes, group.width, 0)])
+            lanes = (first + np.flatnonzero(self.ledger.alive[first:end])).tolist()
+            for k in range(0, len(lanes), group.width):
+                self._queue([self._tile(index, lanes[k : k + group.width], group.width, 0)])
 
     # --- a turn
 

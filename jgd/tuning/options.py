@@ -1,7 +1,7 @@
 """The options of a sweep: each declared, documented, given its default and checked once.
 
     class Training          options of `sweep`, of `optuna_search`, of the command and of the plan
-    class SweepOptions      adds limits and what to keep: not for `optuna_search`
+    class SweepOptions      adds limits of the whole and what to keep: not for `optuna_search`
 
     @function_of(SweepArguments)        # SweepArguments(SweepOptions) adds task, settings, folder
     def sweep(arguments): ...           # called as sweep(task, settings, steps=100, seeds=3)
@@ -14,25 +14,27 @@ import dataclasses
 import difflib
 import functools
 import inspect
-import math
-import operator
 import textwrap
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, ParamSpec, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, ParamSpec, TypeVar
 
 from typing_extensions import Doc
 
-__all__ = ["Doc", "Seeds", "SweepOptions", "Training", "count", "function_of", "values_of"]
+from jgd.checks import FINITE, above, admit, at_least, below, seed_of
+
+__all__ = ["Doc", "Seeds", "Steps", "SweepOptions", "Training", "function_of", "values_of"]
 
 P = ParamSpec("P")
 A = TypeVar("A")
 R = TypeVar("R")
 
 
+Steps = Annotated[int, at_least(4), below(2**31), Doc("Steps of each training, at least 4.")]
 Seeds = Annotated[
     int,
+    at_least(1),
     Doc("""Trainings of each setting, at least 1. Each seed has its own initial parameters, the same
     for all settings."""),
 ]
@@ -42,11 +44,17 @@ Seeds = Annotated[
 class Training:
     """Options of each lane's training.
 
-    Raises: ValueError for an option out of its range, TypeError for a count that is no integer.
+    Raises: ValueError for an option out of its range, TypeError for one of another type.
     """
 
+    function: ClassVar[str] = "sweep"  # named in errors
+
     seeds: Seeds = 1
-    key: Annotated[int, Doc("Random seed of the initial parameters.")] = 0
+    key: Annotated[
+        Any,
+        Doc("""Random seed of the initial parameters: an int, or a key of `jax.random.key`. The key
+        that an int makes gives the same parameters."""),
+    ] = 0
     order: Annotated[
         Literal["shared", "own"],
         Doc("""Order of the batches. shared: all lanes see the same batches. own: each seed has its
@@ -55,13 +63,16 @@ class Training:
     ] = "shared"
     width: Annotated[
         int | None,
+        at_least(1),
         Doc("""Lanes that step together, at least 1; a tile with fewer lanes is padded. None: the
         smallest width within 5 per cent of the fastest, found by a probe if the sweep is long
         enough; else 64, or fewer for a small group. Equal widths give equal bits, other widths
         agree to rounding."""),
     ] = None
     report_every: Annotated[
-        int | None, Doc("Steps between reports, at least 1. None: a twentieth of all steps.")
+        int | None,
+        at_least(1),
+        Doc("Steps between reports, at least 1. None: a twentieth of all steps."),
     ] = None
     metric: Annotated[
         str | None,
@@ -84,81 +95,51 @@ class Training:
         Doc("""Number of devices to shard the lanes of a tile over; widths are multiples of it.
         Lanes do not communicate within a chunk. None: all devices."""),
     ] = None
+    target: Annotated[
+        float | None,
+        FINITE,
+        Doc("""Stop a lane once the metric reaches this value, and rank by the number of steps it
+        took. None: no target."""),
+    ] = None
+    checkpoint_every: Annotated[
+        float, at_least(0), Doc("Seconds between checkpoints: what a crash can lose.")
+    ] = 30.0
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "width", "report_every"):
-            self._check_count(name)
-        for name in ("key", "devices"):  # JAX knows the number of devices later
-            self._check_count(name, least=None)
-        for name in ("order", "mode", "best"):
-            self._check_choice(name)
-
-    def _check_count(self, name: str, least: int | None = 1) -> None:
-        value = getattr(self, name)
-        if value is not None:
-            object.__setattr__(self, name, count(f"sweep: {name}", value, least))
-
-    def _check_choice(self, name: str) -> None:
-        hint = typing.get_type_hints(type(self))[name]
-        members = [hint, *typing.get_args(hint)]
-        choices = [
-            c for m in members if typing.get_origin(m) is Literal for c in typing.get_args(m)
-        ]
-        value = getattr(self, name)
-        if value not in choices and not (value is None and type(None) in members):
-            known = " or ".join(map(repr, choices))
-            raise ValueError(f"sweep: {name} must be {known}, got {value!r}")
+        for name, hint in _hints_of(type(self)).items():
+            label = f"{self.function}: {name}"
+            value = getattr(self, name)
+            value = seed_of(label, value) if name == "key" else admit(label, value, hint)
+            object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepOptions(Training):
-    """Options of training, of ranking and of the limits of a sweep."""
+    """Options of training, of the limits of a sweep and of what it keeps."""
 
     keep: Annotated[
-        int, Doc("Number of best settings to return with their trained states, at least 1.")
+        int,
+        at_least(1),
+        Doc("Number of best settings to return with their trained states, at least 1."),
     ] = 1
-    target: Annotated[
-        float | None,
-        Doc("""Stop a lane once the metric reaches this value, and rank by the number of steps it
-        took. None: no target."""),
-    ] = None
     budget: Annotated[
         int | None,
+        at_least(1),
         Doc("""Limit on lane-steps, including those that pad tiles. Running chunks finish, no new
         one starts: lanes end "out of budget" or "not run". None: no limit."""),
     ] = None
     seconds: Annotated[
         float | None,
+        above(0),
         Doc("""Limit on wall-clock time, in seconds. Running chunks finish, no new one starts. A
         sweep that reaches it does not repeat exactly. None: no limit."""),
     ] = None
-    checkpoint_every: Annotated[
-        float, Doc("Seconds between checkpoints: what a crash can lose.")
-    ] = 30.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_count("keep")
-        self._check_count("budget")
-        if self.target is not None and not math.isfinite(self.target):
-            raise ValueError(f"sweep: target must be finite, got {self.target}")
-        if self.seconds is not None and not self.seconds > 0:
-            raise ValueError(f"sweep: seconds must be above 0, got {self.seconds}")
-        if not self.checkpoint_every >= 0:
-            raise ValueError(
-                f"sweep: checkpoint_every must be at least 0, got {self.checkpoint_every}"
-            )
 
 
-def count(label: str, value: Any, least: int | None = 1) -> int:
-    """Return an integer argument as an int. Raises for another type or one below `least`."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{label} must be an integer, got {value!r}") from None
-    if least is not None and number < least:
-        raise ValueError(f"{label} must be at least {least}, got {number}")
-    return number
+@functools.cache
+def _hints_of(cls: type[Any]) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def values_of(options: Any, cls: type[Any]) -> dict[str, Any]:
@@ -201,8 +182,7 @@ def function_of(arguments: Callable[P, A]) -> Callable[[Callable[[A], R]], Calla
 
 def _described(cls: Any) -> str:
     """Return the documented fields of a dataclass as the `Args` of a docstring."""
-    entries = list[str]()
-    hints = typing.get_type_hints(cls, include_extras=True)
+    entries, hints = list[str](), _hints_of(cls)
     for field in sorted(dataclasses.fields(cls), key=lambda field: bool(field.kw_only)):
         doc = next(x for x in hints[field.name].__metadata__ if isinstance(x, Doc))
         default = (

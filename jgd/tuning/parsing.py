@@ -12,15 +12,13 @@ import math
 import os
 import pkgutil
 import sys
-import sysconfig
-import traceback
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jgd
+from jgd.checks import place_of
 
-__all__ = ["UserError", "factory_of", "groups_of", "task_of", "where"]
+__all__ = ["UserError", "factory_of", "groups_of", "space_of", "task_of", "where"]
 
 RATES = "log:1e-5:1e1:64"
 
@@ -37,8 +35,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def _load(spec: str, what: str) -> Any:
     """Return the object at module:name."""
     module_name, _, name = spec.partition(":")
-    if not all(part.isidentifier() for part in [*module_name.split("."), name]):
-        raise UserError(f"{what} must be module:name, got {spec!r}")
+    parts = [*module_name.split("."), name]
+    if not all(map(str.isidentifier, parts)) or module_name.endswith(".py"):
+        raise UserError(f"{what} must be module:name, got {spec!r}{_as_module(spec)}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -58,18 +57,17 @@ def _load(spec: str, what: str) -> Any:
     return getattr(module, name)
 
 
+def _as_module(spec: str) -> str:
+    """Return the module:name that a path to a file may stand for."""
+    path, _, name = spec.partition(":")
+    module = os.path.relpath(path.removesuffix(".py")).replace(os.sep, ".")
+    return f"; did you mean {module}:{name or 'task'}?" if path.endswith(".py") else ""
+
+
 def where(error: BaseException) -> str:
     """Return an error of the user's code in one line, with file and line that raised it."""
-    libraries = (sysconfig.get_path("stdlib"), str(Path(__file__).parent), "<")
-    frames = traceback.extract_tb(error.__traceback__)
-    theirs = [
-        frame
-        for frame in frames
-        if not frame.filename.startswith(libraries) and "site-packages" not in frame.filename
-    ]
-    place = f" ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})" if theirs else ""
     text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}{place}"
+    return f"{type(error).__name__}: {text[0] if text else ''}{place_of(error)}"
 
 
 def task_of(spec: str) -> Any:
@@ -165,17 +163,9 @@ def groups_of(optimizers: Iterable[str], sets: Iterable[str]) -> dict[str, Any]:
     values: dict[str, list[Any]] = {}
     for name, more in map(_values, sets):
         values.setdefault(name, []).extend(more)
-    groups, unused, known = {}, set(values), set()
-    for spec in optimizers:
-        factory = factory_of(spec)
-        parameters = inspect.signature(factory).parameters
-        known.update(parameters)
-        axes = {name: values[name] for name in values if name in parameters}
-        unused -= set(axes)
-        if "learning_rate" in parameters and "learning_rate" not in axes:
-            axes = dict([_values(f"learning_rate={RATES}")], **axes)
-        if not axes:
-            raise UserError(f"optimizer {spec}: say what to vary with --set")
+    groups: dict[str, Any] = {}
+    rates = _values(f"learning_rate={RATES}")[1]
+    for spec, factory, axes in _varied(optimizers, values, rates):
         name = spec.rpartition(":")[2]
         name = spec if name in groups else name
         if name in groups:
@@ -186,6 +176,56 @@ def groups_of(optimizers: Iterable[str], sets: Iterable[str]) -> dict[str, Any]:
             raise UserError(str(error)) from error
         except Exception as error:
             raise UserError(f"optimizer {spec}: {where(error)}") from error
+    return groups
+
+
+def space_of(
+    optimizers: Sequence[str], sets: Iterable[str]
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Return the factory of the one optimizer, and the distributions of its arguments."""
+    if len(optimizers) != 1:
+        raise UserError(f"--optuna needs one --optimizer, got {len(optimizers)}")
+    space = dict[str, Any]()
+    for spec in sets:
+        name, values = _distribution(spec)
+        if name in space:
+            raise UserError(f"--set {name} is given twice, which --optuna does not take")
+        space[name] = values
+    rates = _distribution(f"learning_rate={RATES}")[1]
+    ((_, factory, space),) = _varied(optimizers, space, rates)
+    return factory, space
+
+
+def _distribution(spec: str) -> tuple[str, Any]:
+    """Return name and distribution of an argument: the range of log and lin, or a choice."""
+    from jgd.tuning.space import choice, loguniform, uniform
+
+    name, values = _values(spec)
+    form, colon, _ = spec.partition("=")[2].partition(":")
+    if not colon:
+        return name, choice(values)
+    try:
+        return name, (loguniform if form == "log" else uniform)(float(values[0]), float(values[-1]))
+    except ValueError as error:
+        raise UserError(f"--set {spec}: {error}") from None
+
+
+def _varied(
+    optimizers: Iterable[str], values: Mapping[str, Any], rates: Any
+) -> list[tuple[str, Callable[..., Any], dict[str, Any]]]:
+    """Return each optimizer, its factory, and those of the values that are arguments of it."""
+    varied, unused, known = list[Any](), set(values), set[str]()
+    for spec in optimizers:
+        factory = factory_of(spec)
+        parameters = inspect.signature(factory).parameters
+        known.update(parameters)
+        axes = {name: values[name] for name in values if name in parameters}
+        unused -= set(axes)
+        if "learning_rate" in parameters and "learning_rate" not in axes:
+            axes = {"learning_rate": rates, **axes}
+        if not axes:
+            raise UserError(f"optimizer {spec}: say what to vary with --set")
+        varied.append((spec, factory, axes))
     for name in unused:
         raise UserError(f"--set {name}: no optimizer here has that argument{nearest(name, known)}")
-    return groups
+    return varied

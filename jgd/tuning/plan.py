@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import jaxlib.version
 import numpy as np
 
-from jgd.tuning.options import SweepOptions, Training, count, values_of
+from jgd.tuning.options import SweepOptions, Training, values_of
 from jgd.tuning.prune import Halving
 from jgd.version import __version__
 
@@ -47,6 +47,8 @@ class Group:
     width: int = 0  # lanes in a tile; the last tile of a group is padded
     widths: Sequence[int] = ()  # of all its tiles, widest first; narrow ones hold fewer lanes
     costs: Sequence[float] = ()  # the time of a step at each of them, in any unit
+    structure: str = ""  # digest of what the settings share
+    digests: Sequence[str] = ()  # of the settings; see `Lanes`
 
     def at_width(
         self, width: int, devices: int = 1, seconds: Mapping[int, float] | None = None
@@ -180,7 +182,7 @@ class Plan(SweepOptions):
         return cls(**known(cls, {"format": 1, **written, "groups": groups}))
 
     def as_json(self) -> dict[str, Any]:
-        return plain(dataclasses.asdict(self))
+        return plain(dataclasses.asdict(self), null=False)  # an axis may hold inf
 
 
 def make_plan(
@@ -203,7 +205,6 @@ def make_plan(
 
     Raises: ValueError for an argument out of its range.
     """
-    steps = count("sweep: steps", steps, 4)
     every = options.report_every
     if every is None:
         every = max(1, steps // 20) if usual_every is None else usual_every
@@ -222,8 +223,10 @@ def make_plan(
                 name=name,
                 setting=repr(batch.settings),
                 axes={axis: [float(x) for x in values] for axis, values in batch.axes.items()},
-                fixed={axis: repr(value) for axis, value in batch.fixed.items()},
+                fixed={axis: str(value) for axis, value in batch.fixed.items()},
                 settings=len(batch),
+                structure=batch.structure,
+                digests=batch.digests,
             ).at_width(options.width or usual_width(lanes(batch), at_once), devices)
             for name, batch in groups.items()
         ],
@@ -284,12 +287,12 @@ def fingerprint(*trees: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def plain(x: Any) -> Any:
-    """Return data as JSON: no arrays, and null for numbers that are not finite."""
+def plain(x: Any, *, null: bool = True) -> Any:
+    """Return data as JSON: no arrays, and null, if wanted, for numbers that are not finite."""
     if isinstance(x, np.ndarray | np.generic):
         x = x.tolist()
     if isinstance(x, list | tuple):
-        return [plain(item) for item in x]
+        return [plain(item, null=null) for item in x]
     if isinstance(x, dict):
-        return {name: plain(item) for name, item in x.items()}
-    return None if isinstance(x, float) and not math.isfinite(x) else x
+        return {name: plain(item, null=null) for name, item in x.items()}
+    return None if null and isinstance(x, float) and not math.isfinite(x) else x

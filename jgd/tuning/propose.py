@@ -6,27 +6,49 @@
     )
     result.best.params, result.study.best_params
 
-The search space is written once, in jgd's distributions. The study is in memory while it runs;
-asking and telling then take little time compared to training.
+A batch is a sweep. With a folder, a search that died goes on:
+
+search.json          the arguments that a resumed search must share, and the name of the study
+batch-0.json         the trials of the batch, written before it trains
+batch-0/             its sweep, which a resumed search resumes: with it the study sees every report
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from jgd.checks import at_least, refuse
 from jgd.training import Run, Task
-from jgd.tuning.events import CUT, Cut, Report
-from jgd.tuning.loop import Decision, run
-from jgd.tuning.options import Doc, Training, count, function_of, values_of
+from jgd.tuning import devices
+from jgd.tuning.events import Cut, Report
+from jgd.tuning.folder import Folder, is_free, write_json, write_table
+from jgd.tuning.join import merge
+from jgd.tuning.lock import locked
+from jgd.tuning.options import Doc, Steps, function_of, values_of
 from jgd.tuning.plan import Plan
 from jgd.tuning.result import Best, Result
-from jgd.tuning.space import Choice, Distribution, LogUniform, batch
-from jgd.tuning.sweep import Prepared, Stop, TrainingArguments, prepare
+from jgd.tuning.segment import batches_of, read_json
+from jgd.tuning.space import Distribution, Lanes, batch, check_distributions
+from jgd.tuning.sweep import (
+    CtrlC,
+    Cutting,
+    Interrupted,
+    Recorded,
+    SweepArguments,
+    TrainingArguments,
+    prepare,
+    run_sweep,
+)
 
 __all__ = ["Proposed", "optuna_search"]
+
+TAG = "jgd"  # user attribute of a trial: its search, batch and place in it
 
 
 class Proposed(NamedTuple):
@@ -48,187 +70,380 @@ class SearchInputs:
         Doc("""A function from numbers to a setting, called with each number of the space by its
         name."""),
     ]
-    steps: Annotated[int, Doc("Steps of each training, at least 4.")]
-    trials: Annotated[int, Doc("Number of settings in all, at least 1.")]
+    steps: Steps
+    trials: Annotated[
+        int,
+        at_least(1),
+        Doc("Number of settings in all, at least 1. A resumed search may ask for more."),
+    ]
     space: Annotated[
-        Mapping[str, Distribution],
-        Doc("Name -> `jgd.loguniform`, `jgd.uniform` or `jgd.choice`."),
+        Mapping[str, Distribution] | Callable[[Any], Mapping[str, Any]],
+        Doc("""Name -> `jgd.loguniform`, `jgd.uniform`, `jgd.integers` or `jgd.choice`. Or a
+        function of an Optuna trial that returns the arguments of the factory, for a space in which
+        one value decides on others."""),
     ]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchArguments(Training, SearchInputs):
+class SearchArguments(Recorded, SearchInputs):
     """Arguments of `optuna_search`."""
+
+    function: ClassVar[str] = "optuna_search"
 
     at_once: Annotated[
         int,
+        at_least(1),
         Doc("""Settings proposed and trained together, at least 1. All batches share their compiled
         programs."""),
     ] = 32
-    stop: Stop = None
     sampler: Annotated[
         Any,
-        Doc("An Optuna sampler. None: TPE with constant_liar, for trials that run side by side."),
+        Doc("""An Optuna sampler, or a function of the number of the batch that returns one. None:
+        that of `study`, or TPE with constant_liar, for trials that run side by side, seeded by key
+        and batch."""),
     ] = None
     pruner: Annotated[
         Any,
-        Doc("""An Optuna pruner, asked at each report. None: no pruning. Some of Optuna's pruners
-        compare with finished trials only: they cut nothing in the first batch."""),
+        Doc("""An Optuna pruner, asked at each report, beside `halving` or without. None: that of
+        `study`, or no pruning. Some of Optuna's pruners compare with finished trials only: they cut
+        nothing in the first batch."""),
     ] = None
     study: Annotated[
         Any,
-        Doc("""An Optuna study to continue, with the direction of the metric. None: a new one."""),
+        Doc("""An Optuna study to continue, with the direction of the metric. None: a new one, in
+        memory."""),
     ] = None
     storage: Annotated[
-        Any, Doc("An Optuna storage that the study is copied to at the end. None: no copy.")
+        Any,
+        Doc("""An Optuna storage, or its URL, to which finished trials are added after each batch,
+        under the name of the study. None: no copy."""),
+    ] = None
+    study_name: Annotated[
+        str | None,
+        Doc("""Name of a new study. If `storage` has a study of this name, the search continues it.
+        None: a random name."""),
     ] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("trials", "at_once"):
-            count(f"optuna_search: {name}", getattr(self, name))
+        # the same for all batches, the last one too
+        object.__setattr__(self, "width", self.width or min(64, self.at_once * self.seeds))
+        if not callable(self.space):
+            check_distributions(self.function, self.space)
+            if not self.space:
+                refuse(f"{self.function}: space", "at least one distribution", self.space)
 
 
 @function_of(SearchArguments)
 def optuna_search(arguments: SearchArguments) -> Proposed:
     """Train settings proposed by Optuna, as lanes.
 
+        def space(trial):  # one value may decide on others
+            name = trial.suggest_categorical("optimizer", ["adam", "sgd"])
+            rate = jgd.loguniform(1e-5, 1e-1).suggest(trial, "learning_rate")
+            more = {"b1": trial.suggest_float("b1", 0.8, 0.99)} if name == "adam" else {}
+            return {"optimizer": name, "learning_rate": rate, **more}
+
+        build = lambda optimizer, **numbers: jgd.get(optimizer)(**numbers)
+        found = jgd.optuna_search(task, build, steps=100, trials=16, space=space)
+
     Args:
       {arguments}
 
+    Each batch is a sweep in a folder of its own, `folder`/batch-0 and so on. A resumed search reads
+    the finished batches, goes on with the one that was running, and proposes the others. They are
+    those of an uninterrupted search if the sampler is the default, or a function of the batch that
+    depends on nothing else; other samplers start with their own random numbers anew.
+
+    A setting that a rung or the pruner cuts is a pruned trial, one whose metric is not finite a
+    failed one. With a target, settings are ranked by their steps to it; Optuna sees the metric.
+
     Returns: the study, the best setting with its trained state, and all rows.
-    Raises: ImportError without Optuna: pip install "jgd[optuna]".
+    Raises: ImportError without Optuna: pip install "jgd[optuna]". What `sweep` raises. Interrupted,
+      on Ctrl-C, with the result so far.
     """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    task, steps, space = arguments.task, arguments.steps, arguments.space
-    names = list(space)
-    options = values_of(arguments, Training)
-    # the same for all batches, the last one too
-    options["width"] = arguments.width or min(64, arguments.at_once * arguments.seeds)
-    prepared = lambda settings: prepare(
-        TrainingArguments(task, settings, steps, stop=arguments.stop, **options)
-    )
-    middle = [tuple(space[name].at(np.array([0.5]))[0] for name in names)]
-    plan = prepared(batch(arguments.factory, names, middle)).plan
-    study = _study(arguments, plan)
-    distributions = {name: _of_optuna(space[name]) for name in names}
-    results = list[Result]()
-    for first in range(0, arguments.trials, arguments.at_once):
-        size = min(arguments.at_once, arguments.trials - first)
-        batch_trials = [study.ask(distributions) for _ in range(size)]
-        points = [tuple(_value(space[n], trial.params[n]) for n in names) for trial in batch_trials]
-        lanes = batch(arguments.factory, names, points)
-        groups = lanes if isinstance(lanes, dict) else {"setting": lanes}
-        sweep = prepared(groups)
-        first = {name: int(sweep.plan.first[index]) for name, index in sweep.plan.index.items()}
-        by_setting = {
-            first[name] + setting: batch_trials[point]
-            for name, lanes in groups.items()
-            for setting, point in enumerate(lanes.points)
-        }
-        results.append(_trained(sweep, study, by_setting))
-    if arguments.storage is not None:
-        optuna.copy_study(
-            from_study_name=study.study_name,
-            from_storage=study._storage,
-            to_storage=arguments.storage,
-        )
-    return _proposed(study, plan, results)
+    _check_optuna(arguments)
+    plan, folder, results = _plan(arguments), arguments.folder, list[Result]()
+    held = contextlib.nullcontext()
+    if folder is not None and devices.is_writer():
+        held = locked(Path(folder))
+    with CtrlC() as ctrl_c, held:
+        search = _Search(arguments, plan)
+        while len(results) < len(search.batches) or search.asked() < arguments.trials:
+            if len(results) == len(search.batches):
+                search.ask()
+            results.append(search.train(len(results), ctrl_c))
+            search.store()
+            if ctrl_c.interrupt:
+                raise Interrupted(search.ended(results))
+        return search.ended(results)
 
 
-def _study(arguments: SearchArguments, plan: Plan) -> Any:
-    """Return the study to continue, or a new one. Raises ValueError for another direction."""
+def _check_optuna(arguments: SearchArguments) -> None:
+    """Raise TypeError for objects that are not Optuna's."""
+    from optuna import Study
+    from optuna.pruners import BasePruner
+    from optuna.samplers import BaseSampler
+    from optuna.storages import BaseStorage
+
+    for name, kinds, description in (
+        ("sampler", BaseSampler | Callable, "an Optuna sampler, or a function of the batch"),
+        ("pruner", BasePruner, "an Optuna pruner, such as optuna.pruners.MedianPruner()"),
+        ("study", Study, "an Optuna study, such as optuna.create_study()"),
+        ("storage", str | BaseStorage, "an Optuna storage, or its URL"),
+    ):
+        value = getattr(arguments, name)
+        if value is not None and not isinstance(value, kinds):
+            refuse(f"optuna_search: {name}", description, value)
+
+
+# --- from trials to settings -----------------------------------------------------------------
+
+
+def _point(space: Any, trial: Any) -> Mapping[str, Any]:
+    """Return the arguments of the factory that a trial suggests; asked again, the same."""
+    if not callable(space):
+        return {name: values.suggest(trial, name) for name, values in space.items()}
+    point = space(trial)
+    if not isinstance(point, Mapping) or not point:
+        refuse("optuna_search: space", "a function that returns arguments by name", point)
+    return point
+
+
+def _groups(arguments: SearchArguments, trials: Sequence[Any]) -> dict[str, Lanes]:
+    """Return the settings of trials by structure, under names that all batches share."""
+    lanes = batch(arguments.factory, [_point(arguments.space, trial) for trial in trials])
+    name = getattr(arguments.factory, "__name__", "")
+    groups = dict[str, Lanes]()
+    for each in lanes.values() if isinstance(lanes, dict) else [lanes]:
+        structure = ", ".join(f"{k}={value}" for k, value in each.fixed.items())
+        label = f"{name if name.isidentifier() else ''} {structure}".strip() or "setting"
+        groups[label if label not in groups else f"{label} {', '.join(each.axes)}"] = each
+    return groups
+
+
+def _plan(arguments: SearchArguments) -> Plan:
+    """Return the plan of one setting: its metric and mode, and errors of the arguments."""
     import optuna
 
-    study, direction = arguments.study, "maximize" if plan.mode == "max" else "minimize"
-    if study is None:
-        sampler = optuna.samplers.TPESampler(constant_liar=True, seed=arguments.key)
-        return optuna.create_study(
-            direction=direction,
-            sampler=arguments.sampler or sampler,
-            pruner=arguments.pruner or optuna.pruners.NopPruner(),
-        )
-    if study.direction.name.lower() != direction:
-        raise ValueError(
-            f"optuna_search: study must have the direction of {plan.metric}, {direction}, got"
-            f" {study.direction.name.lower()}"
-        )
-    return study
+    trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
+    settings, options = _groups(arguments, [trial]), values_of(arguments, Cutting)
+    return prepare(TrainingArguments(arguments.task, settings, arguments.steps, **options)).plan
 
 
-def _proposed(study: Any, plan: Plan, results: list[Result]) -> Proposed:
-    """Rank the settings of all batches together."""
-    score = lambda row: (
-        plan.sign * row[plan.metric] if math.isfinite(row[plan.metric]) else math.inf
-    )
-    short = lambda row: -row["at"] if row["ended"] in ("cut", "diverged") else -math.inf
-    rows = [row for result in results for row in result.rows]
-    rows.sort(key=lambda row: (short(row), score(row)))
-    ranked = ({**row, "rank": rank} for rank, row in enumerate(rows, 1))
-    rows = [{k: x for k, x in row.items() if k != "tied"} for row in ranked]  # within a batch only
-    best = min(results, key=lambda result: score(result.best.row)).best
-    return Proposed(study, best, rows, results)
+# --- batches ---------------------------------------------------------------------------------
 
 
-def _trained(prepared: Prepared, study: Any, trials: Mapping[int, Any]) -> Result:
-    """Train a batch, and tell the study how each setting ended."""
+class _Search:
+    """A search in progress.
+
+    Attributes:
+      study: it proposes, and is told how trials end.
+      stored: its copy in the storage; None without one.
+      batches: the trials of each batch as they were asked, as JSON.
+
+    Raises: FileExistsError for a new search in a folder that holds something, ValueError for a
+      resumed one with other arguments, and for a study of another direction.
+    """
+
+    def __init__(self, arguments: SearchArguments, plan: Plan) -> None:
+        self.arguments, space = arguments, arguments.space
+        shown = "a function" if callable(space) else {k: repr(d) for k, d in space.items()}
+        same = dict(steps=arguments.steps, at_once=arguments.at_once, space=shown)
+        self.path = None if arguments.folder is None else Path(arguments.folder)
+        self.batches = list[list[dict[str, Any]]]()
+        self.id, name = uuid.uuid4().hex, arguments.study_name
+        if arguments.resume:
+            self.id, name = self._read(same)
+        else:
+            Folder(self.path)  # raises unless it is empty
+        devices.wait_for_all()  # all processes have read before process 0 writes
+        self.study, self.stored = self._studies(name, plan)
+        self._write("search.json", {"id": self.id, "study": self.study.study_name, **same})
+
+    def _studies(self, name: str | None, plan: Plan) -> tuple[Any, Any]:
+        import optuna
+
+        arguments, study, stored = self.arguments, self.arguments.study, None
+        direction = "maximize" if plan.mode == "max" else "minimize"
+        if study is None:
+            study = optuna.create_study(study_name=name, direction=direction)
+            study.pruner = optuna.pruners.NopPruner()
+        study.pruner = arguments.pruner or study.pruner
+        if arguments.storage is not None:
+            stored = optuna.create_study(
+                study_name=study.study_name,
+                storage=arguments.storage,
+                direction=direction,
+                load_if_exists=True,
+            )
+        for each in (study, stored or study):
+            if (got := [x.name.lower() for x in each.directions]) != [direction]:
+                raise ValueError(
+                    f"optuna_search: study must have the direction of {plan.metric}, {direction},"
+                    f" got {' and '.join(got)}"
+                )
+        if stored is not None and arguments.study is None:
+            for trial in stored.get_trials(deepcopy=False):  # of earlier searches
+                if trial.state.is_finished() and not _tag(trial).startswith(self.id):
+                    study.add_trial(trial)
+        return study, stored
+
+    def asked(self) -> int:
+        """Return the number of trials in all batches so far."""
+        return sum(map(len, self.batches))
+
+    def ask(self) -> None:
+        """Ask for the trials of the next batch, and record them."""
+        arguments, number = self.arguments, len(self.batches)
+        if sampler := _sampler(arguments, number):
+            self.study.sampler = sampler
+        tags = self._tags(number, min(arguments.at_once, arguments.trials - self.asked()))
+        for tag in tags:
+            trial = self.study.ask()
+            trial.set_user_attr(TAG, tag)
+            _point(arguments.space, trial)  # before the next one is asked
+        known = _by_tag(self.study)
+        parts = "params", "system_attrs"
+        self.batches.append([{part: getattr(known[tag], part) for part in parts} for tag in tags])
+        self._write(f"batch-{number}.json", {"trials": self.batches[-1]})
+
+    def _tags(self, number: int, size: int) -> list[str]:
+        return [f"{self.id}/{number}/{place}" for place in range(size)]
+
+    def _trials(self, number: int) -> list[Any]:
+        """Return the trials of a batch, which the study of a resumed search may not have."""
+        import optuna
+
+        entries, known = self.batches[number], _by_tag(self.study)
+        tags = self._tags(number, len(entries))
+        for tag, entry in zip(tags, entries, strict=True):
+            if tag not in known:
+                fixed = optuna.trial.FixedTrial(entry["params"])
+                _point(self.arguments.space, fixed)
+                running = optuna.trial.TrialState.RUNNING
+                new: Any = {"distributions": fixed.distributions, "user_attrs": {TAG: tag}}
+                self.study.add_trial(optuna.trial.create_trial(state=running, **entry, **new))
+        known = _by_tag(self.study)
+        # a finished trial ignores what is reported to it
+        live = lambda trial: optuna.Trial(self.study, trial._trial_id)
+        return [known[t] if known[t].state.is_finished() else live(known[t]) for t in tags]
+
+    def train(self, number: int, ctrl_c: CtrlC) -> Result:
+        """Train a batch, or go on with it, and tell the study how each setting ended."""
+        arguments, trials = self.arguments, self._trials(number)
+        groups = _groups(arguments, trials)
+        by_setting = [trials[point] for lanes in groups.values() for point in lanes.points]
+        folder = None if self.path is None else self.path / f"batch-{number}"
+        resume = folder is not None and not is_free(folder)
+        options: dict[str, Any] = {"folder": folder, "resume": resume}
+        options = values_of(arguments, Recorded) | options
+        inputs = SweepArguments(arguments.task, groups, arguments.steps, **options)
+        try:
+            result = run_sweep(inputs, _Pruner(by_setting), ctrl_c)
+        except Interrupted as error:
+            result = error.result
+        plan = result.plan
+        setting = lambda row: int(plan.first[plan.index[row["optimizer"]]]) + row["setting"]
+        rows = {by_setting[setting(row)].number: row for row in result.rows}
+        for number, row in sorted(rows.items()):  # in the order in which they were asked
+            _tell(self.study, number, row["ended"], row[plan.metric])
+        return result
+
+    def store(self) -> None:
+        """Add the finished trials that the study in the storage lacks."""
+        if self.stored is None or not devices.is_writer():
+            return
+        known = _by_tag(self.stored)
+        for trial in self.study.get_trials(deepcopy=False):
+            if trial.state.is_finished() and _tag(trial) not in known:
+                self.stored.add_trial(trial)
+
+    def ended(self, results: list[Result]) -> Proposed:
+        """Rank the settings of all batches together, and write the table."""
+        merged = merge(*results)
+        if self.path is not None and devices.is_writer():
+            write_table(self.path, merged)
+        return Proposed(self.study, merged.best, merged.rows, results)
+
+    def _read(self, same: dict[str, Any]) -> tuple[str, str]:
+        """Read the batches of a search that is resumed; return its id and the name of its study."""
+        assert self.path is not None
+        file = self.path / "search.json"
+        if not file.exists():
+            raise FileNotFoundError(f"{self.path} holds no search: there is no search.json")
+        written = read_json(file)
+        for name, now in same.items():
+            if (was := written.get(name)) != now:
+                raise ValueError(f"resume: {self.path}: {name} was {was} and is now {now}")
+        try:
+            for folder in batches_of(self.path):
+                file = folder.with_suffix(".json")
+                self.batches.append([{**trial} for trial in read_json(file)["trials"]])
+            return written["id"], written["study"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{file} was changed: {error!r}. Start a new search") from None
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        if self.path is not None and devices.is_writer():
+            write_json(self.path / name, content)
+
+
+def _tag(trial: Any) -> str:
+    return trial.user_attrs.get(TAG, "")
+
+
+def _by_tag(study: Any) -> dict[str, Any]:
+    return {_tag(trial): trial for trial in study.get_trials(deepcopy=False)}
+
+
+def _sampler(arguments: SearchArguments, number: int) -> Any:
+    """Return the sampler of a batch; None: that of the study."""
+    import optuna
+
+    if arguments.sampler is None and arguments.study is None:
+        key = arguments.key if isinstance(arguments.key, tuple) else (arguments.key,)
+        words = [word % 2**32 for word in (*key, number) if isinstance(word, int)]
+        seed = np.random.SeedSequence(words).generate_state(1)
+        return optuna.samplers.TPESampler(constant_liar=True, seed=int(seed[0]))
+    return arguments.sampler(number) if callable(arguments.sampler) else arguments.sampler
+
+
+def _tell(study: Any, number: int, ended: str, value: float) -> None:
+    """Tell the study how a setting ended, unless it was Ctrl-C that ended it."""
     from optuna.trial import TrialState
 
-    plan, ledger = prepared.plan, prepared.sweep.ledger
-    reported: dict[tuple[int, int], list[float]] = {}
+    if ended == "cut":
+        study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)
+    elif ended not in ("out of budget", "not run"):
+        finite = math.isfinite(value)
+        state = TrialState.COMPLETE if finite else TrialState.FAIL
+        study.tell(number, value if finite else None, state, skip_if_finished=True)
 
-    def prune(events: list[Report | Cut]) -> Decision:
-        cuts = list[int]()
+
+class _Pruner:
+    """Reports the metric of settings, the mean over their seeds, to their trials.
+
+    Called with the events of a turn, it yields the settings that Optuna's pruner cuts.
+    """
+
+    def __init__(self, trials: Sequence[Any]) -> None:
+        self.trials = trials
+        self.values = dict[tuple[int, int], list[float]]()
+
+    def __call__(self, plan: Plan, events: list[Report | Cut]) -> Iterator[int]:
         for report in events:
-            if not isinstance(report, Report):
-                continue
-            lanes = plan.offset(report.group) + report.lanes
-            for lane, value in zip(lanes, report.metrics[plan.metric], strict=True):
-                setting = int(lane) // plan.seeds
-                values = reported.setdefault((setting, report.step), [])
-                values.append(float(value))
-                if len(values) == plan.seeds and math.isfinite(sum(values)):
-                    trials[setting].report(sum(values) / plan.seeds, report.step)
-                    if trials[setting].should_prune():
-                        mine = plan.lanes_of(setting)
-                        cuts += mine[ledger.alive[mine]].tolist()
-        return Decision(cuts=tuple(cuts))
-
-    def deliver(events: list[Report | Cut]) -> None:
-        for event in events:
-            prepared.record.apply(event)
-
-    run(prepared.sweep, deliver, prune, checkpoint=lambda: None)
-    prepared.sweep.engine.close()
-    for setting, trial in trials.items():
-        lanes = plan.lanes_of(setting)
-        value = float(ledger.value[lanes].mean())
-        if (ledger.ending[lanes] == CUT).any():
-            study.tell(trial, state=TrialState.PRUNED)
-        elif math.isfinite(value):
-            study.tell(trial, value)
-        else:
-            study.tell(trial, state=TrialState.FAIL)
-    return prepared.result()
-
-
-def _of_optuna(distribution: Distribution) -> Any:
-    from optuna.distributions import CategoricalDistribution, FloatDistribution
-
-    if isinstance(distribution, Choice):
-        return CategoricalDistribution([_label(value) for value in distribution.values])
-    log = isinstance(distribution, LogUniform)
-    return FloatDistribution(distribution.low, distribution.high, log=log)
-
-
-def _label(value: Any) -> Any:
-    """Return a choice as Optuna records it: a plain value itself, others by their repr."""
-    return value if isinstance(value, bool | int | float | str | None) else repr(value)
-
-
-def _value(distribution: Distribution, chosen: Any) -> Any:
-    if not isinstance(distribution, Choice):
-        return chosen
-    return next(value for value in distribution.values if _label(value) == chosen)
+            if isinstance(report, Report):
+                lanes = plan.offset(report.group) + report.lanes
+                pairs = zip(lanes.tolist(), report.metrics[plan.metric].tolist(), strict=True)
+                for lane, value in pairs:
+                    seeds = self.values.setdefault((lane // plan.seeds, report.step), [])
+                    seeds.append(float(value))
+                    if len(seeds) == plan.seeds and math.isfinite(sum(seeds)):
+                        trial = self.trials[lane // plan.seeds]
+                        trial.report(sum(seeds) / plan.seeds, report.step)
+                        if trial.should_prune():
+                            yield lane // plan.seeds

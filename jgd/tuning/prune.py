@@ -7,11 +7,15 @@ A rung is a step at which settings are cut. The ledger ranks them.
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 
+from jgd.checks import FINITE, above, admit, at_least
+
 __all__ = ["Halving", "hyperband", "successive_halving"]
+
+Within = Literal["sweep", "group"]
 
 
 class Halving(NamedTuple):
@@ -19,7 +23,7 @@ class Halving(NamedTuple):
 
     eta: float
     min_steps: int | None
-    within: Literal["sweep", "group"]
+    within: Within
     several: bool
 
     def brackets(self, steps: int) -> list[list[int]]:
@@ -44,20 +48,20 @@ class Halving(NamedTuple):
         return np.random.default_rng(0).permutation(brackets) if most else brackets
 
 
-def _checked(eta: float, min_steps: int | None, within: str, name: str) -> None:
-    if not eta > 1:
-        raise ValueError(f"{name}: eta must be above 1, got {eta}")
-    if min_steps is not None and min_steps < 1:
-        raise ValueError(f"{name}: min_steps must be at least 1, got {min_steps}")
-    if within not in ("sweep", "group"):
-        raise ValueError(f"{name}: within must be 'sweep' or 'group', got {within!r}")
+def _halving(name: str, eta: float, min_steps: int | None, within: Within) -> Halving:
+    return Halving(
+        admit(f"{name}: eta", eta, Annotated[float, above(1), FINITE]),
+        admit(f"{name}: min_steps", min_steps, Annotated[int | None, at_least(1)]),
+        admit(f"{name}: within", within, Within),
+        several=name == "hyperband",
+    )
 
 
 def successive_halving(
     eta: float = 2.0,
     min_steps: int | None = None,
     *,
-    within: Literal["sweep", "group"] = "sweep",
+    within: Within = "sweep",
 ) -> Halving:
     """Let one in eta settings go on at min_steps, min_steps eta, min_steps eta^2, ... steps.
 
@@ -70,15 +74,14 @@ def successive_halving(
 
     Source: Jamieson & Talwalkar 2016, arXiv:1502.07943.
     """
-    _checked(eta, min_steps, within, "successive_halving")
-    return Halving(eta, min_steps, within, several=False)
+    return _halving("successive_halving", eta, min_steps, within)
 
 
 def hyperband(
     eta: float = 3.0,
     min_steps: int | None = None,
     *,
-    within: Literal["sweep", "group"] = "sweep",
+    within: Within = "sweep",
 ) -> Halving:
     """Divide settings among brackets of successive halving; each starts a rung later.
 
@@ -88,5 +91,4 @@ def hyperband(
     Raises: as `successive_halving`.
     Source: Li et al. 2018, arXiv:1603.06560.
     """
-    _checked(eta, min_steps, within, "hyperband")
-    return Halving(eta, min_steps, within, several=True)
+    return _halving("hyperband", eta, min_steps, within)

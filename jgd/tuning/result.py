@@ -2,23 +2,27 @@
 
     record = Record(plan)               # curves: a fold over the events, as the ledger is
     record.apply(event)
-    make_result(plan, groups, ledger, record, states)
+    make_result(plan, ledger, record.curves, held, stored)
 
 A row is a setting, in the order of `Ledger.ranked`.
 """
 
+import contextlib
+import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
 from jgd import diagnosis
+from jgd.training import TrainState
+from jgd.tuning.devices import checkpointer, is_writer
 from jgd.tuning.events import DIVERGED, ENDINGS, FINISHED, REACHED, Cut, Report
 from jgd.tuning.ledger import Ledger
-from jgd.tuning.plan import Group, Plan
-from jgd.tuning.space import Lanes
+from jgd.tuning.plan import Group, Plan, plain
 
 __all__ = ["Best", "Curves", "Record", "Result", "make_result"]
 
@@ -43,6 +47,11 @@ class Best(NamedTuple):
         """The trained parameters of a supervised task. Raises ValueError if there are none."""
         if self.state is None:
             raise ValueError("the best setting did not come to an end, so there are no parameters")
+        if not hasattr(self.state, "params"):
+            raise ValueError(
+                "best.params: the sweep must be of a jgd.Task, got the state of a jgd.Run. It is"
+                " best.state"
+            )
         return self.state.params
 
 
@@ -56,12 +65,43 @@ class Result(NamedTuple):
     metric: str
     mode: Literal["min", "max"]
     plan: Plan
+    ledger: Ledger  # the facts about each lane
 
     def to_pandas(self) -> Any:
         """Return the rows as a `pandas.DataFrame`; pandas must be installed."""
         import pandas
 
         return pandas.DataFrame(self.rows)
+
+    def save_best(self, path: str | Path) -> None:
+        """Write one orbax checkpoint of the best setting with its state.
+
+            result.save_best("best")
+            orbax.checkpoint.StandardCheckpointer().restore(os.path.abspath("best"))["params"]
+
+        It holds "setting", "state" and, for a `Task`, "params". The row of the table and the repr
+        of the setting are its metadata.
+
+        Args:
+          path: of the new checkpoint, a folder.
+
+        Raises: FileExistsError if there is something, ValueError if the state is not stored.
+        """
+        path, (row, setting, state) = Path(path).absolute(), self.best
+        if path.exists():
+            raise FileExistsError(f"save_best: {path} exists. Give a new path")
+        if state is None:
+            raise ValueError(
+                "save_best: the state of the best setting is not stored. Give jgd.load the task, or"
+                " train the setting with jgd.train"
+            )
+        if not is_writer():
+            return
+        tree = {"setting": setting, "state": state}
+        if isinstance(state, TrainState):
+            tree["params"] = state.params
+        with contextlib.closing(checkpointer()) as orbax:
+            orbax.save(path, tree, custom_metadata=plain({"row": row, "setting": repr(setting)}))
 
     def __repr__(self) -> str:
         return f"<{len(self.rows)} settings, best: {self.best.row}>"
@@ -91,54 +131,47 @@ class Record:
 
 def make_result(
     plan: Plan,
-    groups: Mapping[str, Lanes],
     ledger: Ledger,
-    record: Record,
-    state_of: Callable[[int], Any] | None = None,
+    curves: dict[str, Curves],
+    held: np.ndarray | None = None,
+    stored: Callable[[int, int | None], tuple[Any, Any]] = lambda setting, lane: (None, None),
 ) -> Result:
-    """Return the result of a sweep in which no lane is alive.
+    """Return the result of a sweep. Lanes that are alive count as out of budget.
 
     Args:
-      state_of: lane -> the state of the run, or None if it was not kept.
+      held: mask of the lanes whose states are stored; None: no state is.
+      stored: (setting, lane of its best seed) -> the setting and the state of the lane. The lane is
+        None if its state is not stored.
     """
-    rows = [row for group in plan.groups for row in _rows(plan, group, groups, ledger, record)]
-    order = ledger.ranked(np.arange(len(rows)))
+    if ledger.alive.any():
+        ledger = copy.deepcopy(ledger)
+        ledger.apply(Cut(None, plan.by_group(np.flatnonzero(ledger.alive))))
+    rows = [row for group in plan.groups for row in _rows(plan, group, ledger, curves[group.name])]
+    settings = np.arange(len(rows))
+    order, best = ledger.ranked(settings), ledger.best_lanes(settings)
     tied = _tied(ledger, order).tolist()
     ranked = [
         {"rank": place + 1, "tied": tied[place], **rows[setting]}
         for place, setting in enumerate(order.tolist())
     ]
     kept = list[Best]()
-    for place, setting in enumerate(order):
-        states = [state_of(lane) for lane in plan.lanes_of(setting)] if state_of else [None]
-        whole = all(state is not None for state in states)
-        if place == 0 or whole:
-            scores = ledger.scores(np.array([setting]))[0]
-            state = states[int(scores.argmin())] if whole else None
-            kept.append(Best(ranked[place], _setting(plan, groups, setting), state))
-        if sum(best.state is not None for best in kept) == plan.keep or state_of is None:
-            break
-    return Result(ranked, record.curves, kept[0], kept, plan.metric, plan.mode, plan)
-
-
-def _setting(plan: Plan, groups: Mapping[str, Lanes], setting: int) -> Any:
-    group = plan.group_of(setting * plan.seeds)
-    row = setting - int(plan.first[group])
-    return jax.tree.map(lambda x: x[row], groups[plan.groups[group].name].settings)
+    begun = ledger.step[plan.lanes_of(settings)].all(1)
+    whole = np.full(len(rows), False) if held is None else held[best] & begun
+    for place in sorted({0, *np.flatnonzero(whole[order])[: plan.keep].tolist()}):
+        setting = int(order[place])
+        lane = int(best[setting]) if whole[setting] else None
+        kept.append(Best(ranked[place], *stored(setting, lane)))
+    return Result(ranked, curves, kept[0], kept, plan.metric, plan.mode, plan, ledger)
 
 
 @np.errstate(invalid="ignore")
-def _rows(
-    plan: Plan, group: Group, groups: Mapping[str, Lanes], ledger: Ledger, record: Record
-) -> list[dict[str, Any]]:
+def _rows(plan: Plan, group: Group, ledger: Ledger, curves: Curves) -> list[dict[str, Any]]:
     """Return a row for each setting of a group."""
     first = plan.offset(group.name)
     mine = slice(first, first + group.settings * plan.seeds)
     by_setting = lambda values: np.asarray(values).reshape(-1, plan.seeds)
-    curves = record.curves[group.name]
     verdicts, losses = map(by_setting, _verdicts(plan, ledger, mine, curves))
-    lanes, columns = groups[group.name], dict[str, Any]()
-    columns.update(lanes.axes)
+    columns = dict[str, Any](group.axes)
     for name in sorted(plan.metrics, key=lambda name: name != plan.metric):
         values = by_setting(_at(plan, ledger.at[mine], curves.metrics[name]))
         columns[name] = values.mean(1)
@@ -150,13 +183,12 @@ def _rows(
     if plan.best == "ever":
         columns["best_at"] = by_setting(ledger.at[mine]).mean(1)
     endings, at = by_setting(ledger.ending[mine]).max(1), by_setting(ledger.step[mine]).min(1)
-    fixed = {name: str(value) for name, value in lanes.fixed.items()}
     rows = list[dict[str, Any]]()
     for setting in range(group.settings):
         numbers = {name: float(values[setting]) for name, values in columns.items()}
         row: dict[str, Any] = {"optimizer": group.name}
-        row |= {name: numbers.pop(name) for name in lanes.axes}
-        row |= fixed | numbers
+        row |= {name: numbers.pop(name) for name in group.axes}
+        row |= {**group.fixed, **numbers, "optimizer": group.name}
         row["verdict"] = _most_frequent(verdicts[setting])
         row["ended"], row["at"] = ENDINGS[endings[setting]], int(at[setting])
         row["seeds"], row["setting"] = plan.seeds, setting

@@ -8,10 +8,13 @@ The factory is any function from numbers to a setting. Numbers make lanes of one
 that change the structure (None, a bool, a string) make groups.
 """
 
+import functools
+import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +22,21 @@ import numpy as np
 import scipy.stats
 
 from jgd.arguments import Static, is_number
-from jgd.lanes import refuse_functions
+from jgd.checks import FINITE, admit, check_key, refuse, traceable
+from jgd.lanes import check_numbers, length
+from jgd.nodes import brief
 
 __all__ = [
     "Choice",
     "Distribution",
+    "Integers",
     "Lanes",
     "LogUniform",
     "Uniform",
     "choice",
     "grid",
     "halton_search",
+    "integers",
     "loguniform",
     "random_search",
     "sobol_search",
@@ -67,6 +74,27 @@ class Lanes:
         leaves = jax.tree.leaves(self.settings)
         return len(leaves[0]) if leaves else max([1, *map(len, self.axes.values())])
 
+    @functools.cached_property
+    def structure(self) -> str:
+        """A digest of what all settings share: structure, and paths and dtypes of the numbers."""
+        bare = jax.tree.map(lambda _: 0, self.settings)
+        paths = [f"{path} {x.dtype} {x.shape[1:]}" for path, x in self._numbers()]
+        text = " ".join([repr(bare), str(jax.tree.structure(bare)), *paths])
+        return _digest(re.sub(r" at 0x[0-9a-f]+", "", text).encode())
+
+    @functools.cached_property
+    def digests(self) -> list[str]:
+        """A digest of each setting: equal for equal structure and numbers, in any process."""
+        flat = lambda x: np.ascontiguousarray(x).reshape(len(x), math.prod(x.shape[1:]))
+        columns = [flat(x).view(np.uint8) for _, x in self._numbers()]
+        rows = np.concatenate([np.zeros((len(self), 0), np.uint8), *columns], axis=1)
+        return [_digest(self.structure.encode() + row.tobytes()) for row in rows]
+
+    def _numbers(self) -> list[tuple[str, np.ndarray]]:
+        """Return the numbers, in the dtypes they are trained in, with their paths."""
+        leaves = jax.tree_util.tree_leaves_with_path(self.settings)
+        return [(jax.tree_util.keystr(path), np.asarray(jnp.asarray(x))) for path, x in leaves]
+
     def __repr__(self) -> str:
         varied = ", ".join([*self.axes, *(f"{k}={v}" for k, v in self.fixed.items())])
         return f"<{len(self)} lanes over {varied}>"
@@ -79,6 +107,10 @@ class Lanes:
         return children[0]  # after a transformation of jax: the settings themselves
 
 
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
 def lanes_of(settings: Any) -> Lanes:
     """Return a batch of settings as `Lanes`; leaves that differ become the axes, by their paths.
 
@@ -86,14 +118,9 @@ def lanes_of(settings: Any) -> Lanes:
     """
     if isinstance(settings, Lanes):
         return settings
-    refuse_functions("sweep", settings)
+    if not length("sweep", settings):
+        raise ValueError("sweep: no settings")
     leaves = jax.tree_util.tree_leaves_with_path(settings)
-    sizes = {np.shape(leaf)[:1] for _, leaf in leaves}
-    if len(sizes) != 1 or () in sizes:
-        raise ValueError(
-            f"a batch of settings needs one leading axis on all its numbers, got {settings!r};"
-            " build it with jgd.grid, jgd.random_search, jgd.stack or jax.vmap of the factory"
-        )
     axes = {}
     for path, leaf in leaves:
         name, values = jax.tree_util.keystr(path).lstrip("."), np.asarray(leaf)
@@ -117,6 +144,10 @@ class Uniform(NamedTuple):
         """Return the values at quantiles in [0, 1)."""
         return self.low + (self.high - self.low) * u
 
+    def suggest(self, trial: Any, name: str) -> float:
+        """Return the value that an Optuna trial suggests."""
+        return trial.suggest_float(name, self.low, self.high)
+
 
 class LogUniform(NamedTuple):
     """Distribution between low and high whose logarithm is uniform."""
@@ -128,6 +159,28 @@ class LogUniform(NamedTuple):
         """Return the values at quantiles in [0, 1)."""
         return self.low * (self.high / self.low) ** u
 
+    def suggest(self, trial: Any, name: str) -> float:
+        """Return the value that an Optuna trial suggests."""
+        return trial.suggest_float(name, self.low, self.high, log=True)
+
+
+class Integers(NamedTuple):
+    """Distribution over the integers from low to high: uniform, or in the logarithm."""
+
+    low: int
+    high: int
+    log: bool
+
+    def at(self, u: np.ndarray) -> np.ndarray:
+        """Return the values at quantiles in [0, 1)."""
+        ends = self.low - 0.5, self.high + 0.5  # each integer is the middle of its interval
+        spread = LogUniform(*ends) if self.log else Uniform(*ends)
+        return np.rint(spread.at(u)).astype(int).clip(self.low, self.high)
+
+    def suggest(self, trial: Any, name: str) -> int:
+        """Return the value that an Optuna trial suggests."""
+        return trial.suggest_int(name, self.low, self.high, log=self.log)
+
 
 class Choice(NamedTuple):
     """Uniform distribution over values, which may be structure."""
@@ -138,30 +191,81 @@ class Choice(NamedTuple):
         """Return the values at quantiles in [0, 1)."""
         return [self.values[int(x * len(self.values))] for x in u]
 
+    def suggest(self, trial: Any, name: str) -> Any:
+        """Return the value that an Optuna trial suggests; it knows plain values, others by repr."""
+        plain = bool | int | float | str | None
+        labels = [value if isinstance(value, plain) else repr(value) for value in self.values]
+        return self.values[labels.index(trial.suggest_categorical(name, labels))]
 
-Distribution = Uniform | LogUniform | Choice
+
+Distribution = Uniform | LogUniform | Integers | Choice
 
 
 def uniform(low: float, high: float) -> Uniform:
-    """Return a uniform distribution. Raises ValueError unless low < high."""
+    """Return a uniform distribution. Raises ValueError unless low < high, both finite."""
+    low, high = _bounds("uniform", low, high)
     if not low < high:
         raise ValueError(f"uniform: low must be below high, got {low} and {high}")
     return Uniform(low, high)
 
 
 def loguniform(low: float, high: float) -> LogUniform:
-    """Return a log-uniform distribution. Raises ValueError unless 0 < low < high."""
+    """Return a log-uniform distribution. Raises ValueError unless 0 < low < high, both finite."""
+    low, high = _bounds("loguniform", low, high)
     if not 0 < low < high:
         raise ValueError(f"loguniform: bounds must satisfy 0 < low < high, got {low} and {high}")
     return LogUniform(low, high)
 
 
+def integers(low: int, high: int, *, log: bool = False) -> Integers:
+    """Return a distribution over the integers from low to high, both included.
+
+    They are numbers, not structure: the factory gets them as traced floats.
+
+    Args:
+      low: with log, at least 1.
+      high: above low.
+      log: whether their logarithm is uniform; False: all are equally likely.
+
+    Raises: ValueError for a bound out of its range, TypeError for one that is no integer.
+    """
+    low, high = admit("integers: low", low, int), admit("integers: high", high, int)
+    if not low < high or (log and low < 1):
+        least = "1 <= " if log else ""
+        raise ValueError(f"integers: bounds must satisfy {least}low < high, got {low} and {high}")
+    return Integers(low, high, log)
+
+
+def _bounds(function: str, low: Any, high: Any) -> tuple[float, float]:
+    finite = Annotated[float, FINITE]
+    return admit(f"{function}: low", low, finite), admit(f"{function}: high", high, finite)
+
+
 def choice(values: Iterable[Any]) -> Choice:
     """Return a uniform distribution over values. Raises ValueError if there are none."""
-    values = tuple(values)
-    if not values:
-        raise ValueError("choice: values must hold at least one value")
-    return Choice(values)
+    return Choice(tuple(_sequence("choice: the sequence", values)))
+
+
+def _sequence(label: str, values: Any) -> list[Any]:
+    """Return values as a list. Raises ValueError for none, or for something that has no order."""
+    of_jgd = isinstance(values, Distribution | Lanes)
+    if isinstance(values, str | bytes | Mapping | Set) or of_jgd or not np.iterable(values):
+        raise ValueError(f"{label} must be a sequence of values, got {brief(values)}")
+    several = list(np.asarray(values) if isinstance(values, jax.Array) else values)
+    if not several:
+        raise ValueError(f"{label} has no values")
+    return several
+
+
+def check_distributions(function: str, distributions: Mapping[str, Any]) -> None:
+    """Raise TypeError unless each value is a distribution."""
+    if not isinstance(distributions, Mapping) or not all(isinstance(n, str) for n in distributions):
+        refuse(f"{function}: space", "a dict of distributions by name", distributions)
+    for name, values in distributions.items():
+        if not isinstance(values, Distribution):
+            cure = ". Use jgd.choice for values, or jgd.grid"
+            expected = "jgd.loguniform, jgd.uniform, jgd.integers or jgd.choice"
+            refuse(f"{function}: {name}", expected, values, cure)
 
 
 # --- batches of settings ---------------------------------------------------------------------
@@ -179,14 +283,9 @@ def grid(factory: Callable[..., Any], /, **axes: Any) -> Any:
     """
     if not axes:
         raise ValueError("grid: axes must hold at least one axis, got none")
-    columns = {}
-    for name, values in axes.items():
-        if isinstance(values, str) or not hasattr(values, "__iter__"):
-            raise ValueError(f"grid: axis {name} must be a sequence of values, got {values!r}")
-        columns[name] = list(np.asarray(values) if _is_array(values) else values)
-        if not columns[name]:
-            raise ValueError(f"grid: axis {name} has no values")
-    return batch(factory, list(columns), list(itertools.product(*columns.values())))
+    columns = {name: _sequence(f"grid: axis {name}", values) for name, values in axes.items()}
+    product = itertools.product(*columns.values())
+    return batch(factory, [dict(zip(columns, point, strict=True)) for point in product])
 
 
 def random_search(
@@ -203,7 +302,7 @@ def random_search(
     Returns and raises: as `grid`.
     """
     uniform = lambda d: np.asarray(jax.random.uniform(key, (d, n)), np.float64)
-    return _drawn("random_search", factory, n, distributions, uniform)
+    return _drawn("random_search", factory, n, key, distributions, uniform)
 
 
 def sobol_search(
@@ -218,7 +317,7 @@ def sobol_search(
         sequence = scipy.stats.qmc.Sobol(d, rng=_seed(key))
         return sequence.random_base2(max(0, math.ceil(math.log2(n))))[:n].T
 
-    return _drawn("sobol_search", factory, n, distributions, quantiles)
+    return _drawn("sobol_search", factory, n, key, distributions, quantiles)
 
 
 def halton_search(
@@ -229,7 +328,7 @@ def halton_search(
     Args, returns and raises: as `random_search`. The sequence is SciPy's.
     """
     quantiles = lambda d: scipy.stats.qmc.Halton(d, rng=_seed(key)).random(n).T
-    return _drawn("halton_search", factory, n, distributions, quantiles)
+    return _drawn("halton_search", factory, n, key, distributions, quantiles)
 
 
 def _seed(key: jax.Array) -> np.random.Generator:
@@ -240,10 +339,14 @@ def _drawn(
     name: str,
     factory: Callable[..., Any],
     n: int,
+    key: jax.Array,
     distributions: Mapping[str, Distribution],
     quantiles: Callable[[int], np.ndarray],
 ) -> Any:
     """Return settings at quantiles of shape (distributions, n) in [0, 1)."""
+    n = admit(f"{name}: n", n, int)
+    check_key(f"{name}: key", key)
+    check_distributions(name, distributions)
     if n < 1 or not distributions:
         raise ValueError(
             f"{name}: n and the number of distributions must be at least 1, got {n} and"
@@ -251,11 +354,8 @@ def _drawn(
         )
     rows = zip(distributions.values(), quantiles(len(distributions)), strict=True)
     draws = [distribution.at(u) for distribution, u in rows]
-    return batch(factory, list(distributions), list(zip(*draws, strict=True)))
-
-
-def _is_array(x: Any) -> bool:
-    return isinstance(x, np.ndarray | jax.Array)
+    points = zip(*draws, strict=True)
+    return batch(factory, [dict(zip(distributions, point, strict=True)) for point in points])
 
 
 def is_scalar(x: Any) -> bool:
@@ -263,40 +363,49 @@ def is_scalar(x: Any) -> bool:
     return is_number(x) and np.ndim(x) == 0
 
 
-def batch(factory: Callable[..., Any], names: list[str], points: Sequence[tuple[Any, ...]]) -> Any:
-    """Return the settings at points: `Lanes`, or a dict of `Lanes` where structure varies."""
+def batch(factory: Callable[..., Any], points: Sequence[Mapping[str, Any]]) -> Any:
+    """Return the settings at points: `Lanes`, or a dict of `Lanes` where structure varies.
+
+    Args:
+      points: the arguments of each call of the factory. Where one lacks a name that others have,
+        the factory's default is structure.
+    """
+    names = list(dict.fromkeys(name for point in points for name in point))
     groups = dict[tuple[Any, ...], list[int]]()
     for index, point in enumerate(points):
-        structure = tuple((i, Static(x)) for i, x in enumerate(point) if not is_scalar(x))
-        groups.setdefault(structure, []).append(index)
-    _try_each_value(factory, names, points)
-    mixed = {i for structure in groups for i, _ in structure}
+        kinds = (
+            (n, None if is_scalar(point[n]) else Static(point[n])) for n in names if n in point
+        )
+        groups.setdefault(tuple(kinds), []).append(index)
+    _try_each_value(factory, points)
+    constant = {name for name in names if all((name, None) in structure for structure in groups)}
     batches = {}
     for structure, members in groups.items():
-        fixed = {names[i]: node.value for i, node in structure}
-        varied = [i for i in range(len(names)) if names[i] not in fixed]
-        axes = {names[i]: np.array([float(points[m][i]) for m in members]) for i in varied}
+        fixed = {name: node.value for name, node in structure if node is not None}
+        varied = [name for name, node in structure if node is None]
+        axes = {name: np.array([float(points[m][name]) for m in members]) for name in varied}
         if axes:
             build = lambda numbers, fixed=fixed: factory(**numbers, **fixed)
-            settings = jax.vmap(build)({k: jnp.asarray(v, float) for k, v in axes.items()})
+            with traceable("factory"):
+                settings = jax.vmap(build)({k: jnp.asarray(v, float) for k, v in axes.items()})
         else:
             one = factory(**fixed)
             settings = jax.tree.map(lambda x: jnp.asarray(x, float)[None], one)
-        shown = [f"{names[i]}={fixed.get(names[i], 'number')}" for i in sorted(mixed)]
-        label = ", ".join(shown)
+        shown = {**dict.fromkeys(names, "default"), **dict.fromkeys(varied, "number"), **fixed}
+        label = ", ".join(f"{name}={x}" for name, x in shown.items() if name not in constant)
         label = f"{label} ({len(batches)})" if label in batches else label
         batches[label] = Lanes(settings, axes, fixed, members)
     return batches if len(batches) > 1 else next(iter(batches.values()))
 
 
-def _try_each_value(
-    factory: Callable[..., Any], names: list[str], points: Sequence[tuple[Any, ...]]
-) -> None:
+def _try_each_value(factory: Callable[..., Any], points: Sequence[Mapping[str, Any]]) -> None:
     """Call the factory once with each value, so that it refuses a bad one before any training."""
+    if not callable(factory):
+        refuse("factory", "a function from numbers to a setting", factory)
     tried = set()
     for point in points:
-        values = {(i, repr(x)) for i, x in enumerate(point)}
+        values = {(name, repr(x)) for name, x in point.items()}
         if not values <= tried:
             tried |= values
-            setting = factory(**dict(zip(names, point, strict=True)))
-            refuse_functions(getattr(factory, "__name__", "factory"), setting)
+            setting = factory(**point)
+            check_numbers(getattr(factory, "__name__", "factory"), setting)

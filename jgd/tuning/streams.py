@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jgd.checks import refuse
 from jgd.tuning import devices
 from jgd.tuning.batches import pick
 
@@ -39,7 +40,14 @@ class Stream:
     @functools.cached_property
     def first(self) -> Any:
         """The first batch, of an iterator of its own."""
-        return _next(self.make(), 0)
+        return _next(self.open(), 0)
+
+    def open(self) -> Iterator[Any]:
+        """Return a new iterator."""
+        iterator = self.make()
+        if not hasattr(iterator, "__next__"):
+            refuse("stream: make", "a function that returns an iterator", iterator)
+        return iterator
 
     def usual_every(self, steps: int) -> int:
         """Return the steps between reports for which their batches fit."""
@@ -67,7 +75,7 @@ def stream(make: Callable[[], Iterator[Any]]) -> Stream:
     Raises: TypeError if `make` is an iterator itself.
     """
     if not callable(make):
-        raise TypeError(f"stream: make must be a function that returns an iterator, got {make!r}")
+        refuse("stream: make", "a function that returns an iterator", make)
     return Stream(make)
 
 
@@ -114,7 +122,7 @@ class StreamBatches:
         return {"step": first, "state": self._marks.get(first)}
 
     def seek(self, mark: Mapping[str, Any]) -> None:
-        self._iterator, self._position = self.stream.make(), 0
+        self._iterator, self._position = self.stream.open(), 0
         names = ("set_state", "load_state_dict")
         restore = next(
             (getattr(self._iterator, n) for n in names if hasattr(self._iterator, n)), None
@@ -125,7 +133,7 @@ class StreamBatches:
 
     def _read(self, first: int) -> Any:
         if self._iterator is None or self._position > first:
-            self._iterator, self._position = self.stream.make(), 0
+            self._iterator, self._position = self.stream.open(), 0
         while self._position < first:
             self._batch(self._iterator)
         self._marks = {k: v for k, v in self._marks.items() if self.ends.get(k) == first}

@@ -1,34 +1,37 @@
 """`sweep` and `iter_sweep`: many settings and seeds as lanes of compiled programs."""
 
 import contextlib
-import copy
 import dataclasses
 import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from jgd.checks import key_of
 from jgd.pytree import Monitor
 from jgd.training import Run, Task, start
 from jgd.tuning import devices
 from jgd.tuning.engine import Engine, shared_programs
 from jgd.tuning.events import Cut, Report
-from jgd.tuning.folder import Folder
-from jgd.tuning.inputs import check_inputs, resumed
+from jgd.tuning.folder import Folder, load_block, opened
+from jgd.tuning.inputs import check_inputs, extended, first_setting, resumed
+from jgd.tuning.join import Facts, take
+from jgd.tuning.ledger import Ledger
+from jgd.tuning.load import StoredStates, stored_best
 from jgd.tuning.loop import Decision, Schedule, Sweep, run
-from jgd.tuning.options import Doc, SweepOptions, function_of
+from jgd.tuning.options import Doc, Steps, SweepOptions, Training, function_of
 from jgd.tuning.plan import Plan, fingerprint, make_plan
 from jgd.tuning.pool import Block
 from jgd.tuning.prune import Halving
 from jgd.tuning.result import Record, Result, make_result
+from jgd.tuning.segment import Segment
 from jgd.tuning.space import Lanes
 from jgd.tuning.streams import Stream
 from jgd.tuning.widths import choose_widths
@@ -36,42 +39,30 @@ from jgd.tuning.widths import choose_widths
 __all__ = ["Interrupted", "iter_sweep", "sweep"]
 
 
-Stop = Annotated[
-    Monitor | int | None,
-    Doc("""`jgd.stopping.early_stopping(...)` on the metric of each lane, or its patience alone; a
-    report is an epoch. None: no lane stops early."""),
-]
-
-
-@dataclass(frozen=True)
-class SweepInputs:
-    """Positional arguments of `sweep`."""
-
-    task: Annotated[Task | Run, Doc("A `Task`, or any `Run`.")]
-    settings: Annotated[
-        Any,
-        Doc("""A batch of settings, or a dict of batches by name: what `grid`, `random_search`,
-        `stack` or `jax.vmap` of a factory returns. One program is compiled for each structure, at
-        each width."""),
-    ]
-    steps: Annotated[int, Doc("Steps of each training, at least 4.")]
+# a pruner: plan and events of a turn -> the settings to cut
+Prune = Callable[[Plan, list[Report | Cut]], Iterable[int]]
+NO_PRUNING: Prune = lambda plan, events: ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingArguments(SweepOptions, SweepInputs):
-    """Arguments of `iter_sweep`: those of `sweep` that concern no folder."""
+class Cutting(Training):
+    """Options of training, and objects that end lanes early."""
 
     halving: Annotated[
         Halving | None,
         Doc("""`jgd.successive_halving(...)` or `jgd.hyperband(...)`: at some steps only the best
         settings go on. None: all settings run to their end."""),
     ] = None
-    stop: Stop = None
+    stop: Annotated[
+        Monitor | int | None,
+        Doc("""`jgd.stopping.early_stopping(...)` on the metric of each lane, or its patience
+        alone; a report is an epoch. None: no lane stops early."""),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepArguments(TrainingArguments):
-    """Arguments of `sweep`."""
+class Recorded(Cutting):
+    """Options of `sweep` and of `optuna_search`: those of training, a folder, and a callback."""
 
     folder: Annotated[
         str | Path | None,
@@ -96,6 +87,46 @@ class SweepArguments(TrainingArguments):
             )
 
 
+@dataclass(frozen=True)
+class SweepInputs:
+    """Positional arguments of `sweep`."""
+
+    task: Annotated[Task | Run, Doc("A `Task`, or any `Run`.")]
+    settings: Annotated[
+        Any,
+        Doc("""A batch of settings, or a dict of batches by name: what `grid`, `random_search`,
+        `stack` or `jax.vmap` of a factory returns. One program is compiled for each structure, at
+        each width."""),
+    ]
+    steps: Steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingArguments(SweepOptions, Cutting, SweepInputs):
+    """Arguments of `iter_sweep`: those of `sweep` that concern no folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepArguments(TrainingArguments, Recorded):
+    """Arguments of `sweep`."""
+
+    extend: Annotated[
+        str | Path | None,
+        Doc("""The folder of a finished sweep, in place of `folder`. The arguments describe the
+        whole sweep wanted; only lanes that are not there train: more settings, groups or seeds.
+        Lanes that are there and not in the arguments stay in the folder and out of the result. The
+        same call goes on with an extension that was interrupted. None: a new sweep."""),
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.extend is not None and self.folder is not None:
+            raise ValueError(
+                f"sweep: folder must be None with extend, got {str(self.folder)!r}. An extension is"
+                " written into the folder that it extends"
+            )
+
+
 @function_of(SweepArguments)
 def sweep(arguments: SweepArguments) -> Result:
     """Train every setting with every seed, and rank them.
@@ -117,15 +148,54 @@ def sweep(arguments: SweepArguments) -> Result:
     Returns: a `Result`: ranked rows, curves, and the best settings with their trained states.
     Raises: ValueError, before anything is trained or written, for settings that are no batch, NaN
       in the data, a learning rate that is negative or NaN, an `evaluate` that returns no dict of
-      scalars, or an option out of its range. Interrupted, on Ctrl-C.
+      scalars, or an option out of its range. BlockingIOError, naming the holder, if a sweep of
+      another process runs in `folder`. Interrupted, on Ctrl-C.
     """
-    folder = Folder(arguments.folder, resume=arguments.resume)
-    prepared = prepare(arguments, folder.plan)
-    plan = prepared.plan
-    if arguments.resume:
-        _resume(prepared, folder)
+    return run_sweep(arguments)
+
+
+def run_sweep(
+    arguments: SweepArguments, prune: Prune = NO_PRUNING, ctrl_c: "CtrlC | None" = None
+) -> Result:
+    """Run a sweep.
+
+    Args:
+      prune: called with the events of each turn. First, if the sweep is resumed, with those of the
+        journal: their cuts are in it, so what it returns is ignored.
+      ctrl_c: of several sweeps; None: of this one.
+    """
+    extend = arguments.extend is not None
+    path = arguments.extend if extend else arguments.folder
+    with opened(path, resume=arguments.resume, extend=extend) as folder:
+        prepared = prepare(arguments, folder.segment and folder.segment.plan, folder.earlier)
+        try:
+            if extend and folder.segment is None and not prepared.sweep.schedule.queue:
+                return prepared.result()  # nothing is new
+            whole = _run(arguments, prepared, folder, prune, ctrl_c or CtrlC())
+            result = prepared.result()
+            folder.write_result(result, prepared.groups)
+            if whole:  # else the last poll asked for a checkpoint
+                _checkpoint(prepared, folder)
+        finally:
+            prepared.sweep.engine.close()
+    if not whole:
+        raise Interrupted(result)
+    return result
+
+
+def _run(
+    arguments: SweepArguments,
+    prepared: "Prepared",
+    folder: Folder,
+    prune: Prune,
+    ctrl_c: "CtrlC",
+) -> bool:
+    """Run a sweep to its end. Returns False on Ctrl-C."""
+    if folder.segment is not None:
+        _resume(prepared, folder, folder.segment)
+        list(prune(prepared.plan, list(folder.events(prepared.plan))))
     else:
-        folder.write_plan(plan)
+        folder.write_plan(prepared.plan)
 
     def deliver(events: list[Report | Cut]) -> None:
         folder.append(events)
@@ -134,27 +204,11 @@ def sweep(arguments: SweepArguments) -> Result:
             if arguments.on_report is not None and isinstance(event, Report):
                 alive = int(prepared.sweep.ledger.alive.sum())
                 with ctrl_c.interrupts():
-                    arguments.on_report(plan, event._replace(alive=alive))
+                    arguments.on_report(prepared.plan, event._replace(alive=alive))
 
-    checkpoint = lambda: _checkpoint(prepared, folder)
-    try:
-        with CtrlC() as ctrl_c:
-            poll = Clock(prepared.sweep, folder, ctrl_c)
-            whole = run(prepared.sweep, deliver, poll, checkpoint)
-        result = prepared.result(whole=whole)
-        folder.write_result(result)
-        if whole:  # else the last poll asked for a checkpoint
-            checkpoint()
-        folder.finish()
-    except BaseException:
-        with contextlib.suppress(Exception):  # a checkpoint that is being written is finished
-            folder.finish()
-        raise
-    finally:
-        prepared.sweep.engine.close()
-    if not whole:
-        raise Interrupted(result)
-    return result
+    with ctrl_c:
+        poll = Clock(prepared.sweep, folder, ctrl_c, prune)
+        return run(prepared.sweep, deliver, poll, lambda: _checkpoint(prepared, folder))
 
 
 @function_of(TrainingArguments)
@@ -185,10 +239,11 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C, with the result so far.
 
     Attributes:
-      result: a `Result` in which the lanes that had not ended are out of budget.
+      result: a `Result` in which the lanes that had not ended are out of budget; a `Proposed` if it
+        was a search.
     """
 
-    def __init__(self, result: Result) -> None:
+    def __init__(self, result: Any) -> None:
         super().__init__("interrupted")
         self.result = result
 
@@ -204,35 +259,41 @@ class Prepared:
     groups: dict[str, Lanes]
     sweep: Sweep
     record: Record
+    earlier: Sequence[Segment] = ()  # of an extension
 
-    def result(self, *, whole: bool = True) -> Result:
-        """Return the result. If the sweep is not whole, its lanes count as out of budget."""
-        ledger, pool, engine = self.sweep.ledger, self.sweep.pool, self.sweep.engine
-        if not whole:
-            ledger = copy.deepcopy(ledger)
-            ledger.apply(Cut(None, self.plan.by_group(np.flatnonzero(ledger.alive))))
+    def result(self) -> Result:
+        """Return the result so far."""
+        plan, pool = self.plan, self.sweep.pool
+        states = StoredStates(plan, self.earlier)
+        states.held[pool.held()] = True
 
-        def state_of(lane: int) -> Any:
-            if lane not in pool:
-                return None
-            states = engine.programs[self.plan.group_of(lane)].states(pool.take([lane]))
-            return jax.tree.map(lambda x: x[0], states)
+        def leaves_of(lane: int) -> list[Any]:
+            in_pool = lane in pool
+            return [x[0] for x in jax.tree.leaves(pool.take([lane]))] if in_pool else states[lane]
 
-        return make_result(self.plan, self.groups, ledger, self.record, state_of)
+        batches = [self.groups[group.name].settings for group in plan.groups]
+        run = self.sweep.engine.programs[0].options.run
+        stored = lambda *best: stored_best(run, plan, batches, leaves_of, *best)
+        return make_result(plan, self.sweep.ledger, self.record.curves, states.held, stored)
 
 
-def prepare(arguments: TrainingArguments, written: Mapping[str, Any] | None = None) -> Prepared:
+def prepare(
+    arguments: TrainingArguments, written: Plan | None = None, earlier: Sequence[Segment] = ()
+) -> Prepared:
     """Plan a sweep; the inputs are checked before anything is compiled.
 
     Args:
-      written: the plan of the sweep to resume, as JSON.
+      written: the plan of the sweep to resume.
+      earlier: the segments to extend.
     """
     task = arguments.task
-    mesh = devices.mesh(arguments.devices)
+    given = [arguments.devices, *(segment.plan.devices for segment in earlier)]
+    mesh = devices.mesh(next((count for count in given if count is not None), None))
     inputs = check_inputs(task, arguments.settings, arguments, arguments.stop)
     training, batch = inputs.run, inputs.batch
-    first = jax.tree.map(lambda x: jnp.asarray(x)[0], next(iter(inputs.groups.values())).settings)
-    state = start(training, first, jax.random.key(arguments.key))
+    plans = [segment.plan for segment in earlier]
+    first = first_setting(inputs.groups, plans)
+    state = start(training, first, key_of(arguments.key))
     streamed = training.batch if isinstance(training.batch, Stream) else None
     last = () if streamed is not None else training.batch(arguments.steps - 1)
     params = state.params if isinstance(task, Task) else state
@@ -250,12 +311,20 @@ def prepare(arguments: TrainingArguments, written: Mapping[str, Any] | None = No
     )
     devices.check_same_task(plan.task)
     if written is not None:
-        plan = resumed(plan, written)
-    engine = Engine(plan, inputs.groups, shared_programs(task, training, plan, inputs.stop, mesh))
-    probed = written is None and arguments.width is None and streamed is None
+        what = "extend: an extension has not finished" if earlier else "resume"
+        plan = resumed(plan, written, what)
+    elif earlier:
+        plan = extended(plan, plans)
+    shared = shared_programs(task, training, plan, inputs.stop, mesh)
+    engine = Engine(plan, inputs.groups, shared)
+    probed = written is None and not earlier and arguments.width is None and streamed is None
     if probed and jax.process_count() == 1:
         plan = choose_widths(plan, engine)
-    return Prepared(plan, inputs.groups, Sweep(plan, engine), Record(plan))
+    ledger, record = Ledger(plan), Record(plan)
+    for segment in earlier:
+        shared.check_seeds(plan, segment.plan)
+        take(Facts(plan, ledger, record.curves), segment.facts)
+    return Prepared(plan, inputs.groups, Sweep(plan, engine, ledger), record, earlier)
 
 
 # --- checkpoints -----------------------------------------------------------------------------
@@ -283,24 +352,22 @@ def _checkpoint(prepared: Prepared, folder: Folder) -> None:
     folder.checkpoint(manifest, states)
 
 
-def _resume(prepared: Prepared, folder: Folder) -> None:
-    """Return to the last checkpoint: fold the journal, and load the states."""
-    manifest, sweep = folder.last_checkpoint(), prepared.sweep
-    instead = "The sweep starts anew" if manifest is None else "The checkpoint before it is used"
-    for note in folder.notes:
-        warnings.warn(f"{note}. {instead}", stacklevel=4)
+def _resume(prepared: Prepared, folder: Folder, segment: Segment) -> None:
+    """Return to the last checkpoint: take what the journal adds up to, and load the states."""
+    manifest, sweep = segment.manifest, prepared.sweep
+    for note in segment.notes:
+        warnings.warn(note, stacklevel=5)
     devices.wait_for_all()  # all processes have read the manifest before files change
-    folder.return_to(manifest)
+    folder.return_to_checkpoint(segment)
     if manifest is None:
         return
-    for event in folder.events(prepared.plan):
-        sweep.ledger.apply(event)
-        prepared.record.apply(event)
+    sweep.ledger, prepared.record = segment.ledger, segment.record
     sweep.schedule = Schedule.of_json(manifest["schedule"])
     for name, block in manifest["blocks"].items():
         ids = np.array(block["lanes"], int)
         program = sweep.engine.programs[prepared.plan.group_of(ids[0])]
-        rows = folder.load(name, program.shapes(len(ids)))
+        structure = jax.tree.structure(program.shapes(len(ids)))
+        rows = jax.tree.unflatten(structure, load_block(folder.path, name))
         sweep.pool.restore(block["number"], Block(ids, rows), np.array(block["present"]))
     sweep.pool.last = manifest["last_block"]
     if manifest["stream"] is not None:
@@ -317,13 +384,17 @@ def _resume(prepared: Prepared, folder: Folder) -> None:
 
 
 class Clock:
-    """The poll of a sweep: limits of time, checkpoints that are due, and Ctrl-C."""
+    """The poll of a sweep: limits of time, checkpoints that are due, a pruner, and Ctrl-C."""
 
     def __init__(
-        self, sweep: Sweep, folder: Folder | None = None, ctrl_c: "CtrlC | None" = None
+        self,
+        sweep: Sweep,
+        folder: Folder | None = None,
+        ctrl_c: "CtrlC | None" = None,
+        prune: Prune = NO_PRUNING,
     ) -> None:
-        self.schedule, self.plan = sweep.schedule, sweep.plan
-        self.folder, self.ctrl_c = folder, ctrl_c
+        self.schedule, self.plan, self.ledger = sweep.schedule, sweep.plan, sweep.ledger
+        self.folder, self.ctrl_c, self.prune = folder, ctrl_c, prune
         self.last_checkpoint = time.monotonic()
         self.start = self.last_checkpoint - self.schedule.elapsed
 
@@ -335,7 +406,9 @@ class Clock:
         if due := due and folder is not None and not folder.busy():
             self.last_checkpoint = now
         interrupt = self.ctrl_c is not None and self.ctrl_c.interrupt
-        return Decision(checkpoint=due, stop=late, interrupt=interrupt)
+        cuts = plan.lanes_of(np.array(list(self.prune(plan, events)), int)).ravel()
+        cuts = tuple(cuts[self.ledger.alive[cuts]].tolist())
+        return Decision(checkpoint=due, cuts=cuts, stop=late, interrupt=interrupt)
 
 
 class CtrlC:
@@ -343,16 +416,16 @@ class CtrlC:
 
     def __init__(self) -> None:
         self.interrupt = False
-        self._before: Any = None
+        self._before = list[Any]()  # a sweep of a search enters the context of the search again
 
     def __enter__(self) -> "CtrlC":
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._set)
+            self._before.append(signal.signal(signal.SIGINT, self._set))
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        if self._before:
+            signal.signal(signal.SIGINT, self._before.pop())
 
     def _set(self, *_: object) -> None:
         if self.interrupt:

@@ -1,0 +1,358 @@
+"""A segment, read back from its folder: the plan, and what the events of its journal add up to.
+
+    segment = read_segment("runs/a")
+    segment.ledger, segment.record              # folds over the journal
+    segment.manifest, segment.notes             # the newest whole checkpoint, and what was damaged
+    read_segments("runs/a")                     # this one, and its extensions in their order
+
+An extension is a segment whose plan is that of the whole sweep. It holds the events of the lanes
+that it trains; the facts about the others are those of the segments before it.
+
+A manifest holds checksums of itself, of plan.json, of the journal up to its checkpoint and of the
+states. The table follows from plan and journal: results.csv, results.json and curves.npz are never
+read. Readers take no lock.
+"""
+
+import contextlib
+import itertools
+import json
+import math
+import warnings
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jgd.tuning.events import Cut, Report, decode
+from jgd.tuning.join import Facts, take
+from jgd.tuning.ledger import Ledger
+from jgd.tuning.plan import FORMAT, Plan
+from jgd.tuning.result import Best, Curves, Record, Result, make_result
+
+__all__ = [
+    "Segment",
+    "batches_of",
+    "check_states",
+    "checksums",
+    "crc_of_plan",
+    "extensions",
+    "manifests",
+    "number_of",
+    "read_json",
+    "read_manifest",
+    "read_result",
+    "read_segment",
+    "read_segments",
+    "resumable",
+    "sealed",
+]
+
+NEW = "Start the sweep in a new folder"
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError)  # of decoded JSON
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A segment of a sweep.
+
+    Attributes:
+      plan_crc: checksum of plan.json, and of those of earlier segments.
+      manifest: of the newest whole checkpoint; None if there is none.
+      ledger, record: the events, folded.
+      notes: one line for each newer checkpoint, which is damaged.
+      changed: whether the journal is not that of a newer checkpoint.
+    """
+
+    path: Path
+    plan: Plan
+    plan_crc: int
+    manifest: Mapping[str, Any] | None
+    ledger: Ledger
+    record: Record
+    notes: list[str]
+    changed: bool
+
+    @property
+    def finished(self) -> bool:
+        """Whether all lanes have ended."""
+        return not self.ledger.alive.any()
+
+    @property
+    def facts(self) -> Facts:
+        return Facts(self.plan, self.ledger, self.record.curves)
+
+
+def read_segments(path: str | Path, *, resume: bool = False) -> list[Segment]:
+    """Return the segment in a folder, and those of its extensions.
+
+    Args, raises: as `read_segment`; ValueError if a segment that was extended is not whole.
+    """
+    segments = [read_segment(path, resume=resume)]
+    for folder in extensions(Path(path)):
+        if not segments[-1].finished:
+            lost = "; ".join(segments[-1].notes) or "lanes are missing"
+            raise ValueError(f"{segments[-1].path} was extended and is not whole: {lost}. {NEW}")
+        segments.append(read_segment(folder, resume=resume, earlier=segments))
+    return segments
+
+
+def extensions(path: Path) -> list[Path]:
+    """Return the folders of the extensions of a sweep; the last one has a plan."""
+    numbers = [x.parent.name.partition("-")[2] for x in path.glob("segment-*/plan.json")]
+    last = max((int(number) for number in numbers if number.isdecimal()), default=1)
+    return [path / f"segment-{number}" for number in range(2, last + 1)]
+
+
+def batches_of(path: Path) -> list[Path]:
+    """Return the folders of the batches of a search; a sweep has none."""
+    paths = (path / f"batch-{number}" for number in itertools.count())
+    return list(itertools.takewhile(lambda path: path.with_suffix(".json").exists(), paths))
+
+
+def resumable(path: Path) -> Path:
+    """Return the folder to resume: that of the search, for one of its batches."""
+    return path.parent if (path.parent / "search.json").exists() else path
+
+
+def read_segment(
+    path: str | Path, *, resume: bool = False, earlier: Sequence[Segment] = ()
+) -> Segment:
+    """Return the segment in a folder.
+
+    A journal goes on after the last checkpoint. Those lines are read as well, as far as each
+    continues its lanes, unless a manifest says that plan or journal were changed.
+
+    Args:
+      resume: whether to check the states too, and to stop where the checkpoint does.
+      earlier: the segments that this one extends.
+
+    Raises: FileNotFoundError without a plan; ValueError, naming the file, if nothing vouches for
+      plan and journal.
+    """
+    path = Path(path)
+    ledger, record, data = _read_plan(path)
+    plan_crc = crc_of_plan(data, earlier)
+    for segment in earlier:
+        take(Facts(ledger.plan, ledger, record.curves), segment.facts)
+    journal = path / "journal.jsonl"
+    data = journal.read_bytes() if journal.exists() else b""
+    manifest, notes, changed = _whole_manifest(path, plan_crc, data, states=resume)
+    if manifest is None and (changed or (resume and notes)):
+        still = "" if changed else "; jgd report still shows its table"
+        raise ValueError(
+            f"{path}: no checkpoint is whole: {'; '.join(notes)}. {NEW}, or delete the manifests"
+            f" in this one to start it anew{still}"
+        )
+    covered = manifest["journal"]["bytes"] if manifest else 0
+    end = _fold(data[:covered] if resume or changed else data, ledger, record)
+    if end < covered:
+        raise ValueError(f"{journal} is not the journal of {path / 'plan.json'}. {NEW}")
+    instead = "The checkpoint before it is used" if manifest else "The journal is read without it"
+    notes = [f"{path}: {note}. {instead}" for note in notes]
+    if resume and data and manifest is None:
+        notes = [f"{path} has no checkpoint: no manifest. The sweep starts anew"]
+    return Segment(path, ledger.plan, plan_crc, manifest, ledger, record, notes, changed)
+
+
+def crc_of_plan(data: bytes, earlier: Sequence[Segment]) -> int:
+    """Return the checksum of a plan and of the plans that it extends."""
+    return zlib.crc32(data, zlib.crc32(str([segment.plan_crc for segment in earlier]).encode()))
+
+
+def _read_plan(path: Path) -> tuple[Ledger, Record, bytes]:
+    """Return ledger and record of the plan in a folder, before any event, and its bytes."""
+    file = path / "plan.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{path} holds no sweep: there is no plan.json. {NEW}")
+    written = read_json(file)
+    if (version := written.get("format", 1)) != FORMAT:
+        still = "; jgd report still reads this one" if _is_old(path) else ""
+        raise ValueError(f"{file}: format must be {FORMAT}, got {version}. {NEW}{still}")
+    try:
+        plan = Plan.of_json(written)
+        return Ledger(plan), Record(plan), file.read_bytes()
+    except MALFORMED as error:
+        raise ValueError(f"{file} holds no plan: {error}. {NEW}") from None
+
+
+def _whole_manifest(
+    path: Path, plan_crc: int, journal: bytes, *, states: bool
+) -> tuple[dict[str, Any] | None, list[str], bool]:
+    """Return the newest manifest of a whole checkpoint, a note for each newer one, which is
+    damaged, and whether the journal, or without a manifest the plan, is not that of one of these.
+    """
+    notes, changed, foreign = list[str](), False, False
+    for file in manifests(path):
+        try:
+            manifest = read_manifest(file)
+            if manifest["plan"] != plan_crc:
+                foreign = True
+                raise ValueError(f"plan.json was changed, or {file.name} is of another sweep")
+            covered = journal[: manifest["journal"]["bytes"]]
+            written = {"bytes": len(covered), "crc32": zlib.crc32(covered)}
+            if not written.items() <= manifest["journal"].items():
+                changed = True
+                raise ValueError("journal.jsonl is not as the checkpoint says")
+            if states:
+                check_states(path, manifest["blocks"])
+        except (OSError, *MALFORMED) as error:
+            notes.append(f"checkpoint {number_of(file)}: {error}")
+        else:
+            return manifest, notes, changed
+    return None, notes, changed or foreign
+
+
+def _fold(data: bytes, ledger: Ledger, record: Record) -> int:
+    """Fold the lines of a journal; return the number of bytes up to the first that does not fit."""
+    end = 0
+    with contextlib.suppress(*MALFORMED):
+        for line in data.splitlines(keepends=True):
+            event = decode(line, ledger.plan)
+            if not line.endswith(b"\n") or not _continues(event, ledger):
+                break
+            ledger.apply(event)
+            record.apply(event)
+            end += len(line)
+    return end
+
+
+def _continues(event: Report | Cut, ledger: Ledger) -> bool:
+    """Return whether an event concerns living lanes, all of which were at the report before."""
+    plan = ledger.plan
+    groups = event.lanes if isinstance(event, Cut) else {event.group: event.lanes}
+    for group, ids in groups.items():
+        first, end = plan.offset(group), plan.offset(plan.index[group] + 1)
+        lanes = first + np.asarray(ids, int)
+        inside = (lanes >= first) & (lanes < end)
+        if not inside.all() or not ledger.alive[lanes].all():
+            return False
+        if isinstance(event, Report):
+            before = [0, *plan.reports][plan.reports.index(event.step)]
+            columns = (event.loss, event.ended, *event.metrics.values(), *(event.seen or ()))
+            even = all(len(column) == len(lanes) for column in columns)
+            if not even or (ledger.step[lanes] != before).any():
+                return False
+    return True
+
+
+# --- manifests and states --------------------------------------------------------------------
+
+
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a manifest with the checksum of its own content."""
+    return {"crc32": zlib.crc32(json.dumps(manifest).encode()), **manifest}
+
+
+def read_manifest(file: Path) -> dict[str, Any]:
+    """Return a manifest. Raises ValueError unless it is as it was written."""
+    try:
+        written = read_json(file)
+    except ValueError:
+        written = {}
+    manifest = {name: value for name, value in written.items() if name != "crc32"}
+    if written != sealed(manifest):
+        raise ValueError(f"{file.name} was changed")
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"{file.name}: format must be {FORMAT}, got {manifest['format']}")
+    return manifest
+
+
+def check_states(path: Path, blocks: Mapping[str, Any]) -> None:
+    """Raise OSError or ValueError unless the files of all blocks are as they were written."""
+    for name, block in blocks.items():
+        if checksums(path / "states" / name) != block["files"]:
+            raise ValueError(f"states/{name} was changed")
+
+
+def checksums(path: Path) -> dict[str, list[int]]:
+    """Return size and checksum of all files in a folder. Raises FileNotFoundError without one."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"states/{path.name} is missing")
+    files = sorted(x for x in path.rglob("*") if x.is_file())
+    data = ((x.relative_to(path).as_posix(), x.read_bytes()) for x in files)
+    return {name: [len(content), zlib.crc32(content)] for name, content in data}
+
+
+def manifests(path: Path) -> list[Path]:
+    """Return the manifests of a folder, newest first."""
+    found = (x for x in path.glob("manifest-*.json") if x.stem[len("manifest-") :].isdecimal())
+    return sorted(found, key=number_of, reverse=True)
+
+
+def number_of(manifest: Path) -> int:
+    """Return the number of the checkpoint that a manifest belongs to."""
+    return int(manifest.stem.partition("-")[2])
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object. Raises ValueError, naming the file, for any other content."""
+    try:
+        return dict[str, Any](json.loads(path.read_text()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} must hold a JSON object: {error}") from None
+
+
+# --- results ---------------------------------------------------------------------------------
+
+
+def read_result(path: str | Path) -> Result:
+    """Return table and curves of the sweep in a folder, without states.
+
+    Lanes of a sweep that has not finished count as out of budget. A warning says so, and names
+    damaged files.
+
+    Raises: as `read_segment`; ValueError if there is no report yet.
+    """
+    path = Path(path)
+    if _is_old(path):
+        return _read_old_result(path)
+    segment = read_segments(path)[-1]
+    if not segment.finished:
+        call = (
+            f"jgd sweep --resume {resumable(path)}"
+            if segment.path == path
+            else "the call that extended it"
+        )
+        how = f"If it no longer runs, go on with it: {call}"
+        if segment.changed or not segment.ledger.step.any():
+            raise ValueError(f"{'; '.join(segment.notes) or path}: there is no table. {how}")
+        warnings.warn(f"{path} has not finished: this is its table so far. {how}", stacklevel=2)
+    for note in segment.notes:
+        warnings.warn(note, stacklevel=2)
+    return make_result(segment.plan, segment.ledger, segment.record.curves)
+
+
+def _is_old(path: Path) -> bool:
+    """Return whether a folder is that of a finished sweep of jgd 0.1."""
+    files = [path / name for name in ("plan.json", "results.json", "curves.npz")]
+    if manifests(path) or not all(file.exists() for file in files):
+        return False
+    return "format" not in read_json(files[0])
+
+
+def _read_old_result(path: Path) -> Result:
+    """Return the result in a folder of jgd 0.1."""
+    file = path / "results.json"
+    try:
+        rows = read_json(file)["rows"]
+        rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
+        best = Best(rows[0], None, None)
+        file = path / "plan.json"
+        plan = Plan.of_json(read_json(file))
+        file = path / "curves.npz"
+        with np.load(file) as arrays:
+            curves = {
+                g.name: Curves(
+                    arrays[f"{g.name}/step"],
+                    arrays[f"{g.name}/train_loss"],
+                    {name: arrays[f"{g.name}/{name}"] for name in plan.metrics},
+                )
+                for g in plan.groups
+            }
+    except (*MALFORMED, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{file} is damaged: {type(error).__name__}: {error}") from None
+    return Result(rows, curves, best, [best], plan.metric, plan.mode, plan, Ledger(plan))

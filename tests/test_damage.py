@@ -1,0 +1,167 @@
+"""A damaged folder gives the same table, or one line that names the file; never another table."""
+
+import json
+import random
+import re
+import shutil
+import sys
+
+import pytest
+from test_training import _line
+
+import jgd
+from jgd import cli
+from jgd.tuning import plots
+from jgd.tuning.folder import Folder
+from jgd.tuning.segment import manifests, read_manifest, read_result, sealed
+
+TASK = _line()  # one task, so that all sweeps share their compiled programs
+RATES = [0.01, 0.03, 0.1, 1e30]
+OPTIONS = dict(width=2, report_every=2, checkpoint_every=0)
+
+WAYS = ("gone", "empty", "truncated", "garbage", "a flipped bit")
+OTHERS = ("another version", "another sweep")
+DAMAGES = [
+    # file, ways, what `resume` and `report` say; None: they give the same table
+    ("plan.json", (*WAYS, *OTHERS), r"plan\.json", r"plan\.json"),
+    ("journal.jsonl", ("gone", "empty", "garbage"), r"journal\.jsonl", r"journal\.jsonl"),
+    ("journal.jsonl", ("another sweep",), r"journal\.jsonl", r"journal\.jsonl"),
+    ("journal.jsonl", ("truncated", "a flipped bit"), None, r"journal\.jsonl"),
+    ("newest manifest", (*WAYS, *OTHERS), None, None),
+    ("both manifests", ("gone",), None, None),
+    ("both manifests", (*WAYS[1:], "another version"), r"manifest-2\.json", None),
+    ("both manifests", ("another sweep",), r"manifest-2\.json", r"manifest-2\.json"),
+    ("newest state", WAYS, None, None),
+    ("all states", WAYS, r"states/block-\d+", None),
+    ("command.json", (*WAYS[:4], "another version"), r"command\.json", None),
+    ("command.json", ("another sweep",), "this is another sweep", None),
+    *((name, WAYS, None, None) for name in ("results.json", "results.csv", "curves.npz", "lock")),
+]
+WITH_A_CHECKPOINT_BEFORE = ("journal.jsonl", "newest manifest", "newest state")
+CASES = [(file, way, *said) for file, ways, *said in DAMAGES for way in ways]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_checkpoints_and_no_pictures():
+    """Checkpoints before the first two turns, as in a sweep of some minutes, and at the end."""
+    with pytest.MonkeyPatch.context() as patched:
+        checkpoint = Folder.checkpoint
+
+        def counted(self, *args):
+            checkpoint(self, *args)
+            self.finish()
+
+        patched.setattr(Folder, "busy", lambda self: self._generation >= 2)
+        patched.setattr(Folder, "checkpoint", counted)
+        patched.setattr(plots, "save_plots", lambda result, out: [])
+        yield
+
+
+def _jgd(*arguments):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "argv", ["jgd", *map(str, arguments)])
+        cli.main()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The folder to damage, and that of another sweep."""
+    both = [tmp_path_factory.mktemp("whole") / name for name in ("this", "other")]
+    for folder, all_rates in zip(both, (RATES, [2 * rate for rate in RATES]), strict=True):
+        rates = ",".join(map(str, all_rates))
+        options = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
+        what = ("test_damage:TASK", "--optimizer", "adam", "--set", f"learning_rate={rates}")
+        _jgd("sweep", *what, "--steps", 8, "--seeds", 1, *options, "--out", folder)
+    assert [path.name for path in manifests(both[0])] == ["manifest-3.json", "manifest-2.json"]
+    return both
+
+
+def _damaged(folder, file, way, other):
+    newest, older = manifests(folder)
+    blocks = [set(read_manifest(path)["blocks"]) for path in (newest, older)]
+    for path in {
+        "newest manifest": [newest],
+        "both manifests": [newest, older],
+        "newest state": [folder / "states" / name for name in blocks[0] - blocks[1]],
+        "all states": [folder / "states" / name for name in blocks[0] | blocks[1]],
+    }.get(file, [folder / file]):
+        if way == "gone":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        elif way == "another sweep":
+            shutil.copy(other / path.name, path)
+        elif way == "another version":
+            content = json.loads(path.read_text()) | {"format": 3}
+            content.pop("crc32", None)
+            path.write_text(json.dumps(sealed(content) if path in (newest, older) else content))
+        else:
+            if path.is_dir():
+                path = max(
+                    filter(lambda x: x.is_file(), path.rglob("*")), key=lambda x: x.stat().st_size
+                )
+            data = bytearray(path.read_bytes())
+            if way == "a flipped bit":
+                data[-20] ^= 1
+            new = dict(
+                empty=b"",
+                truncated=data[: len(data) - 20],
+                garbage=random.Random(0).randbytes(len(data)),
+            )
+            path.write_bytes(new.get(way, bytes(data)))
+
+
+def _said(capsys, *command):
+    """What a command prints: on success and on failure, where it is one line."""
+    try:
+        _jgd(*command)
+    except SystemExit:
+        printed = capsys.readouterr()
+        assert printed.err.count("\n") == 1, printed.err
+        return "", printed.err
+    return capsys.readouterr().out, ""
+
+
+@pytest.mark.parametrize(("file", "way", "resumed", "reported"), CASES)
+def test_the_same_table_or_one_line(
+    file, way, resumed, reported, folders, tmp_path, capsys, recwarn
+):
+    whole, other = folders
+    table = (whole / "results.csv").read_bytes()
+    folder, again = tmp_path / "run", tmp_path / "again"
+    shutil.copytree(whole, folder)
+    _damaged(folder, file, way, other)
+    shutil.copytree(folder, again)
+
+    shown, error = _said(capsys, "report", folder)
+    if reported is None:
+        expected = _said(capsys, "report", whole)[0]
+        assert shown.partition("\nin ")[0] == expected.partition("\nin ")[0] != ""
+        assert repr(read_result(folder).rows) == repr(read_result(whole).rows)
+    else:
+        assert re.search(reported, error)
+
+    _, error = _said(capsys, "sweep", "--resume", folder)
+    if resumed is None:
+        assert not error
+        assert (folder / "results.csv").read_bytes() == table
+        assert (folder / "journal.jsonl").read_bytes() == (whole / "journal.jsonl").read_bytes()
+    else:
+        assert re.search(resumed, error)
+
+    go_on = lambda: jgd.sweep(
+        TASK,
+        {"adam": jgd.grid(jgd.adam, learning_rate=RATES)},
+        8,
+        folder=again,
+        resume=True,
+        **OPTIONS,
+    )
+    if resumed is None or file == "command.json":
+        go_on()
+        assert (again / "results.csv").read_bytes() == table
+        said = any("The checkpoint before it is used" in str(w.message) for w in recwarn)
+        assert said == (
+            (way != "gone" and file in WITH_A_CHECKPOINT_BEFORE) or file == "newest state"
+        )
+    else:
+        with pytest.raises((OSError, ValueError), match=resumed):
+            go_on()

@@ -1,0 +1,143 @@
+"""One sweep at a time in a folder: races, the holder's name, and what a dead process leaves."""
+
+import contextlib
+import re
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from test_training import _line
+
+import jgd
+from jgd import cli
+from jgd.tuning.lock import locked
+
+# For each line: waits for a moment, tries to hold a folder, says how it went, and waits again.
+RACER = """
+import sys, time
+from pathlib import Path
+from jgd.tuning import lock
+if sys.argv[1] == "creation":
+    lock.fcntl = None
+for line in sys.stdin:
+    folder, moment = line.split()
+    time.sleep(max(0, float(moment) - time.time()))
+    try:
+        with lock.locked(Path(folder)):
+            print("won", flush=True)
+            sys.stdin.readline()
+    except BlockingIOError as error:
+        print(error, flush=True)
+        sys.stdin.readline()
+    print("out", flush=True)
+assert "jax" not in sys.modules
+"""
+
+
+@contextlib.contextmanager
+def _racers(how, number):
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", RACER, how]
+    racers = [subprocess.Popen(command, **pipes) for _ in range(number)]
+    yield racers
+    for racer in racers:
+        racer.stdin.close()
+        assert racer.wait() in (0, -9)
+        racer.stdout.close()
+
+
+def _tell(racers, line):
+    for racer in racers:
+        racer.stdin.write(f"{line}\n")
+        racer.stdin.flush()
+    return [racer.stdout.readline() for racer in racers]
+
+
+def _in_use(pid):
+    here = re.escape(socket.gethostname())
+    return rf"is in use by a sweep on {here}, pid {pid}, since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d"
+
+
+def _leave_a_dead_holder(how, folder):
+    with _racers(how, 1) as (racer,):
+        assert _tell([racer], f"{folder} 0") == ["won\n"]
+        racer.kill()
+        racer.wait()
+    assert any(folder.iterdir())
+
+
+@pytest.mark.parametrize("how", ["system", "creation"])
+def test_fifty_races_have_fifty_winners(how, tmp_path):
+    _leave_a_dead_holder(how, tmp_path / "0")
+    left = {file.name: file.read_bytes() for file in (tmp_path / "0").iterdir()}
+    with _racers(how, 3) as racers:
+        for race in range(50):
+            folder = tmp_path / str(race)
+            if race % 2:  # else nothing is there, and the folder is created too
+                folder.mkdir()
+                for name, content in left.items():
+                    (folder / name).write_bytes(content)
+            said = _tell(racers, f"{folder} {time.time() + 0.01}")
+            assert sum(line == "won\n" for line in said) == 1, said
+            assert all("in use by" in line for line in said if line != "won\n"), said
+            _tell(racers, "")
+            assert folder.exists() or not race % 2  # the lock deletes none that it did not create
+
+
+@pytest.mark.parametrize("how", ["system", "creation"])
+def test_the_holder_is_named_and_a_process_may_lock_twice(how, tmp_path, monkeypatch):
+    if how == "creation":
+        monkeypatch.setattr("jgd.tuning.lock.fcntl", None)
+    with _racers(how, 1) as (racer,):
+        with locked(tmp_path):
+            with locked(tmp_path / ".." / tmp_path.name):
+                pass
+            (said,) = _tell([racer], f"{tmp_path} 0")  # the inner context released nothing
+            _tell([racer], "")
+        assert re.search(_in_use("\\d+"), said)
+        assert _tell([racer], f"{tmp_path} 0") == ["won\n"]
+        with pytest.raises(BlockingIOError, match=_in_use(racer.pid)), locked(tmp_path):
+            pass
+        _tell([racer], "")
+        with locked(tmp_path):
+            pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_holder_on_another_host_is_never_taken_for_dead(tmp_path, monkeypatch):
+    _leave_a_dead_holder("creation", tmp_path)
+    monkeypatch.setattr("jgd.tuning.lock.fcntl", None)
+    for name in ("socket.gethostname", "jgd.tuning.lock._boot"):
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(name, lambda: "elsewhere")
+            with pytest.raises(BlockingIOError, match=r"delete .*lock\.held"), locked(tmp_path):
+                pass
+    with locked(tmp_path):
+        pass
+
+
+def test_a_sweep_that_runs_is_neither_resumed_nor_overwritten(tmp_path, monkeypatch, capsys):
+    folder, lanes = tmp_path / "run", jgd.grid(jgd.sgd, learning_rate=[0.1])
+    with _racers("system", 1) as (racer,):
+        _tell([racer], f"{folder} 0")  # it has not written anything yet
+        for options in (dict(folder=folder), dict(folder=folder, resume=True), dict(extend=folder)):
+            with pytest.raises(BlockingIOError, match=_in_use(racer.pid)):
+                jgd.sweep(_line(), lanes, 8, **options)
+        for option in ("--out", "--resume"):
+            monkeypatch.setattr(sys, "argv", ["jgd", "sweep", option, str(folder)])
+            with pytest.raises(SystemExit):
+                cli.main()
+            (line,) = capsys.readouterr().err.splitlines()
+            assert re.search(_in_use(racer.pid), line)
+        assert [path.name for path in folder.iterdir()] == ["lock"]
+        _tell([racer], "")
+
+    def fails(plan, report):
+        raise RuntimeError("of the user")
+
+    with pytest.raises(RuntimeError, match="of the user"):
+        jgd.sweep(_line(), lanes, 8, folder=folder, on_report=fails)
+    result = jgd.sweep(_line(), lanes, 8, folder=folder, resume=True)  # that error released it
+    assert result.rows[0]["ended"] == "finished"
