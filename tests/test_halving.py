@@ -79,7 +79,7 @@ def test_covers_are_tight_and_cheapest():
 def test_halving_cuts_the_worse_half_at_each_rung():
     run, lanes = _scored([[float(k), float(k)] for k in [5, 3, 8, 1, 7, 2, 6, np.nan]])
     halving = jgd.successive_halving(2, 5)
-    result = jgd.sweep(run, lanes, 40, seeds=2, width=4, halving=halving)
+    result = jgd.sweep(run, lanes, 40, seeds=2, width=4, halving=halving, mode="min")
     scores = [row["score"] for row in result.rows]
     np.testing.assert_array_equal(scores, [1, 2, 3, 5, 6, 7, 8, np.nan])
     assert [row["ended"] for row in result.rows] == ["finished"] + ["cut"] * 7

@@ -368,7 +368,8 @@ def _scored(values):
 
 def test_ranking_by_the_mean_over_seeds():
     run, lanes = _scored([[3.0, 5.0], [1.0, np.nan], [2.0, 2.0], [2.0, 2.0], [0.0, 9.0]])
-    result = jgd.sweep(run, lanes, 4, seeds=2, width=3)  # the seeds of a setting in two tiles
+    # the seeds of a setting in two tiles
+    result = jgd.sweep(run, lanes, 4, seeds=2, width=3, mode="min")
     assert [row["row"] for row in result.rows] == [2, 3, 0, 4, 1]
     assert result.rows[0]["score_se"] == 0
     np.testing.assert_allclose(result.rows[2]["score_se"], 1.0)

@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from jgd import catalog
 from jgd.tuning.events import Report
-from jgd.tuning.plan import Plan
+from jgd.tuning.plan import Plan, words_of
 from jgd.tuning.result import Result
 
 __all__ = ["Progress", "print_optimizers", "print_result"]
@@ -99,9 +99,8 @@ def print_result(console: Console, result: Result, top: int) -> None:
     plan = result.plan
     varied = list(dict.fromkeys(name for g in plan.groups for name in (*g.axes, *g.fixed)))
 
-    table = _table(
-        "best of each optimizer", result.metric, "optimizer", *varied, result.metric, *_STYLES
-    )
+    title = f"best of each optimizer: {plan.direction}"
+    table = _table(title, result.metric, "optimizer", *varied, result.metric, *_STYLES)
     for group in plan.groups:
         rows = [row for row in result.rows if row["optimizer"] == group.name]
         counts = [sum(row["verdict"] == verdict for row in rows) for verdict in _STYLES]
@@ -155,7 +154,7 @@ def _cell(x: Any) -> str:
 
 def _spread(row: dict[str, Any], metric: str) -> str:
     spread = row.get(f"{metric}_se")
-    digits = ".4f" if "acc" in metric else ".4g"
+    digits = ".4f" if {"acc", "accuracy"} & words_of(metric) else ".4g"
     return f"{row[metric]:{digits}}" + ("" if spread is None else f" ± {spread:{digits}}")
 
 

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,12 +28,26 @@ from jgd.tuning.options import SweepOptions, Training, count, values_of
 from jgd.tuning.prune import Halving
 from jgd.version import __version__
 
-__all__ = ["FORMAT", "Group", "Plan", "fingerprint", "make_plan", "plain", "usual_width"]
+__all__ = [
+    "FORMAT",
+    "Group",
+    "Plan",
+    "fingerprint",
+    "make_plan",
+    "plain",
+    "usual_width",
+    "words_of",
+]
 
 FORMAT = 2  # of a folder: plan, journal, manifest and states
 WIDTH = 64  # lanes of a small network then fit the cache of two cores
 NARROW = 8
 OVERHEAD = 8.0  # of a step, in lanes
+NEGATION = {"neg", "negative"}  # in both directions, so that `mode` is needed
+KNOWN = {  # words of a metric's name that say which end is best
+    "max": {"accuracy", "acc", "auc", "f1", "r2", "reward", "return", "score", "bleu"} | NEGATION,
+    "min": {"loss", "error", "nll", "mse", "mae", "perplexity"} | NEGATION,
+}
 
 
 @dataclass(frozen=True)
@@ -109,6 +124,10 @@ class Plan(SweepOptions):
     def sign(self) -> float:
         """-1 where the greatest value of the metric is best, else 1."""
         return -1.0 if self.mode == "max" else 1.0
+
+    @property
+    def direction(self) -> str:
+        return f"{self.metric}, {'higher' if self.mode == 'max' else 'lower'} is better"
 
     @property
     def lanes(self) -> int:
@@ -263,13 +282,25 @@ def usual_width(lanes: int, at_once: int, most: int = WIDTH) -> int:
 
 
 def ranked_by(metrics: Sequence[str], options: Training) -> tuple[str, Any]:
-    """Return the metric to rank by, and its mode."""
+    """Return the metric to rank by, and its mode. Raises ValueError if its name does not say it."""
     metric = options.metric
     if metric not in (None, *metrics):
         raise ValueError(f"sweep: metric must be one of {', '.join(metrics)}, got {metric!r}")
     usual = [name for name in ("accuracy", "loss") if name in metrics]
     metric = metric or (usual or metrics)[0]
-    return metric, options.mode or ("max" if "acc" in metric else "min")
+    modes = [mode for mode, known in KNOWN.items() if known & words_of(metric)]
+    if options.mode is None and len(modes) != 1:
+        raise ValueError(
+            f"sweep: mode must be 'min' or 'max' for the metric {metric!r}, whose name does not say"
+            " which end is best. Pass mode='max' if higher is better"
+        )
+    return metric, options.mode or modes[0]
+
+
+def words_of(metric: str) -> set[str]:
+    """Return the words of a metric's name, in lower case: {"val", "mse"} for valMSE."""
+    camel = r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])"
+    return {word.lower() for word in re.split(rf"[\W_]+|{camel}", metric)}
 
 
 def fingerprint(*trees: Any) -> str:

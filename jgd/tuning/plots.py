@@ -126,7 +126,7 @@ def plot_sensitivity(result: Result) -> Any:
     if result.mode == "min" and every and min(every) > 0:
         panel.set_yscale("log")
     panel.set_xlabel(", ".join(drawn).replace("_", " "))
-    panel.set_ylabel(f"{result.metric}, held out")
+    panel.set_ylabel(f"held-out {result.plan.direction}")
     seeds = f", mean and range of {result.plan.seeds} seeds" if result.plan.seeds > 1 else ""
     panel.set_title(f"after {result.plan.steps} steps{seeds}", fontsize=11)
     _legend(figure, len(result.plan.groups))

@@ -114,7 +114,8 @@ def make_result(
         whole = all(state is not None for state in states)
         if place == 0 or whole:
             scores = ledger.scores(np.array([setting]))[0]
-            state = states[int(scores.argmin())] if whole else None
+            seeds = np.lexsort((scores, ledger.reached[plan.lanes_of(setting)]))
+            state = states[seeds[0]] if whole else None  # of the first at the target, if any is
             kept.append(Best(ranked[place], _setting(plan, groups, setting), state))
         if sum(best.state is not None for best in kept) == plan.keep or state_of is None:
             break
@@ -206,6 +207,9 @@ def _tied(ledger: Ledger, order: np.ndarray) -> np.ndarray:
         means = scores.mean(1)
         tied = means - means[0] <= np.hypot(errors, errors[0])
     tied &= np.isfinite(scores).all(1) & (ledger.shortfall(order) == ledger.shortfall(order[:1]))
+    # a number of steps does not compare with a metric
+    reached = np.isfinite(ledger.reached[ledger.plan.lanes_of(order)]).all(1)
+    tied &= reached == reached[0]
     tied[0] = True
     return tied
 
