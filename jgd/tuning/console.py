@@ -100,11 +100,12 @@ def print_result(console: Console, result: Result, top: int) -> None:
     varied = list(dict.fromkeys(name for g in plan.groups for name in (*g.axes, *g.fixed)))
 
     title = f"best of each optimizer: {plan.direction}"
-    table = _table(title, result.metric, "optimizer", *varied, result.metric, *_STYLES)
+    styles = _STYLES if plan.verdict else {}
+    table = _table(title, result.metric, "optimizer", *varied, result.metric, *styles)
     for group in plan.groups:
         rows = [row for row in result.rows if row["optimizer"] == group.name]
-        counts = [sum(row["verdict"] == verdict for row in rows) for verdict in _STYLES]
-        shown = [f"[{style}]{n}[/]" for n, style in zip(counts, _STYLES.values(), strict=True)]
+        counts = [sum(row["verdict"] == verdict for row in rows) for verdict in styles]
+        shown = [f"[{style}]{n}[/]" for n, style in zip(counts, styles.values(), strict=True)]
         numbers = [_cell(rows[0].get(name)) for name in varied]
         table.add_row(group.name, *numbers, _spread(rows[0], result.metric), *shown)
     console.print(table)
@@ -112,7 +113,8 @@ def print_result(console: Console, result: Result, top: int) -> None:
     title = f"the best {max(min(top, len(result.rows)), 0)} of {len(result.rows)} settings"
     shown = result.rows[: max(top, 0)]
     how = ("ended",) if any(row["ended"] != "finished" for row in shown) else ()
-    columns = ("rank", "optimizer", *varied, result.metric, "final loss", "verdict", *how)
+    last = ("verdict", *how) if plan.verdict else how
+    columns = ("rank", "optimizer", *varied, result.metric, "final loss", *last)
     table = _table(title, result.metric, *columns)
     ties = sum(row["tied"] for row in result.rows) > 1
     for row in shown:
@@ -122,7 +124,7 @@ def print_result(console: Console, result: Result, top: int) -> None:
             *(_cell(row.get(name)) for name in varied),
             _spread(row, result.metric),
             _cell(row["final_loss"]),
-            f"[{_STYLES.get(row['verdict'], 'dim')}]{row['verdict']}[/]",
+            *([f"[{_STYLES.get(row['verdict'], 'dim')}]{row['verdict']}[/]"] if styles else []),
             *([f"{row['ended']} at {row['at']:,}"] if how else []),
         )
     console.print(table)

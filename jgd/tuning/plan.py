@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import jaxlib.version
 import numpy as np
 
+from jgd.diagnosis import interval_ends
 from jgd.tuning.options import SweepOptions, Training, count, values_of
 from jgd.tuning.prune import Halving
 from jgd.version import __version__
@@ -103,6 +104,7 @@ class Plan(SweepOptions):
     halving: Mapping[str, Any] | None
     stop: str | None
     task: str  # a digest of its first batch and initial parameters
+    verdict: bool = True  # whether the training loss says how a run went
     versions: Mapping[str, str]
     device: str
     at_once: int  # tiles that run at the same time
@@ -124,6 +126,11 @@ class Plan(SweepOptions):
     def sign(self) -> float:
         """-1 where the greatest value of the metric is best, else 1."""
         return -1.0 if self.mode == "max" else 1.0
+
+    @functools.cached_property
+    def intervals(self) -> np.ndarray:
+        """The steps at which intervals of the training loss end."""
+        return interval_ends(self.rounds)
 
     @property
     def direction(self) -> str:
@@ -154,6 +161,11 @@ class Plan(SweepOptions):
             self.groups[group].name: np.sort(lanes[groups == group] - self.offset(group)).tolist()
             for group in groups[np.sort(first)].tolist()
         }
+
+    def numbered(self, groups: Mapping[str, Any]) -> np.ndarray:
+        """Return lanes by their number over all groups; inverts `by_group`."""
+        lanes = (self.offset(group) + np.asarray(ids, int) for group, ids in groups.items())
+        return np.concatenate([np.zeros(0, int), *lanes])
 
     # --- rungs
 
@@ -214,6 +226,7 @@ def make_plan(
     devices: int,
     at_once: int,
     task: str,
+    verdict: bool = True,
 ) -> Plan:
     """Return the plan of a sweep over groups of `Lanes`, at the usual width if none is given.
 
@@ -251,6 +264,7 @@ def make_plan(
         halving=halving._asdict() if halving else None,
         stop=None if stop is None else repr(stop),
         task=task,
+        verdict=verdict,
         versions={
             "jgd": __version__,
             "jax": jax.__version__,

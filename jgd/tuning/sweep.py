@@ -210,7 +210,7 @@ class Prepared:
         ledger, pool, engine = self.sweep.ledger, self.sweep.pool, self.sweep.engine
         if not whole:
             ledger = copy.deepcopy(ledger)
-            ledger.apply(Cut(None, self.plan.by_group(np.flatnonzero(ledger.alive))))
+            ledger.apply(self.sweep.cut_of(None, np.flatnonzero(ledger.alive)))
 
         def state_of(lane: int) -> Any:
             if lane not in pool:
@@ -247,6 +247,7 @@ def prepare(arguments: TrainingArguments, written: Mapping[str, Any] | None = No
         devices=1 if mesh is None else mesh.size,
         at_once=devices.tiles_at_once(mesh),
         task=fingerprint(batch, last, params, training.evaluate(first, state)),
+        verdict=training.verdict,
     )
     devices.check_same_task(plan.task)
     if written is not None:
