@@ -8,9 +8,10 @@ The factory is any function from numbers to a setting. Numbers make lanes of one
 that change the structure (None, a bool, a string) make groups.
 """
 
+import collections
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ import scipy.stats
 
 from jgd.arguments import Static, is_number
 from jgd.lanes import refuse_functions
+from jgd.pytree import Schedule, Transformation
 
 __all__ = [
     "Choice",
@@ -80,7 +82,10 @@ class Lanes:
 
 
 def lanes_of(settings: Any) -> Lanes:
-    """Return a batch of settings as `Lanes`; leaves that differ become the axes, by their paths.
+    """Return a batch of settings as `Lanes`; leaves that differ become the axes.
+
+    They are named by their paths; a link of a chain is named by its factory, as in
+    adam.learning_rate, and so is what differs in a schedule if nothing else in it does.
 
     Raises: ValueError if the leaves have no leading axis of one length.
     """
@@ -94,14 +99,34 @@ def lanes_of(settings: Any) -> Lanes:
             f"a batch of settings needs one leading axis on all its numbers, got {settings!r};"
             " build it with jgd.grid, jgd.random_search, jgd.stack or jax.vmap of the factory"
         )
-    axes = {}
-    for path, leaf in leaves:
-        name, values = jax.tree_util.keystr(path).lstrip("."), np.asarray(leaf)
-        columns = values.reshape(len(values), -1).T  # a leaf may be an array in each setting
-        for place, column in enumerate(columns):
+    columns = list[tuple[list[str], np.ndarray]]()
+    for names, (path, leaf) in zip(_names(settings), leaves, strict=True):
+        values = np.asarray(leaf)
+        names = [*names, jax.tree_util.keystr(path).lstrip(".")]
+        for place, column in enumerate(values.reshape(len(values), -1).T):
             if (column != column[0]).any() or len(leaves) == 1:
-                axes[f"{name}[{place}]" if values.ndim > 1 else name] = column
-    return Lanes(settings, axes)
+                # a leaf may be an array in each setting
+                array = [f"{name}[{place}]" for name in names[1:]]
+                columns.append((array if values.ndim > 1 else names, column))
+    taken = collections.Counter(name for names, _ in columns for name in set(names))
+    unique = lambda names: next((name for name in names if taken[name] == 1), names[-1])
+    return Lanes(settings, {unique(names): column for names, column in columns})
+
+
+def _names(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield two names of each leaf: by the argument it belongs to, and by its path in its link."""
+    inside = lambda x: isinstance(x, Transformation) and x is not node
+    for path, child in jax.tree_util.tree_leaves_with_path(node, is_leaf=inside):
+        text = jax.tree_util.keystr(path).lstrip(".")
+        if not inside(child):
+            argument = text.partition(".")[0]
+            scheduled = isinstance(getattr(node, argument, None), Schedule)
+            yield prefix + (argument if scheduled else text), prefix + text
+        elif isinstance(node, Transformation):
+            named = isinstance(path[-1], jax.tree_util.DictKey)
+            yield from _names(child, f"{path[-1].key if named else _word(child)}.")
+        else:
+            yield from _names(child, f"{prefix}{text}.")
 
 
 # --- distributions ---------------------------------------------------------------------------
@@ -282,11 +307,20 @@ def batch(factory: Callable[..., Any], names: list[str], points: Sequence[tuple[
         else:
             one = factory(**fixed)
             settings = jax.tree.map(lambda x: jnp.asarray(x, float)[None], one)
-        shown = [f"{names[i]}={fixed.get(names[i], 'number')}" for i in sorted(mixed)]
+        shown = [f"{names[i]}={_word(fixed.get(names[i], 'number'))}" for i in sorted(mixed)]
         label = ", ".join(shown)
         label = f"{label} ({len(batches)})" if label in batches else label
         batches[label] = Lanes(settings, axes, fixed, members)
     return batches if len(batches) > 1 else next(iter(batches.values()))
+
+
+def _word(value: Any) -> str:
+    """Return a structural value in a word: itself if it is plain, else the name of its factory."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return str(value)
+    if isinstance(value, Transformation | Schedule):
+        return repr(value).partition("(")[0]
+    return getattr(value, "__name__", type(value).__name__)
 
 
 def _try_each_value(
