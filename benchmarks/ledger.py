@@ -11,10 +11,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 
-from jgd import diagnosis
+from jgd.diagnosis import LossStatistics
 from jgd.tuning.events import FINISHED, Report
 from jgd.tuning.folder import opened
 from jgd.tuning.ledger import Ledger
@@ -45,15 +44,15 @@ def plan_of(lanes: int) -> Plan:
 
 def reports(plan: Plan, ledger: Ledger, begin: int, end: int) -> Iterator[Report]:
     """The reports of the living lanes from one step to another, tile by tile."""
-    rng, statistics = np.random.default_rng(begin), diagnosis.statistics()
+    rng = np.random.default_rng(begin)
     alive = np.flatnonzero(ledger.alive)
     for place in range(0, len(alive), WIDTH):
         lanes = alive[place : place + WIDTH]
         n = len(lanes)
         for step in (step for step in plan.reports if begin < step <= end):
             draw = lambda n=n: rng.random(n, np.float32).astype(np.float64)
-            over = step == plan.steps
-            seen = jax.tree.map(lambda x, n=n: np.full(n, 0.1, x.dtype), statistics)
+            over = step in plan.rounds
+            seen = LossStatistics(*[np.full(n, 0.1)] * len(LossStatistics._fields))
             yield Report(
                 tile=place // WIDTH,
                 group="adam",
@@ -61,7 +60,7 @@ def reports(plan: Plan, ledger: Ledger, begin: int, end: int) -> Iterator[Report
                 lanes=lanes,
                 loss=draw(),
                 metrics={"accuracy": draw(), "loss": draw()},
-                ended=np.full(n, FINISHED if over else 0, np.int8),
+                ended=np.full(n, FINISHED if step == plan.steps else 0, np.int8),
                 seen=seen if over else None,
             )
 

@@ -79,6 +79,9 @@ class Run(NamedTuple):
     """step -> batch, or (step, seed=None) -> batch where seeds may have an order of their own."""
     begin: Callable[[jax.Array], Any] | None = None
     """Optional: key -> what all settings of a seed begin with, such as parameters: made once."""
+    verdict: bool = True
+    """Whether the loss says how a run went. False, as for the loss of a policy gradient: the table
+    of a sweep then has no verdicts."""
 
 
 def check_task(function: str, task: Any, *kinds: type[Any]) -> None:

@@ -1,12 +1,17 @@
 """The verdict on gradient descent of a w^2 / 2, and on planted noisy curves."""
 
+import io
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 import jgd
 from jgd import diagnosis
+from jgd.tuning import console
+from jgd.tuning.events import decode, encode
 
 
 def _descent(rate, curvature, steps):
@@ -84,6 +89,91 @@ def test_what_never_came_back_has_diverged():
     assert _verdict(np.where(steps == 3, 50.0, 2.3 * np.exp(-steps / 5))) == "good"
 
 
+def _spiked(steps, at):
+    """A loss that learns from chance on, jumps to 20 and is at chance from then on."""
+    t = np.arange(steps) / steps
+    return np.select(
+        [np.arange(steps) == int(at * steps), t < at], [20.0, 2.3 * np.exp(-t / at)], 2.3
+    )
+
+
+@pytest.mark.parametrize("steps", [20, 100, 1000, 5000])
+@pytest.mark.parametrize("noise", [0.0, 0.02])
+def test_what_came_undone_has_diverged_and_a_high_plateau_is_too_small(steps, noise):
+    t = np.arange(steps) / steps
+    noisy = lambda curve: curve + noise * np.random.default_rng(0).normal(size=steps)
+    fell = 0.05 ** (2 * t)  # to a twentieth at half-time
+    for back in (0.05 + 0.95 * (2 * t - 1), 0.05 ** (2 - 2 * t)):
+        assert _verdict(noisy(2.3 * np.where(t < 0.5, fell, back))) == "diverged"
+    assert _verdict(noisy(2.3 * np.where(t < 0.25, fell**2, 0.05))) == "good"
+    for height in (0.85, 0.9, 0.95):
+        assert _verdict(noisy(2.3 * (height + (1 - height) * np.exp(-30 * t)))) == "too small"
+    for at in (0.1, 0.3, 0.6, 0.8):
+        assert _verdict(noisy(_spiked(steps, at))) == "diverged", at
+    assert _verdict(noisy(np.where(t == 0.1, 20.0, 2.3 * np.exp(-30 * t)))) == "good"
+
+
+def _along(curves):
+    """A run whose loss at step k is the k-th of its setting's numbers."""
+    run = jgd.Run(
+        init=lambda setting, key: jnp.int32(0),
+        update=lambda setting, state, batch: (state + 1, {"loss": setting[state]}),
+        evaluate=lambda setting, state: {"error": setting[state - 1]},
+        batch=lambda step: step,
+    )
+    return run, {"run": jnp.asarray(np.stack(curves), jnp.float32)}
+
+
+ENDS = {
+    "cut": dict(halving=jgd.successive_halving(2, 100), seeds=2, width=2),
+    "out of budget": dict(budget=2 * 8 * 120, width=8, report_every=60),
+    "stopped early": dict(stop=jgd.stopping.early_stopping(1, min_delta=1e9), report_every=200),
+}
+
+
+@pytest.mark.parametrize("ended", ENDS)
+def test_a_lane_that_ended_early_is_judged_by_its_own_steps(ended, tmp_path):
+    """At an eighth, at a quarter, anywhere: as a training of that many steps would be."""
+    t = np.arange(100) / 100
+    planted = {
+        "good": np.exp(-50 * t),
+        "too small": np.exp(-0.5 * t),
+        "oscillating": 1 + 0.5 * (-1.0) ** np.arange(100),
+        "diverged": np.where(t < 0.5, 0.05 ** (2 * t), 0.05 ** (2 - 2 * t)),
+    }
+    planted |= {f"{kind} 2": 3 * curve for kind, curve in planted.items()}
+    curves = [np.concatenate([c, np.full(700, c[-1])]) for c in planted.values()]
+    if ended != "cut":  # there it ended after 120 or 400 steps
+        curves = [np.repeat(c, 4)[3:] for c in curves]
+    run, settings = _along(curves)
+    result = jgd.sweep(run, settings, 800, folder=tmp_path / "run", **ENDS[ended])
+    assert ended in {row["ended"] for row in result.rows}
+    for row in result.rows:
+        curve = curves[row["setting"]][: row["at"]]
+        assert row["verdict"] == _verdict(curve), (list(planted)[row["setting"]], row)
+        if row["ended"] == "cut" and row["at"] == 100:
+            assert list(planted)[row["setting"]].startswith(row["verdict"])
+    assert len({row["verdict"] for row in result.rows}) > 1
+    lines = (tmp_path / "run" / "journal.jsonl").read_text().splitlines()
+    read = [decode(line, result.plan) for line in lines]
+    assert [encode(event) for event in read] == lines
+    again = jgd.sweep(run, settings, 800, folder=tmp_path / "run", resume=True, **ENDS[ended])
+    assert repr(again.rows) == repr(result.rows)
+
+
+def test_a_run_may_say_that_its_loss_is_no_verdict():
+    run, settings = _along([np.ones(8), np.full(8, np.nan)])
+    for says in (True, False):
+        result = jgd.sweep(run._replace(verdict=says), settings, 8, report_every=4)
+        assert [row["verdict"] for row in result.rows] == (
+            ["too small", "diverged"] if says else ["", ""]
+        )
+        terminal = Console(file=io.StringIO(), width=200)
+        console.print_result(terminal, result, 2)
+        for word in ("diverged", "oscil", "verdict"):
+            assert (word in terminal.file.getvalue()) == says
+
+
 def test_noise_of_the_batches_is_not_laid_at_the_door_of_tiny_steps():
     rng = np.random.default_rng(0)
     noisy = 2.3 + 0.4 * rng.normal(size=500) - 0.1 * np.arange(500) / 500
@@ -130,15 +220,20 @@ def test_rising_has_diverged():
 def test_the_final_loss_of_a_square_is_not_negative():
     losses = np.float32(100.0) * 0.5 ** np.arange(400, dtype=np.float32)
     seen = diagnosis.of_curve(losses)
-    np.testing.assert_allclose(diagnosis.final_loss(seen, 400), losses[-40:].mean(), rtol=1e-5)
+    np.testing.assert_allclose(seen.final_loss, losses[-40:].mean(), rtol=1e-5)
 
 
 def test_lanes_do_not_see_each_other_and_jit_sees_no_numbers():
     curves = np.stack([_descent(rate, 1.0, 50)[0] for rate in (0.01, 0.5, 3.0)], axis=1)
     together = _verdict(curves)
     assert [str(v) for v in together] == [str(_verdict(c)) for c in curves.T]
-    observe = jax.jit(diagnosis.observe)
-    seen = diagnosis.statistics()
+    observe, close = jax.jit(diagnosis.observe), jax.jit(diagnosis.close_interval)
+    ends = diagnosis.interval_ends([50])
+    sums, index = diagnosis.no_losses(len(ends)), 0
     for step in range(50):
-        seen = observe(seen, curves[step, 1], 0.0, step, 50)
-    np.testing.assert_allclose(diagnosis.final_loss(seen, 50), curves[-5:, 1].mean(), atol=1e-6)
+        sums = observe(sums, curves[step, 1], np.nan, step)
+        if step + 1 == ends[index]:
+            sums, index = close(sums, index), index + 1
+    seen, expected = diagnosis.statistics(sums, ends, 50), diagnosis.of_curve(curves[:, 1])
+    for name, value in expected._asdict().items():
+        np.testing.assert_allclose(getattr(seen, name), value, rtol=1e-4, atol=1e-6, err_msg=name)

@@ -18,7 +18,7 @@ from test_training import _line
 from test_tuning import _scored
 
 import jgd
-from jgd import diagnosis
+from jgd.diagnosis import LossStatistics
 from jgd.stopping import early_stopping
 from jgd.tuning import devices, sweep
 from jgd.tuning.events import CUT, DIVERGED, FINISHED, Cut, Report
@@ -79,7 +79,7 @@ def test_covers_are_tight_and_cheapest():
 def test_halving_cuts_the_worse_half_at_each_rung():
     run, lanes = _scored([[float(k), float(k)] for k in [5, 3, 8, 1, 7, 2, 6, np.nan]])
     halving = jgd.successive_halving(2, 5)
-    result = jgd.sweep(run, lanes, 40, seeds=2, width=4, halving=halving)
+    result = jgd.sweep(run, lanes, 40, seeds=2, width=4, halving=halving, mode="min")
     scores = [row["score"] for row in result.rows]
     np.testing.assert_array_equal(scores, [1, 2, 3, 5, 6, 7, 8, np.nan])
     assert [row["ended"] for row in result.rows] == ["finished"] + ["cut"] * 7
@@ -134,7 +134,7 @@ def _report(group, step, lanes, ended=0, **metrics):
     lanes = np.atleast_1d(lanes)
     metrics = {name: np.broadcast_to(x, lanes.shape).astype(float) for name, x in metrics.items()}
     ended = np.broadcast_to(np.int8(ended), lanes.shape)
-    seen = jax.tree.map(lambda x: np.zeros(lanes.shape, x.dtype), diagnosis.statistics())
+    seen = LossStatistics(*[np.zeros(lanes.shape)] * len(LossStatistics._fields))
     return Report(0, group, step, lanes, np.zeros(lanes.shape), metrics, ended, seen)
 
 
@@ -226,6 +226,14 @@ def test_bad_wishes_are_refused_before_anything_is_compiled():
     ):
         with pytest.raises(ValueError, match=message):
             jgd.sweep(_line(), _adam(4), 40, **wrong)
+
+
+def test_shares_of_a_rung_may_need_a_tile_less_together(monkeypatch):
+    """43 lanes on two cores: a share of 22 in tiles of 24, one of 21 in 21; 43 in all but one."""
+    monkeypatch.setattr(devices, "tiles_at_once", lambda mesh: 2)
+    run, lanes = _scored([[float(k)] for k in range(256)])
+    result = jgd.sweep(run, lanes, 54, width=64, halving=jgd.hyperband(3, 2))
+    assert result.rows[0]["score"] == 255
 
 
 def test_hyperband_gives_each_bracket_its_rungs():

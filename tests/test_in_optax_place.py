@@ -1,8 +1,9 @@
 """optax's own tests, from its wheel, pass with jgd's functions in the place of optax's.
 
-`in_optax_place` puts them there. `DIFFERENCES` has every test that fails for it, and why. optax runs
-some tests for each optimizer with each dtype and problem: a sample of these has each optimizer once.
-`OPTAX_TESTS=all` runs all of them, in twice the time, as the workflow does every week.
+`in_optax_place` puts them there. `DIFFERENCES` has every test that fails for it, and why.
+
+optax runs some tests for each optimizer with each dtype and problem: a sample of them has each
+optimizer once. `OPTAX_TESTS=all` runs all, in twice the time, as the workflow does every week.
 """
 
 import fnmatch

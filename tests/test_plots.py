@@ -1,8 +1,11 @@
 """The pictures of a sweep, from one setting to ten thousand."""
 
+import functools
 import time
 
+import jax.numpy as jnp
 import matplotlib.colors
+import matplotlib.text
 import numpy as np
 import pytest
 
@@ -25,7 +28,8 @@ def _result(settings, seeds=1, values=None, **options):
     level = 0.01 + np.log10(np.repeat(rates, seeds) / 0.01) ** 2
     losses = (level[:, None] + 3 / steps) * rng.uniform(0.9, 1.1, shape)
     curves = Curves(steps, losses, {"loss": losses if values is None else values})
-    rows = [{"optimizer": "adam", "at": 100, "ended": "finished"}] * settings
+    row = {"optimizer": "adam", "at": 100, "ended": "finished", "verdict": "good"}
+    rows = [{**row, "setting": setting} for setting in range(settings)]
     best = Best(rows[0], None, None)
     return Result(rows, {"adam": curves}, best, [best], "loss", "min", plan, Ledger(plan))
 
@@ -62,6 +66,66 @@ def test_ranges_of_what_is_as_good():
     (found,) = plots.ranges(result)
     rates = np.geomspace(1e-4, 1, 5)
     np.testing.assert_allclose([found.best, found.low, found.high], rates[[3, 1, 3]])
+
+
+def _bowl(groups, steps=20, **options):
+    """Sweep rates on a parabola: 1 is best, and far above it all diverges."""
+    loss = lambda w, batch: w**2 / 2
+    evaluate = lambda w: {"loss": w**2 / 2, "accuracy": 1 - w**2, "sharpness": w**2}
+    task = jgd.Task(lambda key: jnp.ones(()), loss, lambda step: (), evaluate)
+    return jgd.sweep(task, groups, steps, **options)
+
+
+PLOTS = (plots.plot_sensitivity, plots.plot_curves, plots.plot_ranges, plots.plot_sharpness)
+
+
+def _texts(figure):
+    return [text.get_text() for text in figure.findobj(matplotlib.text.Text)]
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_pictures_say_that_all_lanes_diverged(drop):
+    wild = jgd.grid(jgd.sgd, learning_rate=[1e30, 1e33])
+    result = _bowl({"sgd": wild}, metric="loss", drop_diverged=drop, report_every=4)
+    for plot in PLOTS:
+        assert "all lanes diverged" in _texts(plot(result)), plot
+    tame = jgd.grid(jgd.sgd, learning_rate=[0.1, 1.0])
+    result = _bowl({"tame": tame, "wild": wild}, metric="loss", drop_diverged=drop, report_every=4)
+    for plot in PLOTS:
+        texts = _texts(plot(result))
+        assert len({"wild: all lanes diverged", "all lanes diverged"} & set(texts)) == 1, plot
+    alone = _bowl({"sgd": jgd.grid(functools.partial(jgd.sgd, 0.1), momentum=[None])})
+    assert "no number varies" in _texts(plots.plot_sensitivity(alone))
+    assert not any("diverged" in text for plot in PLOTS[:3] for text in _texts(plot(alone)))
+
+
+def test_pictures_say_what_the_curve_is_the_best_over_and_which_end_is_best():
+    rates = np.geomspace(1e-4, 1e-2, 5)
+    lanes = jgd.grid(jgd.adam, learning_rate=rates, b1=[0.5, 0.9], eps=[1e-8, 1e-4], b2=[0.99])
+    for groups, over in (
+        ({"adam": lanes, "sgd": jgd.grid(jgd.sgd, learning_rate=rates)}, ", best over b1, eps"),
+        ({"sgd": jgd.grid(jgd.sgd, learning_rate=rates)}, ""),
+    ):
+        result = _bowl(groups)
+        (panel,) = plots.plot_sensitivity(result).axes
+        assert panel.get_title() == f"after 20 steps{over}"
+        assert panel.get_ylabel() == "held-out accuracy, higher is better"
+        assert plots.plot_ranges(result).axes[0].get_xlabel().endswith(f"as good{over}")
+        assert f"{next(iter(groups))}: at the edge, too small" in _texts(
+            plots.plot_sensitivity(result)
+        )
+    inside = _bowl({"sgd": jgd.grid(jgd.sgd, learning_rate=[0.1, 1.0, 1.5])}, steps=40)
+    assert [found.remark for found in plots.ranges(inside)] == [""]
+    assert not any("edge" in text for text in _texts(plots.plot_sensitivity(inside)))
+
+
+def test_axes_of_about_one_decade_have_readable_ticks():
+    result = _bowl({"sgd": jgd.grid(jgd.sgd, learning_rate=np.geomspace(1e-3, 1e-2, 5))})
+    one, other = plots.plot_sensitivity(result), plots.plot_curves(result)
+    for figure, axis in ((one, one.axes[0].xaxis), (other, other.axes[-1].yaxis)):
+        figure.draw_without_rendering()
+        ticks = {text.get_text() for text in axis.get_ticklabels() if text.get_text()}
+        assert {"0.001", "0.002", "0.005", "0.01"} <= ticks
 
 
 def test_colours_are_told_apart_without_red_or_green():

@@ -1,13 +1,21 @@
 """What "best" means: last, ever, or fastest; with which error, and in which order of the data."""
 
+import io
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 from test_training import _line
 from test_tuning import _scored
 
 import jgd
+from jgd.stopping import early_stopping
+from jgd.tuning import console
+from jgd.tuning.options import Training
+from jgd.tuning.plan import ranked_by
 
 RATES = np.geomspace(1e-3, 1, 8)
 
@@ -120,6 +128,71 @@ def test_the_error_of_the_mean_and_ties():
     assert np.isnan(rows[3]["score_se"])
     run, lanes = _scored([[1.0], [1.0], [1.1]])
     assert [row["tied"] for row in jgd.sweep(run, lanes, 4, mode="min").rows] == [True, True, False]
+
+
+def test_steps_to_a_target_do_not_tie_with_metrics():
+    """Settings are tied if both reached the target with all seeds, or neither did."""
+    rows = _swept(target=6.0, mode="max")[0].rows
+    assert [row["steps_to_target"] for row in rows] == [1, 1, np.inf, np.inf]
+    assert [row["tied"] for row in rows] == [True, True, False, False]  # not 9 and 6 steps with 3
+    rows = _swept(target=100.0, mode="max")[0].rows
+    assert [row["tied"] for row in rows] == [True, False, False, False]
+
+
+def test_the_best_seed_is_the_first_at_the_target():
+    """Also where another seed is not there, so that the setting is ranked by the metric."""
+    curves = jnp.array([[1.0, 5, 5, 5], [1, 1, 1, 9], [1, 1, 1, 1]])
+    run, one = _curved([[0.0]])
+    table = [jax.random.key_data(jax.random.fold_in(jax.random.key(0), k)) for k in range(3)]
+    seed = lambda key: jnp.argmax((jax.random.key_data(key) == jnp.array(table)).all(1))
+    run = run._replace(
+        init=lambda setting, key: (seed(key), 0),
+        update=lambda setting, state, batch: ((state[0], state[1] + 1), {"loss": 1.0}),
+        evaluate=lambda setting, state: {"score": curves[state[0], state[1] - 1]},
+    )
+    result = jgd.sweep(run, {"run": one}, 4, seeds=3, report_every=1, target=4.0)
+    assert tuple(map(int, result.best.state)) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        *((name, "max") for name in ("val_accuracy", "ACC", "evalAUC", "F1Score", "test/r2")),
+        *((name, "max") for name in ("mean-reward", "episodeReturn", "bleu.4", "valBLEU")),
+        *((name, "min") for name in ("val_loss", "testMSE", "MSELoss", "top 1 error", "nll@5")),
+        *((name, None) for name in ("inaccuracy", "rewards", "norm", "error_score", "neg_mse")),
+    ],
+)
+def test_the_direction_of_a_metric_is_in_the_words_of_its_name(name, mode):
+    if mode is None:
+        message = f"sweep: mode must be 'min' or 'max' for the metric '{name}'"
+        with pytest.raises(ValueError, match=message):
+            ranked_by([name], Training())
+    else:
+        assert ranked_by([name], Training()) == (name, mode)
+    assert ranked_by([name, "loss"], Training()) == ("loss", "min")
+    assert ranked_by([name, "loss"], Training(metric=name, mode="max")) == (name, "max")
+
+
+def test_a_sweep_and_a_search_follow_the_direction(tmp_path):
+    run, lanes = _scored([[1.0], [3.0], [2.0]])
+    result = jgd.sweep(run, lanes, 4, folder=tmp_path / "run")
+    assert [row["score"] for row in result.rows] == [3, 2, 1]
+    for name in ("plan.json", "results.json"):
+        assert json.loads((tmp_path / "run" / name).read_text())["mode"] == "max"
+    for stop in (1, early_stopping(1, mode="max")):
+        assert jgd.sweep(run, lanes, 4, stop=stop).mode == "max"
+    terminal = Console(file=io.StringIO(), width=200)
+    console.print_result(terminal, result, 3)
+    assert "best of each optimizer: score, higher is better" in terminal.file.getvalue()
+    unknown = run._replace(evaluate=lambda setting, state: {"value": state})
+    space = {"row": jgd.choice([0, 1, 2])}
+    setting = lambda row: {"row": jnp.asarray(row, float)}
+    with pytest.raises(ValueError, match="mode must be 'min' or 'max' for the metric 'value'"):
+        jgd.optuna_search(unknown, setting, 4, 3, space)
+    found = jgd.optuna_search(run, setting, 4, 3, space)
+    assert found.study.direction.name == "MAXIMIZE"
+    assert found.best.row["score"] == found.rows[0]["score"] == found.study.best_value
 
 
 def test_seeds_with_an_order_of_their_own():

@@ -713,7 +713,7 @@ def test_the_strength_of_a_link_is_an_axis():
     evaluate = lambda p: {"norm": l2(p, 1.0)}
     task = jgd.Task(lambda key: jnp.zeros(2), loss, BATCH, evaluate)
     build = lambda strength: jgd.chain(add_l2(strength), jgd.sgd(0.01))
-    result = jgd.sweep(task, jgd.grid(build, strength=[0.0, 1.0]), 6)
+    result = jgd.sweep(task, jgd.grid(build, strength=[0.0, 1.0]), 6, mode="min")
     assert [row["strength"] for row in result.rows] == [1.0, 0.0]
 
 

@@ -141,7 +141,7 @@ def test_the_full_form_of_a_loss():
     chex.assert_trees_all_close(history["mean"], np.float32(means[1:]), rtol=1e-5, atol=1e-7)
     assert jnp.sum(shrunk["w"] ** 2) < jnp.sum(params["w"] ** 2)
     lanes = jgd.grid(setting_of, l2=[0.0, 3.0])
-    result = jgd.sweep(task, {"ridge": lanes}, 40, metric="norm")
+    result = jgd.sweep(task, {"ridge": lanes}, 40, metric="norm", mode="min")
     assert [row["l2"] for row in result.rows] == [3.0, 0.0]
 
 
@@ -266,7 +266,7 @@ def test_a_run_of_ones_own():
     chex.assert_trees_all_equal(state, jnp.float32(0.5**10))
     chex.assert_trees_all_equal(history["loss"], 0.25 ** jnp.arange(1.0, 11))
     lanes = jgd.grid(lambda rate: {"rate": jnp.asarray(rate, float)}, rate=[0.1, 0.5, 1.75])
-    result = jgd.sweep(run, lanes, 10)
+    result = jgd.sweep(run, lanes, 10, mode="min")
     assert result.metric == "distance"
     assert [row["rate"] for row in result.rows] == [0.5, 1.75, 0.1]
     distances = np.array([row["distance"] for row in result.rows])

@@ -1,6 +1,7 @@
 """Grids, plans, the driver's promises, the table and the folder."""
 
 import csv
+import functools
 import inspect
 import json
 
@@ -18,6 +19,7 @@ from jgd.tuning import compiling, widths
 from jgd.tuning.batches import FunctionBatches
 from jgd.tuning.events import decode, encode
 from jgd.tuning.pool import Pool
+from jgd.tuning.space import lanes_of
 from jgd.tuning.tasks import digits
 
 
@@ -102,6 +104,50 @@ def test_axes_of_a_plain_batch_are_the_leaves_that_differ():
     assert result.rows[0]["optimizer"] == "adam"
     with pytest.raises(ValueError, match=r"one leading axis.*jgd\.grid"):
         jgd.sweep(_line(), jgd.adam(0.1), 10)
+
+
+CLIP = jgd.as_pytree(optax.clip_by_global_norm)
+CHAINS = {
+    "one number": (lambda x: jgd.chain(CLIP(1.0), jgd.adam(x)), ["adam.learning_rate"]),
+    "a schedule": (
+        lambda x: jgd.chain(CLIP(x), jgd.adam(jgd.cosine_decay_schedule(x, 10))),
+        ["clip_by_global_norm.max_norm", "adam.learning_rate"],
+    ),
+    "two numbers of a schedule": (
+        lambda x: jgd.chain(jgd.adam(jgd.cosine_decay_schedule(x, 100 * x))),
+        ["adam.learning_rate.init_value", "adam.learning_rate.decay_steps"],
+    ),
+    "two links of a name": (
+        lambda x: jgd.chain(jgd.adam(x), jgd.adam(x)),
+        ["links[0].learning_rate", "links[1].learning_rate"],
+    ),
+    "a wrapper": (lambda x: jgd.accumulate(jgd.adam(x), 2), ["adam.learning_rate"]),
+    "a pair": (lambda x: (jgd.chain(jgd.sgd(x)), x), ["sgd.learning_rate", "[1]"]),
+    "groups": (
+        lambda x: jgd.param_groups(jgd.sgd(x), {"*/bias": jgd.sgd(2 * x)}),
+        ["sgd.learning_rate", "*/bias.learning_rate"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHAINS)
+def test_axes_are_named_by_the_links_own_arguments(case):
+    build, names = CHAINS[case]
+    assert list(lanes_of(jax.vmap(build)(jnp.array([0.1, 0.2]))).axes) == names
+
+
+def test_groups_are_not_named_by_a_whole_repr():
+    half, whole = jgd.cosine_decay_schedule(0.1, 10), jgd.cosine_decay_schedule(0.1, 20)
+    rates = [half, whole, optax.constant_schedule(0.1), 0.3]
+    assert list(jgd.grid(jgd.sgd, learning_rate=rates)) == [
+        "learning_rate=cosine_decay_schedule",
+        "learning_rate=cosine_decay_schedule (1)",
+        "learning_rate=<lambda>",
+        "learning_rate=number",
+    ]
+    build = functools.partial(jgd.adamw, 0.1)
+    masks = jgd.grid(build, mask=[None, {"w": True}], mu_dtype=[jnp.bfloat16])
+    assert list(masks) == ["mask=None, mu_dtype=bfloat16", "mask=dict, mu_dtype=bfloat16"]
 
 
 # --- the plan --------------------------------------------------------------------------------
@@ -387,7 +433,8 @@ def _scored(values):
 
 def test_ranking_by_the_mean_over_seeds():
     run, lanes = _scored([[3.0, 5.0], [1.0, np.nan], [2.0, 2.0], [2.0, 2.0], [0.0, 9.0]])
-    result = jgd.sweep(run, lanes, 4, seeds=2, width=3)  # the seeds of a setting in two tiles
+    # the seeds of a setting in two tiles
+    result = jgd.sweep(run, lanes, 4, seeds=2, width=3, mode="min")
     assert [row["row"] for row in result.rows] == [2, 3, 0, 4, 1]
     assert result.rows[0]["score_se"] == 0
     np.testing.assert_allclose(result.rows[2]["score_se"], 1.0)

@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from jgd import catalog
 from jgd.tuning.events import Report
-from jgd.tuning.plan import Plan
+from jgd.tuning.plan import Plan, words_of
 from jgd.tuning.result import Result
 
 __all__ = ["Progress", "print_optimizers", "print_result"]
@@ -108,13 +108,13 @@ def print_result(console: Console, result: Result, top: int) -> None:
     varied = dict.fromkeys(name for g in plan.groups for name in (*g.axes, *g.fixed))
     varied.pop("optimizer", None)  # an argument of that name is in the name of the group
 
-    table = _table(
-        "best of each optimizer", result.metric, "optimizer", *varied, result.metric, *_STYLES
-    )
+    title = f"best of each optimizer: {plan.direction}"
+    styles = _STYLES if plan.verdict else {}
+    table = _table(title, result.metric, "optimizer", *varied, result.metric, *styles)
     for group in plan.groups:
         rows = [row for row in result.rows if row["optimizer"] == group.name]
-        counts = [sum(row["verdict"] == verdict for row in rows) for verdict in _STYLES]
-        shown = [f"[{style}]{n}[/]" for n, style in zip(counts, _STYLES.values(), strict=True)]
+        counts = [sum(row["verdict"] == verdict for row in rows) for verdict in styles]
+        shown = [f"[{style}]{n}[/]" for n, style in zip(counts, styles.values(), strict=True)]
         numbers = [_cell(rows[0].get(name)) for name in varied]
         table.add_row(group.name, *numbers, _spread(rows[0], result.metric), *shown)
     console.print(table)
@@ -122,7 +122,8 @@ def print_result(console: Console, result: Result, top: int) -> None:
     title = f"the best {max(min(top, len(result.rows)), 0)} of {len(result.rows)} settings"
     shown = result.rows[: max(top, 0)]
     how = ("ended",) if any(row["ended"] != "finished" for row in shown) else ()
-    columns = ("rank", "optimizer", *varied, result.metric, "final loss", "verdict", *how)
+    last = ("verdict", *how) if plan.verdict else how
+    columns = ("rank", "optimizer", *varied, result.metric, "final loss", *last)
     table = _table(title, result.metric, *columns)
     ties = sum(row["tied"] for row in result.rows) > 1
     for row in shown:
@@ -132,7 +133,7 @@ def print_result(console: Console, result: Result, top: int) -> None:
             *(_cell(row.get(name)) for name in varied),
             _spread(row, result.metric),
             _cell(row["final_loss"]),
-            f"[{_STYLES.get(row['verdict'], 'dim')}]{row['verdict']}[/]",
+            *([f"[{_STYLES.get(row['verdict'], 'dim')}]{row['verdict']}[/]"] if styles else []),
             *([f"{row['ended']} at {row['at']:,}"] if how else []),
         )
     console.print(table)
@@ -164,7 +165,7 @@ def _cell(x: Any) -> str:
 
 def _spread(row: dict[str, Any], metric: str) -> str:
     spread = row.get(f"{metric}_se")
-    digits = ".4f" if "acc" in metric else ".4g"
+    digits = ".4f" if {"acc", "accuracy"} & words_of(metric) else ".4g"
     return f"{row[metric]:{digits}}" + ("" if spread is None else f" ± {spread:{digits}}")
 
 

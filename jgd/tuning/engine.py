@@ -47,7 +47,7 @@ class SharedPrograms:
         self.options = LaneOptions(
             run,
             stop,
-            steps=plan.steps,
+            plan.intervals,
             metric=plan.metric,
             sign=plan.sign,
             own_order=plan.order == "own",
@@ -113,7 +113,7 @@ def shared_programs(
         *(id(function) for function in task),
         *(getattr(plan, name) for name in options.split()),
         *(getattr(jax.config, f"jax_{name}") for name in config.split()),
-        *(tuple(plan.reports), stop, mesh),
+        *(tuple(plan.reports), tuple(plan.rounds), stop, mesh),
     )
     if key in _cache:
         _cache.move_to_end(key)

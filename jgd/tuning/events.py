@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jgd.diagnosis import LossStatistics, statistics
+from jgd.diagnosis import LossStatistics
 from jgd.tuning.plan import Plan
 
 __all__ = [
@@ -47,7 +47,7 @@ class Report(NamedTuple):
     loss: np.ndarray  # float64: mean training loss since the report before
     metrics: dict[str, np.ndarray]  # of `evaluate`, now: float64, int64 or bool
     ended: np.ndarray  # index in `ENDINGS`; 0 for a living lane
-    seen: LossStatistics | None  # of the training loss; None if no lane ended
+    seen: LossStatistics | None  # of the training loss, where a lane ended and at a rung
     alive: int = 0  # lanes of the sweep that have not ended, for `on_report`; not recorded
 
 
@@ -56,12 +56,14 @@ class Cut(NamedTuple):
 
     step: int | None  # of the rung; None: a limit was reached
     lanes: dict[str, list[int]]  # by group, numbered within it
+    seen: LossStatistics | None = None  # of those that had started; None at a rung, which follows
+    # reports that have it
 
 
 def encode(event: Report | Cut) -> str:
     """Return an event as a line of JSON. Numbers that are not finite keep their Python names."""
     if isinstance(event, Cut):
-        return json.dumps({"cut": event.step, "lanes": event.lanes})
+        return json.dumps({"cut": event.step, "lanes": event.lanes} | _encoded(event.seen))
     line: dict[str, Any] = {
         "tile": event.tile,
         "group": event.group,
@@ -70,22 +72,24 @@ def encode(event: Report | Cut) -> str:
         "train_loss": event.loss.tolist(),
     }
     line |= {name: values.tolist() for name, values in event.metrics.items()}
-    if event.seen is not None:
-        seen = {name: values.tolist() for name, values in event.seen._asdict().items()}
-        line |= {"ended": event.ended.tolist(), "seen": seen}
-    return json.dumps(line)
+    if event.ended.any():
+        line["ended"] = event.ended.tolist()
+    return json.dumps(line | _encoded(event.seen))
+
+
+def _encoded(seen: LossStatistics | None) -> dict[str, Any]:
+    return {} if seen is None else {"seen": {k: v.tolist() for k, v in seen._asdict().items()}}
 
 
 def decode(line: str | bytes, plan: Plan) -> Report | Cut:
     """Return the event of a line that `encode` wrote. Raises ValueError or KeyError for others."""
     entry = json.loads(line)
-    if "cut" in entry:
-        return Cut(entry["cut"], entry["lanes"])
-    lanes = np.array(entry["lanes"], int)
     seen = None
     if "seen" in entry:
-        dtypes = {name: x.dtype for name, x in statistics()._asdict().items()}
-        seen = LossStatistics(**{k: np.array(v, dtypes[k]) for k, v in entry["seen"].items()})
+        seen = LossStatistics(**{name: np.array(x) for name, x in entry["seen"].items()})
+    if "cut" in entry:
+        return Cut(entry["cut"], entry["lanes"], seen)
+    lanes = np.array(entry["lanes"], int)
     return Report(
         tile=entry["tile"],
         group=entry["group"],

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jgd import diagnosis
 from jgd.pytree import Monitor
@@ -29,7 +30,7 @@ class LaneOptions(NamedTuple):
 
     run: Run
     stop: Monitor | None
-    steps: int
+    intervals: np.ndarray  # steps at which intervals of the loss end
     metric: str
     sign: float  # -1 where the greatest value of the metric is best
     own_order: bool  # of the batches
@@ -42,7 +43,7 @@ class Lane(NamedTuple):
 
     setting: Any
     state: Any  # of the run
-    seen: diagnosis.LossStatistics
+    seen: diagnosis.LossSums
     loss: Any  # sum of the training loss since the last report
     monitor: Any  # state of the early stopping; None without
     seed: Any  # int32; None where all seeds see the same batches
@@ -67,7 +68,7 @@ def begin(options: LaneOptions, setting: Any, seed: Any, key: Any, shared_start:
     return Lane(
         setting,
         state,
-        diagnosis.statistics(),
+        diagnosis.no_losses(len(options.intervals)),
         loss=zero,
         monitor=None if options.stop is None else options.stop.init(),
         seed=jnp.int32(seed) if options.own_order else None,
@@ -81,7 +82,7 @@ def step(options: LaneOptions, lane: Lane, batch: Any, index: Any) -> Lane:
         batch = jax.tree.map(lambda x: x[lane.seed], batch)
     state, metrics = options.run.update(lane.setting, lane.state, batch)
     loss, stride = metrics["loss"], metrics.get("stride", jnp.nan)
-    seen = diagnosis.observe(lane.seen, loss, stride, index, options.steps)
+    seen = diagnosis.observe(lane.seen, loss, stride, index)
     return lane._replace(state=state, seen=seen, loss=lane.loss + loss)
 
 
@@ -100,7 +101,17 @@ def chunk(
         # the step is one scalar for the tile: a step in each lane would map the batch
         return jax.vmap(one, (0, None, None))(lanes, batch_at(offset), first + offset)
 
-    lanes = jax.lax.fori_loop(0, end - first, body, lanes)
+    ends = jnp.asarray(options.intervals, jnp.int32)
+
+    def interval(carry: tuple[Any, Lane]) -> tuple[Any, Lane]:
+        start, lanes = carry
+        index = jnp.searchsorted(ends, start, side="right")
+        stop = jnp.minimum(end, ends[index])
+        lanes = jax.lax.fori_loop(start - first, stop - first, body, lanes)
+        seen = jax.vmap(diagnosis.close_interval, (0, None))(lanes.seen, index)
+        return stop, lanes._replace(seen=seen)
+
+    _, lanes = jax.lax.while_loop(lambda carry: carry[0] < end, interval, (first, lanes))
     metrics = jax.vmap(options.run.evaluate)(lanes.setting, lanes.state)
     ending = jnp.zeros(lanes.loss.shape, jnp.int8)
     if options.stop is not None:

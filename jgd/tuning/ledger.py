@@ -11,7 +11,7 @@ that are; ties go to the lower held-out loss, then to the setting that came firs
 
 import numpy as np
 
-from jgd.diagnosis import LossStatistics, statistics
+from jgd.diagnosis import LossStatistics
 from jgd.tuning.events import CUT, DIVERGED, NOT_RUN, OUT, Cut, Report
 from jgd.tuning.plan import Plan
 
@@ -28,7 +28,8 @@ class Ledger:
       value, loss: the metric, and the held-out loss if there is one, at the report that counts.
       at: step of the report that counts; 0 before the first report.
       reached: step at which the lane reached the target; inf before.
-      seen: statistics of the training loss, once the lane ended.
+      seen: statistics of the training loss, at the end of the lane or at the last rung.
+      judged: whether `seen` has the loss of all steps of the lane.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -38,32 +39,37 @@ class Ledger:
         self.step, self.at = np.zeros(lanes, np.int64), np.zeros(lanes, np.int64)
         self.value, self.loss = np.full(lanes, np.nan), np.full(lanes, np.nan)
         self.reached = np.full(lanes, np.inf)
-        empty = (np.zeros(lanes, x.dtype) for x in statistics())
-        self.seen = LossStatistics(*empty)
+        empty = {name: np.zeros(lanes) for name in LossStatistics._fields}
+        self.seen = LossStatistics(**empty | {"finite": np.full(lanes, False)})
+        self.judged = np.full(lanes, False)
 
     # --- the fold
 
     def apply(self, event: Report | Cut) -> None:
         """Fold an event into the facts."""
         if isinstance(event, Cut):
-            for group, ids in event.lanes.items():
-                lanes = self.plan.offset(group) + np.asarray(ids, int)
-                ending = OUT if event.step is None else CUT
-                self.ending[lanes] = np.where(self.step[lanes] == 0, NOT_RUN, ending)
-                self.alive[lanes] = False
+            lanes = self.plan.numbered(event.lanes)
+            started = self.step[lanes] > 0
+            self.ending[lanes] = np.where(started, OUT if event.step is None else CUT, NOT_RUN)
+            self.alive[lanes] = False
+            self._see(lanes[started], event.seen)
             return
         lanes = self.plan.offset(event.group) + event.lanes
         self._report(lanes, event)
-        if event.seen is not None:
-            ended = event.ended > 0
-            self.ending[lanes[ended]] = event.ended[ended]
-            self.alive[lanes[ended]] = False
-            for old, new in zip(self.seen, event.seen, strict=True):
-                old[lanes[ended]] = new[ended]
+        self._see(lanes, event.seen)
+        ended = event.ended > 0
+        self.ending[lanes[ended]] = event.ended[ended]
+        self.alive[lanes[ended]] = False
+
+    def _see(self, lanes: np.ndarray, seen: LossStatistics | None) -> None:
+        if seen is not None:
+            self.judged[lanes] = True
+            for old, new in zip(self.seen, seen, strict=True):
+                old[lanes] = new
 
     def _report(self, lanes: np.ndarray, report: Report) -> None:
         new, old = report.metrics[self.plan.metric].astype(np.float64), self.value[lanes]
-        self.step[lanes] = report.step
+        self.step[lanes], self.judged[lanes] = report.step, False
         reached = self.at_target(new) & np.isinf(self.reached[lanes])
         self.reached[lanes[reached]] = report.step
         counts = np.full(len(lanes), True)
@@ -102,9 +108,10 @@ class Ledger:
         return np.where(np.isfinite(reached).all(1, keepdims=True), reached, scores)
 
     def best_lanes(self, settings: np.ndarray) -> np.ndarray:
-        """Return the lane of the best seed of each setting."""
-        lanes, best = self.plan.lanes_of(settings), self.scores(settings).argmin(1)
-        return lanes[np.arange(len(lanes)), best]
+        """Return the lane of the best seed of each setting: the first at the target, if one is."""
+        lanes = self.plan.lanes_of(settings)
+        order = np.lexsort((self.scores(settings), self.reached[lanes]))
+        return np.take_along_axis(lanes, order[:, :1], 1)[:, 0]
 
     def shortfall(self, settings: np.ndarray) -> np.ndarray:
         """Return minus the steps after which settings were ended early; -inf if they were not.

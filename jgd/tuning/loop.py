@@ -19,9 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jgd.diagnosis import LossStatistics, statistics
 from jgd.tuning import devices
 from jgd.tuning.engine import Engine, Outcome
 from jgd.tuning.events import DIVERGED, FINISHED, REACHED, Cut, Report
+from jgd.tuning.lanes import Lane
 from jgd.tuning.ledger import Ledger
 from jgd.tuning.pack import pack_tiles
 from jgd.tuning.plan import Plan
@@ -125,7 +127,7 @@ class Sweep:
         """End living lanes for a pruner."""
         lanes = np.asarray(lanes, int)
         if len(lanes):
-            self._apply(Cut(int(self.ledger.step[lanes].max()), self.plan.by_group(lanes)))
+            self._apply(self.cut_of(int(self.ledger.step[lanes].max()), lanes))
             alive = self.ledger.alive
             queue = self.schedule.queue
             self.schedule.queue = [tile for tile in queue if alive[tile.lanes].any()]
@@ -134,8 +136,25 @@ class Sweep:
         """End all living lanes, as a limit is reached; the best keep their states."""
         self.schedule.queue = []
         if self.ledger.alive.any():
-            self._apply(Cut(None, self.plan.by_group(np.flatnonzero(self.ledger.alive))))
+            self._apply(self.cut_of(None, np.flatnonzero(self.ledger.alive)))
             self.pool.drop(self.plan.lanes_of(self._losing()).ravel())
+
+    def cut_of(self, step: int | None, lanes: np.ndarray) -> Cut:
+        """Return the cut of living lanes, with the statistics of those that have started."""
+        groups, pool = self.plan.by_group(lanes), self.pool
+        lanes = self.plan.numbered(groups)
+        lanes = lanes[self.ledger.step[lanes] > 0]
+        seen = jax.tree.map(
+            lambda x: x[lanes], self.ledger.seen
+        )  # lanes without a state: of a rung
+        blocks = pool.block_of[lanes]
+        for number in np.unique(blocks[blocks >= 0]).tolist():
+            mine = np.flatnonzero(blocks == number)
+            rows, at = pool.row_of[lanes[mine]], int(self.ledger.step[lanes[mine[0]]])
+            new = self._statistics(pool.blocks[number].rows, rows, at)
+            for old, values in zip(seen, new, strict=True):
+                old[mine] = values
+        return Cut(step, groups, seen if len(lanes) else None)
 
     # --- tiles
 
@@ -224,9 +243,8 @@ class Sweep:
         metrics = {name: _widened(values) for name, values in metrics.items()}
         reached = self.ledger.at_target(metrics[plan.metric])
         ending = np.where(reached & (ending != DIVERGED), REACHED, ending).astype(np.int8)
-        statistics = None
-        if ending.any():
-            statistics = jax.tree.map(lambda x: x[rows], devices.to_host(outcome.lanes.seen))
+        # a rung cuts lanes whose states are gone by then
+        last = ending.any() or end in plan.rounds
         return Report(
             tile=tile.id,
             group=plan.groups[tile.group].name,
@@ -235,8 +253,13 @@ class Sweep:
             loss=_widened(loss / (end - tile.step)),
             metrics=metrics,
             ended=ending,
-            seen=statistics,
+            seen=self._statistics(outcome.lanes, rows, end) if last else None,
         )
+
+    def _statistics(self, lanes: Lane, rows: np.ndarray, steps: int) -> LossStatistics:
+        """Return the statistics of rows of a block after this many steps."""
+        sums = jax.tree.map(lambda x: x[rows], devices.to_host(lanes.seen))
+        return statistics(sums, self.plan.intervals, steps)
 
     def _following(self, tile: Tile, end: int, living: np.ndarray) -> list[Tile]:
         """Return the same tile, or narrower ones for its living lanes if that is cheaper."""
@@ -254,16 +277,16 @@ class Sweep:
         tiles = list[Tile]()
         for width in widths:
             mine, lanes = lanes[:width], lanes[width:]
-            tiles.append(self._tile(group, mine, width, step))
+            if mine:  # two shares with room to spare may need a tile less together
+                tiles.append(self._tile(group, mine, width, step))
         return tiles
 
     def _apply(self, event: Report | Cut) -> None:
         self.ledger.apply(event)
         self.events.append(event)
         if isinstance(event, Cut) and event.step is not None:
-            for group, ids in event.lanes.items():
-                settings = np.unique((self.plan.offset(group) + np.array(ids)) // self.plan.seeds)
-                self.pool.drop(self.plan.lanes_of(settings).ravel())
+            settings = np.unique(self.plan.numbered(event.lanes) // self.plan.seeds)
+            self.pool.drop(self.plan.lanes_of(settings).ravel())
 
     # --- rungs
 

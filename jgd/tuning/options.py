@@ -80,7 +80,9 @@ class Training:
     ] = None
     mode: Annotated[
         Literal["min", "max"] | None,
-        Doc("""Which end of the metric is best. None: max if its name contains "acc", else min."""),
+        Doc("""Which end of the metric is best. None: a word of its name says it. accuracy, acc,
+        auc, f1, r2, reward, return, score and bleu: max; loss, error, nll, mse, mae and perplexity:
+        min. A name without such a word, or with words of both, is refused."""),
     ] = None
     best: Annotated[
         Literal["final", "ever"],

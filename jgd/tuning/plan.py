@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,16 +24,31 @@ import jax.numpy as jnp
 import jaxlib.version
 import numpy as np
 
+from jgd.diagnosis import interval_ends
 from jgd.tuning.options import SweepOptions, Training, values_of
 from jgd.tuning.prune import Halving
 from jgd.version import __version__
 
-__all__ = ["FORMAT", "Group", "Plan", "fingerprint", "make_plan", "plain", "usual_width"]
+__all__ = [
+    "FORMAT",
+    "Group",
+    "Plan",
+    "fingerprint",
+    "make_plan",
+    "plain",
+    "usual_width",
+    "words_of",
+]
 
 FORMAT = 2  # of a folder: plan, journal, manifest and states
 WIDTH = 64  # lanes of a small network then fit the cache of two cores
 NARROW = 8
 OVERHEAD = 8.0  # of a step, in lanes
+NEGATION = {"neg", "negative"}  # in both directions, so that `mode` is needed
+KNOWN = {  # words of a metric's name that say which end is best
+    "max": {"accuracy", "acc", "auc", "f1", "r2", "reward", "return", "score", "bleu"} | NEGATION,
+    "min": {"loss", "error", "nll", "mse", "mae", "perplexity"} | NEGATION,
+}
 
 
 @dataclass(frozen=True)
@@ -90,6 +106,7 @@ class Plan(SweepOptions):
     halving: Mapping[str, Any] | None
     stop: str | None
     task: str  # a digest of its first batch and initial parameters
+    verdict: bool = True  # whether the training loss says how a run went
     versions: Mapping[str, str]
     device: str
     at_once: int  # tiles that run at the same time
@@ -111,6 +128,15 @@ class Plan(SweepOptions):
     def sign(self) -> float:
         """-1 where the greatest value of the metric is best, else 1."""
         return -1.0 if self.mode == "max" else 1.0
+
+    @functools.cached_property
+    def intervals(self) -> np.ndarray:
+        """The steps at which intervals of the training loss end."""
+        return interval_ends(self.rounds)
+
+    @property
+    def direction(self) -> str:
+        return f"{self.metric}, {'higher' if self.mode == 'max' else 'lower'} is better"
 
     @property
     def lanes(self) -> int:
@@ -137,6 +163,11 @@ class Plan(SweepOptions):
             self.groups[group].name: np.sort(lanes[groups == group] - self.offset(group)).tolist()
             for group in groups[np.sort(first)].tolist()
         }
+
+    def numbered(self, groups: Mapping[str, Any]) -> np.ndarray:
+        """Return lanes by their number over all groups; inverts `by_group`."""
+        lanes = (self.offset(group) + np.asarray(ids, int) for group, ids in groups.items())
+        return np.concatenate([np.zeros(0, int), *lanes])
 
     # --- rungs
 
@@ -197,6 +228,7 @@ def make_plan(
     devices: int,
     at_once: int,
     task: str,
+    verdict: bool = True,
 ) -> Plan:
     """Return the plan of a sweep over groups of `Lanes`, at the usual width if none is given.
 
@@ -235,6 +267,7 @@ def make_plan(
         halving=halving._asdict() if halving else None,
         stop=None if stop is None else repr(stop),
         task=task,
+        verdict=verdict,
         versions={
             "jgd": __version__,
             "jax": jax.__version__,
@@ -266,13 +299,25 @@ def usual_width(lanes: int, at_once: int, most: int = WIDTH) -> int:
 
 
 def ranked_by(metrics: Sequence[str], options: Training) -> tuple[str, Any]:
-    """Return the metric to rank by, and its mode."""
+    """Return the metric to rank by, and its mode. Raises ValueError if its name does not say it."""
     metric = options.metric
     if metric not in (None, *metrics):
         raise ValueError(f"sweep: metric must be one of {', '.join(metrics)}, got {metric!r}")
     usual = [name for name in ("accuracy", "loss") if name in metrics]
     metric = metric or (usual or metrics)[0]
-    return metric, options.mode or ("max" if "acc" in metric else "min")
+    modes = [mode for mode, known in KNOWN.items() if known & words_of(metric)]
+    if options.mode is None and len(modes) != 1:
+        raise ValueError(
+            f"sweep: mode must be 'min' or 'max' for the metric {metric!r}, whose name does not say"
+            " which end is best. Pass mode='max' if higher is better"
+        )
+    return metric, options.mode or modes[0]
+
+
+def words_of(metric: str) -> set[str]:
+    """Return the words of a metric's name, in lower case: {"val", "mse"} for valMSE."""
+    camel = r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])"
+    return {word.lower() for word in re.split(rf"[\W_]+|{camel}", metric)}
 
 
 def fingerprint(*trees: Any) -> str:

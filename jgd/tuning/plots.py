@@ -1,6 +1,8 @@
 """Plots of a sweep: the final metric against the learning rate, curves, ranges and survivors."""
 
 import itertools
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,8 +11,10 @@ import matplotlib.cm
 import matplotlib.collections
 import matplotlib.colors
 import matplotlib.figure
+import matplotlib.ticker
 import numpy as np
 
+from jgd.tuning.plan import Group
 from jgd.tuning.result import Result
 
 __all__ = [
@@ -45,8 +49,7 @@ def _last(result: Result, group: str) -> np.ndarray:
     """Return the metric of each lane at the report that counts; NaN for a lane without reports."""
     curves = result.curves[group].metrics[result.metric].astype(np.float64)
     if result.plan.best == "ever":
-        sign = -1.0 if result.mode == "max" else 1.0
-        best = np.where(np.isfinite(curves), sign * curves, np.inf).argmin(1)
+        best = np.where(np.isfinite(curves), result.plan.sign * curves, np.inf).argmin(1)
         return curves[np.arange(len(curves)), best]
     reported = ~np.isnan(result.curves[group].train_loss) | np.isfinite(curves)
     last = np.where(reported.any(1), curves.shape[1] - 1 - reported[:, ::-1].argmax(1), 0)
@@ -59,6 +62,8 @@ class _Points(NamedTuple):
     axis: str
     x: np.ndarray
     values: np.ndarray  # (points, seeds), of the metric
+    top: int  # the best point
+    remark: str  # on the best point; empty where it is as it should be
 
     @property
     def mean(self) -> np.ndarray:
@@ -71,7 +76,7 @@ def _points(result: Result, group: Any) -> _Points | None:
     if axis is None:
         return None
     at, values = np.array(group.axes[axis]), _last(result, group.name).reshape(group.settings, -1)
-    finite = np.isfinite(values).all(1)
+    (finite,) = np.nonzero(np.isfinite(values).all(1))
     at, values = at[finite], values[finite]
     if not len(at):
         return None
@@ -79,10 +84,57 @@ def _points(result: Result, group: Any) -> _Points | None:
     if cells.max() >= POINTS:
         scale = np.log(at) if _spans_decades(at) else at
         cells = ((scale - scale.min()) / np.ptp(scale) * (POINTS / 2 - 1e-9)).astype(int)
-    means = values.mean(1)
-    order = np.lexsort((-means if result.mode == "max" else means, cells))
+    scores = values.mean(1) * result.plan.sign
+    order = np.lexsort((scores, cells))
     first = order[np.flatnonzero(np.diff(cells[order], prepend=-1))]
-    return _Points(axis, at[first], values[first])
+    top = int(scores[first].argmin())
+    remarks = ["at the edge"] if len(first) > 1 and top in (0, len(first) - 1) else []
+    mine = (row for row in result.rows if row["optimizer"] == group.name)
+    verdict = next(row["verdict"] for row in mine if row["setting"] == finite[first[top]])
+    remarks += [verdict] if verdict == "too small" else []
+    return _Points(axis, at[first], values[first], top, ", ".join(remarks))
+
+
+def _best_over(result: Result) -> str:
+    """Return the numbers of which the best is drawn, beside the one on the axis."""
+    axis, groups = _axis(result), result.plan.groups
+    others = [name for g in groups for name in g.axes if name != (axis or next(iter(g.axes)))]
+    varied = [n for n in others if any(len(set(g.axes.get(n, []))) > 1 for g in groups)]
+    names = ", ".join(dict.fromkeys(varied)).replace("_", " ")
+    return f", best over {names}" if names else ""
+
+
+def _say_missing(panel: Any, result: Result, names: list[str], shared: bool = True) -> None:
+    """Say why a panel lacks these groups.
+
+    Args:
+      shared: whether it is the panel of all groups.
+    """
+    rows = [row for row in result.rows if row["optimizer"] in names]
+    if not rows:
+        return
+    why = "not run" if all(row["ended"] == "not run" for row in rows) else "all lanes diverged"
+    if shared and np.isfinite([row[result.metric] for row in rows]).any():
+        why = "no number varies"
+    alone = not shared or len(names) == len(result.plan.groups)
+    text = why if alone else textwrap.fill(f"{', '.join(names)}: {why}", 60)
+    if shared and alone:
+        panel.set(xticks=[], yticks=[])
+    (x, y), align = ((0.5, 0.65), "center") if alone else ((0.98, 0.98), "right")
+    panel.annotate(text, (x, y), xycoords="axes fraction", fontsize=9, ha=align, va="top")
+
+
+def _with_readable_ticks(panel: Any) -> None:
+    """Label a logarithmic axis of about a decade at 1, 2 and 5, a shorter one evenly."""
+    for axis, limits in ((panel.xaxis, panel.get_xlim()), (panel.yaxis, panel.get_ylim())):
+        low, high = sorted(limits)
+        if axis.get_scale() == "log" and high < 40 * low:
+            few = matplotlib.ticker.MaxNLocator(5)
+            axis.set_major_locator(
+                few if high < 8 * low else matplotlib.ticker.LogLocator(10, (1, 2, 5))
+            )
+            axis.set_major_formatter(lambda x, _: f"{x:g}")
+            axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
 
 
 def _panel(width: float, height: float) -> tuple[Any, Any]:
@@ -93,43 +145,56 @@ def _panel(width: float, height: float) -> tuple[Any, Any]:
     return figure, panel
 
 
-def _legend(figure: Any, groups: int) -> None:
-    if groups > 1:
-        figure.legend(loc="outside upper center", ncols=6, frameon=False, fontsize=9)
+def _styles(result: Result) -> Iterator[tuple[Group, dict[str, Any]]]:
+    """Yield each group with the style of its line."""
+    cycles = itertools.cycle(_COLORS), itertools.cycle(_DASHES)
+    for color, dashes, group in zip(*cycles, result.plan.groups, strict=False):
+        on_top = 2 + (dashes == "--")
+        style = dict(color=color, linestyle=dashes, linewidth=1.8, zorder=on_top, label=group.name)
+        yield group, style
+
+
+def _legend(figure: Any, panel: Any) -> None:
+    labels = panel.get_legend_handles_labels()[1]
+    if len(labels) > 1 or any(":" in label for label in labels):
+        columns = 6 if max(map(len, labels)) < 16 else 3
+        figure.legend(loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
 
 
 def plot_sensitivity(result: Result) -> Any:
     """Draw the metric against the learning rate, a curve per optimizer: the mean over seeds.
 
     Bands span the seeds. Where other numbers vary as well, the best of them is drawn, and of very
-    many values the best among neighbours. A star marks the best value of each optimizer.
+    many values the best among neighbours. A star marks the best value of each optimizer; the legend
+    says so if it is at the edge of the range, or of a setting that is too small.
     """
     figure, panel = _panel(8, 4.8)
-    every, drawn = [], {}
-    for color, dashes, group in zip(
-        itertools.cycle(_COLORS), itertools.cycle(_DASHES), result.plan.groups, strict=False
-    ):
+    every, drawn, missing = [], {}, []
+    for group, style in _styles(result):
         points = _points(result, group)
         if points is None:
+            missing.append(group.name)
             continue
         drawn[points.axis] = [*drawn.get(points.axis, []), *points.x]
-        x, mean = points.x, points.mean
+        x, mean, color = points.x, points.mean, style["color"]
         every += list(mean)
         low, high = points.values.min(1), points.values.max(1)
         panel.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-        on_top = 2 + (dashes == "--")
-        panel.plot(x, mean, dashes, color=color, label=group.name, linewidth=1.8, zorder=on_top)
-        top = mean.argmax() if result.mode == "max" else mean.argmin()
-        panel.plot(x[top], mean[top], "*", color=color, markersize=13, markeredgecolor="white")
+        label = group.name + (points.remark and f": {points.remark}")
+        panel.plot(x, mean, **style | {"label": label})
+        star = x[points.top], mean[points.top]
+        panel.plot(*star, "*", color=color, markersize=13, markeredgecolor="white")
+    _say_missing(panel, result, missing)
     if drawn and all(map(_spans_decades, drawn.values())):
         panel.set_xscale("log")
     if result.mode == "min" and every and min(every) > 0:
         panel.set_yscale("log")
+    _with_readable_ticks(panel)
     panel.set_xlabel(", ".join(drawn).replace("_", " "))
-    panel.set_ylabel(f"{result.metric}, held out")
+    panel.set_ylabel(f"held-out {result.plan.direction}")
     seeds = f", mean and range of {result.plan.seeds} seeds" if result.plan.seeds > 1 else ""
-    panel.set_title(f"after {result.plan.steps} steps{seeds}", fontsize=11)
-    _legend(figure, len(result.plan.groups))
+    panel.set_title(f"after {result.plan.steps} steps{_best_over(result)}{seeds}", fontsize=11)
+    _legend(figure, panel)
     return figure
 
 
@@ -193,12 +258,22 @@ def plot_curves(result: Result) -> Any:
             panel.set_ylim(max(float(positive.min()) / 1.2, 1e-6 * float(top)), float(top))
         elif finite.size:
             panel.set_ylim(float(finite.min()), max(float(top), float(np.median(finite))))
+        furthest = max(row["at"] for row in result.rows if row["optimizer"] == group.name)
+        reports = np.clip((curves.step <= furthest).sum(), 1, 2)  # a line needs two
+        if np.isfinite(curves.train_loss).sum(1).max() < reports:
+            _say_missing(panel, result, [group.name], shared=False)
+    _with_readable_ticks(panels[0])
     figure.supxlabel("step", fontsize=10)
     figure.supylabel("training loss", fontsize=10)
     if axis:
-        mappable = matplotlib.cm.ScalarMappable(norm, _GRADUAL)
-        figure.colorbar(mappable, ax=list(panels), label=axis.replace("_", " "), fraction=0.03)
+        _colorbar(figure, panels, norm, axis)
     return figure
+
+
+def _colorbar(figure: Any, panels: Any, norm: Any, axis: str) -> None:
+    mappable = matplotlib.cm.ScalarMappable(norm, _GRADUAL)
+    bar = figure.colorbar(mappable, ax=list(panels), label=axis.replace("_", " "), fraction=0.03)
+    _with_readable_ticks(bar.ax)
 
 
 def plot_sharpness(result: Result) -> Any:
@@ -225,13 +300,16 @@ def plot_sharpness(result: Result) -> Any:
         _lines(panel, curves.step, ratio, rates).set_norm(norm)
         panel.axhline(1, color="black", linewidth=1.2, linestyle="--")
         panel.set_yscale("log")
-        seen += [1.0, *ratio[np.isfinite(ratio) & (ratio > 0)]]
+        shown = ratio[np.isfinite(ratio) & (ratio > 0)]
+        seen += [1.0, *shown]
+        if not shown.size:
+            _say_missing(panel, result, [group.name], shared=False)
         panel.set_title(group.name, fontsize=11)
     figure.supxlabel("step", fontsize=10)
     figure.supylabel("sharpness / (2 / learning rate)", fontsize=10)
     panels[0].set_ylim(np.quantile(seen, 0.005) / 1.5, np.quantile(seen, 0.995) * 1.5)
-    mappable = matplotlib.cm.ScalarMappable(norm, _GRADUAL)
-    figure.colorbar(mappable, ax=list(panels), label="learning rate", fraction=0.03)
+    _with_readable_ticks(panels[0])
+    _colorbar(figure, panels, norm, "learning_rate")
     return figure
 
 
@@ -239,27 +317,15 @@ def plot_survivors(result: Result) -> Any:
     """Draw the number of settings that still train against the steps, a line per optimizer."""
     figure, panel = _panel(8, 4.2)
     steps = np.array([0, *result.plan.reports])
-    for color, dashes, group in zip(
-        itertools.cycle(_COLORS), itertools.cycle(_DASHES), result.plan.groups, strict=False
-    ):
+    for group, style in _styles(result):
         ends = np.sort([row["at"] for row in result.rows if row["optimizer"] == group.name])
         alive = (len(ends) - np.searchsorted(ends, steps[:-1], side="right")).tolist()
-        on_top = 2 + (dashes == "--")
-        panel.step(
-            steps,
-            [*alive, alive[-1]],
-            dashes,
-            where="post",
-            color=color,
-            label=group.name,
-            linewidth=1.8,
-            zorder=on_top,
-        )
+        panel.step(steps, [*alive, alive[-1]], where="post", **style)
     panel.set_yscale("symlog", linthresh=1, base=2)
     panel.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     panel.set_xlabel("step")
     panel.set_ylabel("settings that still train")
-    _legend(figure, len(result.plan.groups))
+    _legend(figure, panel)
     return figure
 
 
@@ -270,6 +336,7 @@ class Range(NamedTuple):
     best: float
     low: float
     high: float
+    remark: str = ""  # "at the edge", "too small", both, or nothing
 
 
 def ranges(result: Result) -> list[Range]:
@@ -280,13 +347,12 @@ def ranges(result: Result) -> list[Range]:
     well, the best of them counts.
     """
     found = []
-    sign = -1 if result.mode == "max" else 1
     for group in result.plan.groups:
         points = _points(result, group)
         if points is None:
             continue
-        means = sign * points.mean
-        low = high = top = int(means.argmin())
+        means = result.plan.sign * points.mean
+        low = high = top = points.top
         of_best = points.values[top]
         alone = len(of_best) == 1
         error = abs(means[top]) * 0.01 if alone else of_best.std(ddof=1) / np.sqrt(len(of_best))
@@ -295,7 +361,9 @@ def ranges(result: Result) -> list[Range]:
             low -= 1
         while high + 1 < len(points.x) and good[high + 1]:
             high += 1
-        found.append(Range(group.name, *map(float, points.x[[top, low, high]])))
+        found.append(
+            Range(group.name, *map(float, points.x[[top, low, high]]), remark=points.remark)
+        )
     return found
 
 
@@ -308,7 +376,7 @@ def plot_ranges(result: Result) -> Any:
         panel.plot([one.low, one.high], [place] * 2, color=color, linewidth=6, alpha=0.35)
         panel.plot(one.best, place, "*", color=color, markersize=13, markeredgecolor="white")
         panel.annotate(
-            f"{one.best:.2g}",
+            f"{one.best:.2g}" + (one.remark and f", {one.remark}"),
             (one.best, place),
             (0, 8),
             textcoords="offset points",
@@ -321,7 +389,13 @@ def plot_ranges(result: Result) -> Any:
         panel.set_xscale("log")
     panel.set_yticks(range(len(found)), [one.optimizer for one in found])
     panel.set_ylim(len(found) - 0.4, -0.7)
-    panel.set_xlabel((_axis(result) or "").replace("_", " ") + ": the best, and what is as good")
+    named = {one.optimizer for one in found}
+    missing = [group.name for group in result.plan.groups if group.name not in named]
+    _say_missing(panel, result, missing)
+    panel.margins(x=0.15)
+    _with_readable_ticks(panel)
+    what = f": the best, and what is as good{_best_over(result)}"
+    panel.set_xlabel((_axis(result) or "").replace("_", " ") + what)
     panel.grid(visible=False, axis="y")
     panel.tick_params(axis="y", length=0)
     panel.spines["left"].set_visible(False)

@@ -205,18 +205,17 @@ def _at(plan: Plan, steps: np.ndarray, curve: np.ndarray) -> np.ndarray:
 def _verdicts(
     plan: Plan, ledger: Ledger, mine: slice, curves: Curves
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the verdict on each lane, empty for one that ended early, and its final loss."""
-    ending = ledger.ending[mine]
-    losses = _at(plan, ledger.step[mine], curves.train_loss)
-    verdicts = np.full(len(ending), "", object)
+    """Return the verdict on each lane, empty without one, and its final loss."""
+    ending, steps = ledger.ending[mine], ledger.step[mine]
+    seen = jax.tree.map(lambda x: x[mine], ledger.seen)
+    verdicts = diagnosis.verdict(seen, np.maximum(steps, 4)).astype(object)
+    verdicts[(steps < 4) | ~ledger.judged[mine]] = ""
     verdicts[ending == DIVERGED] = "diverged"
     verdicts[ending == REACHED] = "good"
-    finished = ending == FINISHED
-    if finished.any():
-        seen = jax.tree.map(lambda x: x[mine][finished], ledger.seen)
-        verdicts[finished] = diagnosis.verdict(seen, plan.steps)
-        losses[finished] = diagnosis.final_loss(seen, plan.steps)
-    return verdicts, losses
+    if not plan.verdict:
+        verdicts[:] = ""
+    losses = _at(plan, steps, curves.train_loss)
+    return verdicts, np.where(ending == FINISHED, seen.final_loss, losses)
 
 
 @np.errstate(invalid="ignore")
@@ -238,6 +237,9 @@ def _tied(ledger: Ledger, order: np.ndarray) -> np.ndarray:
         means = scores.mean(1)
         tied = means - means[0] <= np.hypot(errors, errors[0])
     tied &= np.isfinite(scores).all(1) & (ledger.shortfall(order) == ledger.shortfall(order[:1]))
+    # a number of steps does not compare with a metric
+    reached = np.isfinite(ledger.reached[ledger.plan.lanes_of(order)].max(1))
+    tied &= reached == reached[0]
     tied[0] = True
     return tied
 

@@ -8,12 +8,13 @@ The factory is any function from numbers to a setting. Numbers make lanes of one
 that change the structure (None, a bool, a string) make groups.
 """
 
+import collections
 import functools
 import hashlib
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ from jgd.arguments import Static, is_number
 from jgd.checks import FINITE, admit, check_key, refuse, traceable
 from jgd.lanes import check_numbers, length
 from jgd.nodes import brief
+from jgd.pytree import Schedule, Transformation
 
 __all__ = [
     "Choice",
@@ -112,7 +114,10 @@ def _digest(data: bytes) -> str:
 
 
 def lanes_of(settings: Any) -> Lanes:
-    """Return a batch of settings as `Lanes`; leaves that differ become the axes, by their paths.
+    """Return a batch of settings as `Lanes`; leaves that differ become the axes.
+
+    They are named by their paths; a link of a chain is named by its factory, as in
+    adam.learning_rate, and so is what differs in a schedule if nothing else in it does.
 
     Raises: ValueError if the leaves have no leading axis of one length.
     """
@@ -121,14 +126,34 @@ def lanes_of(settings: Any) -> Lanes:
     if not length("sweep", settings):
         raise ValueError("sweep: no settings")
     leaves = jax.tree_util.tree_leaves_with_path(settings)
-    axes = {}
-    for path, leaf in leaves:
-        name, values = jax.tree_util.keystr(path).lstrip("."), np.asarray(leaf)
-        columns = values.reshape(len(values), -1).T  # a leaf may be an array in each setting
-        for place, column in enumerate(columns):
+    columns = list[tuple[list[str], np.ndarray]]()
+    for names, (path, leaf) in zip(_names(settings), leaves, strict=True):
+        values = np.asarray(leaf)
+        names = [*names, jax.tree_util.keystr(path).lstrip(".")]
+        for place, column in enumerate(values.reshape(len(values), -1).T):
             if (column != column[0]).any() or len(leaves) == 1:
-                axes[f"{name}[{place}]" if values.ndim > 1 else name] = column
-    return Lanes(settings, axes)
+                # a leaf may be an array in each setting
+                array = [f"{name}[{place}]" for name in names[1:]]
+                columns.append((array if values.ndim > 1 else names, column))
+    taken = collections.Counter(name for names, _ in columns for name in set(names))
+    unique = lambda names: next((name for name in names if taken[name] == 1), names[-1])
+    return Lanes(settings, {unique(names): column for names, column in columns})
+
+
+def _names(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield two names of each leaf: by the argument it belongs to, and by its path in its link."""
+    inside = lambda x: isinstance(x, Transformation) and x is not node
+    for path, child in jax.tree_util.tree_leaves_with_path(node, is_leaf=inside):
+        text = jax.tree_util.keystr(path).lstrip(".")
+        if not inside(child):
+            argument = text.partition(".")[0]
+            scheduled = isinstance(getattr(node, argument, None), Schedule)
+            yield prefix + (argument if scheduled else text), prefix + text
+        elif isinstance(node, Transformation):
+            named = isinstance(path[-1], jax.tree_util.DictKey)
+            yield from _names(child, f"{path[-1].key if named else _word(child)}.")
+        else:
+            yield from _names(child, f"{prefix}{text}.")
 
 
 # --- distributions ---------------------------------------------------------------------------
@@ -392,10 +417,20 @@ def batch(factory: Callable[..., Any], points: Sequence[Mapping[str, Any]]) -> A
             one = factory(**fixed)
             settings = jax.tree.map(lambda x: jnp.asarray(x, float)[None], one)
         shown = {**dict.fromkeys(names, "default"), **dict.fromkeys(varied, "number"), **fixed}
-        label = ", ".join(f"{name}={x}" for name, x in shown.items() if name not in constant)
+        shown = {name: _word(x) for name, x in shown.items() if name not in constant}
+        label = ", ".join(f"{name}={x}" for name, x in shown.items())
         label = f"{label} ({len(batches)})" if label in batches else label
         batches[label] = Lanes(settings, axes, fixed, members)
     return batches if len(batches) > 1 else next(iter(batches.values()))
+
+
+def _word(value: Any) -> str:
+    """Return a structural value in a word: itself if it is plain, else the name of its factory."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return str(value)
+    if isinstance(value, Transformation | Schedule):
+        return repr(value).partition("(")[0]
+    return getattr(value, "__name__", type(value).__name__)
 
 
 def _try_each_value(factory: Callable[..., Any], points: Sequence[Mapping[str, Any]]) -> None:

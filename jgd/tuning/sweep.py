@@ -308,6 +308,7 @@ def prepare(
         devices=1 if mesh is None else mesh.size,
         at_once=devices.tiles_at_once(mesh),
         task=fingerprint(batch, last, params, training.evaluate(first, state)),
+        verdict=training.verdict,
     )
     devices.check_same_task(plan.task)
     if written is not None:
