@@ -90,7 +90,9 @@ def check_task(function: str, task: Any, *kinds: type[Any]) -> None:
         cure = ". Call it" if callable(task) else ""
         refuse(f"{function}: task", " or ".join(f"a jgd.{k.__name__}" for k in kinds), task, cure)
     for name, field in task._asdict().items():
-        if not callable(field) and (name, field) != ("begin", None):
+        if name == "verdict":
+            admit(f"{function}: verdict of the run", field, bool)
+        elif not callable(field) and (name, field) != ("begin", None):
             refuse(f"{function}: {name} of the task", "a function", field)
 
 

@@ -1,11 +1,15 @@
 """A damaged folder gives the same table, or one line that names the file; never another table."""
 
+import errno
 import json
+import os
 import random
 import re
 import shutil
 import sys
 
+import chex
+import numpy as np
 import pytest
 from test_training import _line
 
@@ -165,3 +169,52 @@ def test_the_same_table_or_one_line(
     else:
         with pytest.raises((OSError, ValueError), match=resumed):
             go_on()
+
+
+def test_rows_and_curves_from_a_folder_are_those_of_the_sweep(tmp_path):
+    def factory(learning_rate, limit, kind):
+        return jgd.sgd(learning_rate) if kind == "sgd" else jgd.adam(learning_rate)
+
+    axes = dict(learning_rate=[0.1, 1e30], limit=[np.float32(0.3), np.inf], kind=["sgd", "adam"])
+    options = dict(seeds=2, target=1e-3, best="ever", drop_diverged=True)
+    result = jgd.sweep(TASK, jgd.grid(factory, **axes), 8, folder=tmp_path / "run", **options)
+    read = read_result(tmp_path / "run")
+    assert repr(read.rows) == repr(result.rows)  # NaN, too
+    chex.assert_trees_all_equal(read.curves, result.curves)
+
+
+def test_a_table_so_far_and_a_full_disk(tmp_path, monkeypatch):
+    folder, append = tmp_path / "run", Folder.append
+
+    def full(self, events):
+        if self._events == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        append(self, events)
+
+    sweep = lambda resume: jgd.sweep(
+        TASK, jgd.grid(jgd.adam, learning_rate=RATES), 8, folder=folder, resume=resume, **OPTIONS
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr(Folder, "append", full)
+        with pytest.raises(OSError, match=rf"run: No space .* go on: jgd sweep --resume {folder}"):
+            sweep(False)
+    with (folder / "journal.jsonl").open("a") as journal:
+        journal.write('{"tile": 0, "group": "adam"')  # cut by the end of the process
+    with pytest.warns(UserWarning, match=f"{folder} has not finished: this is its table so far"):
+        rows = read_result(folder).rows
+    assert {row["ended"] for row in rows} == {"out of budget"}
+    assert {row["at"] for row in rows} == {4}
+    sweep(True)
+    assert {row["ended"] for row in read_result(folder).rows} == {"finished"}
+
+
+def test_a_folder_of_an_older_version_is_shown(folders, tmp_path, capsys):
+    folder, rows = tmp_path / "run", read_result(folders[0]).rows
+    shutil.copytree(folders[0], folder)
+    for path in (*manifests(folder), folder / "journal.jsonl"):
+        path.unlink()
+    plan = json.loads((folder / "plan.json").read_text())
+    del plan["format"]
+    (folder / "plan.json").write_text(json.dumps(plan))
+    assert repr(read_result(folder).rows[:3]) == repr(rows[:3])  # the fourth has inf, null in JSON
+    assert "jgd report still reads this one" in _said(capsys, "sweep", "--resume", folder)[1]

@@ -14,10 +14,12 @@ import optax
 import orbax.checkpoint
 import pytest
 from test_faults import _Faults
+from test_ranking import CURVES, _curved
 from test_training import _line
 
 import jgd
 from jgd.tuning.segment import read_result
+from jgd.tuning.space import Lanes
 from jgd.tuning.sweep import Interrupted
 
 RATES = np.geomspace(1e-3, 3, 6)
@@ -259,8 +261,28 @@ def test_an_extension_is_one_sweep_of_the_whole(options, tmp_path):
     assert not (folder / "segment-4").exists()
 
 
+def test_an_extension_of_a_run_whose_metric_is_of_its_setting(tmp_path):
+    run, curves = _curved(CURVES)
+    options = dict(report_every=1, metric="score", mode="min", width=2)
+    jgd.sweep(run, {"run": curves[2:]}, 4, folder=tmp_path / "run", **options)
+    extended = jgd.sweep(run, {"run": curves}, 4, extend=tmp_path / "run", **options)
+    assert repr(extended.rows) == repr(jgd.sweep(run, {"run": curves}, 4, **options).rows)
+    assert int(extended.best.state) == 4
+
+
+def test_a_setting_that_changed_is_no_sweep_to_go_on_with(tmp_path):
+    build = lambda middle: jgd.stack([jgd.adam(rate, b1=0.5) for rate in (0.1, middle, 0.3)])
+    options = dict(folder=tmp_path / "run", resume=True)
+    settings = lambda middle: {"a": Lanes(build(middle), {"number": np.arange(3)})}
+    _sweep(settings(0.2), folder=tmp_path / "run")
+    with pytest.raises(
+        ValueError, match=r"resume: this is another sweep: its groups a digests \[1\]"
+    ):
+        _sweep(settings(0.25), **options)
+
+
 @pytest.mark.parametrize(
-    "stride", [pytest.param(1, marks=pytest.mark.slow), pytest.param(29, id="some")]
+    "stride", [pytest.param(1, marks=pytest.mark.slow), pytest.param(41, id="some")]
 )
 def test_an_extension_that_dies_goes_on(stride, tmp_path, monkeypatch):
     extend = lambda folder: _sweep(

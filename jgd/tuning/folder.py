@@ -4,7 +4,9 @@ plan.json            what the sweep does, written before step 0
 command.json         the command line, if the sweep came from there
 journal.jsonl        the events, one per line
 states/              the states of lanes, a folder for each block of the pool (orbax)
-manifest-N.json      checkpoint N: how much of the journal it covers, the schedule, and the blocks
+manifest-N.json      checkpoint N: the schedule, the blocks, how much of the journal it covers, and
+                     checksums of all of it
+lock                 held by the process that writes here
 segment-N/           an extension: plan, journal, states and manifests of its own
 results.csv          a row per setting, ranked; results.json the same with metric, mode and steps
 curves.npz           the curves of all lanes
