@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import inspect
 import itertools
 import json
@@ -14,7 +15,7 @@ import time
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -26,6 +27,8 @@ __all__ = ["main"]
 
 TEXTBOOK = ("sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam")
 WATCHED = "JGD_WATCHED"  # in the environment of a process that a parent process watches
+FULL = os.strerror(errno.ENOSPC)  # also in the text of errors that are no OSError
+MAY_CHANGE = ("top", "checkpoint_every", "coordinator", "processes", "process", "resume")
 Several = tyro.conf.UseAppendAction[tuple[str, ...]]
 Top = Annotated[int, Doc("Rows of the table to print; all are in results.csv.")]
 
@@ -159,9 +162,12 @@ class Report:
         from jgd.tuning.folder import read_result
 
         try:
-            _show(Console(), read_result(self.folder), self.folder, self.top)
+            result = read_result(self.folder)
         except (OSError, ValueError) as error:
             raise UserError(str(error)) from error
+        except Exception as error:
+            raise UserError(f"{self.folder} holds no whole result: {where(error)}") from error
+        _show(Console(), result, self.folder, self.top)
 
 
 def main() -> None:
@@ -169,15 +175,10 @@ def main() -> None:
     commands = {"sweep": Sweep, "report": Report, "optimizers": Optimizers}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="jgd").run()
-    except UserError as error:
-        _fail(str(error))
-    except KeyboardInterrupt:
-        _fail("interrupted")
-
-
-def _fail(message: str) -> NoReturn:
-    print(f"jgd: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    except (UserError, KeyboardInterrupt) as error:
+        message = " ".join(str(error).split()) or "interrupted"
+        print(f"jgd: {message}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 # --- the sweep -------------------------------------------------------------------------------
@@ -232,41 +233,25 @@ def _sweep(options: Sweep) -> None:
         options = _resumed(options)
     task = _task(options)
     groups, halving = groups_of(options.optimizer or TEXTBOOK, options.set), _halving(options)
-    if options.resume is None and devices.is_writer():
-        _write_command(options, out)
-    progress, interrupted = console.Progress(terminal), False
+    progress = console.Progress(terminal)
     given = values_of(options, SweepOptions)
     given |= dict(halving=halving, stop=options.patience, folder=out, resume=resume)
-    try:
-        with progress, _one_line(options, out):
-            result = sweep(task, groups, options.steps, on_report=progress, **given)
-    except Interrupted as error:
-        result, interrupted = error.result, True
-    if not devices.is_writer():
-        return
-    _show(terminal, result, out, options.top)
+    with _in_folder(options, out):
+        try:
+            with progress:
+                result = sweep(task, groups, options.steps, on_report=progress, **given)
+        except Interrupted as error:
+            if devices.is_writer() and any(row["at"] for row in error.result.rows):
+                _show(terminal, error.result, out, options.top)
+            raise
+        if devices.is_writer():
+            _show(terminal, result, out, options.top)
     seconds = time.perf_counter() - started
     rate = progress.done / max(progress.seconds, 1e-9)
     terminal.print(
         f"{progress.done:,} lane-steps in {progress.seconds:.1f} s: "
         f"[bold]{rate:,.0f} lane-steps per second[/bold]; {seconds:.1f} s in all"
     )
-    if interrupted:
-        raise UserError(f"interrupted; go on with: jgd sweep --resume {out}")
-
-
-@contextlib.contextmanager
-def _one_line(options: Sweep, out: Path) -> Generator[None]:
-    """Turn errors of the sweep and of the user's task into a `UserError` of one line."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        _forget_command(out)
-        raise UserError(str(error)) from error
-    except Exception as error:  # of the user's task, inside the program, or of the connection
-        _forget_command(out)
-        hint = "" if options.coordinator is None else f"; perhaps {_how_to_go_on(out)}"
-        raise UserError(f"task {options.task}: {where(error)}{hint}") from error
 
 
 def _task(options: Sweep) -> Any:
@@ -311,37 +296,90 @@ def _show(terminal: Any, result: Any, out: Path, top: int) -> None:
 # --- the folder ------------------------------------------------------------------------------
 
 
-def _write_command(options: Sweep, out: Path) -> None:
-    """Write the command line into the folder, before anything else is there."""
+@contextlib.contextmanager
+def _in_folder(options: Sweep, out: Path) -> Generator[None]:
+    """Write the command line into the folder, and turn what ends the sweep into one line.
+
+    A sweep that was refused leaves nothing behind; what was there before stays.
+    """
+    from jgd.tuning import devices
+
+    new = [path for path in (out, *out.parents) if not path.exists()]
+    command, go_on = out / "command.json", f"go on with: jgd sweep --resume {out}"
+    try:
+        if options.resume is None and devices.is_writer() and _is_free(out):
+            new.insert(0, command)
+            _write_command(options, command)
+        yield
+    except KeyboardInterrupt:
+        raise UserError(f"interrupted; {go_on}") from None
+    except Exception as error:
+        if FULL in str(error):
+            raise UserError(f"{out}: {FULL}. Free some space, then {go_on}") from error
+        if not (out / "plan.json").exists():
+            _remove(new, out)
+        if isinstance(error, ValueError | OSError):
+            raise UserError(str(error)) from error
+        # of the user's task, inside the program, or of the connection
+        hint = "" if options.coordinator is None else f"; perhaps {_how_to_go_on(out)}"
+        raise UserError(f"task {options.task}: {where(error)}{hint}") from error
+
+
+def _is_free(out: Path) -> bool:
+    """Return whether a new sweep may have this folder; `Folder` says why not."""
+    inside = out.iterdir() if out.is_dir() else ()
+    return not any(path.is_file() for path in (out, *out.parents)) and not any(inside)
+
+
+def _write_command(options: Sweep, path: Path) -> None:
     plain = lambda x: str(x) if isinstance(x, Path) else x
     given = {name: plain(x) for name, x in dataclasses.asdict(options).items()}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not any(out.iterdir()):
-            (out / "command.json.part").write_text(json.dumps(given, indent=1))
-            (out / "command.json.part").replace(out / "command.json")
-    except OSError as error:
-        raise UserError(str(error)) from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(given, indent=1))
+    part.replace(path)
 
 
-def _forget_command(out: Path) -> None:
-    """Leave no folder behind for a sweep that was refused."""
-    if out.is_dir() and [path.name for path in out.iterdir()] == ["command.json"]:
-        shutil.rmtree(out, ignore_errors=True)
+def _remove(new: list[Path], out: Path) -> None:
+    """Remove what is new: files, the folder of the sweep, and empty folders above it."""
+    for path in new:
+        with contextlib.suppress(OSError):
+            if path == out:
+                shutil.rmtree(path)
+            else:
+                path.rmdir() if path.is_dir() else path.unlink()
 
 
 def _resumed(options: Sweep) -> Sweep:
-    """Return the options that the sweep in a folder was started with."""
+    """Return the options that the sweep in a folder was started with, and those of now.
+
+    Raises: UserError for an option of now that a resume can't change.
+    """
     assert options.resume is not None
     path = options.resume / "command.json"
     if not path.exists():
         raise UserError(f"{options.resume} holds no sweep of the command line: no command.json")
-    now = ("top", "checkpoint_every", "coordinator", "processes", "process", "resume")
-    given = {name: getattr(options, name) for name in now} | {"out": options.resume}
     try:
-        return Sweep(**json.loads(path.read_text()) | given)
+        given = dict(json.loads(path.read_text()))
+        given = {name: tuple(x) if isinstance(x, list) else x for name, x in given.items()}
+        written = Sweep(**given | {"out": options.resume})
     except (OSError, TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
+    # parsed again, so that an option that is not given is as it was
+    lists = {
+        name: getattr(options, name) or getattr(written, name) for name in ("optimizer", "set")
+    }
+    now = tyro.cli(Sweep, args=sys.argv[2:], default=written)
+    now = dataclasses.replace(now, **lists)
+    for name, value in dataclasses.asdict(now).items():
+        if name not in MAY_CHANGE and value != (was := getattr(written, name)):
+            flag = name if name == "task" else f"--{name.replace('_', '-')}"
+            raise UserError(f"--resume: {flag} was {_shown(was)} and is now {_shown(value)}")
+    return now
+
+
+def _shown(value: Any) -> str:
+    return " ".join(value or ["not given"]) if isinstance(value, tuple) else str(value)
 
 
 def _new_folder(path: Path) -> Path:

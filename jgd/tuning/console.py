@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import rich.box
@@ -9,6 +10,7 @@ import rich.progress
 import rich.table
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 
 from jgd import catalog
 from jgd.tuning.events import Report
@@ -99,25 +101,21 @@ def print_result(console: Console, result: Result, top: int) -> None:
     plan = result.plan
     varied = list(dict.fromkeys(name for g in plan.groups for name in (*g.axes, *g.fixed)))
 
-    table = _table(
-        "best of each optimizer", result.metric, "optimizer", *varied, result.metric, *_STYLES
-    )
+    columns, rows = ["optimizer", *varied, result.metric, *_STYLES], list[list[str]]()
     for group in plan.groups:
-        rows = [row for row in result.rows if row["optimizer"] == group.name]
-        counts = [sum(row["verdict"] == verdict for row in rows) for verdict in _STYLES]
+        mine = [row for row in result.rows if row["optimizer"] == group.name]
+        counts = [sum(row["verdict"] == verdict for row in mine) for verdict in _STYLES]
         shown = [f"[{style}]{n}[/]" for n, style in zip(counts, _STYLES.values(), strict=True)]
-        numbers = [_cell(rows[0].get(name)) for name in varied]
-        table.add_row(group.name, *numbers, _spread(rows[0], result.metric), *shown)
-    console.print(table)
+        numbers = [_cell(mine[0].get(name)) for name in varied]
+        rows.append([group.name, *numbers, _spread(mine[0], result.metric), *shown])
+    _print_table(console, "best of each optimizer", result.metric, columns, rows)
 
-    title = f"the best {max(min(top, len(result.rows)), 0)} of {len(result.rows)} settings"
-    shown = result.rows[: max(top, 0)]
-    how = ("ended",) if any(row["ended"] != "finished" for row in shown) else ()
-    columns = ("rank", "optimizer", *varied, result.metric, "final loss", "verdict", *how)
-    table = _table(title, result.metric, *columns)
+    best = result.rows[: max(top, 0)]
+    how = ["ended"] if any(row["ended"] != "finished" for row in best) else []
+    columns = ["rank", "optimizer", *varied, result.metric, "final loss", "verdict", *how]
     ties = sum(row["tied"] for row in result.rows) > 1
-    for row in shown:
-        table.add_row(
+    rows = [
+        [
             f"{'= ' if ties and row['tied'] else ''}{row['rank']}",
             row["optimizer"],
             *(_cell(row.get(name)) for name in varied),
@@ -125,8 +123,11 @@ def print_result(console: Console, result: Result, top: int) -> None:
             _cell(row["final_loss"]),
             f"[{_STYLES.get(row['verdict'], 'dim')}]{row['verdict']}[/]",
             *([f"{row['ended']} at {row['at']:,}"] if how else []),
-        )
-    console.print(table)
+        ]
+        for row in best
+    ]
+    title = f"the best {len(best)} of {len(result.rows)} settings"
+    _print_table(console, title, result.metric, columns, rows)
     if plan.seeds > 1:
         same = "one order of batches" if plan.order == "shared" else "an order of batches each"
         console.print(f"[dim]± standard error of the mean of {plan.seeds} seeds with {same}[/]")
@@ -136,14 +137,40 @@ def print_result(console: Console, result: Result, top: int) -> None:
         console.print(f"[dim]= as good as the best{within}: {many:,} settings[/]")
 
 
-def _table(title: str, metric: str, *columns: str) -> Any:
+GAP = 3  # between two columns
+NAMES = 16  # to which the names of optimizers are folded where there is no room
+
+
+def _print_table(
+    console: Console, title: str, metric: str, columns: Sequence[str], rows: list[list[str]]
+) -> None:
+    """Print a table; where there is no room, without the columns that matter least."""
+    headers = [c.replace("_", " ").replace("oscillating", "oscil- lating") for c in columns]
+    cells = list(zip(*rows, strict=True)) or [()] * len(columns)
+    size = lambda text: Text.from_markup(text).cell_len
+    natural = [max(map(size, (h, *column))) for h, column in zip(headers, cells, strict=True)]
+    folded = [max(map(size, (*h.split(), *c))) for h, c in zip(headers, cells, strict=True)]
+    index = columns.index("optimizer")
+    folded[index] = min(folded[index], NAMES)
+    room = lambda widths, shown: sum(widths[i] + GAP for i in shown) - GAP
+    shown, widths = list(range(len(columns))), natural
+    if room(natural, shown) > console.width:
+        widths = folded
+        less = [i for i in shown if columns[i] not in ("rank", "optimizer", metric)]
+        less.sort(key=lambda i: columns[i] == "final loss")  # the others from right to left
+        while less and room(folded, shown) > console.width:
+            shown.remove(less.pop())
     edges: Any = dict(box=rich.box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table = rich.table.Table(title=f"\n{title}", title_justify="left", title_style="bold", **edges)
-    for name in columns:
-        left = name in ("optimizer", "verdict", "ended")
-        header = name.replace("_", " ").replace("oscillating", "oscil- lating")
-        table.add_column(header, justify="left" if left else "right", no_wrap=name == metric)
-    return table
+    for i in shown:
+        left = columns[i] in ("optimizer", "verdict", "ended")
+        justify = "left" if left else "right"
+        table.add_column(headers[i], justify=justify, width=widths[i], overflow="fold")
+    for row in rows:
+        table.add_row(*(row[i] for i in shown))
+    console.print(table)
+    if hidden := [columns[i] for i in range(len(columns)) if i not in shown]:
+        console.print(f"[dim]no room for {', '.join(hidden)}: see results.csv[/]")
 
 
 _STYLES = {"too small": "cyan", "good": "green", "oscillating": "yellow", "diverged": "red"}
