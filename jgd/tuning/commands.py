@@ -360,10 +360,10 @@ def _resumed(options: Sweep) -> Sweep:
     if not path.exists():
         raise UserError(f"{options.resume} holds no sweep of the command line: no command.json")
     try:
-        given = dict(json.loads(path.read_text()))
-        given = {name: tuple(x) if isinstance(x, list) else x for name, x in given.items()}
-        written = Sweep(**given | {"out": options.resume})
-    except (OSError, TypeError, ValueError) as error:
+        given = dict[str, Any](json.loads(path.read_text()), out=options.resume)
+        lists = {name: tuple(given[name]) for name in ("optimizer", "set")}
+        written = Sweep(**dict[str, Any](given | lists))
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
     # parsed again, so that an option that is not given is as it was
     lists = {

@@ -146,20 +146,20 @@ def _print_table(
 ) -> None:
     """Print a table; where there is no room, without the columns that matter least."""
     headers = [c.replace("_", " ").replace("oscillating", "oscil- lating") for c in columns]
-    cells = list(zip(*rows, strict=True)) or [()] * len(columns)
-    size = lambda text: Text.from_markup(text).cell_len
-    natural = [max(map(size, (h, *column))) for h, column in zip(headers, cells, strict=True)]
-    folded = [max(map(size, (*h.split(), *c))) for h, c in zip(headers, cells, strict=True)]
-    index = columns.index("optimizer")
-    folded[index] = min(folded[index], NAMES)
-    room = lambda widths, shown: sum(widths[i] + GAP for i in shown) - GAP
-    shown, widths = list(range(len(columns))), natural
-    if room(natural, shown) > console.width:
-        widths = folded
-        less = [i for i in shown if columns[i] not in ("rank", "optimizer", metric)]
-        less.sort(key=lambda i: columns[i] == "final loss")  # the others from right to left
-        while less and room(folded, shown) > console.width:
-            shown.remove(less.pop())
+    cells = [[Text.from_markup(row[i]).plain for row in rows] for i in range(len(columns))]
+    widths = list[int]()  # of the longest word, and of the metric as a whole
+    for name, header, column in zip(columns, headers, cells, strict=True):
+        words = column if name == metric else " ".join(column).split()
+        longest = max(map(len, (*header.split(), *words)))
+        widths.append(min(longest, NAMES) if name == "optimizer" else longest)
+    shown = list(range(len(columns)))
+    less = [i for i in shown if columns[i] not in ("rank", "optimizer", metric)]
+    less.sort(key=lambda i: columns[i] == "final loss")  # the others from right to left
+    while (spare := console.width + GAP - sum(widths[i] + GAP for i in shown)) < 0 and less:
+        shown.remove(less.pop())
+    for i in reversed(shown):
+        more = min(max(map(len, (headers[i], *cells[i]))) - widths[i], max(spare, 0))
+        widths[i], spare = widths[i] + more, spare - more
     edges: Any = dict(box=rich.box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table = rich.table.Table(title=f"\n{title}", title_justify="left", title_style="bold", **edges)
     for i in shown:
