@@ -7,6 +7,7 @@ import inspect
 import itertools
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -209,8 +210,12 @@ def _watch(options: Sweep) -> None:
 def _how_to_go_on(out: Path) -> str:
     return (
         "a process of this sweep was lost, and so the others have ended. Go on, on as many or"
-        f" fewer: jgd sweep --resume {out}, with --coordinator if there are several"
+        f" fewer: {_resume(out)}, with --coordinator if there are several"
     )
+
+
+def _resume(out: Path) -> str:
+    return f"jgd sweep --resume {shlex.quote(str(out))}"
 
 
 def _sweep(options: Sweep) -> None:
@@ -305,7 +310,7 @@ def _in_folder(options: Sweep, out: Path) -> Generator[None]:
     from jgd.tuning import devices
 
     new = [path for path in (out, *out.parents) if not path.exists()]
-    command, go_on = out / "command.json", f"go on with: jgd sweep --resume {out}"
+    command, go_on = out / "command.json", f"go on with: {_resume(out)}"
     try:
         if options.resume is None and devices.is_writer() and _is_free(out):
             new.insert(0, command)

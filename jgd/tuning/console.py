@@ -27,17 +27,19 @@ class Progress:
         self.console = console
         self.live = console.is_terminal
         self.line = self.group = ""  # of the group at work
-        columns = [
-            rich.progress.TextColumn("[bold]{task.description:<10}"),
-            rich.progress.BarColumn(),
-            rich.progress.TextColumn("{task.percentage:>3.0f}%"),
-            rich.progress.TextColumn("{task.fields[alive]}"),
-            rich.progress.TextColumn("{task.fields[speed]}"),
-            rich.progress.TextColumn("{task.fields[best]}"),
-            rich.progress.TimeRemainingColumn(),
+        text = rich.progress.TextColumn
+        columns = [  # each with the width of a terminal that has room for it
+            (0, text("[bold]{task.description:<10}")),
+            (110, rich.progress.BarColumn(20)),
+            (0, text("{task.percentage:>3.0f}%")),
+            (100, text("{task.fields[alive]}")),
+            (80, text("{task.fields[speed]}")),
+            (0, text("{task.fields[best]}")),
+            (100, rich.progress.TimeRemainingColumn()),
         ]
+        shown = [column for width, column in columns if console.width >= width]
         self.bar = rich.progress.Progress(
-            *columns, console=console, disable=not self.live, transient=True
+            *shown, console=console, disable=not self.live, transient=True
         )
         self.task = self.bar.add_task("compiling", total=None, alive="", speed="", best="")
         self.done = 0

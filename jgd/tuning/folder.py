@@ -16,6 +16,7 @@ curves follow from the journal; nothing is ever read from them to resume.
 import concurrent.futures
 import contextlib
 import csv
+import errno
 import json
 import logging
 import math
@@ -36,6 +37,7 @@ from jgd.tuning.result import Best, Curves, Result
 
 __all__ = ["Folder", "read_result"]
 
+SPARE = 2**20  # bytes that a checkpoint leaves free on the disk
 EARLY = ("command.json", "plan.json.part", "command.json.part")  # a sweep that has not started
 
 
@@ -154,6 +156,9 @@ class Folder:
         checkpointer, folder = _checkpointer(), (self.path / "states").absolute()
         folder.mkdir(exist_ok=True)
         new = [name for name in states if not (folder / name).exists()]
+        size = sum(x.nbytes for name in new for x in jax.tree.leaves(states[name]))
+        if size + SPARE > shutil.disk_usage(folder).free:  # orbax's own error is 100 lines
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
         for name in new:  # orbax renames a folder when it is whole, and saves no single array
             checkpointer.save(folder / name, {"lanes": states[name]})
         checkpointer.wait_until_finished()
@@ -301,7 +306,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _checkpointer() -> Any:
     import orbax.checkpoint
 
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # errors are raised
     here = jax.process_index()  # states are on the host of the one process that writes
     alone = orbax.checkpoint.options.MultiprocessingOptions(
         primary_host=here, active_processes={here}, barrier_sync_key_prefix=str(here)
