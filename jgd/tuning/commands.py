@@ -29,6 +29,7 @@ __all__ = ["main"]
 TEXTBOOK = ("sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam")
 WATCHED = "JGD_WATCHED"  # in the environment of a process that a parent process watches
 FULL = os.strerror(errno.ENOSPC)  # also in the text of errors that are no OSError
+SEVERAL = ("optimizer", "set")  # options that may be repeated
 MAY_CHANGE = ("top", "checkpoint_every", "coordinator", "processes", "process", "resume")
 Several = tyro.conf.UseAppendAction[tuple[str, ...]]
 Top = Annotated[int, Doc("Rows of the table to print; all are in results.csv.")]
@@ -90,7 +91,8 @@ class Sweep(SweepOptions):
     ] = False
     resume: Annotated[
         Path | None,
-        Doc("Go on with the sweep in this folder; its other options are those it started with."),
+        Doc("""Go on with the sweep in this folder, with the options it started with: --top,
+        --checkpoint-every and those of processes may change, another one is refused."""),
     ] = None
     coordinator: Annotated[
         str | None,
@@ -244,13 +246,18 @@ def _sweep(options: Sweep) -> None:
     with _in_folder(options, out):
         try:
             with progress:
-                result = sweep(task, groups, options.steps, on_report=progress, **given)
+                result, whole = (
+                    sweep(task, groups, options.steps, on_report=progress, **given),
+                    True,
+                )
         except Interrupted as error:
-            if devices.is_writer() and any(row["at"] for row in error.result.rows):
-                _show(terminal, error.result, out, options.top)
-            raise
-        if devices.is_writer():
-            _show(terminal, result, out, options.top)
+            result, whole = error.result, False
+    if not devices.is_writer():
+        return
+    if whole or any(row["at"] for row in result.rows):
+        _show(terminal, result, out, options.top)
+    if not whole:
+        raise UserError(f"interrupted; go on with: {_resume(out)}")
     seconds = time.perf_counter() - started
     rate = progress.done / max(progress.seconds, 1e-9)
     terminal.print(
@@ -293,7 +300,11 @@ def _show(terminal: Any, result: Any, out: Path, top: int) -> None:
     from jgd.tuning import console, plots
 
     console.print_result(terminal, result, top)
-    pictures = plots.save_plots(result, out)
+    try:
+        pictures = plots.save_plots(result, out)
+    except OSError as error:
+        later = f"jgd report {shlex.quote(str(out))}"
+        raise UserError(f"{error}. The table is written; for pictures: {later}") from error
     files = ["results.csv", "results.json", "curves.npz", *(path.name for path in pictures)]
     terminal.print(f"in {out}: {', '.join(files)}")
 
@@ -310,18 +321,18 @@ def _in_folder(options: Sweep, out: Path) -> Generator[None]:
     from jgd.tuning import devices
 
     new = [path for path in (out, *out.parents) if not path.exists()]
-    command, go_on = out / "command.json", f"go on with: {_resume(out)}"
     try:
         if options.resume is None and devices.is_writer() and _is_free(out):
-            new.insert(0, command)
-            _write_command(options, command)
+            new.insert(0, out / "command.json")
+            _write_command(options, new[0])
         yield
     except KeyboardInterrupt:
-        raise UserError(f"interrupted; {go_on}") from None
+        raise UserError(f"interrupted; go on with: {_resume(out)}") from None
     except Exception as error:
         if FULL in str(error):
-            raise UserError(f"{out}: {FULL}. Free some space, then {go_on}") from error
-        if not (out / "plan.json").exists():
+            cure = f"Free some space, then go on with: {_resume(out)}"
+            raise UserError(f"{out}: {FULL}. {cure}") from error
+        if devices.is_writer() and not (out / "plan.json").exists():
             _remove(new, out)
         if isinstance(error, ValueError | OSError):
             raise UserError(str(error)) from error
@@ -356,9 +367,9 @@ def _remove(new: list[Path], out: Path) -> None:
 
 
 def _resumed(options: Sweep) -> Sweep:
-    """Return the options that the sweep in a folder was started with, and those of now.
+    """Return the options that the sweep in a folder was started with, and those that may change.
 
-    Raises: UserError for an option of now that a resume can't change.
+    Raises: UserError for another option that is given and is not as it was.
     """
     assert options.resume is not None
     path = options.resume / "command.json"
@@ -366,15 +377,13 @@ def _resumed(options: Sweep) -> Sweep:
         raise UserError(f"{options.resume} holds no sweep of the command line: no command.json")
     try:
         given = dict[str, Any](json.loads(path.read_text()), out=options.resume)
-        lists = {name: tuple(given[name]) for name in ("optimizer", "set")}
-        written = Sweep(**dict[str, Any](given | lists))
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        given |= {name: tuple(given.get(name, ())) for name in SEVERAL}
+        written = Sweep(**given)
+    except (OSError, TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
     # parsed again, so that an option that is not given is as it was
-    lists = {
-        name: getattr(options, name) or getattr(written, name) for name in ("optimizer", "set")
-    }
     now = tyro.cli(Sweep, args=sys.argv[2:], default=written)
+    lists = {name: getattr(options, name) or getattr(written, name) for name in SEVERAL}
     now = dataclasses.replace(now, **lists)
     for name, value in dataclasses.asdict(now).items():
         if name not in MAY_CHANGE and value != (was := getattr(written, name)):
