@@ -268,12 +268,8 @@ def _sweep(options: Sweep) -> None:
 
 def _task(options: Sweep) -> Any:
     task = task_of(options.task)
-    if not options.sharpness:
-        return task
-    if not isinstance(task, jgd.Task):
-        raise UserError("--sharpness needs a jgd.Task, whose loss it differentiates")
     try:
-        return jgd.with_sharpness(task)
+        return jgd.with_sharpness(task) if options.sharpness else task
     except TypeError as error:
         raise UserError(f"--sharpness: {error}") from error
 
@@ -282,18 +278,16 @@ def _halving(options: Sweep) -> Any:
     """Return the halving of --halving or --hyperband."""
     if options.halving is not None and options.hyperband is not None:
         raise UserError("--halving and --hyperband exclude each other")
-    for make, eta in (
-        (jgd.successive_halving, options.halving),
-        (jgd.hyperband, options.hyperband),
-    ):
-        if eta is not None:
-            try:
-                return make(eta, options.min_steps, within=options.within)
-            except ValueError as error:
-                raise UserError(str(error)) from None
-    if options.min_steps is not None:
-        raise UserError("--min-steps needs --halving or --hyperband")
-    return None
+    eta = options.hyperband if options.halving is None else options.halving
+    if eta is None:
+        if options.min_steps is not None:
+            raise UserError("--min-steps needs --halving or --hyperband")
+        return None
+    make = jgd.successive_halving if options.hyperband is None else jgd.hyperband
+    try:
+        return make(eta, options.min_steps, within=options.within)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _show(terminal: Any, result: Any, out: Path, top: int) -> None:
@@ -332,8 +326,10 @@ def _in_folder(options: Sweep, out: Path) -> Generator[None]:
         if FULL in str(error):
             cure = f"Free some space, then go on with: {_resume(out)}"
             raise UserError(f"{out}: {FULL}. {cure}") from error
-        if devices.is_writer() and not (out / "plan.json").exists():
-            _remove(new, out)
+        for path in new if devices.is_writer() and not (out / "plan.json").exists() else ():
+            remove = shutil.rmtree if path == out else os.rmdir if path.is_dir() else os.unlink
+            with contextlib.suppress(OSError):  # a folder above it that is not empty
+                remove(path)
         if isinstance(error, ValueError | OSError):
             raise UserError(str(error)) from error
         # of the user's task, inside the program, or of the connection
@@ -354,16 +350,6 @@ def _write_command(options: Sweep, path: Path) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(given, indent=1))
     part.replace(path)
-
-
-def _remove(new: list[Path], out: Path) -> None:
-    """Remove what is new: files, the folder of the sweep, and empty folders above it."""
-    for path in new:
-        with contextlib.suppress(OSError):
-            if path == out:
-                shutil.rmtree(path)
-            else:
-                path.rmdir() if path.is_dir() else path.unlink()
 
 
 def _resumed(options: Sweep) -> Sweep:
@@ -388,12 +374,11 @@ def _resumed(options: Sweep) -> Sweep:
     for name, value in dataclasses.asdict(now).items():
         if name not in MAY_CHANGE and value != (was := getattr(written, name)):
             flag = name if name == "task" else f"--{name.replace('_', '-')}"
-            raise UserError(f"--resume: {flag} was {_shown(was)} and is now {_shown(value)}")
+            was, value = (
+                " ".join(x or ["not given"]) if name in SEVERAL else x for x in (was, value)
+            )
+            raise UserError(f"--resume: {flag} was {was} and is now {value}")
     return now
-
-
-def _shown(value: Any) -> str:
-    return " ".join(value or ["not given"]) if isinstance(value, tuple) else str(value)
 
 
 def _new_folder(path: Path) -> Path:
