@@ -1,15 +1,26 @@
 """The command line as a user meets it: the default job, one's own task, errors in one line."""
 
 import csv
+import errno
+import importlib
+import io
+import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+import jgd.tuning.sweep
 from jgd import cli
+from jgd.tuning import console, plots
+from jgd.tuning.engine import Engine
+from jgd.tuning.folder import Folder
+from jgd.tuning.sweep import Clock
 
 TASK = """
 import jax, jax.numpy as jnp, numpy as np, jgd
@@ -169,6 +180,117 @@ def test_what_is_best_in_which_order_and_how_sharp(project, monkeypatch, capsys)
     assert float(rows[0]["sharpness"]) > 0
 
 
+def _fails(monkeypatch, capsys, *arguments):
+    """The one line of a command that is refused."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        _jgd(monkeypatch, *arguments)
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    monkeypatch.setattr(plots, "save_plots", lambda *_: [])
+
+
+SMALL = ("--optimizer", "sgd", "--set", "learning_rate=0.1,0.2", "--steps", "20", "--seeds", "1")
+
+
+@pytest.mark.parametrize("out", ["empty", "new", "above/new"])
+def test_a_refused_sweep_leaves_what_was_there(out, project, monkeypatch, capsys):
+    (project / "empty").mkdir()
+    before = sorted(project.rglob("*"))
+    arguments = ("sweep", "mine:task", *SMALL, "--metric", "los", "--out", out)
+    assert "metric must be one of loss" in _fails(monkeypatch, capsys, *arguments)
+    assert [x for x in sorted(project.rglob("*")) if "cache" not in str(x)] == before
+
+
+def test_what_a_resume_cannot_change_is_refused_by_name(project, no_pictures, monkeypatch, capsys):
+    _jgd(monkeypatch, "sweep", "mine:task", *SMALL, "--out", "a")
+    for changed, message in (
+        (["--steps", "500"], "--steps was 20 and is now 500"),
+        (["--steps=1000"], "--steps was 20 and is now 1000"),  # the default, but given
+        (
+            ["--set", "learning_rate=1"],
+            "--set was learning_rate=0.1,0.2 and is now learning_rate=1",
+        ),
+        (["--halving", "2"], "--halving was None and is now 2.0"),
+        (["--report-every", "5"], "--report-every was None and is now 5"),
+        (["--sharpness"], "--sharpness was False and is now True"),
+        (["--out", "b"], "--out was a and is now b"),
+        (["mine:made"], "task was mine:task and is now mine:made"),
+    ):
+        assert message in _fails(monkeypatch, capsys, "sweep", "--resume", "a", *changed)
+    _jgd(monkeypatch, *("sweep", "mine:task", *SMALL, "--resume", "a", "--out", "a"))
+    _jgd(monkeypatch, *("sweep", "--resume", "a", "--top", "1", "--checkpoint-every", "3"))
+    assert "the best 1 of 2 settings" in capsys.readouterr().out
+
+
+def test_a_sweep_that_ends_early_says_how_to_go_on(project, no_pictures, monkeypatch, capsys):
+    _jgd(monkeypatch, "sweep", "mine:task", *SMALL, "--out", "whole")
+    go_on = "go on with: jgd sweep --resume "
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def ctrl_c_twice(*_):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    for out, where, effect in (
+        ("disk", (Folder, "append"), full),
+        ("table", (Folder, "write_result"), full),
+        ("early", (jgd.tuning.sweep, "prepare"), ctrl_c_twice),
+        ("twice", (Engine, "begin"), ctrl_c_twice),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(*where, effect)
+            line = _fails(patched, capsys, "sweep", "mine:task", *SMALL, "--out", out)
+        assert f"{go_on}{out}" in line
+        assert ("No space left on device" in line) == (effect is full)
+        assert "interrupted" in line or effect is full
+        _jgd(monkeypatch, "sweep", "--resume", out)
+        table = (project / out / "results.csv").read_bytes()
+        assert table == (project / "whole" / "results.csv").read_bytes()
+
+
+def test_no_table_of_nothing(project, no_pictures, monkeypatch, capsys):
+    """Ctrl-C before the first report, and after it."""
+    poll = Clock.__call__
+    for reports in (0, 2):
+        calls = itertools.count()
+
+        def interrupted(clock, events, calls=calls, reports=reports):
+            if next(calls) == reports:
+                signal.raise_signal(signal.SIGINT)
+            return poll(clock, events)
+
+        monkeypatch.setattr(Clock, "__call__", interrupted)
+        with pytest.raises(SystemExit):
+            _jgd(monkeypatch, *("sweep", "mine:task", *SMALL, "--out", f"after {reports}"))
+        shown = capsys.readouterr()
+        assert f"interrupted; go on with: jgd sweep --resume 'after {reports}'" in shown.err
+        assert ("best" in shown.out) == bool(reports)
+
+
+def test_tables_keep_the_metric_whole(project):
+    """Several numbers, a long name of an optimizer and of a metric, and narrow terminals."""
+    long = jgd.grid(lambda peak, warmup: jgd.adam(peak + 0 * warmup), peak=[0.1], warmup=[5, 10])
+    adam = jgd.grid(jgd.adam, learning_rate=[0.1], b1=[0.9], b2=[0.99])
+    groups = {"a_cosine_decay_with_warmup_and_adam": long, "adam": adam}
+    result = jgd.sweep(importlib.import_module("mine").made, groups, 20, seeds=2)
+    shown = [console._spread(row, result.metric) for row in result.rows]
+    for width in (60, 80, 120):
+        file = io.StringIO()
+        console.print_result(Console(file=file, width=width), result, 3)
+        lines = file.getvalue().splitlines()
+        assert max(map(len, lines)) <= width
+        assert all(sum(number in line for line in lines) >= 1 for number in shown)
+        assert ("no room for" in file.getvalue()) == (width < 120)
+
+
 def test_killed_before_there_was_a_plan(project, monkeypatch, capsys):
     options = ("--optimizer", "sgd", "--set", "learning_rate=0.1", "--steps", "20", "--seeds", "1")
     _jgd(monkeypatch, "sweep", "mine:task", *options, "--out", "whole")
@@ -209,7 +331,10 @@ def test_a_factory_of_optax(project, monkeypatch, capsys):
     [
         (["digitz"], "no task named digitz; did you mean digits?"),
         (["min:task"], "task: no module named min; did you mean mine?"),
-        (["./mine.py:task"], "task must be module:name, got './mine.py:task'"),
+        (["./mine.py:task"], "task must be module:name, got './mine.py:task'; did you mean mine:t"),
+        (["mine.py:made"], "task must be module:name, got 'mine.py:made'; did you mean mine:made?"),
+        (["mine.py"], "no task named mine.py; did you mean mine:task?"),
+        (["--out", "mine.py"], "sweep: folder must be a folder, got mine.py: mine.py is a file"),
         (["jax.nmpy:task"], "task: no module named jax.nmpy; did you mean numpy?"),
         (["mine:needs"], "task mine:needs: TypeError: needs() missing 1 required"),
         (["mine:broken"], "(mine.py, line "),

@@ -8,6 +8,7 @@ import inspect
 import itertools
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import warnings
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -29,6 +30,8 @@ __all__ = ["main"]
 
 TEXTBOOK = ("sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam")
 WATCHED = "JGD_WATCHED"  # in the environment of a process that a parent process watches
+SEVERAL = ("optimizer", "set")  # options that may be repeated
+MAY_CHANGE = ("top", "checkpoint_every", "coordinator", "processes", "process", "resume")
 Several = tyro.conf.UseAppendAction[tuple[str, ...]]
 Top = Annotated[int, Doc("Rows of the table to print; all are in results.csv.")]
 
@@ -94,7 +97,8 @@ class Sweep(SweepOptions):
     ] = False
     resume: Annotated[
         Path | None,
-        Doc("Go on with the sweep in this folder; its other options are those it started with."),
+        Doc("""Go on with the sweep in this folder, with the options it started with: --top,
+        --checkpoint-every and those of processes may change, another one is refused."""),
     ] = None
     coordinator: Annotated[
         str | None,
@@ -167,9 +171,12 @@ class Report:
         from jgd.tuning.load import read_results
 
         try:
-            _show(Console(), read_results(self.folder), self.folder, self.top)
+            result = read_results(self.folder)
         except (OSError, ValueError) as error:
             raise UserError(str(error)) from error
+        except Exception as error:
+            raise UserError(f"{self.folder} holds no whole result: {where(error)}") from error
+        _show(Console(), result, self.folder, self.top)
 
 
 def main() -> None:
@@ -178,15 +185,10 @@ def main() -> None:
     warnings.formatwarning = lambda message, *_, **__: f"jgd: {message}\n"
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="jgd").run()
-    except UserError as error:
-        _fail(str(error))
-    except KeyboardInterrupt:
-        _fail("interrupted")
-
-
-def _fail(message: str) -> NoReturn:
-    print(f"jgd: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    except (UserError, KeyboardInterrupt) as error:
+        message = " ".join(str(error).split()) or "interrupted"
+        print(f"jgd: {message}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 # --- the sweep -------------------------------------------------------------------------------
@@ -217,8 +219,12 @@ def _watch(options: Sweep) -> None:
 def _how_to_go_on(out: Path) -> str:
     return (
         "a process of this sweep was lost, and so the others have ended. Go on, on as many or"
-        f" fewer: jgd sweep --resume {out}, with --coordinator if there are several"
+        f" fewer: {_resume(out)}, with --coordinator if there are several"
     )
+
+
+def _resume(out: Path) -> str:
+    return f"jgd sweep --resume {shlex.quote(str(out))}"
 
 
 def _sweep(options: Sweep) -> None:
@@ -230,13 +236,7 @@ def _sweep(options: Sweep) -> None:
         devices.join(options.coordinator, options.processes, options.process)
     out = options.resume or options.out
     out = out or _new_folder(Path("runs") / time.strftime("%Y-%m-%d-%H%M%S"))
-    with contextlib.ExitStack() as held:
-        try:
-            with devices.fails_everywhere():
-                if devices.is_writer():
-                    held.enter_context(locked(out))
-        except (OSError, RuntimeError) as error:
-            raise UserError(str(error)) from error
+    with _in_folder(options, out):
         _sweep_in(out, options, started)
 
 
@@ -257,43 +257,28 @@ def _sweep_in(out: Path, options: Sweep, started: float) -> None:
         options = _resumed(options)
     task = _task(options)
     train, halving = _training(options, task), _halving(options)
-    if options.resume is None and devices.is_writer():
-        _write_command(options, out)
-    progress, interrupted = console.Progress(terminal, options.optuna), False
+    progress = console.Progress(terminal, options.optuna)
     given = values_of(options, SweepOptions if options.optuna is None else Training)
     given |= dict(halving=halving, stop=options.patience, folder=out, resume=resume)
     try:
-        with progress, _one_line(options, out):
-            result = train(on_report=progress, **given)
+        with progress:
+            result, whole = train(on_report=progress, **given), True
     except Interrupted as error:
-        result, interrupted = error.result, True
+        result, whole = error.result, False
     if not devices.is_writer():
         return
     if isinstance(result, Proposed):
         result = merge(*result.results)
-    _show(terminal, result, out, options.top)
+    if whole or any(row["at"] for row in result.rows):
+        _show(terminal, result, out, options.top)
+    if not whole:
+        raise KeyboardInterrupt
     seconds = time.perf_counter() - started
     rate = progress.done / max(progress.seconds, 1e-9)
     terminal.print(
         f"{progress.done:,} lane-steps in {progress.seconds:.1f} s: "
         f"[bold]{rate:,.0f} lane-steps per second[/bold]; {seconds:.1f} s in all"
     )
-    if interrupted:
-        raise UserError(f"interrupted; go on with: jgd sweep --resume {out}")
-
-
-@contextlib.contextmanager
-def _one_line(options: Sweep, out: Path) -> Generator[None]:
-    """Turn errors of the sweep and of the user's task into a `UserError` of one line."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        _forget_command(out)
-        raise UserError(str(error)) from error
-    except Exception as error:  # of the user's task, inside the program, or of the connection
-        _forget_command(out)
-        hint = "" if options.coordinator is None else f"; perhaps {_how_to_go_on(out)}"
-        raise UserError(f"task {options.task}: {where(error)}{hint}") from error
 
 
 def _training(options: Sweep, task: Any) -> Callable[..., Any]:
@@ -315,12 +300,8 @@ def _training(options: Sweep, task: Any) -> Callable[..., Any]:
 
 def _task(options: Sweep) -> Any:
     task = task_of(options.task)
-    if not options.sharpness:
-        return task
-    if not isinstance(task, jgd.Task):
-        raise UserError("--sharpness needs a jgd.Task, whose loss it differentiates")
     try:
-        return jgd.with_sharpness(task)
+        return jgd.with_sharpness(task) if options.sharpness else task
     except TypeError as error:
         raise UserError(f"--sharpness: {error}") from error
 
@@ -329,25 +310,27 @@ def _halving(options: Sweep) -> Any:
     """Return the halving of --halving or --hyperband."""
     if options.halving is not None and options.hyperband is not None:
         raise UserError("--halving and --hyperband exclude each other")
-    for make, eta in (
-        (jgd.successive_halving, options.halving),
-        (jgd.hyperband, options.hyperband),
-    ):
-        if eta is not None:
-            try:
-                return make(eta, options.min_steps, within=options.within)
-            except ValueError as error:
-                raise UserError(str(error)) from None
-    if options.min_steps is not None:
-        raise UserError("--min-steps needs --halving or --hyperband")
-    return None
+    eta = options.hyperband if options.halving is None else options.halving
+    if eta is None:
+        if options.min_steps is not None:
+            raise UserError("--min-steps needs --halving or --hyperband")
+        return None
+    make = jgd.successive_halving if options.hyperband is None else jgd.hyperband
+    try:
+        return make(eta, options.min_steps, within=options.within)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _show(terminal: Any, result: Any, out: Path, top: int) -> None:
     from jgd.tuning import console, plots
 
     console.print_result(terminal, result, top)
-    pictures = plots.save_plots(result, out)
+    try:
+        pictures = plots.save_plots(result, out)
+    except OSError as error:
+        later = f"jgd report {shlex.quote(str(out))}"
+        raise UserError(f"{error}. The table is written; for pictures: {later}") from error
     tables = [out / name for name in ("results.csv", "results.json", "curves.npz")]
     files = [path.name for path in (*tables, *pictures) if path.exists()]
     terminal.print(f"in {out}: {', '.join(files)}")
@@ -356,36 +339,74 @@ def _show(terminal: Any, result: Any, out: Path, top: int) -> None:
 # --- the folder ------------------------------------------------------------------------------
 
 
-def _write_command(options: Sweep, out: Path) -> None:
-    """Write the command line into the folder, before anything else is there."""
+@contextlib.contextmanager
+def _in_folder(options: Sweep, out: Path) -> Generator[None]:
+    """Hold a folder, write the command line into it, and turn what ends the sweep into one line.
+
+    A sweep that was refused leaves nothing behind; what was there before stays.
+    """
+    from jgd.tuning import devices
+    from jgd.tuning.folder import is_free
+
+    with contextlib.ExitStack() as held:
+        new = False
+        try:
+            with devices.fails_everywhere():
+                if devices.is_writer():
+                    held.enter_context(locked(out))
+                    if new := options.resume is None and is_free(out):
+                        _write_command(options, out / "command.json")
+        except (OSError, RuntimeError) as error:
+            raise UserError(str(error)) from error
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise UserError(f"interrupted; go on with: {_resume(out)}") from None
+        except Exception as error:
+            if new and {path.name for path in out.iterdir()} <= {"command.json", *LOCKS}:
+                (out / "command.json").unlink()
+            if isinstance(error, UserError | ValueError | OSError):
+                raise UserError(str(error)) from error
+            # of the user's task, inside the program, or of the connection
+            hint = "" if options.coordinator is None else f"; perhaps {_how_to_go_on(out)}"
+            raise UserError(f"task {options.task}: {where(error)}{hint}") from error
+
+
+def _write_command(options: Sweep, path: Path) -> None:
     plain = lambda x: str(x) if isinstance(x, Path) else x
     given = {name: plain(x) for name, x in dataclasses.asdict(options).items()}
-    try:
-        if {path.name for path in out.iterdir()} <= set(LOCKS):
-            (out / "command.json.part").write_text(json.dumps(given, indent=1))
-            (out / "command.json.part").replace(out / "command.json")
-    except OSError as error:
-        raise UserError(str(error)) from error
-
-
-def _forget_command(out: Path) -> None:
-    """Leave nothing behind for a sweep that was refused."""
-    if out.is_dir() and {path.name for path in out.iterdir()} <= {"command.json", *LOCKS}:
-        (out / "command.json").unlink(missing_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(given, indent=1))
+    part.replace(path)
 
 
 def _resumed(options: Sweep) -> Sweep:
-    """Return the options that the sweep in a folder was started with."""
+    """Return the options that the sweep in a folder was started with, and those that may change.
+
+    Raises: UserError for another option that is given and is not as it was.
+    """
     assert options.resume is not None
     path = options.resume / "command.json"
     if not path.exists():
         raise UserError(f"{options.resume} holds no sweep of the command line: no command.json")
-    now = ("top", "checkpoint_every", "coordinator", "processes", "process", "resume")
-    given = {name: getattr(options, name) for name in now} | {"out": options.resume}
     try:
-        return Sweep(**json.loads(path.read_text()) | given)
+        given = dict[str, Any](json.loads(path.read_text()), out=options.resume)
+        given |= {name: tuple(given.get(name, ())) for name in SEVERAL}
+        written = Sweep(**given)
     except (OSError, TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
+    # parsed again, so that an option that is not given is as it was
+    now = tyro.cli(Sweep, args=sys.argv[2:], default=written)
+    lists = {name: getattr(options, name) or getattr(written, name) for name in SEVERAL}
+    now = dataclasses.replace(now, **lists)
+    for name, value in dataclasses.asdict(now).items():
+        if name not in MAY_CHANGE and value != (was := getattr(written, name)):
+            flag = name if name == "task" else f"--{name.replace('_', '-')}"
+            was, value = (
+                " ".join(x or ["not given"]) if name in SEVERAL else x for x in (was, value)
+            )
+            raise UserError(f"--resume: {flag} was {was} and is now {value}")
+    return now
 
 
 def _new_folder(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import rich.box
@@ -9,6 +10,7 @@ import rich.progress
 import rich.table
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 
 from jgd import catalog
 from jgd.tuning.events import Report
@@ -29,17 +31,19 @@ class Progress:
         self.console, self.settings = console, settings
         self.live = console.is_terminal
         self.line = self.group = ""  # of the group at work
-        columns = [
-            rich.progress.TextColumn("[bold]{task.description:<10}"),
-            rich.progress.BarColumn(),
-            rich.progress.TextColumn("{task.percentage:>3.0f}%"),
-            rich.progress.TextColumn("{task.fields[alive]}"),
-            rich.progress.TextColumn("{task.fields[speed]}"),
-            rich.progress.TextColumn("{task.fields[best]}"),
-            rich.progress.TimeRemainingColumn(),
+        text = rich.progress.TextColumn
+        columns = [  # each with the width of a terminal that has room for it
+            (0, text("[bold]{task.description:<10}")),
+            (110, rich.progress.BarColumn(20)),
+            (0, text("{task.percentage:>3.0f}%")),
+            (100, text("{task.fields[alive]}")),
+            (80, text("{task.fields[speed]}")),
+            (0, text("{task.fields[best]}")),
+            (100, rich.progress.TimeRemainingColumn()),
         ]
+        shown = [column for width, column in columns if console.width >= width]
         self.bar = rich.progress.Progress(
-            *columns, console=console, disable=not self.live, transient=True
+            *shown, console=console, disable=not self.live, transient=True
         )
         self.task = self.bar.add_task("compiling", total=None, alive="", speed="", best="")
         self.done = 0
@@ -107,27 +111,25 @@ def print_result(console: Console, result: Result, top: int) -> None:
     plan = result.plan
     varied = dict.fromkeys(name for g in plan.groups for name in (*g.axes, *g.fixed))
     varied.pop("optimizer", None)  # an argument of that name is in the name of the group
-
-    title = f"best of each optimizer: {plan.direction}"
     styles = _STYLES if plan.verdict else {}
-    table = _table(title, result.metric, "optimizer", *varied, result.metric, *styles)
-    for group in plan.groups:
-        rows = [row for row in result.rows if row["optimizer"] == group.name]
-        counts = [sum(row["verdict"] == verdict for row in rows) for verdict in styles]
-        shown = [f"[{style}]{n}[/]" for n, style in zip(counts, styles.values(), strict=True)]
-        numbers = [_cell(rows[0].get(name)) for name in varied]
-        table.add_row(group.name, *numbers, _spread(rows[0], result.metric), *shown)
-    console.print(table)
 
-    title = f"the best {max(min(top, len(result.rows)), 0)} of {len(result.rows)} settings"
-    shown = result.rows[: max(top, 0)]
-    how = ("ended",) if any(row["ended"] != "finished" for row in shown) else ()
-    last = ("verdict", *how) if plan.verdict else how
-    columns = ("rank", "optimizer", *varied, result.metric, "final loss", *last)
-    table = _table(title, result.metric, *columns)
+    columns, rows = ["optimizer", *varied, result.metric, *styles], list[list[str]]()
+    for group in plan.groups:
+        mine = [row for row in result.rows if row["optimizer"] == group.name]
+        counts = [sum(row["verdict"] == verdict for row in mine) for verdict in styles]
+        shown = [f"[{style}]{n}[/]" for n, style in zip(counts, styles.values(), strict=True)]
+        numbers = [_cell(mine[0].get(name)) for name in varied]
+        rows.append([group.name, *numbers, _spread(mine[0], result.metric), *shown])
+    title = f"best of each optimizer: {plan.direction}"
+    _print_table(console, title, result.metric, columns, rows)
+
+    best = result.rows[: max(top, 0)]
+    last = ["verdict"] if styles else []
+    how = ["ended"] if any(row["ended"] != "finished" for row in best) else []
+    columns = ["rank", "optimizer", *varied, result.metric, "final loss", *last, *how]
     ties = sum(row["tied"] for row in result.rows) > 1
-    for row in shown:
-        table.add_row(
+    rows = [
+        [
             f"{'= ' if ties and row['tied'] else ''}{row['rank']}",
             row["optimizer"],
             *(_cell(row.get(name)) for name in varied),
@@ -135,8 +137,11 @@ def print_result(console: Console, result: Result, top: int) -> None:
             _cell(row["final_loss"]),
             *([f"[{_STYLES.get(row['verdict'], 'dim')}]{row['verdict']}[/]"] if styles else []),
             *([f"{row['ended']} at {row['at']:,}"] if how else []),
-        )
-    console.print(table)
+        ]
+        for row in best
+    ]
+    title = f"the best {len(best)} of {len(result.rows)} settings"
+    _print_table(console, title, result.metric, columns, rows)
     if plan.seeds > 1:
         same = "one order of batches" if plan.order == "shared" else "an order of batches each"
         console.print(f"[dim]± standard error of the mean of {plan.seeds} seeds with {same}[/]")
@@ -146,14 +151,40 @@ def print_result(console: Console, result: Result, top: int) -> None:
         console.print(f"[dim]= as good as the best{within}: {many:,} settings[/]")
 
 
-def _table(title: str, metric: str, *columns: str) -> Any:
+GAP = 3  # between two columns
+NAMES = 16  # to which the names of optimizers are folded where there is no room
+
+
+def _print_table(
+    console: Console, title: str, metric: str, columns: Sequence[str], rows: list[list[str]]
+) -> None:
+    """Print a table; where there is no room, without the columns that matter least."""
+    headers = [c.replace("_", " ").replace("oscillating", "oscil- lating") for c in columns]
+    cells = [[Text.from_markup(row[i]).plain for row in rows] for i in range(len(columns))]
+    widths = list[int]()  # of the longest word, and of the metric as a whole
+    for name, header, column in zip(columns, headers, cells, strict=True):
+        words = column if name == metric else " ".join(column).split()
+        longest = max(map(len, (*header.split(), *words)))
+        widths.append(min(longest, NAMES) if name == "optimizer" else longest)
+    shown = list(range(len(columns)))
+    less = [i for i in shown if columns[i] not in ("rank", "optimizer", metric)]
+    less.sort(key=lambda i: columns[i] == "final loss")  # the others from right to left
+    while (spare := console.width + GAP - sum(widths[i] + GAP for i in shown)) < 0 and less:
+        shown.remove(less.pop())
+    for i in reversed(shown):
+        more = min(max(map(len, (headers[i], *cells[i]))) - widths[i], max(spare, 0))
+        widths[i], spare = widths[i] + more, spare - more
     edges: Any = dict(box=rich.box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table = rich.table.Table(title=f"\n{title}", title_justify="left", title_style="bold", **edges)
-    for name in columns:
-        left = name in ("optimizer", "verdict", "ended")
-        header = name.replace("_", " ").replace("oscillating", "oscil- lating")
-        table.add_column(header, justify="left" if left else "right", no_wrap=name == metric)
-    return table
+    for i in shown:
+        left = columns[i] in ("optimizer", "verdict", "ended")
+        justify = "left" if left else "right"
+        table.add_column(headers[i], justify=justify, width=widths[i], overflow="fold")
+    for row in rows:
+        table.add_row(*(row[i] for i in shown))
+    console.print(table)
+    if hidden := [columns[i] for i in range(len(columns)) if i not in shown]:
+        console.print(f"[dim]no room for {', '.join(hidden)}: see results.csv[/]")
 
 
 _STYLES = {"too small": "cyan", "good": "green", "oscillating": "yellow", "diverged": "red"}

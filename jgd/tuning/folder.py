@@ -58,6 +58,7 @@ from jgd.tuning.space import Lanes
 __all__ = ["SETTINGS", "Folder", "is_free", "load_block", "opened", "write_json", "write_table"]
 
 SETTINGS = "settings.pickle"
+SPARE = 2**20  # bytes that a checkpoint leaves free on the disk
 
 # of a sweep or a search that has not started
 EARLY = ("command.json", *(f"{x}.json.part" for x in ("command", "plan", "search")), *LOCKS)
@@ -220,6 +221,9 @@ class Folder:
         checkpointer, folder = _checkpointer(), (self.path / "states").absolute()
         folder.mkdir(exist_ok=True)
         new = [name for name in states if not (folder / name).exists()]
+        size = sum(x.nbytes for name in new for x in jax.tree.leaves(states[name]))
+        if size + SPARE > shutil.disk_usage(folder).free:  # orbax's own error is 100 lines
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
         for name in new:  # orbax renames a folder when it is whole, and saves no single array
             leaves = enumerate(jax.tree.leaves(states[name]))
             checkpointer.save(folder / name, {str(place): leaf for place, leaf in leaves})

@@ -78,7 +78,7 @@ def task_of(spec: str) -> Any:
         from jgd.tuning import tasks
 
         if spec not in tasks.__all__:
-            hint = nearest(spec, tasks.__all__) or "; your own is module:name"
+            hint = _as_module(spec) or nearest(spec, tasks.__all__) or "; your own is module:name"
             raise UserError(f"no task named {spec}{hint}")
         return getattr(tasks, spec)()
     task = _load(spec, "task")
