@@ -53,7 +53,6 @@ class Segment:
       manifest: of the newest whole checkpoint; None if there is none.
       ledger, record: the events, folded.
       notes: one line for each newer checkpoint, which is damaged.
-      changed: whether the journal is not that of a newer checkpoint.
     """
 
     path: Path
@@ -63,7 +62,6 @@ class Segment:
     ledger: Ledger
     record: Record
     notes: list[str]
-    changed: bool
 
     @property
     def finished(self) -> bool:
@@ -81,7 +79,7 @@ def read_segment(path: str | Path, *, resume: bool = False) -> Segment:
       resume: whether to check the states too, and to stop where the checkpoint does.
 
     Raises: FileNotFoundError without a plan; ValueError, naming the file, if nothing vouches for
-      plan and journal.
+      plan and journal, or only for a part in which lanes had not ended.
     """
     path = Path(path)
     ledger, record, plan_crc = _read_plan(path)
@@ -98,11 +96,16 @@ def read_segment(path: str | Path, *, resume: bool = False) -> Segment:
     end = _fold(data[:covered] if resume or changed else data, ledger, record)
     if end < covered:
         raise ValueError(f"{journal} is not the journal of {path / 'plan.json'}. {NEW}")
+    if changed and not resume and ledger.alive.any():
+        raise ValueError(
+            f"{path}: {'; '.join(notes)}. The checkpoint before it is whole: go on from there with"
+            f" jgd sweep --resume {path}"
+        )
     instead = "The checkpoint before it is used" if manifest else "The journal is read without it"
     notes = [f"{path}: {note}. {instead}" for note in notes]
     if resume and data and manifest is None:
         notes = [f"{path} has no checkpoint: no manifest. The sweep starts anew"]
-    return Segment(path, ledger.plan, plan_crc, manifest, ledger, record, notes, changed)
+    return Segment(path, ledger.plan, plan_crc, manifest, ledger, record, notes)
 
 
 def _read_plan(path: Path) -> tuple[Ledger, Record, int]:
@@ -110,15 +113,17 @@ def _read_plan(path: Path) -> tuple[Ledger, Record, int]:
     file = path / "plan.json"
     if not file.exists():
         raise FileNotFoundError(f"{path} holds no sweep: there is no plan.json. {NEW}")
-    written = read_json(file)
-    if (version := written.get("format", 1)) != FORMAT:
-        still = "; jgd report still reads this one" if _is_old(path) else ""
-        raise ValueError(f"{file}: format must be {FORMAT}, got {version}. {NEW}{still}")
+    data = file.read_bytes()
     try:
-        plan = Plan.of_json(written)
-        return Ledger(plan), Record(plan), zlib.crc32(file.read_bytes())
+        written = dict[str, Any](json.loads(data))
+        if (version := written.get("format", 1)) == FORMAT:
+            plan = Plan.of_json(written)
+            return Ledger(plan), Record(plan), zlib.crc32(data)
     except MALFORMED as error:
-        raise ValueError(f"{file} holds no plan: {error}. {NEW}") from None
+        has = "; results.csv has the table of this one" if (path / "results.csv").exists() else ""
+        raise ValueError(f"{file} holds no plan: {error}. {NEW}{has}") from None
+    still = "; jgd report still reads this one" if _is_old(path) else ""
+    raise ValueError(f"{file}: format must be {FORMAT}, got {version}. {NEW}{still}")
 
 
 def _whole_manifest(
@@ -255,8 +260,8 @@ def read_result(path: str | Path) -> Result:
     segment = read_segment(path)
     if not segment.finished:
         how = f"If it no longer runs, go on with it: jgd sweep --resume {path}"
-        if segment.changed or not segment.ledger.step.any():
-            raise ValueError(f"{'; '.join(segment.notes) or path}: there is no table. {how}")
+        if not segment.ledger.step.any():
+            raise ValueError(f"{path} has no report yet. {how}")
         warnings.warn(f"{path} has not finished: this is its table so far. {how}", stacklevel=2)
     for note in segment.notes:
         warnings.warn(note, stacklevel=2)
