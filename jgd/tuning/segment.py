@@ -64,7 +64,6 @@ class Segment:
       manifest: of the newest whole checkpoint; None if there is none.
       ledger, record: the events, folded.
       notes: one line for each newer checkpoint, which is damaged.
-      changed: whether the journal is not that of a newer checkpoint.
     """
 
     path: Path
@@ -74,7 +73,6 @@ class Segment:
     ledger: Ledger
     record: Record
     notes: list[str]
-    changed: bool
 
     @property
     def finished(self) -> bool:
@@ -131,7 +129,7 @@ def read_segment(
       earlier: the segments that this one extends.
 
     Raises: FileNotFoundError without a plan; ValueError, naming the file, if nothing vouches for
-      plan and journal.
+      plan and journal, or only for a part in which lanes had not ended.
     """
     path = Path(path)
     ledger, record, data = _read_plan(path)
@@ -151,11 +149,16 @@ def read_segment(
     end = _fold(data[:covered] if resume or changed else data, ledger, record)
     if end < covered:
         raise ValueError(f"{journal} is not the journal of {path / 'plan.json'}. {NEW}")
+    if changed and not resume and ledger.alive.any():
+        raise ValueError(
+            f"{path}: {'; '.join(notes)}. The checkpoint before it is whole: go on from there with"
+            f" jgd sweep --resume {path}"
+        )
     instead = "The checkpoint before it is used" if manifest else "The journal is read without it"
     notes = [f"{path}: {note}. {instead}" for note in notes]
     if resume and data and manifest is None:
         notes = [f"{path} has no checkpoint: no manifest. The sweep starts anew"]
-    return Segment(path, ledger.plan, plan_crc, manifest, ledger, record, notes, changed)
+    return Segment(path, ledger.plan, plan_crc, manifest, ledger, record, notes)
 
 
 def crc_of_plan(data: bytes, earlier: Sequence[Segment]) -> int:
@@ -168,15 +171,17 @@ def _read_plan(path: Path) -> tuple[Ledger, Record, bytes]:
     file = path / "plan.json"
     if not file.exists():
         raise FileNotFoundError(f"{path} holds no sweep: there is no plan.json. {NEW}")
-    written = read_json(file)
-    if (version := written.get("format", 1)) != FORMAT:
-        still = "; jgd report still reads this one" if _is_old(path) else ""
-        raise ValueError(f"{file}: format must be {FORMAT}, got {version}. {NEW}{still}")
+    data = file.read_bytes()
     try:
-        plan = Plan.of_json(written)
-        return Ledger(plan), Record(plan), file.read_bytes()
+        written = dict[str, Any](json.loads(data))
+        if (version := written.get("format", 1)) == FORMAT:
+            plan = Plan.of_json(written)
+            return Ledger(plan), Record(plan), data
     except MALFORMED as error:
-        raise ValueError(f"{file} holds no plan: {error}. {NEW}") from None
+        has = "; results.csv has the table of this one" if (path / "results.csv").exists() else ""
+        raise ValueError(f"{file} holds no plan: {error}. {NEW}{has}") from None
+    still = "; jgd report still reads this one" if _is_old(path) else ""
+    raise ValueError(f"{file}: format must be {FORMAT}, got {version}. {NEW}{still}")
 
 
 def _whole_manifest(
@@ -312,14 +317,11 @@ def read_result(path: str | Path) -> Result:
         return _read_old_result(path)
     segment = read_segments(path)[-1]
     if not segment.finished:
-        call = (
-            f"jgd sweep --resume {resumable(path)}"
-            if segment.path == path
-            else "the call that extended it"
-        )
+        again = f"jgd sweep --resume {resumable(path)}"
+        call = again if segment.path == path else "the call that extended it"
         how = f"If it no longer runs, go on with it: {call}"
-        if segment.changed or not segment.ledger.step.any():
-            raise ValueError(f"{'; '.join(segment.notes) or path}: there is no table. {how}")
+        if not segment.ledger.step.any():
+            raise ValueError(f"{path} has no report yet. {how}")
         warnings.warn(f"{path} has not finished: this is its table so far. {how}", stacklevel=2)
     for note in segment.notes:
         warnings.warn(note, stacklevel=2)
