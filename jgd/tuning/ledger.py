@@ -28,7 +28,7 @@ class Ledger:
       value, loss: the metric, and the held-out loss if there is one, at the report that counts.
       at: step of the report that counts; 0 before the first report.
       reached: step at which the lane reached the target; inf before.
-      seen: statistics of the training loss, at the last report or cut that has them.
+      seen: statistics of the training loss, at the end of the lane or at the last rung.
     """
 
     def __init__(self, plan: Plan) -> None:
