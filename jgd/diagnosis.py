@@ -11,17 +11,18 @@ oscillating near 2 / a, where it hardly does.
 
 A lane that ended after T steps, for whatever reason, is judged by these T steps. `early`, `middle`
 and `late` are the mean losses of the first T / 10 steps, of those before half-time and of the last;
-`low` is the lowest mean of a twentieth; fall = first - late. From the second half: `swing` is the
-standard deviation about its straight line, and `calm` the smaller one of its two halves, which a
-single spike leaves alone; `jump` is the mean of |loss - loss before|, and `stride` the mean of
-|g . u|, the change of the loss which a step promises to first order. `level` is the fall, or half
-of |first| if that is more, and `error` 3 swing sqrt(2 / (T / 10)), three standard errors of the
-difference of two windows. The first rule that holds:
+fall = first - late. `low` is the lowest mean of a twentieth, and `start` the lower one of the first
+two, or `first` if that is more. From the second half: `swing` is the standard deviation about its
+straight line, and `calm` the smaller one of its two halves, which a single spike leaves alone;
+`jump` is the mean of |loss - loss before|, and `stride` the mean of |g . u|, the change of the loss
+which a step promises to first order. `level` is the fall, or half of |first| if that is more, and
+`error` 3 swing sqrt(2 / (T / 10)), three standard errors of the difference of two windows.
+The first rule that holds:
 
   diverged     the loss was not finite; or late - max(first, early) > 0.1 |first|, and more than
                error or than |first| and |early|; or late - low is more than half of first - low,
-               than 0.1 |first| and than 3 swing: it climbed back; or it rose above first and late
-               by more than |first|, 3 |late| and 20 calm, and fall < |first| / 2
+               than 0.1 |first| and than 3 swing: it climbed back; or it rose above start and late
+               by more than |first|, 3 |late| and 20 calm, and start - late < |start| / 2
   too small    early - late < max(0.01 |early|, error) and stride <= 0.02 swing: nothing but noise
   oscillating  swing > 0.1 level, and stride >= jump / 2: the steps did it, not the batches;
                or a fall under |first| / 4, though the strides of the second half add up to 20 times
@@ -94,6 +95,7 @@ class LossStatistics(NamedTuple):
     middle: Any
     late: Any
     low: Any
+    start: Any
     swing: Any
     calm: Any
     jump: Any
@@ -208,6 +210,7 @@ def statistics(sums: LossSums, ends: np.ndarray, steps: int) -> LossStatistics:
         middle=mean(closed.loss, half - window, half),
         late=mean(closed.loss, steps - window),
         low=np.min(twentieths, axis=0),
+        start=np.maximum(first, np.min(twentieths[:2], axis=0)),
         swing=swing(half),
         calm=np.minimum(swing(half, quarter), swing(quarter)),
         jump=mean(closed.jump, half),
@@ -237,7 +240,8 @@ def verdict(seen: LossStatistics, steps: Any) -> np.ndarray:
     rose = ~(s.late - np.maximum(s.first, s.early) <= np.maximum(0.1 * size, reach))
     deep = np.maximum(np.maximum((s.first - s.low) / 2, 0.1 * size), 3 * s.swing)
     usual = np.maximum(np.maximum(size, 3 * np.abs(s.late)), 20 * s.calm)
-    blew_up = (s.greatest - np.maximum(s.first, s.late) > usual) & (fall < size / 2)
+    far = s.greatest - np.maximum(s.start, s.late) > usual
+    blew_up = far & (s.start - s.late < np.abs(s.start) / 2)
     diverged = (s.finite == 0) | rose | (s.late - s.low > deep) | blew_up
     small = s.early - s.late < np.maximum(0.01 * np.abs(s.early), error)
     noise = small & (s.stride <= 0.02 * s.swing)

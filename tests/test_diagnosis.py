@@ -113,6 +113,14 @@ def test_what_came_undone_has_diverged_and_a_high_plateau_is_too_small(steps, no
     assert _verdict(noisy(np.where(t == 0.1, 20.0, 2.3 * np.exp(-30 * t)))) == "good"
 
 
+def test_noise_of_single_examples_has_not_diverged():
+    """Where the first loss is small by luck, and the greatest many times the mean."""
+    rng, t = np.random.default_rng(1), np.arange(2000) / 2000
+    noise = rng.chisquare(1, (2000, 200)) * (0.1 + np.exp(-20 * t))[:, None]
+    verdicts = _verdict(noise, np.full_like(noise, 1e-4))
+    assert (verdicts == "diverged").mean() <= 0.02
+
+
 def _along(curves):
     """A run whose loss at step k is the k-th of its setting's numbers."""
     run = jgd.Run(

@@ -56,8 +56,7 @@ class Cut(NamedTuple):
 
     step: int | None  # of the rung; None: a limit was reached
     lanes: dict[str, list[int]]  # by group, numbered within it
-    seen: LossStatistics | None = None  # of those that had started; None at a rung, which follows
-    # reports that have it
+    seen: LossStatistics | None = None  # of those that had started; at a rung, reports have it
 
 
 def encode(event: Report | Cut) -> str:

@@ -144,9 +144,8 @@ class Sweep:
         groups, pool = self.plan.by_group(lanes), self.pool
         lanes = self.plan.numbered(groups)
         lanes = lanes[self.ledger.step[lanes] > 0]
-        seen = jax.tree.map(
-            lambda x: x[lanes], self.ledger.seen
-        )  # lanes without a state: of a rung
+        # a lane without a state has reported at a rung
+        seen = jax.tree.map(lambda x: x[lanes], self.ledger.seen)
         blocks = pool.block_of[lanes]
         for number in np.unique(blocks[blocks >= 0]).tolist():
             mine = np.flatnonzero(blocks == number)
