@@ -170,7 +170,7 @@ OPTIONS = [
 ]
 BATCHES = itertools.cycle([(X, Y)])
 TASKS = [
-    *(({name: x}, f"{name} of the task must be a function") for name in LINE._fields for x in (0,)),
+    *(({name: 0}, f"{name} of the task must be a function") for name in LINE._fields),
     ({"batch": (X, Y)}, "batch of the task must be a function"),
     ({"init": lambda key: {"w": jnp.zeros(2, int), "b": 0}}, "init must be .* of floats, got"),
     ({"loss": _full}, r"init must be .* returns \(params, model_state\), got"),
@@ -207,7 +207,8 @@ TASKS = [
     ({"evaluate": lambda p: {"rank": 0.0}}, "evaluate reports 'rank', which is a column"),
 ]
 RUNS = [
-    *(({name: x}, f"{name} of the task must be a function") for name in RUN._fields for x in (0,)),
+    *(({name: 0}, f"{name} of the task must be a function") for name in RUN._fields[:-1]),
+    ({"verdict": 0}, "verdict of the run must be True or False, got 0"),
     ({"update": lambda s, state, b: state}, r"update must be .* returns \(state, metrics\), got"),
     ({"update": lambda s, state, b: (state, None)}, r"must be .* \(state, metrics\), got"),
     ({"update": lambda s, state, b: (state, {})}, "update must report a scalar under the name"),

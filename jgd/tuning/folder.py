@@ -96,7 +96,7 @@ def opened(
                 raise
             call = f"jgd sweep --resume {resumable(Path(path))}, or resume=True in Python"
             call = "by the same call" if extend else call
-            raise OSError(f"{path}: {full}. Free some space, then go on: {call}") from error
+            raise OSError(f"{path}: {full}. Free some space, then go on with: {call}") from error
 
 
 class Folder:
