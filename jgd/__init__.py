@@ -59,8 +59,8 @@ _MODULES = {
     "jgd.catalog": "get",
     "jgd.training": "Run Task minibatches supervised train with_sharpness",
     "jgd.tuning.prune": "hyperband successive_halving",
-    "jgd.tuning.space": """
-        choice grid halton_search integers loguniform random_search sobol_search uniform""",
+    "jgd.tuning.distributions": "choice integers loguniform uniform",
+    "jgd.tuning.space": "grid halton_search random_search sobol_search",
     "jgd.tuning.streams": "stream",
     "jgd.tuning.join": "merge",
     "jgd.tuning.load": "load",
@@ -97,6 +97,7 @@ if TYPE_CHECKING:
     from jgd.training import *  # noqa: F403
     from jgd.transforms import *  # noqa: F403
     from jgd.trees import *  # noqa: F403
+    from jgd.tuning.distributions import *  # noqa: F403
     from jgd.tuning.join import merge as merge
     from jgd.tuning.load import load as load
     from jgd.tuning.propose import *  # noqa: F403

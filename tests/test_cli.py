@@ -20,7 +20,7 @@ from jgd import cli
 from jgd.tuning import console, plots
 from jgd.tuning.engine import Engine
 from jgd.tuning.folder import Folder
-from jgd.tuning.sweep import Clock
+from jgd.tuning.poll import Clock
 
 TASK = """
 import jax, jax.numpy as jnp, numpy as np, jgd

@@ -196,7 +196,9 @@ def test_a_table_so_far_and_a_full_disk(tmp_path, monkeypatch):
     )
     with monkeypatch.context() as patched:
         patched.setattr(Folder, "append", full)
-        with pytest.raises(OSError, match=rf"run: No space .* go on with: jgd sweep --resume {folder}"):
+        with pytest.raises(
+            OSError, match=rf"run: No space .* go on with: jgd sweep --resume {folder}"
+        ):
             sweep(False)
     with (folder / "journal.jsonl").open("a") as journal:
         journal.write('{"tile": 0, "group": "adam"')  # cut by the end of the process

@@ -198,7 +198,7 @@ def space_of(
 
 def _distribution(spec: str) -> tuple[str, Any]:
     """Return name and distribution of an argument: the range of log and lin, or a choice."""
-    from jgd.tuning.space import choice, loguniform, uniform
+    from jgd.tuning.distributions import choice, loguniform, uniform
 
     name, values = _values(spec)
     form, colon, _ = spec.partition("=")[2].partition(":")

@@ -26,17 +26,18 @@ import numpy as np
 from jgd.checks import at_least, refuse
 from jgd.training import Run, Task
 from jgd.tuning import devices
+from jgd.tuning.distributions import Distribution, check_distributions
 from jgd.tuning.events import Cut, Report
 from jgd.tuning.folder import Folder, is_free, write_json, write_table
 from jgd.tuning.join import merge
 from jgd.tuning.lock import locked
 from jgd.tuning.options import Doc, Steps, function_of, values_of
 from jgd.tuning.plan import Plan
+from jgd.tuning.poll import CtrlC
 from jgd.tuning.result import Best, Result
 from jgd.tuning.segment import batches_of, read_json
-from jgd.tuning.space import Distribution, Lanes, batch, check_distributions
+from jgd.tuning.space import Lanes, batch
 from jgd.tuning.sweep import (
-    CtrlC,
     Cutting,
     Interrupted,
     Recorded,

@@ -14,8 +14,8 @@ import hashlib
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from typing import Annotated, Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,27 +23,12 @@ import numpy as np
 import scipy.stats
 
 from jgd.arguments import Static, is_number
-from jgd.checks import FINITE, admit, check_key, refuse, traceable
+from jgd.checks import admit, check_key, refuse, traceable
 from jgd.lanes import check_numbers, length
-from jgd.nodes import brief
 from jgd.pytree import Schedule, Transformation
+from jgd.tuning.distributions import Distribution, check_distributions, sequence_of
 
-__all__ = [
-    "Choice",
-    "Distribution",
-    "Integers",
-    "Lanes",
-    "LogUniform",
-    "Uniform",
-    "choice",
-    "grid",
-    "halton_search",
-    "integers",
-    "loguniform",
-    "random_search",
-    "sobol_search",
-    "uniform",
-]
+__all__ = ["Lanes", "batch", "grid", "halton_search", "lanes_of", "random_search", "sobol_search"]
 
 
 @jax.tree_util.register_pytree_node_class
@@ -156,143 +141,6 @@ def _names(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from _names(child, f"{prefix}{text}.")
 
 
-# --- distributions ---------------------------------------------------------------------------
-
-
-class Uniform(NamedTuple):
-    """Uniform distribution between low and high."""
-
-    low: float
-    high: float
-
-    def at(self, u: np.ndarray) -> np.ndarray:
-        """Return the values at quantiles in [0, 1)."""
-        return self.low + (self.high - self.low) * u
-
-    def suggest(self, trial: Any, name: str) -> float:
-        """Return the value that an Optuna trial suggests."""
-        return trial.suggest_float(name, self.low, self.high)
-
-
-class LogUniform(NamedTuple):
-    """Distribution between low and high whose logarithm is uniform."""
-
-    low: float
-    high: float
-
-    def at(self, u: np.ndarray) -> np.ndarray:
-        """Return the values at quantiles in [0, 1)."""
-        return self.low * (self.high / self.low) ** u
-
-    def suggest(self, trial: Any, name: str) -> float:
-        """Return the value that an Optuna trial suggests."""
-        return trial.suggest_float(name, self.low, self.high, log=True)
-
-
-class Integers(NamedTuple):
-    """Distribution over the integers from low to high: uniform, or in the logarithm."""
-
-    low: int
-    high: int
-    log: bool
-
-    def at(self, u: np.ndarray) -> np.ndarray:
-        """Return the values at quantiles in [0, 1)."""
-        ends = self.low - 0.5, self.high + 0.5  # each integer is the middle of its interval
-        spread = LogUniform(*ends) if self.log else Uniform(*ends)
-        return np.rint(spread.at(u)).astype(int).clip(self.low, self.high)
-
-    def suggest(self, trial: Any, name: str) -> int:
-        """Return the value that an Optuna trial suggests."""
-        return trial.suggest_int(name, self.low, self.high, log=self.log)
-
-
-class Choice(NamedTuple):
-    """Uniform distribution over values, which may be structure."""
-
-    values: tuple[Any, ...]
-
-    def at(self, u: np.ndarray) -> list[Any]:
-        """Return the values at quantiles in [0, 1)."""
-        return [self.values[int(x * len(self.values))] for x in u]
-
-    def suggest(self, trial: Any, name: str) -> Any:
-        """Return the value that an Optuna trial suggests; it knows plain values, others by repr."""
-        plain = bool | int | float | str | None
-        labels = [value if isinstance(value, plain) else repr(value) for value in self.values]
-        return self.values[labels.index(trial.suggest_categorical(name, labels))]
-
-
-Distribution = Uniform | LogUniform | Integers | Choice
-
-
-def uniform(low: float, high: float) -> Uniform:
-    """Return a uniform distribution. Raises ValueError unless low < high, both finite."""
-    low, high = _bounds("uniform", low, high)
-    if not low < high:
-        raise ValueError(f"uniform: low must be below high, got {low} and {high}")
-    return Uniform(low, high)
-
-
-def loguniform(low: float, high: float) -> LogUniform:
-    """Return a log-uniform distribution. Raises ValueError unless 0 < low < high, both finite."""
-    low, high = _bounds("loguniform", low, high)
-    if not 0 < low < high:
-        raise ValueError(f"loguniform: bounds must satisfy 0 < low < high, got {low} and {high}")
-    return LogUniform(low, high)
-
-
-def integers(low: int, high: int, *, log: bool = False) -> Integers:
-    """Return a distribution over the integers from low to high, both included.
-
-    They are numbers, not structure: the factory gets them as traced floats.
-
-    Args:
-      low: with log, at least 1.
-      high: above low.
-      log: whether their logarithm is uniform; False: all are equally likely.
-
-    Raises: ValueError for a bound out of its range, TypeError for one that is no integer.
-    """
-    low, high = admit("integers: low", low, int), admit("integers: high", high, int)
-    if not low < high or (log and low < 1):
-        least = "1 <= " if log else ""
-        raise ValueError(f"integers: bounds must satisfy {least}low < high, got {low} and {high}")
-    return Integers(low, high, log)
-
-
-def _bounds(function: str, low: Any, high: Any) -> tuple[float, float]:
-    finite = Annotated[float, FINITE]
-    return admit(f"{function}: low", low, finite), admit(f"{function}: high", high, finite)
-
-
-def choice(values: Iterable[Any]) -> Choice:
-    """Return a uniform distribution over values. Raises ValueError if there are none."""
-    return Choice(tuple(_sequence("choice: the sequence", values)))
-
-
-def _sequence(label: str, values: Any) -> list[Any]:
-    """Return values as a list. Raises ValueError for none, or for something that has no order."""
-    of_jgd = isinstance(values, Distribution | Lanes)
-    if isinstance(values, str | bytes | Mapping | Set) or of_jgd or not np.iterable(values):
-        raise ValueError(f"{label} must be a sequence of values, got {brief(values)}")
-    several = list(np.asarray(values) if isinstance(values, jax.Array) else values)
-    if not several:
-        raise ValueError(f"{label} has no values")
-    return several
-
-
-def check_distributions(function: str, distributions: Mapping[str, Any]) -> None:
-    """Raise TypeError unless each value is a distribution."""
-    if not isinstance(distributions, Mapping) or not all(isinstance(n, str) for n in distributions):
-        refuse(f"{function}: space", "a dict of distributions by name", distributions)
-    for name, values in distributions.items():
-        if not isinstance(values, Distribution):
-            cure = ". Use jgd.choice for values, or jgd.grid"
-            expected = "jgd.loguniform, jgd.uniform, jgd.integers or jgd.choice"
-            refuse(f"{function}: {name}", expected, values, cure)
-
-
 # --- batches of settings ---------------------------------------------------------------------
 
 
@@ -308,7 +156,7 @@ def grid(factory: Callable[..., Any], /, **axes: Any) -> Any:
     """
     if not axes:
         raise ValueError("grid: axes must hold at least one axis, got none")
-    columns = {name: _sequence(f"grid: axis {name}", values) for name, values in axes.items()}
+    columns = {name: sequence_of(f"grid: axis {name}", values) for name, values in axes.items()}
     product = itertools.product(*columns.values())
     return batch(factory, [dict(zip(columns, point, strict=True)) for point in product])
 

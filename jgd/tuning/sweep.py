@@ -1,12 +1,8 @@
 """`sweep` and `iter_sweep`: many settings and seeds as lanes of compiled programs."""
 
-import contextlib
 import dataclasses
-import signal
-import threading
-import time
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,9 +21,10 @@ from jgd.tuning.inputs import check_inputs, extended, first_setting, resumed
 from jgd.tuning.join import Facts, take
 from jgd.tuning.ledger import Ledger
 from jgd.tuning.load import StoredStates, stored_best
-from jgd.tuning.loop import Decision, Schedule, Sweep, run
+from jgd.tuning.loop import Schedule, Sweep, run
 from jgd.tuning.options import Doc, Steps, SweepOptions, Training, function_of
 from jgd.tuning.plan import Plan, fingerprint, make_plan
+from jgd.tuning.poll import NO_PRUNING, Clock, CtrlC, Prune
 from jgd.tuning.pool import Block
 from jgd.tuning.prune import Halving
 from jgd.tuning.result import Record, Result, make_result
@@ -37,11 +34,6 @@ from jgd.tuning.streams import Stream
 from jgd.tuning.widths import choose_widths
 
 __all__ = ["Interrupted", "iter_sweep", "sweep"]
-
-
-# a pruner: plan and events of a turn -> the settings to cut
-Prune = Callable[[Plan, list[Report | Cut]], Iterable[int]]
-NO_PRUNING: Prune = lambda plan, events: ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +147,7 @@ def sweep(arguments: SweepArguments) -> Result:
 
 
 def run_sweep(
-    arguments: SweepArguments, prune: Prune = NO_PRUNING, ctrl_c: "CtrlC | None" = None
+    arguments: SweepArguments, prune: Prune = NO_PRUNING, ctrl_c: CtrlC | None = None
 ) -> Result:
     """Run a sweep.
 
@@ -188,7 +180,7 @@ def _run(
     prepared: "Prepared",
     folder: Folder,
     prune: Prune,
-    ctrl_c: "CtrlC",
+    ctrl_c: CtrlC,
 ) -> bool:
     """Run a sweep to its end. Returns False on Ctrl-C."""
     if folder.segment is not None:
@@ -379,64 +371,3 @@ def _resume(prepared: Prepared, folder: Folder, segment: Segment) -> None:
             f"resume: {folder.path} has no state for {len(lost)} lanes that have started. Start the"
             " sweep in a new folder"
         )
-
-
-# --- the poll --------------------------------------------------------------------------------
-
-
-class Clock:
-    """The poll of a sweep: limits of time, checkpoints that are due, a pruner, and Ctrl-C."""
-
-    def __init__(
-        self,
-        sweep: Sweep,
-        folder: Folder | None = None,
-        ctrl_c: "CtrlC | None" = None,
-        prune: Prune = NO_PRUNING,
-    ) -> None:
-        self.schedule, self.plan, self.ledger = sweep.schedule, sweep.plan, sweep.ledger
-        self.folder, self.ctrl_c, self.prune = folder, ctrl_c, prune
-        self.last_checkpoint = time.monotonic()
-        self.start = self.last_checkpoint - self.schedule.elapsed
-
-    def __call__(self, events: list[Report | Cut]) -> Decision:
-        now, plan, folder = time.monotonic(), self.plan, self.folder
-        self.schedule.elapsed = now - self.start
-        late = plan.seconds is not None and self.schedule.elapsed > plan.seconds
-        due = now - self.last_checkpoint > plan.checkpoint_every
-        if due := due and folder is not None and not folder.busy():
-            self.last_checkpoint = now
-        interrupt = self.ctrl_c is not None and self.ctrl_c.interrupt
-        cuts = plan.lanes_of(np.array(list(self.prune(plan, events)), int)).ravel()
-        cuts = tuple(cuts[self.ledger.alive[cuts]].tolist())
-        return Decision(checkpoint=due, cuts=cuts, stop=late, interrupt=interrupt)
-
-
-class CtrlC:
-    """Within this context Ctrl-C sets a flag that the next poll reads; a second one interrupts."""
-
-    def __init__(self) -> None:
-        self.interrupt = False
-        self._before = list[Any]()  # a sweep of a search enters the context of the search again
-
-    def __enter__(self) -> "CtrlC":
-        if threading.current_thread() is threading.main_thread():
-            self._before.append(signal.signal(signal.SIGINT, self._set))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._before:
-            signal.signal(signal.SIGINT, self._before.pop())
-
-    def _set(self, *_: object) -> None:
-        if self.interrupt:
-            raise KeyboardInterrupt
-        self.interrupt = True
-
-    @contextlib.contextmanager
-    def interrupts(self) -> Generator[None]:
-        """Within this context KeyboardInterrupt, from the user's code, is Ctrl-C."""
-        try:
-            yield
-        except KeyboardInterrupt:
-            self.interrupt = True
