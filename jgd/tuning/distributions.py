@@ -142,8 +142,8 @@ def choice(values: Iterable[Any]) -> Choice:
 
 def sequence_of(label: str, values: Any) -> list[Any]:
     """Return values as a list. Raises ValueError for none, or for something that has no order."""
-    no_values = str | bytes | Mapping | Set | Distribution
-    if isinstance(values, no_values) or not np.iterable(values):
+    unordered = isinstance(values, str | bytes | Mapping | Set | Distribution)
+    if unordered or not np.iterable(values):
         raise ValueError(f"{label} must be a sequence of values, got {brief(values)}")
     several = list(np.asarray(values) if isinstance(values, jax.Array) else values)
     if not several:
