@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from conftest import run, stacked
-from table import noisy_gradients, parameters
+from table import CONTRACTED, noisy_gradients, parameters
 
 import jgd
 
@@ -321,7 +321,8 @@ def test_the_best_rate_of_a_narrow_net_carries_to_a_wide_one(make):
             train = lambda key: jgd.train(_mlp(width), tx, 60, key)[1]["loss"][-10:].mean()
             return jax.vmap(train)(keys).mean()
 
-        scores = np.asarray(jax.jit(lambda r: jax.lax.map(final, r))(jnp.asarray(rates)))
+        run = jax.jit(lambda r: jax.lax.map(final, r), compiler_options=CONTRACTED)
+        scores = np.asarray(run(jnp.asarray(rates)))
         return int(np.nanargmin(np.where(np.isfinite(scores), scores, np.inf)))
 
     narrow = best(16, True)
