@@ -21,7 +21,7 @@ __all__ = ["Progress", "print_optimizers", "print_result"]
 
 
 class Progress:
-    """A live bar on a terminal, else a line per group; with the best metric so far.
+    """A live bar on a terminal, else up to twenty lines; with the best metric so far.
 
     Args:
       settings: the number of settings in all plans of a search; None: of the one plan.
@@ -31,6 +31,7 @@ class Progress:
         self.console, self.settings = console, settings
         self.live = console.is_terminal
         self.line = self.group = ""  # of the group at work
+        self.share = self.printed = 0.0  # of the lane-steps: done, and at the last line
         text = rich.progress.TextColumn
         columns = [  # each with the width of a terminal that has room for it
             (0, text("[bold]{task.description:<10}")),
@@ -62,7 +63,7 @@ class Progress:
     def __call__(self, plan: Plan, report: Report) -> None:
         if not self.done:
             self._announce(plan)
-        if self.line and self.group != report.group:
+        if self.group != report.group and self.share >= self.printed + 0.05:
             self._print_line()
         self.group = report.group
         before = max([0, *(step for step in plan.reports if step < report.step)])
@@ -80,12 +81,13 @@ class Progress:
             speed=speed,
             best=shown,
         )
-        self.line = f"{report.group:<12} {self.done / total:4.0%}  {speed}  {shown}"
+        self.share = self.done / total
+        self.line = f"{report.group:<12} {self.share:4.0%}  {speed}  {shown}"
 
     def _print_line(self) -> None:
         if not self.live and self.line:
             self.console.print(self.line)
-        self.line = ""
+        self.line, self.printed = "", self.share
 
     def _best(self, plan: Plan, report: Report) -> str:
         choose = max if plan.mode == "max" else min
