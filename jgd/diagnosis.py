@@ -22,7 +22,8 @@ The first rule that holds:
   diverged     the loss was not finite; or late - max(first, early) > 0.1 |first|, and more than
                error or than |first| and |early|; or late - low is more than half of first - low,
                than 0.1 |first| and than 3 swing: it climbed back; or it rose above start and late
-               by more than |first|, 3 |late| and 20 calm, and start - late < |start| / 2
+               by more than |first|, 3 |late| and 20 calm, and start - late < |start| / 2; if
+               jump < |late| / 2, this start is first
   too small    early - late < max(0.01 |early|, error) and stride <= 0.02 swing: nothing but noise
   oscillating  swing > 0.1 level, and stride >= jump / 2: the steps did it, not the batches;
                or a fall under |first| / 4, though the strides of the second half add up to 20 times
@@ -240,8 +241,10 @@ def verdict(seen: LossStatistics, steps: Any) -> np.ndarray:
     rose = ~(s.late - np.maximum(s.first, s.early) <= np.maximum(0.1 * size, reach))
     deep = np.maximum(np.maximum((s.first - s.low) / 2, 0.1 * size), 3 * s.swing)
     usual = np.maximum(np.maximum(size, 3 * np.abs(s.late)), 20 * s.calm)
-    far = s.greatest - np.maximum(s.start, s.late) > usual
-    blew_up = far & (s.start - s.late < np.abs(s.start) / 2)
+    noisy = s.jump >= np.abs(s.late) / 2  # the first loss may be small by luck
+    start = np.where(noisy, s.start, s.first)
+    far = s.greatest - np.maximum(start, s.late) > usual
+    blew_up = far & (start - s.late < np.abs(start) / 2)
     diverged = (s.finite == 0) | rose | (s.late - s.low > deep) | blew_up
     small = s.early - s.late < np.maximum(0.01 * np.abs(s.early), error)
     noise = small & (s.stride <= 0.02 * s.swing)

@@ -85,6 +85,9 @@ def test_what_never_came_back_has_diverged():
     steps = np.arange(300)
     spike = np.where(steps == 3, 50.0, np.where(steps < 3, 2.3, 2.25))
     assert _verdict(spike) == "diverged"
+    for length in (50, 300):  # an early spike that takes some steps to end
+        decay = 20 * np.exp(1 - np.maximum(steps[:length], 1) / 3) * (steps[:length] > 0)
+        assert _verdict(2.3 + decay) == "diverged"
     assert _verdict(np.where(steps == 200, np.nan, 0.1)) == "diverged"
     assert _verdict(np.where(steps == 3, 50.0, 2.3 * np.exp(-steps / 5))) == "good"
 

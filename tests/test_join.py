@@ -182,6 +182,19 @@ def test_loaded_as_it_was_in_memory(options, tmp_path):
     assert [best[1:] for best in alone.kept] == [(None, None)] * len(whole.kept)
 
 
+@pytest.mark.parametrize("keep", [1, 3])
+def test_equal_settings_stay_apart(keep, tmp_path):
+    """The second one is not taken for the first, whose state is stored."""
+    best, last = 0.3, 1e-3
+    whole = _sweep(_adam([last, best, best]), keep=keep, folder=tmp_path / "run")
+    assert whole.best.row["setting"] == 1
+    _assert_equal(jgd.load(tmp_path / "run", TASK), whole)
+    _assert_equal(jgd.merge(whole, whole), whole)
+    more = _sweep(_adam([best, best, best, last]), keep=4, extend=tmp_path / "run")
+    _assert_equal(jgd.load(tmp_path / "run", TASK), more)
+    assert repr(more.rows) == repr(_sweep(_adam([best, best, best, last])).rows)
+
+
 def test_a_template_tells_what_cannot_be_pickled(tmp_path):
     build = lambda rate: jgd.adamw(rate, weight_decay=0.1, mask=lambda params: True)
     settings = {"a": jgd.grid(build, rate=RATES), "b": _adam(RATES)}

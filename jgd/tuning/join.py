@@ -4,10 +4,11 @@ merge(a, b)             # one ranked result
 take(facts, part)       # facts about the lanes that another sweep has trained
 """
 
+import collections
 import dataclasses
 import itertools
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,15 +33,24 @@ def common_lanes(plan: Plan, other: Plan) -> dict[str, tuple[np.ndarray, np.ndar
     common = dict[str, tuple[np.ndarray, np.ndarray]]()
     seeds = np.arange(min(plan.seeds, other.seeds))
     for group in plan.groups:
-        if group.name not in other.index:
-            continue
-        digests = other.groups[other.index[group.name]].digests
-        places = {digest: place for place, digest in reversed(list(enumerate(digests)))}
-        pairs = [(k, places[x]) for k, x in enumerate(group.digests) if x in places]
-        here, there = np.array(pairs, int).reshape(-1, 2, 1).transpose(1, 0, 2)
-        lanes = (here * plan.seeds + seeds).ravel(), (there * other.seeds + seeds).ravel()
-        common[group.name] = lanes
+        if group.name in other.index:
+            pairs = _common_settings(group, other.groups[other.index[group.name]])
+            here, there = np.array(pairs, int).reshape(-1, 2, 1).transpose(1, 0, 2)
+            lanes = (here * plan.seeds + seeds).ravel(), (there * other.seeds + seeds).ravel()
+            common[group.name] = lanes
     return common
+
+
+def _common_settings(group: Group, other: Group) -> list[tuple[int, int]]:
+    """Return the settings that two groups have in common; of equal ones the first is the first."""
+    places = {x: place for place, x in enumerate(_numbered(other.digests))}
+    return [(k, places[x]) for k, x in enumerate(_numbered(group.digests)) if x in places]
+
+
+def _numbered(digests: Sequence[str]) -> list[tuple[str, int]]:
+    """Return digests, each with the number of equal ones before it."""
+    seen = collections.defaultdict[str, Iterator[int]](itertools.count)
+    return [(digest, next(seen[digest])) for digest in digests]
 
 
 def take(facts: Facts, part: Facts) -> None:
@@ -105,7 +115,9 @@ def merge(*results: Result) -> Result:
         take(facts, part)
         for best in result.kept:
             group = part.plan.groups[result.plan.index[best.row["optimizer"]]]
-            place = groups[group.name].digests.index(group.digests[best.row["setting"]])
+            places = {there: k for k, there in _common_settings(groups[group.name], group)}
+            if (place := places.get(best.row["setting"])) is None:
+                continue  # equal to a setting of an earlier result
             setting = int(plan.first[plan.index[group.name]]) + place
             if best.state is not None or setting not in stored:
                 stored[setting] = best.setting, best.state
