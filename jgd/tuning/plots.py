@@ -2,7 +2,7 @@
 
 import itertools
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,12 +137,14 @@ def _with_readable_ticks(panel: Any) -> None:
             axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
 
 
-def _panel(width: float, height: float) -> tuple[Any, Any]:
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    """Return a figure and its panels, which share their axes."""
     figure = matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
-    panel = figure.subplots()
-    panel.grid(alpha=0.25)
-    panel.spines[["top", "right"]].set_visible(False)
-    return figure, panel
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for panel in panels:
+        panel.grid(alpha=0.2)
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure, panels
 
 
 def _styles(result: Result) -> Iterator[tuple[Group, dict[str, Any]]]:
@@ -168,7 +170,7 @@ def plot_sensitivity(result: Result) -> Any:
     many values the best among neighbours. A star marks the best value of each optimizer; the legend
     says so if it is at the edge of the range, or of a setting that is too small.
     """
-    figure, panel = _panel(8, 4.8)
+    figure, (panel,) = _figure(8, 4.8)
     every, drawn, missing = [], {}, []
     for group, style in _styles(result):
         points = _points(result, group)
@@ -198,21 +200,6 @@ def plot_sensitivity(result: Result) -> Any:
     return figure
 
 
-def _panels(groups: int) -> tuple[Any, Any]:
-    """Return a figure and a panel per group; the panels share their axes."""
-    columns = min(3, groups)
-    rows = -(-groups // columns)
-    size = (max(3.9 * columns, 5.5), 3.0 * rows + 0.4)
-    figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    for panel in panels:
-        panel.grid(alpha=0.2)
-        panel.spines[["top", "right"]].set_visible(False)
-    for panel in panels[groups:]:
-        panel.set_visible(False)
-    return figure, panels
-
-
 def _lines(panel: Any, steps: np.ndarray, curves: np.ndarray, values: np.ndarray | None) -> Any:
     """Draw curves of lanes, coloured by values; of very many, evenly spaced ones."""
     shown = np.unique(np.linspace(0, len(curves) - 1, min(LINES, len(curves))).astype(int))
@@ -235,45 +222,57 @@ def _lines(panel: Any, steps: np.ndarray, curves: np.ndarray, values: np.ndarray
     return lines
 
 
+def _lane_panels(
+    result: Result, groups: Sequence[Group], values: Sequence[np.ndarray], axis: str | None
+) -> tuple[Any, Any]:
+    """Return a figure and a panel per group with the curves of its lanes, coloured by the axis.
+
+    Args:
+      values: of each group, (lanes, reports).
+    """
+    columns = min(3, len(groups))
+    rows = -(-len(groups) // columns)
+    figure, panels = _figure(max(3.9 * columns, 5.5), 3.0 * rows + 0.4, rows, columns)
+    for panel in panels[len(groups) :]:
+        panel.set_visible(False)
+    norm = _norm([x for group in groups for x in group.axes.get(axis or "", [])])
+    for panel, group, curves in zip(panels, groups, values, strict=False):
+        colors = np.repeat(group.axes[axis], result.plan.seeds) if axis else None
+        _lines(panel, result.curves[group.name].step, curves, colors).set_norm(norm)
+        panel.set_title(group.name, fontsize=11)
+    figure.supxlabel("step", fontsize=10)
+    if axis:
+        mappable, label = matplotlib.cm.ScalarMappable(norm, _GRADUAL), axis.replace("_", " ")
+        bar = figure.colorbar(mappable, ax=list(panels), label=label, fraction=0.03)
+        _with_readable_ticks(bar.ax)
+    return figure, panels
+
+
 def plot_curves(result: Result) -> Any:
     """Draw the training loss over the steps, a panel per optimizer, coloured by learning rate.
 
     Lanes whose loss left the picture end at its edge: they diverged.
     """
-    axis, groups = _axis(result), result.plan.groups
-    figure, panels = _panels(len(groups))
-    losses = np.concatenate([c.train_loss.ravel() for c in result.curves.values()])
-    first = np.concatenate([c.train_loss[:, 0] for c in result.curves.values()])
-    finite = losses[np.isfinite(losses)]
+    groups = result.plan.groups
+    losses = [result.curves[group.name].train_loss for group in groups]
+    figure, panels = _lane_panels(result, groups, losses, _axis(result))
+    figure.supylabel("training loss", fontsize=10)
+    every = np.concatenate(losses)
+    first, finite = every[:, 0], every[np.isfinite(every)]
     positive = finite[finite > 0]  # a loss of exactly 0 is at the foot of the picture
     top = 10 * np.median(first[np.isfinite(first)]) if np.isfinite(first).any() else 1.0
-    norm = _norm([x for group in groups for x in group.axes.get(axis or "", [])])
-    for panel, group in zip(panels, groups, strict=False):
-        curves = result.curves[group.name]
-        values = np.repeat(group.axes[axis], result.plan.seeds) if axis else None
-        _lines(panel, curves.step, curves.train_loss, values).set_norm(norm)
-        panel.set_title(group.name, fontsize=11)
+    for panel, group, loss in zip(panels, groups, losses, strict=False):
         if positive.size and finite.min() >= 0:
             panel.set_yscale("log")
             panel.set_ylim(max(float(positive.min()) / 1.2, 1e-6 * float(top)), float(top))
         elif finite.size:
             panel.set_ylim(float(finite.min()), max(float(top), float(np.median(finite))))
         furthest = max(row["at"] for row in result.rows if row["optimizer"] == group.name)
-        reports = np.clip((curves.step <= furthest).sum(), 1, 2)  # a line needs two
-        if np.isfinite(curves.train_loss).sum(1).max() < reports:
+        reports = np.searchsorted(result.plan.reports, furthest, side="right")
+        if np.isfinite(loss).sum(1).max() < np.clip(reports, 1, 2):  # a line needs two
             _say_missing(panel, result, [group.name], shared=False)
     _with_readable_ticks(panels[0])
-    figure.supxlabel("step", fontsize=10)
-    figure.supylabel("training loss", fontsize=10)
-    if axis:
-        _colorbar(figure, panels, norm, axis)
     return figure
-
-
-def _colorbar(figure: Any, panels: Any, norm: Any, axis: str) -> None:
-    mappable = matplotlib.cm.ScalarMappable(norm, _GRADUAL)
-    bar = figure.colorbar(mappable, ax=list(panels), label=axis.replace("_", " "), fraction=0.03)
-    _with_readable_ticks(bar.ax)
 
 
 def plot_sharpness(result: Result) -> Any:
@@ -290,32 +289,27 @@ def plot_sharpness(result: Result) -> Any:
         raise ValueError(
             "plot_sharpness: result must be of a sweep of learning rates with jgd.with_sharpness"
         )
-    figure, panels = _panels(len(groups))
-    norm = _norm([x for group in groups for x in group.axes["learning_rate"]])
-    seen: list[float] = []
-    for panel, group in zip(panels, groups, strict=False):
-        curves = result.curves[group.name]
+    ratios, shown = list[np.ndarray](), list[float]()
+    for group in groups:
         rates = np.repeat(group.axes["learning_rate"], result.plan.seeds)
-        ratio = np.abs(curves.metrics["sharpness"]) * rates[:, None] / 2
-        _lines(panel, curves.step, ratio, rates).set_norm(norm)
+        ratios.append(np.abs(result.curves[group.name].metrics["sharpness"]) * rates[:, None] / 2)
+    figure, panels = _lane_panels(result, groups, ratios, "learning_rate")
+    figure.supylabel("sharpness / (2 / learning rate)", fontsize=10)
+    for panel, group, ratio in zip(panels, groups, ratios, strict=False):
         panel.axhline(1, color="black", linewidth=1.2, linestyle="--")
         panel.set_yscale("log")
-        shown = ratio[np.isfinite(ratio) & (ratio > 0)]
-        seen += [1.0, *shown]
-        if not shown.size:
+        positive = ratio[np.isfinite(ratio) & (ratio > 0)]
+        shown += [1.0, *positive]
+        if not positive.size:
             _say_missing(panel, result, [group.name], shared=False)
-        panel.set_title(group.name, fontsize=11)
-    figure.supxlabel("step", fontsize=10)
-    figure.supylabel("sharpness / (2 / learning rate)", fontsize=10)
-    panels[0].set_ylim(np.quantile(seen, 0.005) / 1.5, np.quantile(seen, 0.995) * 1.5)
+    panels[0].set_ylim(np.quantile(shown, 0.005) / 1.5, np.quantile(shown, 0.995) * 1.5)
     _with_readable_ticks(panels[0])
-    _colorbar(figure, panels, norm, "learning_rate")
     return figure
 
 
 def plot_survivors(result: Result) -> Any:
     """Draw the number of settings that still train against the steps, a line per optimizer."""
-    figure, panel = _panel(8, 4.2)
+    figure, (panel,) = _figure(8, 4.2)
     steps = np.array([0, *result.plan.reports])
     for group, style in _styles(result):
         ends = np.sort([row["at"] for row in result.rows if row["optimizer"] == group.name])
@@ -370,7 +364,7 @@ def ranges(result: Result) -> list[Range]:
 def plot_ranges(result: Result) -> Any:
     """Draw the best value for each optimizer, and the range of values as good."""
     found = ranges(result)
-    figure, panel = _panel(8, 1.2 + 0.32 * max(len(found), 1))
+    figure, (panel,) = _figure(8, 1.2 + 0.32 * max(len(found), 1))
     for place, one in enumerate(found):
         color = _COLORS[place % len(_COLORS)]
         panel.plot([one.low, one.high], [place] * 2, color=color, linewidth=6, alpha=0.35)
