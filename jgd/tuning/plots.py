@@ -275,6 +275,11 @@ def plot_curves(result: Result) -> Any:
     return figure
 
 
+def _groups_with_sharpness(result: Result) -> list[Group]:
+    reported = "sharpness" in result.plan.metrics
+    return [g for g in result.plan.groups if reported and "learning_rate" in g.axes]
+
+
 def plot_sharpness(result: Result) -> Any:
     """Draw the sharpness of each lane over 2 / learning rate, a panel per optimizer.
 
@@ -284,8 +289,8 @@ def plot_sharpness(result: Result) -> Any:
 
     Raises: ValueError if the sweep has no "sharpness" (`jgd.with_sharpness`) or no learning rates.
     """
-    groups = [group for group in result.plan.groups if "learning_rate" in group.axes]
-    if not groups or "sharpness" not in result.plan.metrics:
+    groups = _groups_with_sharpness(result)
+    if not groups:
         raise ValueError(
             "plot_sharpness: result must be of a sweep of learning rates with jgd.with_sharpness"
         )
@@ -363,7 +368,7 @@ def ranges(result: Result) -> list[Range]:
 
 def plot_ranges(result: Result) -> Any:
     """Draw the best value for each optimizer, and the range of values as good."""
-    found = ranges(result)
+    found, axis = ranges(result), _axis(result)
     figure, (panel,) = _figure(8, 1.2 + 0.32 * max(len(found), 1))
     for place, one in enumerate(found):
         color = _COLORS[place % len(_COLORS)]
@@ -377,9 +382,7 @@ def plot_ranges(result: Result) -> Any:
             ha="center",
             fontsize=8,
         )
-    if found and all(
-        _spans_decades(g.axes[a]) for g in result.plan.groups for a in g.axes if a == _axis(result)
-    ):
+    if found and all(_spans_decades(group.axes[axis]) for group in result.plan.groups if axis):
         panel.set_xscale("log")
     panel.set_yticks(range(len(found)), [one.optimizer for one in found])
     panel.set_ylim(len(found) - 0.4, -0.7)
@@ -388,8 +391,8 @@ def plot_ranges(result: Result) -> Any:
     _say_missing(panel, result, missing)
     panel.margins(x=0.15)
     _with_readable_ticks(panel)
-    what = f": the best, and what is as good{_best_over(result)}"
-    panel.set_xlabel((_axis(result) or "").replace("_", " ") + what)
+    name = (axis or "").replace("_", " ")
+    panel.set_xlabel(f"{name}: the best, and what is as good{_best_over(result)}")
     panel.grid(visible=False, axis="y")
     panel.tick_params(axis="y", length=0)
     panel.spines["left"].set_visible(False)
@@ -420,9 +423,7 @@ def save_plots(result: Result, folder: str | Path) -> list[Path]:
     }
     if any(row["ended"] != "finished" for row in result.rows):
         plots["survivors.png"] = plot_survivors
-    if "sharpness" in result.plan.metrics and any(
-        "learning_rate" in g.axes for g in result.plan.groups
-    ):
+    if _groups_with_sharpness(result):
         plots["sharpness.png"] = plot_sharpness
     for name, plot in plots.items():
         plot(result).savefig(Path(folder) / name, dpi=150)
