@@ -316,10 +316,7 @@ def _halving(options: Sweep) -> Any:
             raise UserError("--min-steps needs --halving or --hyperband")
         return None
     make = jgd.successive_halving if options.hyperband is None else jgd.hyperband
-    try:
-        return make(eta, options.min_steps, within=options.within)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    return make(eta, options.min_steps, within=options.within)
 
 
 def _show(terminal: Any, result: Any, out: Path, top: int) -> None:
@@ -346,7 +343,7 @@ def _in_folder(options: Sweep, out: Path) -> Generator[None]:
     A sweep that was refused leaves nothing behind; what was there before stays.
     """
     from jgd.tuning import devices
-    from jgd.tuning.folder import is_free
+    from jgd.tuning.folder import is_free, write_json
 
     with contextlib.ExitStack() as held:
         new = False
@@ -355,7 +352,10 @@ def _in_folder(options: Sweep, out: Path) -> Generator[None]:
                 if devices.is_writer():
                     held.enter_context(locked(out))
                     if new := options.resume is None and is_free(out):
-                        _write_command(options, out / "command.json")
+                        given = dataclasses.asdict(options) | {
+                            "out": options.out and str(options.out)
+                        }
+                        write_json(out / "command.json", given)
         except (OSError, RuntimeError) as error:
             raise UserError(str(error)) from error
         try:
@@ -370,14 +370,6 @@ def _in_folder(options: Sweep, out: Path) -> Generator[None]:
             # of the user's task, inside the program, or of the connection
             hint = "" if options.coordinator is None else f"; perhaps {_how_to_go_on(out)}"
             raise UserError(f"task {options.task}: {where(error)}{hint}") from error
-
-
-def _write_command(options: Sweep, path: Path) -> None:
-    plain = lambda x: str(x) if isinstance(x, Path) else x
-    given = {name: plain(x) for name, x in dataclasses.asdict(options).items()}
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(given, indent=1))
-    part.replace(path)
 
 
 def _resumed(options: Sweep) -> Sweep:
