@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 import jgd
-from jgd.tuning.lock import LOCKS, locked
+from jgd.tuning.lock import LOCKS
 from jgd.tuning.options import Doc, Seeds, SweepOptions, Training, values_of
 from jgd.tuning.parsing import UserError, factory_of, groups_of, space_of, task_of, where
 
@@ -343,19 +343,16 @@ def _in_folder(options: Sweep, out: Path) -> Generator[None]:
     A sweep that was refused leaves nothing behind; what was there before stays.
     """
     from jgd.tuning import devices
-    from jgd.tuning.folder import is_free, write_json
+    from jgd.tuning.folder import held, is_free, write_json
 
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         new = False
         try:
+            stack.enter_context(held(out))
             with devices.fails_everywhere():
-                if devices.is_writer():
-                    held.enter_context(locked(out))
-                    if new := options.resume is None and is_free(out):
-                        given = dataclasses.asdict(options) | {
-                            "out": options.out and str(options.out)
-                        }
-                        write_json(out / "command.json", given)
+                if new := devices.is_writer() and options.resume is None and is_free(out):
+                    given = {"out": options.out and str(options.out)}
+                    write_json(out / "command.json", dataclasses.asdict(options) | given)
         except (OSError, RuntimeError) as error:
             raise UserError(str(error)) from error
         try:

@@ -55,7 +55,16 @@ from jgd.tuning.segment import (
 )
 from jgd.tuning.space import Lanes
 
-__all__ = ["SETTINGS", "Folder", "is_free", "load_block", "opened", "write_json", "write_table"]
+__all__ = [
+    "SETTINGS",
+    "Folder",
+    "held",
+    "is_free",
+    "load_block",
+    "opened",
+    "write_json",
+    "write_table",
+]
 
 SETTINGS = "settings.pickle"
 SPARE = 2**20  # bytes that a checkpoint leaves free on the disk
@@ -64,6 +73,16 @@ SPARE = 2**20  # bytes that a checkpoint leaves free on the disk
 EARLY = ("command.json", *(f"{x}.json.part" for x in ("command", "plan", "search")), *LOCKS)
 # orbax has errors of its own, with these texts
 FULL = os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)
+
+
+@contextlib.contextmanager
+def held(path: str | Path | None) -> Generator[None]:
+    """Hold a folder, if there is one: process 0 locks it, and an error of it is raised on all."""
+    with contextlib.ExitStack() as stack:
+        with fails_everywhere():
+            if path is not None and is_writer():
+                stack.enter_context(locked(Path(path)))
+        yield
 
 
 @contextlib.contextmanager
@@ -78,10 +97,7 @@ def opened(
     Other arguments and raises: as `Folder`; BlockingIOError, naming the holder, if another process
       has it; OSError, saying how to go on, if the disk is full.
     """
-    with contextlib.ExitStack() as stack:
-        with fails_everywhere():
-            if path is not None and is_writer():
-                stack.enter_context(locked(Path(path)))
+    with held(path):
         with fails_everywhere():
             new = Folder.of_extension if extend else functools.partial(Folder, resume=resume)
             folder = new(path)

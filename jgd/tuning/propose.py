@@ -13,7 +13,6 @@ batch-0.json         the trials of the batch, written before it trains
 batch-0/             its sweep, which a resumed search resumes: with it the study sees every report
 """
 
-import contextlib
 import math
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,9 +27,8 @@ from jgd.training import Run, Task
 from jgd.tuning import devices
 from jgd.tuning.distributions import Distribution, check_distributions
 from jgd.tuning.events import Cut, Report
-from jgd.tuning.folder import Folder, is_free, write_json, write_table
+from jgd.tuning.folder import Folder, held, is_free, write_json, write_table
 from jgd.tuning.join import merge
-from jgd.tuning.lock import locked
 from jgd.tuning.options import Doc, Steps, function_of, values_of
 from jgd.tuning.plan import Plan
 from jgd.tuning.poll import CtrlC
@@ -167,11 +165,8 @@ def optuna_search(arguments: SearchArguments) -> Proposed:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     _check_optuna(arguments)
-    plan, folder, results = _plan(arguments), arguments.folder, list[Result]()
-    held = contextlib.nullcontext()
-    if folder is not None and devices.is_writer():
-        held = locked(Path(folder))
-    with CtrlC() as ctrl_c, held:
+    plan, results = _plan(arguments), list[Result]()
+    with CtrlC() as ctrl_c, held(arguments.folder):
         search = _Search(arguments, plan)
         while len(results) < len(search.batches) or search.asked() < arguments.trials:
             if len(results) == len(search.batches):
