@@ -217,14 +217,12 @@ def _watch(options: Sweep) -> None:
 
 
 def _how_to_go_on(out: Path) -> str:
+    from jgd.tuning.segment import resume_command
+
     return (
         "a process of this sweep was lost, and so the others have ended. Go on, on as many or"
-        f" fewer: {_resume(out)}, with --coordinator if there are several"
+        f" fewer: {resume_command(out)}, with --coordinator if there are several"
     )
-
-
-def _resume(out: Path) -> str:
-    return f"jgd sweep --resume {shlex.quote(str(out))}"
 
 
 def _sweep(options: Sweep) -> None:
@@ -344,6 +342,7 @@ def _in_folder(options: Sweep, out: Path) -> Generator[None]:
     """
     from jgd.tuning import devices
     from jgd.tuning.folder import held, is_free, write_json
+    from jgd.tuning.segment import resume_command
 
     with contextlib.ExitStack() as stack:
         new = False
@@ -358,7 +357,7 @@ def _in_folder(options: Sweep, out: Path) -> Generator[None]:
         try:
             yield
         except KeyboardInterrupt:
-            raise UserError(f"interrupted; go on with: {_resume(out)}") from None
+            raise UserError(f"interrupted; go on with: {resume_command(out)}") from None
         except Exception as error:
             if new and {path.name for path in out.iterdir()} <= {"command.json", *LOCKS}:
                 (out / "command.json").unlink()

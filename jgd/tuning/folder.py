@@ -50,7 +50,7 @@ from jgd.tuning.segment import (
     read_manifest,
     read_segment,
     read_segments,
-    resumable,
+    resume_command,
     sealed,
 )
 from jgd.tuning.space import Lanes
@@ -110,7 +110,7 @@ def opened(
             full = next((text for text in FULL if text in str(error)), None)
             if path is None or full is None:
                 raise
-            call = f"jgd sweep --resume {resumable(Path(path))}, or resume=True in Python"
+            call = f"{resume_command(Path(path))}, or resume=True in Python"
             call = "by the same call" if extend else call
             raise OSError(f"{path}: {full}. Free some space, then go on with: {call}") from error
 

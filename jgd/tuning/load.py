@@ -23,7 +23,7 @@ from jgd.tuning.join import common_lanes, merge
 from jgd.tuning.lanes import state_of
 from jgd.tuning.plan import Group, Plan
 from jgd.tuning.result import Result, make_result
-from jgd.tuning.segment import Segment, batches_of, read_result, read_segments
+from jgd.tuning.segment import Segment, batches_of, read_result, read_segments, resume_command
 from jgd.tuning.space import Lanes
 
 __all__ = ["StoredStates", "load", "read_results", "stored_best"]
@@ -75,7 +75,7 @@ def read_results(path: Path) -> Result:
     if (path / f"batch-{len(batches)}").exists():
         raise ValueError(
             f"{path / f'batch-{len(batches)}.json'} is missing: there is no table. Go on with the"
-            f" search: jgd sweep --resume {path}, or resume=True in Python"
+            f" search: {resume_command(path)}, or resume=True in Python"
         )
     if len(batches) > 1 and is_free(batches[-1]):
         warnings.warn(f"{batches.pop()} has no table yet", stacklevel=2)

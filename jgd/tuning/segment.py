@@ -17,6 +17,7 @@ import contextlib
 import itertools
 import json
 import math
+import shlex
 import warnings
 import zipfile
 import zlib
@@ -47,7 +48,7 @@ __all__ = [
     "read_result",
     "read_segment",
     "read_segments",
-    "resumable",
+    "resume_command",
     "sealed",
 ]
 
@@ -111,9 +112,10 @@ def batches_of(path: Path) -> list[Path]:
     return list(itertools.takewhile(lambda path: path.with_suffix(".json").exists(), paths))
 
 
-def resumable(path: Path) -> Path:
-    """Return the folder to resume: that of the search, for one of its batches."""
-    return path.parent if (path.parent / "search.json").exists() else path
+def resume_command(path: Path) -> str:
+    """Return the command that resumes the sweep in a folder: its search, for one of the batches."""
+    whole = path.parent if (path.parent / "search.json").exists() else path
+    return f"jgd sweep --resume {shlex.quote(str(whole))}"
 
 
 def read_segment(
@@ -152,7 +154,7 @@ def read_segment(
     if changed and not resume and ledger.alive.any():
         raise ValueError(
             f"{path}: {'; '.join(notes)}. The checkpoint before it is whole: go on from there with"
-            f" jgd sweep --resume {path}"
+            f" {resume_command(path)}"
         )
     instead = "The checkpoint before it is used" if manifest else "The journal is read without it"
     notes = [f"{path}: {note}. {instead}" for note in notes]
@@ -317,8 +319,8 @@ def read_result(path: str | Path) -> Result:
         return _read_old_result(path)
     segment = read_segments(path)[-1]
     if not segment.finished:
-        again = f"jgd sweep --resume {resumable(path)}"
-        call = again if segment.path == path else "the call that extended it"
+        alone = segment.path == path
+        call = resume_command(path) if alone else "the call that extended it"
         how = f"If it no longer runs, go on with it: {call}"
         if not segment.ledger.step.any():
             raise ValueError(f"{path} has no report yet. {how}")
