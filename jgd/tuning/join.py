@@ -8,23 +8,14 @@ import dataclasses
 import itertools
 import reprlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from jgd.tuning.ledger import Ledger
 from jgd.tuning.plan import Group, Plan
-from jgd.tuning.result import Curves, Record, Result, make_result
+from jgd.tuning.result import Facts, Result, make_result
 
-__all__ = ["Facts", "common_lanes", "merge", "take"]
-
-
-class Facts(NamedTuple):
-    """A plan, and what is known about its lanes."""
-
-    plan: Plan
-    ledger: Ledger
-    curves: Mapping[str, Curves]  # by group
+__all__ = ["common_lanes", "merge", "take"]
 
 
 def common_lanes(plan: Plan, other: Plan) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -99,7 +90,7 @@ def merge(*results: Result) -> Result:
         rounds=[first.steps],
         brackets=[0] * sum(group.settings for group in groups.values()),
     )
-    facts = Facts(plan, Ledger(plan), Record(plan).curves)
+    facts = Facts.of(plan)
     stored = dict[int, tuple[Any, Any]]()
     for part, result in reversed([*zip(parts, results, strict=True)]):  # the first one wins
         take(facts, part)
@@ -113,7 +104,7 @@ def merge(*results: Result) -> Result:
     whole = [setting for setting, (_, state) in stored.items() if state is not None]
     held[plan.lanes_of(np.array(whole, int))] = True
     known = lambda setting, lane: stored.get(setting, (None, None))
-    return make_result(plan, facts.ledger, dict(facts.curves), held, known)
+    return make_result(facts, held, known)
 
 
 def _refuse_unlike(first: Plan, plan: Plan) -> None:

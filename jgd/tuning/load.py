@@ -57,11 +57,11 @@ def load(folder: str | Path, task: Task | Run | None = None, *, template: Any = 
         raise ValueError(f"load: {why}. Go on with the sweep first")
     states = StoredStates(last.plan, segments)
     if task is None:
-        return make_result(last.plan, last.ledger, last.record.curves, states.held)
+        return make_result(last.facts, states.held)
     run = task if isinstance(task, Run) else supervised(task)
     batches = _batches(Path(folder), last.plan, template)
     stored = lambda *best: stored_best(run, last.plan, batches, states.__getitem__, *best)
-    return make_result(last.plan, last.ledger, last.record.curves, states.held, stored)
+    return make_result(last.facts, states.held, stored)
 
 
 def read_results(path: Path) -> Result:

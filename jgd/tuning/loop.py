@@ -5,8 +5,8 @@
     deliver(sweep.take())       # the events of the turn before, while the tiles run
     sweep.finish()              # waits for them, and judges them in their order
 
-The ledger holds the facts about each lane, the pool the states of lanes, and the schedule the queue
-of tiles.
+The facts are what the events say about lanes, the pool holds the states of lanes, and the schedule
+the queue of tiles.
 """
 
 import bisect
@@ -26,8 +26,8 @@ from jgd.tuning.events import DIVERGED, FINISHED, REACHED, Cut, Report
 from jgd.tuning.lanes import Lane
 from jgd.tuning.ledger import Ledger
 from jgd.tuning.pack import pack_tiles
-from jgd.tuning.plan import Plan
 from jgd.tuning.pool import Pool
+from jgd.tuning.result import Facts
 
 __all__ = ["Decision", "Schedule", "Sweep", "Tile", "run"]
 
@@ -72,23 +72,27 @@ class Sweep:
     """A sweep in progress.
 
     Args:
-      ledger: the facts so far; lanes that are not alive do not train. None: no lane has started.
+      facts: lanes that are not alive do not train.
 
     Attributes:
-      ledger, pool, schedule: see the head of this module.
+      facts, pool, schedule: see the head of this module.
       events: events since the last `take`.
     """
 
-    def __init__(self, plan: Plan, engine: Engine, ledger: Ledger | None = None) -> None:
-        self.plan, self.engine = plan, engine
-        self.ledger, self.pool, self.schedule = ledger or Ledger(plan), Pool(plan.lanes), Schedule()
+    def __init__(self, facts: Facts, engine: Engine) -> None:
+        self.facts, self.plan, self.engine = facts, facts.plan, engine
+        self.pool, self.schedule = Pool(self.plan.lanes), Schedule()
         self._running: list[tuple[Tile, int, Callable[[], Outcome]]] = []
         self.events: list[Report | Cut] = []
-        for index, group in enumerate(plan.groups):
-            first, end = plan.offset(index), plan.offset(index + 1)
+        for index, group in enumerate(self.plan.groups):
+            first, end = self.plan.offset(index), self.plan.offset(index + 1)
             lanes = (first + np.flatnonzero(self.ledger.alive[first:end])).tolist()
             for k in range(0, len(lanes), group.width):
                 self._queue([self._tile(index, lanes[k : k + group.width], group.width, 0)])
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.facts.ledger
 
     # --- a turn
 
@@ -281,7 +285,7 @@ class Sweep:
         return tiles
 
     def _apply(self, event: Report | Cut) -> None:
-        self.ledger.apply(event)
+        self.facts.apply(event)
         self.events.append(event)
         if isinstance(event, Cut) and event.step is not None:
             settings = np.unique(self.plan.numbered(event.lanes) // self.plan.seeds)

@@ -1,7 +1,7 @@
 """A segment, read back from its folder: the plan, and what the events of its journal add up to.
 
     segment = read_segment("runs/a")
-    segment.ledger, segment.record              # folds over the journal
+    segment.facts                               # a fold over the journal
     segment.manifest, segment.notes             # the newest whole checkpoint, and what was damaged
     read_segments("runs/a")                     # this one, and its extensions in their order
 
@@ -29,10 +29,10 @@ from typing import Any
 import numpy as np
 
 from jgd.tuning.events import Cut, Report, decode
-from jgd.tuning.join import Facts, take
+from jgd.tuning.join import take
 from jgd.tuning.ledger import Ledger
 from jgd.tuning.plan import FORMAT, Plan
-from jgd.tuning.result import Best, Curves, Record, Result, make_result
+from jgd.tuning.result import Best, Curves, Facts, Result, make_result
 
 __all__ = [
     "Segment",
@@ -63,26 +63,24 @@ class Segment:
     Attributes:
       plan_crc: checksum of plan.json, and of those of earlier segments.
       manifest: of the newest whole checkpoint; None if there is none.
-      ledger, record: the events, folded.
+      facts: what the events say about the lanes.
       notes: one line for each newer checkpoint, which is damaged.
     """
 
     path: Path
-    plan: Plan
+    facts: Facts
     plan_crc: int
     manifest: Mapping[str, Any] | None
-    ledger: Ledger
-    record: Record
     notes: list[str]
 
     @property
     def finished(self) -> bool:
         """Whether all lanes have ended."""
-        return not self.ledger.alive.any()
+        return not self.facts.ledger.alive.any()
 
     @property
-    def facts(self) -> Facts:
-        return Facts(self.plan, self.ledger, self.record.curves)
+    def plan(self) -> Plan:
+        return self.facts.plan
 
 
 def read_segments(path: str | Path, *, resume: bool = False) -> list[Segment]:
@@ -134,10 +132,10 @@ def read_segment(
       plan and journal, or only for a part in which lanes had not ended.
     """
     path = Path(path)
-    ledger, record, data = _read_plan(path)
+    facts, data = _read_plan(path)
     plan_crc = crc_of_plan(data, earlier)
     for segment in earlier:
-        take(Facts(ledger.plan, ledger, record.curves), segment.facts)
+        take(facts, segment.facts)
     journal = path / "journal.jsonl"
     data = journal.read_bytes() if journal.exists() else b""
     manifest, notes, changed = _whole_manifest(path, plan_crc, data, states=resume)
@@ -148,10 +146,10 @@ def read_segment(
             f" in this one to start it anew{still}"
         )
     covered = manifest["journal"]["bytes"] if manifest else 0
-    end = _fold(data[:covered] if resume or changed else data, ledger, record)
+    end = _fold(data[:covered] if resume or changed else data, facts)
     if end < covered:
         raise ValueError(f"{journal} is not the journal of {path / 'plan.json'}. {NEW}")
-    if changed and not resume and ledger.alive.any():
+    if changed and not resume and facts.ledger.alive.any():
         raise ValueError(
             f"{path}: {'; '.join(notes)}. The checkpoint before it is whole: go on from there with"
             f" {resume_command(path)}"
@@ -160,7 +158,7 @@ def read_segment(
     notes = [f"{path}: {note}. {instead}" for note in notes]
     if resume and data and manifest is None:
         notes = [f"{path} has no checkpoint: no manifest. The sweep starts anew"]
-    return Segment(path, ledger.plan, plan_crc, manifest, ledger, record, notes)
+    return Segment(path, facts, plan_crc, manifest, notes)
 
 
 def crc_of_plan(data: bytes, earlier: Sequence[Segment]) -> int:
@@ -168,8 +166,8 @@ def crc_of_plan(data: bytes, earlier: Sequence[Segment]) -> int:
     return zlib.crc32(data, zlib.crc32(str([segment.plan_crc for segment in earlier]).encode()))
 
 
-def _read_plan(path: Path) -> tuple[Ledger, Record, bytes]:
-    """Return ledger and record of the plan in a folder, before any event, and its bytes."""
+def _read_plan(path: Path) -> tuple[Facts, bytes]:
+    """Return the facts of the plan in a folder, before any event, and the bytes of the plan."""
     file = path / "plan.json"
     if not file.exists():
         raise FileNotFoundError(f"{path} holds no sweep: there is no plan.json. {NEW}")
@@ -177,8 +175,7 @@ def _read_plan(path: Path) -> tuple[Ledger, Record, bytes]:
     try:
         written = dict[str, Any](json.loads(data))
         if (version := written.get("format", 1)) == FORMAT:
-            plan = Plan.of_json(written)
-            return Ledger(plan), Record(plan), data
+            return Facts.of(Plan.of_json(written)), data
     except MALFORMED as error:
         has = "; results.csv has the table of this one" if (path / "results.csv").exists() else ""
         raise ValueError(f"{file} holds no plan: {error}. {NEW}{has}") from None
@@ -213,16 +210,15 @@ def _whole_manifest(
     return None, notes, changed or foreign
 
 
-def _fold(data: bytes, ledger: Ledger, record: Record) -> int:
+def _fold(data: bytes, facts: Facts) -> int:
     """Fold the lines of a journal; return the number of bytes up to the first that does not fit."""
     end = 0
     with contextlib.suppress(*MALFORMED):
         for line in data.splitlines(keepends=True):
-            event = decode(line, ledger.plan)
-            if not line.endswith(b"\n") or not _continues(event, ledger):
+            event = decode(line, facts.plan)
+            if not line.endswith(b"\n") or not _continues(event, facts.ledger):
                 break
-            ledger.apply(event)
-            record.apply(event)
+            facts.apply(event)
             end += len(line)
     return end
 
@@ -322,12 +318,12 @@ def read_result(path: str | Path) -> Result:
         alone = segment.path == path
         call = resume_command(path) if alone else "the call that extended it"
         how = f"If it no longer runs, go on with it: {call}"
-        if not segment.ledger.step.any():
+        if not segment.facts.ledger.step.any():
             raise ValueError(f"{path} has no report yet. {how}")
         warnings.warn(f"{path} has not finished: this is its table so far. {how}", stacklevel=2)
     for note in segment.notes:
         warnings.warn(note, stacklevel=2)
-    return make_result(segment.plan, segment.ledger, segment.record.curves)
+    return make_result(segment.facts)
 
 
 def _is_old(path: Path) -> bool:

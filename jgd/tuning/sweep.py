@@ -18,8 +18,7 @@ from jgd.tuning.engine import Engine, shared_programs
 from jgd.tuning.events import Cut, Report
 from jgd.tuning.folder import Folder, load_block, opened
 from jgd.tuning.inputs import check_inputs, extended, first_setting, resumed
-from jgd.tuning.join import Facts, take
-from jgd.tuning.ledger import Ledger
+from jgd.tuning.join import take
 from jgd.tuning.load import StoredStates, stored_best
 from jgd.tuning.loop import Schedule, Sweep, run
 from jgd.tuning.options import Doc, Steps, SweepOptions, Training, function_of
@@ -27,7 +26,7 @@ from jgd.tuning.plan import Plan, fingerprint, make_plan
 from jgd.tuning.poll import NO_PRUNING, Clock, CtrlC, Prune
 from jgd.tuning.pool import Block
 from jgd.tuning.prune import Halving
-from jgd.tuning.result import Record, Result, make_result
+from jgd.tuning.result import Facts, Result, make_result
 from jgd.tuning.segment import Segment
 from jgd.tuning.space import Lanes
 from jgd.tuning.streams import Stream
@@ -192,7 +191,6 @@ def _run(
     def deliver(events: list[Report | Cut]) -> None:
         folder.append(events)
         for event in events:
-            prepared.record.apply(event)
             if arguments.on_report is not None and isinstance(event, Report):
                 alive = int(prepared.sweep.ledger.alive.sum())
                 with ctrl_c.interrupts():
@@ -250,7 +248,6 @@ class Prepared:
     plan: Plan
     groups: dict[str, Lanes]
     sweep: Sweep
-    record: Record
     earlier: Sequence[Segment] = ()  # of an extension
 
     def result(self) -> Result:
@@ -266,7 +263,7 @@ class Prepared:
         batches = [self.groups[group.name].settings for group in plan.groups]
         run = self.sweep.engine.programs[0].options.run
         stored = lambda *best: stored_best(run, plan, batches, leaves_of, *best)
-        return make_result(plan, self.sweep.ledger, self.record.curves, states.held, stored)
+        return make_result(self.sweep.facts, states.held, stored)
 
 
 def prepare(
@@ -313,11 +310,11 @@ def prepare(
     probed = written is None and not earlier and arguments.width is None and streamed is None
     if probed and jax.process_count() == 1:
         plan = choose_widths(plan, engine)
-    ledger, record = Ledger(plan), Record(plan)
+    facts = Facts.of(plan)
     for segment in earlier:
         shared.check_seeds(plan, segment.plan)
-        take(Facts(plan, ledger, record.curves), segment.facts)
-    return Prepared(plan, inputs.groups, Sweep(plan, engine, ledger), record, earlier)
+        take(facts, segment.facts)
+    return Prepared(plan, inputs.groups, Sweep(facts, engine), earlier)
 
 
 # --- checkpoints -----------------------------------------------------------------------------
@@ -354,7 +351,7 @@ def _resume(prepared: Prepared, folder: Folder, segment: Segment) -> None:
     folder.return_to_checkpoint(segment)
     if manifest is None:
         return
-    sweep.ledger, prepared.record = segment.ledger, segment.record
+    sweep.facts = segment.facts
     sweep.schedule = Schedule.of_json(manifest["schedule"])
     for name, block in manifest["blocks"].items():
         ids = np.array(block["lanes"], int)
