@@ -39,7 +39,7 @@ from jgd.tuning.devices import fails_everywhere, is_writer
 from jgd.tuning.events import Cut, Report, decode, encode
 from jgd.tuning.lock import LOCKS, locked
 from jgd.tuning.plan import FORMAT, Plan, plain
-from jgd.tuning.result import Curves, Result
+from jgd.tuning.result import Result
 from jgd.tuning.segment import (
     Segment,
     checksums,
@@ -146,7 +146,7 @@ class Folder:
             self.segment = read_segment(self.path, resume=True, earlier=earlier)
         self._journal = self.path / "journal.jsonl"
         self._plan_crc = self.segment.plan_crc if self.segment else 0
-        self._events = self._bytes = self._crc = self._generation = 0
+        self._generation, self._written = 0, {"events": 0, "bytes": 0, "crc32": 0}
         self._writer = concurrent.futures.ThreadPoolExecutor(1)
         self._saving: concurrent.futures.Future[None] | None = None
 
@@ -194,9 +194,9 @@ class Folder:
         data = "".join(lines).encode()
         with self._journal.open("ab") as file:
             file.write(data)
-        self._events += len(lines)
-        self._bytes += len(data)
-        self._crc = zlib.crc32(data, self._crc)
+        self._written["events"] += len(lines)
+        self._written["bytes"] += len(data)
+        self._written["crc32"] = zlib.crc32(data, self._written["crc32"])
 
     # --- checkpoints
 
@@ -212,13 +212,12 @@ class Folder:
         self.finish()
         with self._journal.open("ab") as file:
             os.fsync(file.fileno())
-        journal = {"events": self._events, "bytes": self._bytes, "crc32": self._crc}
         self._generation += 1
         manifest = {
             "format": FORMAT,
             "generation": self._generation,
             "plan": self._plan_crc,
-            "journal": journal,
+            "journal": dict(self._written),
             **manifest,
         }
         self._saving = self._writer.submit(self._save, manifest, states)
@@ -273,22 +272,21 @@ class Folder:
     def return_to_checkpoint(self, segment: Segment) -> None:
         """Truncate the journal to what the checkpoint covers, and delete what is newer."""
         if segment.manifest is not None:
-            journal, self._generation = segment.manifest["journal"], segment.manifest["generation"]
-            self._events, self._bytes = journal["events"], journal["bytes"]
-            self._crc = journal["crc32"]
+            self._generation = segment.manifest["generation"]
+            self._written = dict(segment.manifest["journal"])
         if not self._writes:
             return
         for path in manifests(self.path):
             if number_of(path) > self._generation:
                 path.unlink()
         if self._journal.exists():
-            os.truncate(self._journal, self._bytes)
+            os.truncate(self._journal, self._written["bytes"])
         self._tidy()
 
     def events(self, plan: Plan) -> Iterator[Report | Cut]:
         """Yield the events up to the checkpoint that the folder returned to."""
-        if self._bytes:
-            data = self._journal.read_bytes()[: self._bytes]
+        if size := self._written["bytes"]:
+            data = self._journal.read_bytes()[:size]
             yield from (decode(line, plan) for line in data.splitlines())
 
 
@@ -306,8 +304,12 @@ def write_table(folder: Path, result: Result) -> None:
         writer.writerows(result.rows)
     rows = plain(result.rows)
     write_json(folder / "results.json", {**summary, "seeds": plan.seeds, "rows": rows})
+    arrays = dict[str, Any]()  # in single precision
+    for group, (steps, losses, metrics) in result.curves.items():
+        arrays[f"{group}/step"] = steps
+        for name, values in {"train_loss": losses, **metrics}.items():
+            arrays[f"{group}/{name}"] = values.astype(np.float32)
     with _replacing(folder / "curves.npz") as path, path.open("wb") as file:
-        arrays: dict[str, Any] = _arrays_of(result.curves)
         np.savez_compressed(file, **arrays)
 
 
@@ -363,13 +365,3 @@ def load_block(path: Path, name: str) -> list[np.ndarray]:
     """Return the leaves of a block of states in a folder, on the host."""
     leaves = _checkpointer().restore((path / "states" / name).absolute())
     return [np.asarray(leaves[str(place)]) for place in range(len(leaves))]
-
-
-def _arrays_of(curves: Mapping[str, Curves]) -> dict[str, np.ndarray]:
-    """Return curves by group and name, in single precision."""
-    arrays = dict[str, np.ndarray]()
-    for group, c in curves.items():
-        arrays[f"{group}/step"] = c.step
-        arrays[f"{group}/train_loss"] = c.train_loss.astype(np.float32)
-        arrays |= {f"{group}/{name}": x.astype(np.float32) for name, x in c.metrics.items()}
-    return arrays

@@ -335,8 +335,7 @@ class _Search:
         by_setting = [trials[point] for lanes in groups.values() for point in lanes.points]
         folder = None if self.path is None else self.path / f"batch-{number}"
         resume = folder is not None and not is_free(folder)
-        options: dict[str, Any] = {"folder": folder, "resume": resume}
-        options = values_of(arguments, Recorded) | options
+        options = values_of(arguments, Recorded) | dict[str, Any](folder=folder, resume=resume)
         inputs = SweepArguments(arguments.task, groups, arguments.steps, **options)
         try:
             result = run_sweep(inputs, _Pruner(by_setting), ctrl_c)

@@ -37,7 +37,6 @@ from jgd.tuning.result import Best, Curves, Facts, Result, make_result
 __all__ = [
     "Segment",
     "batches_of",
-    "check_states",
     "checksums",
     "crc_of_plan",
     "extensions",
@@ -201,8 +200,9 @@ def _whole_manifest(
             if not written.items() <= manifest["journal"].items():
                 changed = True
                 raise ValueError("journal.jsonl is not as the checkpoint says")
-            if states:
-                check_states(path, manifest["blocks"])
+            for name, block in manifest["blocks"].items() if states else ():
+                if checksums(path / "states" / name) != block["files"]:
+                    raise ValueError(f"states/{name} was changed")
         except (OSError, *MALFORMED) as error:
             notes.append(f"checkpoint {number_of(file)}: {error}")
         else:
@@ -262,13 +262,6 @@ def read_manifest(file: Path) -> dict[str, Any]:
     if manifest["format"] != FORMAT:
         raise ValueError(f"{file.name}: format must be {FORMAT}, got {manifest['format']}")
     return manifest
-
-
-def check_states(path: Path, blocks: Mapping[str, Any]) -> None:
-    """Raise OSError or ValueError unless the files of all blocks are as they were written."""
-    for name, block in blocks.items():
-        if checksums(path / "states" / name) != block["files"]:
-            raise ValueError(f"states/{name} was changed")
 
 
 def checksums(path: Path) -> dict[str, list[int]]:
