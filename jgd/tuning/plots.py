@@ -104,24 +104,29 @@ def _best_over(result: Result) -> str:
     return f", best over {names}" if names else ""
 
 
-def _say_missing(panel: Any, result: Result, names: list[str], shared: bool = True) -> None:
-    """Say why a panel lacks these groups.
+def _annotate(
+    panel: Any, text: str, at: Any = (0.5, 0.65), align: str = "center", size: int = 9
+) -> None:
+    panel.annotate(text, at, xycoords="axes fraction", fontsize=size, ha=align, va="top")
 
-    Args:
-      shared: whether it is the panel of all groups.
-    """
-    rows = [row for row in result.rows if row["optimizer"] in names]
-    if not rows:
+
+def _why_missing(result: Result, names: Sequence[str]) -> str:
+    ended = {row["ended"] for row in result.rows if row["optimizer"] in names}
+    return "not run" if ended == {"not run"} else "all lanes diverged"
+
+
+def _say_missing(panel: Any, result: Result, names: Sequence[str]) -> None:
+    """Say why these groups are not in the panel of all groups."""
+    if not names:
         return
-    why = "not run" if all(row["ended"] == "not run" for row in rows) else "all lanes diverged"
-    if shared and np.isfinite([row[result.metric] for row in rows]).any():
-        why = "no number varies"
-    alone = not shared or len(names) == len(result.plan.groups)
-    text = why if alone else textwrap.fill(f"{', '.join(names)}: {why}", 60)
-    if shared and alone:
+    values = [row[result.metric] for row in result.rows if row["optimizer"] in names]
+    why = "no number varies" if np.isfinite(values).any() else _why_missing(result, names)
+    if len(names) == len(result.plan.groups):
         panel.set(xticks=[], yticks=[])
-    (x, y), align = ((0.5, 0.65), "center") if alone else ((0.98, 0.98), "right")
-    panel.annotate(text, (x, y), xycoords="axes fraction", fontsize=9, ha=align, va="top")
+        _annotate(panel, why)
+    else:
+        text = textwrap.fill(f"{', '.join(names)}: {why}", 60)
+        _annotate(panel, text, (0.98, 0.98), "right")
 
 
 def _with_readable_ticks(panel: Any) -> None:
@@ -218,7 +223,7 @@ def _lines(panel: Any, steps: np.ndarray, curves: np.ndarray, values: np.ndarray
     panel.set_xlim(0, steps[-1])
     if len(shown) < len(curves):
         note = f"{len(shown):,} of {len(curves):,} lanes"
-        panel.annotate(note, (0.98, 0.97), xycoords="axes fraction", ha="right", va="top", size=7)
+        _annotate(panel, note, (0.98, 0.97), "right", size=7)
     return lines
 
 
@@ -270,7 +275,7 @@ def plot_curves(result: Result) -> Any:
         furthest = max(row["at"] for row in result.rows if row["optimizer"] == group.name)
         reports = np.searchsorted(result.plan.reports, furthest, side="right")
         if np.isfinite(loss).sum(1).max() < np.clip(reports, 1, 2):  # a line needs two
-            _say_missing(panel, result, [group.name], shared=False)
+            _annotate(panel, _why_missing(result, [group.name]))
     _with_readable_ticks(panels[0])
     return figure
 
@@ -306,7 +311,7 @@ def plot_sharpness(result: Result) -> Any:
         positive = ratio[np.isfinite(ratio) & (ratio > 0)]
         shown += [1.0, *positive]
         if not positive.size:
-            _say_missing(panel, result, [group.name], shared=False)
+            _annotate(panel, _why_missing(result, [group.name]))
     panels[0].set_ylim(np.quantile(shown, 0.005) / 1.5, np.quantile(shown, 0.995) * 1.5)
     _with_readable_ticks(panels[0])
     return figure
