@@ -306,7 +306,4 @@ def _difference(now: Any, was: Any, path: str) -> str:
 
 
 def _short(x: Any) -> str:
-    if isinstance(x, list):
-        return f"{len(x)} values"
-    text = repr(x)
-    return text if len(text) < 200 else text[:200] + "..."
+    return f"{len(x)} values" if isinstance(x, list) else brief(x)

@@ -6,12 +6,12 @@ take(facts, part)       # facts about the lanes that another sweep has trained
 
 import dataclasses
 import itertools
-import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from jgd.nodes import brief
 from jgd.tuning.plan import Group, Plan
 from jgd.tuning.result import Facts, Result, make_result
 
@@ -111,8 +111,10 @@ def _refuse_unlike(first: Plan, plan: Plan) -> None:
     for name in COMPARED:
         mine, theirs = getattr(first, name), getattr(plan, name)
         if mine != theirs:
-            shown = f"{reprlib.repr(mine)} and {reprlib.repr(theirs)}"
-            raise ValueError(f"merge: {name} must be the same in all results, got {shown}")
+            raise ValueError(
+                f"merge: {name} must be the same in all results, got {brief(mine)} and"
+                f" {brief(theirs)}"
+            )
 
 
 def _free_name(group: Group, groups: Mapping[str, Group], used: Any) -> str:
