@@ -84,11 +84,9 @@ class Sweep:
         self.pool, self.schedule = Pool(self.plan.lanes), Schedule()
         self._running: list[tuple[Tile, int, Callable[[], Outcome]]] = []
         self.events: list[Report | Cut] = []
-        for index, group in enumerate(self.plan.groups):
-            first, end = self.plan.offset(index), self.plan.offset(index + 1)
-            lanes = (first + np.flatnonzero(self.ledger.alive[first:end])).tolist()
-            for k in range(0, len(lanes), group.width):
-                self._queue([self._tile(index, lanes[k : k + group.width], group.width, 0)])
+        for index, (group, lanes) in enumerate(zip(self.plan.groups, self._living(), strict=True)):
+            widths = [group.width] * -(-len(lanes) // group.width)
+            self._queue(self._packed(index, lanes.tolist(), widths, 0))
 
     @property
     def ledger(self) -> Ledger:
@@ -161,9 +159,10 @@ class Sweep:
 
     # --- tiles
 
-    def _tile(self, group: int, lanes: list[int], width: int, step: int) -> Tile:
-        self.schedule.next_id += 1
-        return Tile(self.schedule.next_id - 1, group, lanes, width, step)
+    def _living(self) -> list[np.ndarray]:
+        """Return the living lanes of each group."""
+        alive = np.flatnonzero(self.ledger.alive)
+        return np.split(alive, np.searchsorted(alive, self.plan.first[1:-1] * self.plan.seeds))
 
     def _queue(self, tiles: list[Tile], *, first: bool = False) -> None:
         queue = self.schedule.queue
@@ -281,7 +280,8 @@ class Sweep:
         for width in widths:
             mine, lanes = lanes[:width], lanes[width:]
             if mine:  # two shares with room to spare may need a tile less together
-                tiles.append(self._tile(group, mine, width, step))
+                tiles.append(Tile(self.schedule.next_id, group, mine, width, step))
+                self.schedule.next_id += 1
         return tiles
 
     def _apply(self, event: Report | Cut) -> None:
@@ -299,8 +299,7 @@ class Sweep:
         rung = plan.rounds[schedule.round]
         self._apply(self.ledger.cut_at(rung))
         schedule.round += 1
-        alive = np.flatnonzero(self.ledger.alive)
-        living = np.split(alive, np.searchsorted(alive, plan.first[1:-1] * plan.seeds))
+        living = self._living()
         # where few groups are left, each is divided among several cores
         shares = -(-plan.at_once // max(sum(len(lanes) > 0 for lanes in living), 1))
         for index, (group, lanes) in enumerate(zip(plan.groups, living, strict=True)):
