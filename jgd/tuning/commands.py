@@ -76,7 +76,7 @@ class Sweep(SweepOptions):
     top: Top = 20
     halving: Annotated[
         float | None,
-        Doc("""Successive halving: at each rung one setting in this many goes on, as in 2 or 3.
+        Doc("""Successive halving: at each rung one setting in this many continues, such as 2 or 3.
         Default: all settings run to their end."""),
     ] = None
     hyperband: Annotated[float | None, Doc("As --halving, in brackets.")] = None
@@ -97,8 +97,8 @@ class Sweep(SweepOptions):
     ] = False
     resume: Annotated[
         Path | None,
-        Doc("""Go on with the sweep in this folder, with the options it started with: --top,
-        --checkpoint-every and those of processes may change, another one is refused."""),
+        Doc("""Resume the sweep in this folder, with the options it started with. --top,
+        --checkpoint-every and the options of processes may change, others may not."""),
     ] = None
     coordinator: Annotated[
         str | None,
@@ -195,9 +195,9 @@ def main() -> None:
 
 
 def _watch(options: Sweep) -> None:
-    """Run one of several processes, and say how to go on if it dies with a lost one.
+    """Run one of several processes as a child of this one, and say how to go on if it is killed.
 
-    JAX then ends it from within, where no Python runs any more.
+    JAX kills a process, without running Python, once another one is lost.
     """
     out = options.resume or options.out
     if out is None:
@@ -220,8 +220,8 @@ def _how_to_go_on(out: Path) -> str:
     from jgd.tuning.segment import resume_command
 
     return (
-        "a process of this sweep was lost, and so the others have ended. Go on, on as many or"
-        f" fewer: {resume_command(out)}, with --coordinator if there are several"
+        "a process of this sweep was lost, so the others have ended. Go on with as many processes"
+        f" or fewer: {resume_command(out)}, with --coordinator if there are several"
     )
 
 
@@ -336,7 +336,7 @@ def _show(terminal: Any, result: Any, out: Path, top: int) -> None:
 
 @contextlib.contextmanager
 def _in_folder(options: Sweep, out: Path) -> Generator[None]:
-    """Hold a folder, write the command line into it, and turn what ends the sweep into one line.
+    """Hold a folder, write the command line into it, and turn errors and Ctrl-C into one line.
 
     A sweep that was refused leaves nothing behind; what was there before stays.
     """
@@ -369,9 +369,9 @@ def _in_folder(options: Sweep, out: Path) -> Generator[None]:
 
 
 def _resumed(options: Sweep) -> Sweep:
-    """Return the options that the sweep in a folder was started with, and those that may change.
+    """Return the options that the sweep in a folder was started with; some may change.
 
-    Raises: UserError for another option that is given and is not as it was.
+    Raises: UserError for any other option that is given and has changed.
     """
     assert options.resume is not None
     path = options.resume / "command.json"
@@ -383,7 +383,7 @@ def _resumed(options: Sweep) -> Sweep:
         written = Sweep(**given)
     except (OSError, TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
-    # parsed again, so that an option that is not given is as it was
+    # parsed again, so that options that are not given keep their values
     now = tyro.cli(Sweep, args=sys.argv[2:], default=written)
     lists = {name: getattr(options, name) or getattr(written, name) for name in SEVERAL}
     now = dataclasses.replace(now, **lists)
@@ -404,7 +404,7 @@ def _new_folder(path: Path) -> Path:
 
 
 def _keep_compiled_programs() -> None:
-    """Cache compiled programs on disk: each compiles in under a second, and there are many."""
+    """Cache compiled programs on disk, also those that compile in under a second."""
     import jax
 
     if jax.config.values["jax_compilation_cache_dir"] is None:

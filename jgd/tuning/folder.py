@@ -1,7 +1,7 @@
-"""The folder of a sweep: one segment, which a sweep that died goes on from, and the results.
+"""The folder of a sweep: its segment, from which a sweep is resumed, and the results.
 
 plan.json            what the sweep does, written before step 0
-command.json         the command line, if the sweep came from there
+command.json         the command line that started the sweep, if one did
 journal.jsonl        the events, one per line
 states/              the states of lanes, a folder for each block of the pool (orbax)
 manifest-N.json      checkpoint N: the schedule, the blocks, how much of the journal it covers, and
@@ -13,7 +13,7 @@ curves.npz           the curves of all lanes
 settings.pickle      the settings: their numbers, and their structure if it can be pickled
 
 A block is written once, under a name of its own. A manifest is written after all that it names is
-on disk, and the one before it stays, so that at any moment a whole checkpoint is there. Results and
+on disk, and the one before it stays, so that a whole checkpoint exists at any moment. Results and
 curves follow from the journal; nothing is ever read from them to resume.
 """
 
@@ -69,15 +69,15 @@ __all__ = [
 SETTINGS = "settings.pickle"
 SPARE = 2**20  # bytes that a checkpoint leaves free on the disk
 
-# of a sweep or a search that has not started
+# files of a sweep or a search that has not started
 EARLY = ("command.json", *(f"{x}.json.part" for x in ("command", "plan", "search")), *LOCKS)
-# orbax has errors of its own, with these texts
+# texts, since orbax raises errors of its own
 FULL = os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)
 
 
 @contextlib.contextmanager
 def held(path: str | Path | None) -> Generator[None]:
-    """Hold a folder, if there is one: process 0 locks it, and an error of it is raised on all."""
+    """Hold a folder, if one is given: process 0 locks it, and all processes raise its error."""
     with contextlib.ExitStack() as stack:
         with fails_everywhere():
             if path is not None and is_writer():
@@ -89,7 +89,7 @@ def held(path: str | Path | None) -> Generator[None]:
 def opened(
     path: str | Path | None, *, resume: bool = False, extend: bool = False
 ) -> Generator["Folder"]:
-    """Hold the folder of a sweep: no other process has it, and at the end all is written.
+    """Hold and open the folder of a sweep; at the end, finish its last checkpoint.
 
     Args:
       extend: whether to return the folder of an extension, a new one or one to go on with.
@@ -105,7 +105,7 @@ def opened(
             yield folder
             folder.finish()
         except BaseException as error:
-            with contextlib.suppress(Exception):  # a checkpoint that is being written is finished
+            with contextlib.suppress(Exception):  # only the first error matters
                 folder.finish()
             full = next((text for text in FULL if text in str(error)), None)
             if path is None or full is None:
@@ -125,7 +125,7 @@ class Folder:
 
     Attributes:
       enabled: False without a path.
-      segment: of the sweep that is resumed; None for a new one.
+      segment: the segment to resume; None for a new one.
 
     Raises: FileExistsError for a new sweep in a folder that holds something; what `read_segment`
       raises for a resumed one; OSError if the folder cannot be written.
@@ -227,7 +227,7 @@ class Folder:
         return self._saving is not None and not self._saving.done()
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is being written, and raise what failed."""
+        """Wait for the checkpoint that is being written, and raise its error."""
         saving, self._saving = self._saving, None
         if saving is not None:
             saving.result()
@@ -239,7 +239,7 @@ class Folder:
         size = sum(x.nbytes for name in new for x in jax.tree.leaves(states[name]))
         if size + SPARE > shutil.disk_usage(folder).free:  # orbax's own error is 100 lines
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-        for name in new:  # orbax renames a folder when it is whole, and saves no single array
+        for name in new:  # orbax saves no single array; it renames a folder once it is whole
             leaves = enumerate(jax.tree.leaves(states[name]))
             checkpointer.save(folder / name, {str(place): leaf for place, leaf in leaves})
         checkpointer.wait_until_finished()
@@ -324,14 +324,14 @@ def write_json(path: Path, content: Any) -> bytes:
 def _pickled(settings: Any) -> tuple[bytes | None, list[np.ndarray]]:
     """Return the structure of settings, None if it cannot be pickled, and their numbers."""
     structure = None
-    with contextlib.suppress(Exception):  # a function, or what a user's class raises
+    with contextlib.suppress(Exception):  # functions cannot be pickled; a class may raise anything
         structure = pickle.dumps(jax.tree.map(lambda _: 0, settings))
     return structure, jax.tree.map(np.asarray, jax.tree.leaves(settings))
 
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Generator[Path]:
-    """Yield a path to write to, which replaces the file when it is whole."""
+    """Yield a path to write to; at the end it replaces the file."""
     part = path.with_name(path.name + ".part")
     yield part
     with part.open("rb") as file:
@@ -340,7 +340,7 @@ def _replacing(path: Path) -> Generator[Path]:
 
 
 def _sync(path: Path, *, files: bool = True) -> None:
-    """Make a folder durable, and all files and folders in it, where the system can."""
+    """Flush a folder to disk, and all files and folders in it, on POSIX systems."""
     if os.name != "posix":
         return
     inside = path.rglob("*") if files else ()
@@ -353,7 +353,7 @@ def _sync(path: Path, *, files: bool = True) -> None:
 
 
 def is_free(path: Path) -> bool:
-    """Return whether a sweep may start in a folder: none has."""
+    """Return whether no sweep has started in a folder."""
     return all(x.name in EARLY for x in _entries(path))
 
 

@@ -1,4 +1,4 @@
-"""Picks up a finished sweep from its folder: rows, curves, settings and states.
+"""Loads a finished sweep from its folder: rows, curves, settings and states.
 
     load("runs/a", task).best.params
 
@@ -167,7 +167,7 @@ def _batch(group: Group, pickled: bytes | None, leaves: Sequence[Any], template:
 def _candidates(pickled: bytes | None, template: Any) -> Iterator[Any]:
     """Yield trees that may have the structure of a group's settings."""
     if pickled is not None:
-        with contextlib.suppress(Exception):  # a class of a module that is not there
+        with contextlib.suppress(Exception):  # its module may be missing
             yield pickle.loads(pickled)
     yield template.settings if isinstance(template, Lanes) else template
     for tree in template.values() if isinstance(template, dict) else ():

@@ -28,10 +28,10 @@ __all__ = [
     "save_plots",
 ]
 
-_DASHES = ["-", "--"]  # momentum and Nesterov lie on each other where the rate is small
-# of Okabe and Ito: told apart by eyes that see fewer colours, on white as on black
+_DASHES = ["-", "--"]  # the curves of momentum and Nesterov coincide at small rates
+# by Okabe and Ito: distinct for colour-blind readers, on white and on black
 _COLORS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F", "#B8A800"]
-_GRADUAL = matplotlib.colors.ListedColormap(  # without the yellow that white swallows
+_GRADUAL = matplotlib.colors.ListedColormap(  # without its yellow, which is hard to see on white
     matplotlib.colormaps["viridis"](np.linspace(0, 0.92, 256)), "values"
 )
 POINTS = 128  # along an axis; of more values, the best among neighbours is drawn
@@ -63,7 +63,7 @@ class _Points(NamedTuple):
     x: np.ndarray
     values: np.ndarray  # (points, seeds), of the metric
     top: int  # the best point
-    remark: str  # on the best point; empty where it is as it should be
+    remark: str  # about the best point; may be empty
 
     @property
     def mean(self) -> np.ndarray:

@@ -1,8 +1,8 @@
-"""A segment, read back from its folder: the plan, and what the events of its journal add up to.
+"""A segment, read back from its folder: the plan, and the facts of its journal.
 
     segment = read_segment("runs/a")
     segment.facts                               # a fold over the journal
-    segment.manifest, segment.notes             # the newest whole checkpoint, and what was damaged
+    segment.manifest, segment.notes             # the newest whole checkpoint; damaged ones
     read_segments("runs/a")                     # this one, and its extensions in their order
 
 An extension is a segment whose plan is that of the whole sweep. It holds the events of the lanes
@@ -60,7 +60,7 @@ class Segment:
     """A segment of a sweep.
 
     Attributes:
-      plan_crc: checksum of plan.json, and of those of earlier segments.
+      plan_crc: checksum of plan.json and of the plans of earlier segments.
       manifest: of the newest whole checkpoint; None if there is none.
       facts: what the events say about the lanes.
       notes: one line for each newer checkpoint, which is damaged.
@@ -120,15 +120,15 @@ def read_segment(
 ) -> Segment:
     """Return the segment in a folder.
 
-    A journal goes on after the last checkpoint. Those lines are read as well, as far as each
-    continues its lanes, unless a manifest says that plan or journal were changed.
+    The lines of the journal after the last checkpoint are read as well, as far as each continues
+    its lanes, unless a manifest shows that plan or journal were changed.
 
     Args:
       resume: whether to check the states too, and to stop where the checkpoint does.
       earlier: the segments that this one extends.
 
-    Raises: FileNotFoundError without a plan; ValueError, naming the file, if nothing vouches for
-      plan and journal, or only for a part in which lanes had not ended.
+    Raises: FileNotFoundError without a plan; ValueError, naming the file, if no checkpoint
+      confirms plan and journal, or only a part in which lanes had not ended.
     """
     path = Path(path)
     facts, data = _read_plan(path)
@@ -185,8 +185,10 @@ def _read_plan(path: Path) -> tuple[Facts, bytes]:
 def _whole_manifest(
     path: Path, plan_crc: int, journal: bytes, *, states: bool
 ) -> tuple[dict[str, Any] | None, list[str], bool]:
-    """Return the newest manifest of a whole checkpoint, a note for each newer one, which is
-    damaged, and whether the journal, or without a manifest the plan, is not that of one of these.
+    """Return the manifest of the newest whole checkpoint, None without one.
+
+    Also returns a note for each newer checkpoint, which is damaged, and whether the journal, or
+    without a manifest the plan, differs from what one of these recorded.
     """
     notes, changed, foreign = list[str](), False, False
     for file in manifests(path):
@@ -251,7 +253,7 @@ def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_manifest(file: Path) -> dict[str, Any]:
-    """Return a manifest. Raises ValueError unless it is as it was written."""
+    """Return a manifest. Raises ValueError if it was changed."""
     try:
         written = read_json(file)
     except ValueError:

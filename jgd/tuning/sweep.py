@@ -42,7 +42,7 @@ class Cutting(Training):
     halving: Annotated[
         Halving | None,
         Doc("""`jgd.successive_halving(...)` or `jgd.hyperband(...)`: at some steps only the best
-        settings go on. None: all settings run to their end."""),
+        settings continue. None: all settings run to their end."""),
     ] = None
     stop: Annotated[
         Monitor | int | None,
@@ -61,7 +61,7 @@ class Recorded(Cutting):
     ] = None
     resume: Annotated[
         bool,
-        Doc("""Whether to go on with the sweep of `folder` from its last checkpoint. It ends with
+        Doc("""Whether to resume the sweep of `folder` from its last checkpoint. It ends with
         the numbers of an uninterrupted sweep, bit for bit on the same machine. All other arguments
         must be those it was started with."""),
     ] = False
@@ -104,9 +104,9 @@ class SweepArguments(TrainingArguments, Recorded):
     extend: Annotated[
         str | Path | None,
         Doc("""The folder of a finished sweep, in place of `folder`. The arguments describe the
-        whole sweep wanted; only lanes that are not there train: more settings, groups or seeds.
-        Lanes that are there and not in the arguments stay in the folder and out of the result. The
-        same call goes on with an extension that was interrupted. None: a new sweep."""),
+        whole sweep; only lanes that the folder lacks are trained: more settings, groups or seeds.
+        Other lanes of the folder stay in it, and are not in the result. The same call resumes an
+        extension that was interrupted. None: a new sweep."""),
     ] = None
 
     def __post_init__(self) -> None:
@@ -343,7 +343,7 @@ def _checkpoint(prepared: Prepared, folder: Folder) -> None:
 
 
 def _resume(prepared: Prepared, folder: Folder, segment: Segment) -> None:
-    """Return to the last checkpoint: take what the journal adds up to, and load the states."""
+    """Return to the last checkpoint: take the facts of the journal, and load the states."""
     manifest, sweep = segment.manifest, prepared.sweep
     for note in segment.notes:
         warnings.warn(note, stacklevel=5)
