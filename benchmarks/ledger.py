@@ -19,7 +19,7 @@ from jgd.tuning.folder import opened
 from jgd.tuning.ledger import Ledger
 from jgd.tuning.plan import Group, Plan
 from jgd.tuning.prune import successive_halving
-from jgd.tuning.result import Record, make_result
+from jgd.tuning.result import Facts, make_result
 from jgd.tuning.segment import read_segment
 
 WIDTH, REPORTS, STEPS = 64, 20, 1000
@@ -68,24 +68,20 @@ def reports(plan: Plan, ledger: Ledger, begin: int, end: int) -> Iterator[Report
 def folded(lanes: int) -> None:
     """Fold the events of a sweep, rank at its rung and at its end."""
     plan = plan_of(lanes)
-    ledger, record = Ledger(plan), Record(plan)
-    seconds, events, begin = {"apply": 0.0, "curves": 0.0}, 0, 0
+    facts, seconds, events, begin = Facts.of(plan), {"apply": 0.0}, 0, 0
     for end in plan.rounds:
-        for report in reports(plan, ledger, begin, end):
+        for report in reports(plan, facts.ledger, begin, end):
             started = time.perf_counter()
-            ledger.apply(report)
-            applied = time.perf_counter()
-            record.apply(report)
-            seconds["apply"] += applied - started
-            seconds["curves"] += time.perf_counter() - applied
+            facts.apply(report)
+            seconds["apply"] += time.perf_counter() - started
             events += 1
         if end < plan.steps:
             started = time.perf_counter()
-            ledger.apply(ledger.cut_at(end))
+            facts.apply(facts.ledger.cut_at(end))
             seconds["rank and cut"] = time.perf_counter() - started
         begin = end
     started = time.perf_counter()
-    make_result(plan, ledger, record.curves)
+    make_result(facts)
     seconds["table"] = time.perf_counter() - started
     parts = ", ".join(f"{name} {part:.1f} s" for name, part in seconds.items())
     print(f"{lanes:,} lanes, {events:,} events: {parts}")

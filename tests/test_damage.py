@@ -187,7 +187,7 @@ def test_a_table_so_far_and_a_full_disk(tmp_path, monkeypatch):
     folder, append = tmp_path / "run", Folder.append
 
     def full(self, events):
-        if self._events == 4:
+        if self._written["events"] == 4:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         append(self, events)
 

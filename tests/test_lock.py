@@ -141,3 +141,10 @@ def test_a_sweep_that_runs_is_neither_resumed_nor_overwritten(tmp_path, monkeypa
         jgd.sweep(_line(), lanes, 8, folder=folder, on_report=fails)
     result = jgd.sweep(_line(), lanes, 8, folder=folder, resume=True)  # that error released it
     assert result.rows[0]["ended"] == "finished"
+
+
+def test_a_refused_sweep_leaves_a_folder_as_it_was(tmp_path):
+    (tmp_path / "mine").write_text("")
+    with pytest.raises(FileExistsError, match="is not empty"):
+        jgd.sweep(_line(), jgd.grid(jgd.sgd, learning_rate=[0.1]), 8, folder=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]

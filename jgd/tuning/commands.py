@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 import jgd
-from jgd.tuning.lock import LOCKS, locked
+from jgd.tuning.lock import LOCKS
 from jgd.tuning.options import Doc, Seeds, SweepOptions, Training, values_of
 from jgd.tuning.parsing import UserError, factory_of, groups_of, space_of, task_of, where
 
@@ -76,7 +76,7 @@ class Sweep(SweepOptions):
     top: Top = 20
     halving: Annotated[
         float | None,
-        Doc("""Successive halving: at each rung one setting in this many goes on, as in 2 or 3.
+        Doc("""Successive halving: at each rung one setting in this many continues, such as 2 or 3.
         Default: all settings run to their end."""),
     ] = None
     hyperband: Annotated[float | None, Doc("As --halving, in brackets.")] = None
@@ -97,8 +97,8 @@ class Sweep(SweepOptions):
     ] = False
     resume: Annotated[
         Path | None,
-        Doc("""Go on with the sweep in this folder, with the options it started with: --top,
-        --checkpoint-every and those of processes may change, another one is refused."""),
+        Doc("""Resume the sweep in this folder, with the options it started with. --top,
+        --checkpoint-every and the options of processes may change, others may not."""),
     ] = None
     coordinator: Annotated[
         str | None,
@@ -195,9 +195,9 @@ def main() -> None:
 
 
 def _watch(options: Sweep) -> None:
-    """Run one of several processes, and say how to go on if it dies with a lost one.
+    """Run one of several processes as a child of this one, and say how to go on if it is killed.
 
-    JAX then ends it from within, where no Python runs any more.
+    JAX kills a process, without running Python, once another one is lost.
     """
     out = options.resume or options.out
     if out is None:
@@ -217,14 +217,12 @@ def _watch(options: Sweep) -> None:
 
 
 def _how_to_go_on(out: Path) -> str:
+    from jgd.tuning.segment import resume_command
+
     return (
-        "a process of this sweep was lost, and so the others have ended. Go on, on as many or"
-        f" fewer: {_resume(out)}, with --coordinator if there are several"
+        "a process of this sweep was lost, so the others have ended. Go on with as many processes"
+        f" or fewer: {resume_command(out)}, with --coordinator if there are several"
     )
-
-
-def _resume(out: Path) -> str:
-    return f"jgd sweep --resume {shlex.quote(str(out))}"
 
 
 def _sweep(options: Sweep) -> None:
@@ -316,10 +314,7 @@ def _halving(options: Sweep) -> Any:
             raise UserError("--min-steps needs --halving or --hyperband")
         return None
     make = jgd.successive_halving if options.hyperband is None else jgd.hyperband
-    try:
-        return make(eta, options.min_steps, within=options.within)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    return make(eta, options.min_steps, within=options.within)
 
 
 def _show(terminal: Any, result: Any, out: Path, top: int) -> None:
@@ -341,27 +336,28 @@ def _show(terminal: Any, result: Any, out: Path, top: int) -> None:
 
 @contextlib.contextmanager
 def _in_folder(options: Sweep, out: Path) -> Generator[None]:
-    """Hold a folder, write the command line into it, and turn what ends the sweep into one line.
+    """Hold a folder, write the command line into it, and turn errors and Ctrl-C into one line.
 
     A sweep that was refused leaves nothing behind; what was there before stays.
     """
     from jgd.tuning import devices
-    from jgd.tuning.folder import is_free
+    from jgd.tuning.folder import held, is_free, write_json
+    from jgd.tuning.segment import resume_command
 
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         new = False
         try:
+            stack.enter_context(held(out))
             with devices.fails_everywhere():
-                if devices.is_writer():
-                    held.enter_context(locked(out))
-                    if new := options.resume is None and is_free(out):
-                        _write_command(options, out / "command.json")
+                if new := devices.is_writer() and options.resume is None and is_free(out):
+                    given = {"out": options.out and str(options.out)}
+                    write_json(out / "command.json", dataclasses.asdict(options) | given)
         except (OSError, RuntimeError) as error:
             raise UserError(str(error)) from error
         try:
             yield
         except KeyboardInterrupt:
-            raise UserError(f"interrupted; go on with: {_resume(out)}") from None
+            raise UserError(f"interrupted; go on with: {resume_command(out)}") from None
         except Exception as error:
             if new and {path.name for path in out.iterdir()} <= {"command.json", *LOCKS}:
                 (out / "command.json").unlink()
@@ -372,18 +368,10 @@ def _in_folder(options: Sweep, out: Path) -> Generator[None]:
             raise UserError(f"task {options.task}: {where(error)}{hint}") from error
 
 
-def _write_command(options: Sweep, path: Path) -> None:
-    plain = lambda x: str(x) if isinstance(x, Path) else x
-    given = {name: plain(x) for name, x in dataclasses.asdict(options).items()}
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(given, indent=1))
-    part.replace(path)
-
-
 def _resumed(options: Sweep) -> Sweep:
-    """Return the options that the sweep in a folder was started with, and those that may change.
+    """Return the options that the sweep in a folder was started with; some may change.
 
-    Raises: UserError for another option that is given and is not as it was.
+    Raises: UserError for any other option that is given and has changed.
     """
     assert options.resume is not None
     path = options.resume / "command.json"
@@ -395,7 +383,7 @@ def _resumed(options: Sweep) -> Sweep:
         written = Sweep(**given)
     except (OSError, TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
-    # parsed again, so that an option that is not given is as it was
+    # parsed again, so that options that are not given keep their values
     now = tyro.cli(Sweep, args=sys.argv[2:], default=written)
     lists = {name: getattr(options, name) or getattr(written, name) for name in SEVERAL}
     now = dataclasses.replace(now, **lists)
@@ -416,7 +404,7 @@ def _new_folder(path: Path) -> Path:
 
 
 def _keep_compiled_programs() -> None:
-    """Cache compiled programs on disk: each compiles in under a second, and there are many."""
+    """Cache compiled programs on disk, also those that compile in under a second."""
     import jax
 
     if jax.config.values["jax_compilation_cache_dir"] is None:

@@ -1,7 +1,7 @@
-"""The folder of a sweep: one segment, which a sweep that died goes on from, and the results.
+"""The folder of a sweep: its segment, from which a sweep is resumed, and the results.
 
 plan.json            what the sweep does, written before step 0
-command.json         the command line, if the sweep came from there
+command.json         the command line that started the sweep, if one did
 journal.jsonl        the events, one per line
 states/              the states of lanes, a folder for each block of the pool (orbax)
 manifest-N.json      checkpoint N: the schedule, the blocks, how much of the journal it covers, and
@@ -13,7 +13,7 @@ curves.npz           the curves of all lanes
 settings.pickle      the settings: their numbers, and their structure if it can be pickled
 
 A block is written once, under a name of its own. A manifest is written after all that it names is
-on disk, and the one before it stays, so that at any moment a whole checkpoint is there. Results and
+on disk, and the one before it stays, so that a whole checkpoint exists at any moment. Results and
 curves follow from the journal; nothing is ever read from them to resume.
 """
 
@@ -39,7 +39,7 @@ from jgd.tuning.devices import fails_everywhere, is_writer
 from jgd.tuning.events import Cut, Report, decode, encode
 from jgd.tuning.lock import LOCKS, locked
 from jgd.tuning.plan import FORMAT, Plan, plain
-from jgd.tuning.result import Curves, Result
+from jgd.tuning.result import Result
 from jgd.tuning.segment import (
     Segment,
     checksums,
@@ -50,27 +50,46 @@ from jgd.tuning.segment import (
     read_manifest,
     read_segment,
     read_segments,
-    resumable,
+    resume_command,
     sealed,
 )
 from jgd.tuning.space import Lanes
 
-__all__ = ["SETTINGS", "Folder", "is_free", "load_block", "opened", "write_json", "write_table"]
+__all__ = [
+    "SETTINGS",
+    "Folder",
+    "held",
+    "is_free",
+    "load_block",
+    "opened",
+    "write_json",
+    "write_table",
+]
 
 SETTINGS = "settings.pickle"
 SPARE = 2**20  # bytes that a checkpoint leaves free on the disk
 
-# of a sweep or a search that has not started
+# files of a sweep or a search that has not started
 EARLY = ("command.json", *(f"{x}.json.part" for x in ("command", "plan", "search")), *LOCKS)
-# orbax has errors of its own, with these texts
+# texts, since orbax raises errors of its own
 FULL = os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)
+
+
+@contextlib.contextmanager
+def held(path: str | Path | None) -> Generator[None]:
+    """Hold a folder, if one is given: process 0 locks it, and all processes raise its error."""
+    with contextlib.ExitStack() as stack:
+        with fails_everywhere():
+            if path is not None and is_writer():
+                stack.enter_context(locked(Path(path)))
+        yield
 
 
 @contextlib.contextmanager
 def opened(
     path: str | Path | None, *, resume: bool = False, extend: bool = False
 ) -> Generator["Folder"]:
-    """Hold the folder of a sweep: no other process has it, and at the end all is written.
+    """Hold and open the folder of a sweep; at the end, finish its last checkpoint.
 
     Args:
       extend: whether to return the folder of an extension, a new one or one to go on with.
@@ -78,10 +97,7 @@ def opened(
     Other arguments and raises: as `Folder`; BlockingIOError, naming the holder, if another process
       has it; OSError, saying how to go on, if the disk is full.
     """
-    with contextlib.ExitStack() as stack:
-        with fails_everywhere():
-            if path is not None and is_writer():
-                stack.enter_context(locked(Path(path)))
+    with held(path):
         with fails_everywhere():
             new = Folder.of_extension if extend else functools.partial(Folder, resume=resume)
             folder = new(path)
@@ -89,12 +105,12 @@ def opened(
             yield folder
             folder.finish()
         except BaseException as error:
-            with contextlib.suppress(Exception):  # a checkpoint that is being written is finished
+            with contextlib.suppress(Exception):  # only the first error matters
                 folder.finish()
             full = next((text for text in FULL if text in str(error)), None)
             if path is None or full is None:
                 raise
-            call = f"jgd sweep --resume {resumable(Path(path))}, or resume=True in Python"
+            call = f"{resume_command(Path(path))}, or resume=True in Python"
             call = "by the same call" if extend else call
             raise OSError(f"{path}: {full}. Free some space, then go on with: {call}") from error
 
@@ -109,7 +125,7 @@ class Folder:
 
     Attributes:
       enabled: False without a path.
-      segment: of the sweep that is resumed; None for a new one.
+      segment: the segment to resume; None for a new one.
 
     Raises: FileExistsError for a new sweep in a folder that holds something; what `read_segment`
       raises for a resumed one; OSError if the folder cannot be written.
@@ -130,7 +146,7 @@ class Folder:
             self.segment = read_segment(self.path, resume=True, earlier=earlier)
         self._journal = self.path / "journal.jsonl"
         self._plan_crc = self.segment.plan_crc if self.segment else 0
-        self._events = self._bytes = self._crc = self._generation = 0
+        self._generation, self._written = 0, {"events": 0, "bytes": 0, "crc32": 0}
         self._writer = concurrent.futures.ThreadPoolExecutor(1)
         self._saving: concurrent.futures.Future[None] | None = None
 
@@ -178,9 +194,9 @@ class Folder:
         data = "".join(lines).encode()
         with self._journal.open("ab") as file:
             file.write(data)
-        self._events += len(lines)
-        self._bytes += len(data)
-        self._crc = zlib.crc32(data, self._crc)
+        self._written["events"] += len(lines)
+        self._written["bytes"] += len(data)
+        self._written["crc32"] = zlib.crc32(data, self._written["crc32"])
 
     # --- checkpoints
 
@@ -196,13 +212,12 @@ class Folder:
         self.finish()
         with self._journal.open("ab") as file:
             os.fsync(file.fileno())
-        journal = {"events": self._events, "bytes": self._bytes, "crc32": self._crc}
         self._generation += 1
         manifest = {
             "format": FORMAT,
             "generation": self._generation,
             "plan": self._plan_crc,
-            "journal": journal,
+            "journal": dict(self._written),
             **manifest,
         }
         self._saving = self._writer.submit(self._save, manifest, states)
@@ -212,7 +227,7 @@ class Folder:
         return self._saving is not None and not self._saving.done()
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is being written, and raise what failed."""
+        """Wait for the checkpoint that is being written, and raise its error."""
         saving, self._saving = self._saving, None
         if saving is not None:
             saving.result()
@@ -224,7 +239,7 @@ class Folder:
         size = sum(x.nbytes for name in new for x in jax.tree.leaves(states[name]))
         if size + SPARE > shutil.disk_usage(folder).free:  # orbax's own error is 100 lines
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-        for name in new:  # orbax renames a folder when it is whole, and saves no single array
+        for name in new:  # orbax saves no single array; it renames a folder once it is whole
             leaves = enumerate(jax.tree.leaves(states[name]))
             checkpointer.save(folder / name, {str(place): leaf for place, leaf in leaves})
         checkpointer.wait_until_finished()
@@ -257,22 +272,21 @@ class Folder:
     def return_to_checkpoint(self, segment: Segment) -> None:
         """Truncate the journal to what the checkpoint covers, and delete what is newer."""
         if segment.manifest is not None:
-            journal, self._generation = segment.manifest["journal"], segment.manifest["generation"]
-            self._events, self._bytes = journal["events"], journal["bytes"]
-            self._crc = journal["crc32"]
+            self._generation = segment.manifest["generation"]
+            self._written = dict(segment.manifest["journal"])
         if not self._writes:
             return
         for path in manifests(self.path):
             if number_of(path) > self._generation:
                 path.unlink()
         if self._journal.exists():
-            os.truncate(self._journal, self._bytes)
+            os.truncate(self._journal, self._written["bytes"])
         self._tidy()
 
     def events(self, plan: Plan) -> Iterator[Report | Cut]:
         """Yield the events up to the checkpoint that the folder returned to."""
-        if self._bytes:
-            data = self._journal.read_bytes()[: self._bytes]
+        if size := self._written["bytes"]:
+            data = self._journal.read_bytes()[:size]
             yield from (decode(line, plan) for line in data.splitlines())
 
 
@@ -290,8 +304,12 @@ def write_table(folder: Path, result: Result) -> None:
         writer.writerows(result.rows)
     rows = plain(result.rows)
     write_json(folder / "results.json", {**summary, "seeds": plan.seeds, "rows": rows})
+    arrays = dict[str, Any]()  # in single precision
+    for group, (steps, losses, metrics) in result.curves.items():
+        arrays[f"{group}/step"] = steps
+        for name, values in {"train_loss": losses, **metrics}.items():
+            arrays[f"{group}/{name}"] = values.astype(np.float32)
     with _replacing(folder / "curves.npz") as path, path.open("wb") as file:
-        arrays: dict[str, Any] = _arrays_of(result.curves)
         np.savez_compressed(file, **arrays)
 
 
@@ -306,14 +324,14 @@ def write_json(path: Path, content: Any) -> bytes:
 def _pickled(settings: Any) -> tuple[bytes | None, list[np.ndarray]]:
     """Return the structure of settings, None if it cannot be pickled, and their numbers."""
     structure = None
-    with contextlib.suppress(Exception):  # a function, or what a user's class raises
+    with contextlib.suppress(Exception):  # functions cannot be pickled; a class may raise anything
         structure = pickle.dumps(jax.tree.map(lambda _: 0, settings))
     return structure, jax.tree.map(np.asarray, jax.tree.leaves(settings))
 
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Generator[Path]:
-    """Yield a path to write to, which replaces the file when it is whole."""
+    """Yield a path to write to; at the end it replaces the file."""
     part = path.with_name(path.name + ".part")
     yield part
     with part.open("rb") as file:
@@ -322,7 +340,7 @@ def _replacing(path: Path) -> Generator[Path]:
 
 
 def _sync(path: Path, *, files: bool = True) -> None:
-    """Make a folder durable, and all files and folders in it, where the system can."""
+    """Flush a folder to disk, and all files and folders in it, on POSIX systems."""
     if os.name != "posix":
         return
     inside = path.rglob("*") if files else ()
@@ -335,7 +353,7 @@ def _sync(path: Path, *, files: bool = True) -> None:
 
 
 def is_free(path: Path) -> bool:
-    """Return whether a sweep may start in a folder: none has."""
+    """Return whether no sweep has started in a folder."""
     return all(x.name in EARLY for x in _entries(path))
 
 
@@ -347,13 +365,3 @@ def load_block(path: Path, name: str) -> list[np.ndarray]:
     """Return the leaves of a block of states in a folder, on the host."""
     leaves = _checkpointer().restore((path / "states" / name).absolute())
     return [np.asarray(leaves[str(place)]) for place in range(len(leaves))]
-
-
-def _arrays_of(curves: Mapping[str, Curves]) -> dict[str, np.ndarray]:
-    """Return curves by group and name, in single precision."""
-    arrays = dict[str, np.ndarray]()
-    for group, c in curves.items():
-        arrays[f"{group}/step"] = c.step
-        arrays[f"{group}/train_loss"] = c.train_loss.astype(np.float32)
-        arrays |= {f"{group}/{name}": x.astype(np.float32) for name, x in c.metrics.items()}
-    return arrays

@@ -226,7 +226,7 @@ def resumed(plan: Plan, written: Plan, what: str = "resume") -> Plan:
 
 
 def extended(plan: Plan, earlier: Sequence[Plan]) -> Plan:
-    """Return the plan of an extended sweep, with the widths of the groups that are there.
+    """Return the plan of an extended sweep, with the widths of the groups that exist.
 
     Raises: ValueError, with the reason, if its lanes would differ from those of one sweep.
     """
@@ -249,7 +249,7 @@ def extended(plan: Plan, earlier: Sequence[Plan]) -> Plan:
 
 
 def first_setting(groups: Mapping[str, Lanes], earlier: Sequence[Plan]) -> Any:
-    """Return the setting that the digest of the task is taken with; an extension keeps it."""
+    """Return the setting for the digest of the task: that of the first segment, if there is one."""
     name, row = next(iter(groups)), 0
     for group in (plan.groups[0] for plan in earlier[:1]):
         if group.name in groups and group.digests[0] in groups[group.name].digests:
@@ -257,7 +257,7 @@ def first_setting(groups: Mapping[str, Lanes], earlier: Sequence[Plan]) -> Any:
     return jax.tree.map(lambda x: jnp.asarray(x)[row], groups[name].settings)
 
 
-# what an extension may change
+# entries that an extension may change
 EXTENDABLE = ("groups", "seeds", "brackets", "keep")
 
 
@@ -306,7 +306,4 @@ def _difference(now: Any, was: Any, path: str) -> str:
 
 
 def _short(x: Any) -> str:
-    if isinstance(x, list):
-        return f"{len(x)} values"
-    text = repr(x)
-    return text if len(text) < 200 else text[:200] + "..."
+    return f"{len(x)} values" if isinstance(x, list) else brief(x)

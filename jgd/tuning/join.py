@@ -7,25 +7,16 @@ take(facts, part)       # facts about the lanes that another sweep has trained
 import collections
 import dataclasses
 import itertools
-import reprlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from jgd.tuning.ledger import Ledger
+from jgd.nodes import brief
 from jgd.tuning.plan import Group, Plan
-from jgd.tuning.result import Curves, Record, Result, make_result
+from jgd.tuning.result import Facts, Result, make_result
 
-__all__ = ["Facts", "common_lanes", "merge", "take"]
-
-
-class Facts(NamedTuple):
-    """A plan, and what is known about its lanes."""
-
-    plan: Plan
-    ledger: Ledger
-    curves: Mapping[str, Curves]  # by group
+__all__ = ["common_lanes", "merge", "take"]
 
 
 def common_lanes(plan: Plan, other: Plan) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -109,7 +100,7 @@ def merge(*results: Result) -> Result:
         rounds=[first.steps],
         brackets=[0] * sum(group.settings for group in groups.values()),
     )
-    facts = Facts(plan, Ledger(plan), Record(plan).curves)
+    facts = Facts.of(plan)
     stored = dict[int, tuple[Any, Any]]()
     for part, result in reversed([*zip(parts, results, strict=True)]):  # the first one wins
         take(facts, part)
@@ -125,15 +116,17 @@ def merge(*results: Result) -> Result:
     whole = [setting for setting, (_, state) in stored.items() if state is not None]
     held[plan.lanes_of(np.array(whole, int))] = True
     known = lambda setting, lane: stored.get(setting, (None, None))
-    return make_result(plan, facts.ledger, dict(facts.curves), held, known)
+    return make_result(facts, held, known)
 
 
 def _refuse_unlike(first: Plan, plan: Plan) -> None:
     for name in COMPARED:
         mine, theirs = getattr(first, name), getattr(plan, name)
         if mine != theirs:
-            shown = f"{reprlib.repr(mine)} and {reprlib.repr(theirs)}"
-            raise ValueError(f"merge: {name} must be the same in all results, got {shown}")
+            raise ValueError(
+                f"merge: {name} must be the same in all results, got {brief(mine)} and"
+                f" {brief(theirs)}"
+            )
 
 
 def _free_name(group: Group, groups: Mapping[str, Group], used: Any) -> str:

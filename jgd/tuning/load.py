@@ -1,4 +1,4 @@
-"""Picks up a finished sweep from its folder: rows, curves, settings and states.
+"""Loads a finished sweep from its folder: rows, curves, settings and states.
 
     load("runs/a", task).best.params
 
@@ -23,7 +23,7 @@ from jgd.tuning.join import common_lanes, merge
 from jgd.tuning.lanes import state_of
 from jgd.tuning.plan import Group, Plan
 from jgd.tuning.result import Result, make_result
-from jgd.tuning.segment import Segment, batches_of, read_result, read_segments
+from jgd.tuning.segment import Segment, batches_of, read_result, read_segments, resume_command
 from jgd.tuning.space import Lanes
 
 __all__ = ["StoredStates", "load", "read_results", "stored_best"]
@@ -57,11 +57,11 @@ def load(folder: str | Path, task: Task | Run | None = None, *, template: Any = 
         raise ValueError(f"load: {why}. Go on with the sweep first")
     states = StoredStates(last.plan, segments)
     if task is None:
-        return make_result(last.plan, last.ledger, last.record.curves, states.held)
+        return make_result(last.facts, states.held)
     run = task if isinstance(task, Run) else supervised(task)
     batches = _batches(Path(folder), last.plan, template)
     stored = lambda *best: stored_best(run, last.plan, batches, states.__getitem__, *best)
-    return make_result(last.plan, last.ledger, last.record.curves, states.held, stored)
+    return make_result(last.facts, states.held, stored)
 
 
 def read_results(path: Path) -> Result:
@@ -75,7 +75,7 @@ def read_results(path: Path) -> Result:
     if (path / f"batch-{len(batches)}").exists():
         raise ValueError(
             f"{path / f'batch-{len(batches)}.json'} is missing: there is no table. Go on with the"
-            f" search: jgd sweep --resume {path}, or resume=True in Python"
+            f" search: {resume_command(path)}, or resume=True in Python"
         )
     if len(batches) > 1 and is_free(batches[-1]):
         warnings.warn(f"{batches.pop()} has no table yet", stacklevel=2)
@@ -167,7 +167,7 @@ def _batch(group: Group, pickled: bytes | None, leaves: Sequence[Any], template:
 def _candidates(pickled: bytes | None, template: Any) -> Iterator[Any]:
     """Yield trees that may have the structure of a group's settings."""
     if pickled is not None:
-        with contextlib.suppress(Exception):  # a class of a module that is not there
+        with contextlib.suppress(Exception):  # its module may be missing
             yield pickle.loads(pickled)
     yield template.settings if isinstance(template, Lanes) else template
     for tree in template.values() if isinstance(template, dict) else ():

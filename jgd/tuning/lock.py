@@ -42,13 +42,15 @@ class _Held:
     contexts: int = 0
 
 
-_folders = dict[tuple[int, str], _Held]()  # by process, as a fork inherits the dict but no lock
+_folders = dict[tuple[int, str], _Held]()  # by process: a fork inherits the dict but no lock
 _guard = threading.Lock()
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Generator[None]:
-    """Hold a folder, which is created if it is missing, and deleted again if it stays empty.
+    """Hold a folder, which is created if it is missing.
+
+    Where nothing is written into it, it is left as it was found.
 
     A process that holds the folder may enter a second context.
 
@@ -74,16 +76,17 @@ def _take(folder: Path) -> Callable[[], None]:
     if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
         raise NotADirectoryError(f"sweep: folder must be a folder, got {folder}: {file} is a file")
     created = [path for path in (folder, *folder.parents) if not path.exists()]
+    before = _names(folder)
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        # whoever held it may have deleted the folder since then
+        # the holder before may have deleted the folder
         with contextlib.suppress(FileNotFoundError):
             unlock = _by_system(folder) or _by_creation(folder)
             break
 
     def release() -> None:
         with contextlib.suppress(OSError):
-            if {path.name for path in folder.iterdir()} <= set(LOCKS):
+            if "lock" not in before and _names(folder) - set(LOCKS) <= before:  # nothing is new
                 (folder / "lock").unlink(missing_ok=True)
         unlock()
         with contextlib.suppress(OSError):  # it is not empty
@@ -91,6 +94,10 @@ def _take(folder: Path) -> Callable[[], None]:
                 path.rmdir()
 
     return release
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
 def _by_system(folder: Path) -> Callable[[], None] | None:
@@ -103,7 +110,7 @@ def _by_system(folder: Path) -> Callable[[], None] | None:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.path.samestat(os.fstat(descriptor), file.stat()):
             raise FileNotFoundError(file)  # deleted between the two calls
-        os.pwrite(descriptor, _this_process().ljust(512), 0)  # at once, over what stood there
+        os.pwrite(descriptor, _this_process().ljust(512), 0)  # in one write, over the holder before
     except OSError as error:
         holder = os.pread(descriptor, 4096, 0)
         os.close(descriptor)
@@ -116,10 +123,10 @@ def _by_system(folder: Path) -> Callable[[], None] | None:
 
 
 def _by_creation(folder: Path) -> Callable[[], None]:
-    """Create the file `lock.held`, after the death of who created it before."""
+    """Create the file `lock.held`; that of a dead process is deleted first."""
     file, takeover = folder / "lock.held", folder / "lock.takeover"
     if _is_dead(_read(file)):
-        with _created(takeover, folder):  # else two might delete, one of them the other's file
+        with _created(takeover, folder):  # else a second process could delete the new file
             if _is_dead(_read(file)):
                 file.unlink()
     stack = contextlib.ExitStack()
@@ -144,7 +151,7 @@ def _created(file: Path, folder: Path) -> Generator[None]:
 
 def _refuse(folder: Path, holder: bytes, hint: str = "") -> NoReturn:
     who = "by another process"
-    with contextlib.suppress(ValueError, KeyError, TypeError):  # it is being written
+    with contextlib.suppress(ValueError, KeyError, TypeError):  # the file is being written
         known = json.loads(holder)
         who = f"by a sweep on {known['host']}, pid {known['pid']}, since {known['since']}"
     raise BlockingIOError(

@@ -5,8 +5,8 @@
     deliver(sweep.take())       # the events of the turn before, while the tiles run
     sweep.finish()              # waits for them, and judges them in their order
 
-The ledger holds the facts about each lane, the pool the states of lanes, and the schedule the queue
-of tiles.
+The facts are what the events say about lanes, the pool holds the states of lanes, and the schedule
+the queue of tiles.
 """
 
 import bisect
@@ -26,8 +26,8 @@ from jgd.tuning.events import DIVERGED, FINISHED, REACHED, Cut, Report
 from jgd.tuning.lanes import Lane
 from jgd.tuning.ledger import Ledger
 from jgd.tuning.pack import pack_tiles
-from jgd.tuning.plan import Plan
 from jgd.tuning.pool import Pool
+from jgd.tuning.result import Facts
 
 __all__ = ["Decision", "Schedule", "Sweep", "Tile", "run"]
 
@@ -72,23 +72,25 @@ class Sweep:
     """A sweep in progress.
 
     Args:
-      ledger: the facts so far; lanes that are not alive do not train. None: no lane has started.
+      facts: lanes that are not alive do not train.
 
     Attributes:
-      ledger, pool, schedule: see the head of this module.
+      facts, pool, schedule: see the head of this module.
       events: events since the last `take`.
     """
 
-    def __init__(self, plan: Plan, engine: Engine, ledger: Ledger | None = None) -> None:
-        self.plan, self.engine = plan, engine
-        self.ledger, self.pool, self.schedule = ledger or Ledger(plan), Pool(plan.lanes), Schedule()
+    def __init__(self, facts: Facts, engine: Engine) -> None:
+        self.facts, self.plan, self.engine = facts, facts.plan, engine
+        self.pool, self.schedule = Pool(self.plan.lanes), Schedule()
         self._running: list[tuple[Tile, int, Callable[[], Outcome]]] = []
         self.events: list[Report | Cut] = []
-        for index, group in enumerate(plan.groups):
-            first, end = plan.offset(index), plan.offset(index + 1)
-            lanes = (first + np.flatnonzero(self.ledger.alive[first:end])).tolist()
-            for k in range(0, len(lanes), group.width):
-                self._queue([self._tile(index, lanes[k : k + group.width], group.width, 0)])
+        for index, (group, lanes) in enumerate(zip(self.plan.groups, self._living(), strict=True)):
+            widths = [group.width] * -(-len(lanes) // group.width)
+            self._queue(self._packed(index, lanes.tolist(), widths, 0))
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.facts.ledger
 
     # --- a turn
 
@@ -157,9 +159,10 @@ class Sweep:
 
     # --- tiles
 
-    def _tile(self, group: int, lanes: list[int], width: int, step: int) -> Tile:
-        self.schedule.next_id += 1
-        return Tile(self.schedule.next_id - 1, group, lanes, width, step)
+    def _living(self) -> list[np.ndarray]:
+        """Return the living lanes of each group."""
+        alive = np.flatnonzero(self.ledger.alive)
+        return np.split(alive, np.searchsorted(alive, self.plan.first[1:-1] * self.plan.seeds))
 
     def _queue(self, tiles: list[Tile], *, first: bool = False) -> None:
         queue = self.schedule.queue
@@ -277,11 +280,12 @@ class Sweep:
         for width in widths:
             mine, lanes = lanes[:width], lanes[width:]
             if mine:  # two shares with room to spare may need a tile less together
-                tiles.append(self._tile(group, mine, width, step))
+                tiles.append(Tile(self.schedule.next_id, group, mine, width, step))
+                self.schedule.next_id += 1
         return tiles
 
     def _apply(self, event: Report | Cut) -> None:
-        self.ledger.apply(event)
+        self.facts.apply(event)
         self.events.append(event)
         if isinstance(event, Cut) and event.step is not None:
             settings = np.unique(self.plan.numbered(event.lanes) // self.plan.seeds)
@@ -295,8 +299,7 @@ class Sweep:
         rung = plan.rounds[schedule.round]
         self._apply(self.ledger.cut_at(rung))
         schedule.round += 1
-        alive = np.flatnonzero(self.ledger.alive)
-        living = np.split(alive, np.searchsorted(alive, plan.first[1:-1] * plan.seeds))
+        living = self._living()
         # where few groups are left, each is divided among several cores
         shares = -(-plan.at_once // max(sum(len(lanes) > 0 for lanes in living), 1))
         for index, (group, lanes) in enumerate(zip(plan.groups, living, strict=True)):

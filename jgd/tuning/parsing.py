@@ -107,7 +107,7 @@ def factory_of(spec: str) -> Callable[..., Any]:
 
 
 def _lifted(factory: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a factory whose results are settings: those of optax's become pytrees."""
+    """Return a factory whose results are settings: optimizers of optax become pytrees."""
     import optax
 
     plain = (optax.GradientTransformation, optax.GradientTransformationExtraArgs)
@@ -213,7 +213,7 @@ def _distribution(spec: str) -> tuple[str, Any]:
 def _varied(
     optimizers: Iterable[str], values: Mapping[str, Any], rates: Any
 ) -> list[tuple[str, Callable[..., Any], dict[str, Any]]]:
-    """Return each optimizer, its factory, and those of the values that are arguments of it."""
+    """Return each optimizer with its factory and the values of its arguments."""
     varied, unused, known = list[Any](), set(values), set[str]()
     for spec in optimizers:
         factory = factory_of(spec)

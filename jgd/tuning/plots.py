@@ -2,7 +2,7 @@
 
 import itertools
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,10 +28,10 @@ __all__ = [
     "save_plots",
 ]
 
-_DASHES = ["-", "--"]  # momentum and Nesterov lie on each other where the rate is small
-# of Okabe and Ito: told apart by eyes that see fewer colours, on white as on black
+_DASHES = ["-", "--"]  # the curves of momentum and Nesterov coincide at small rates
+# by Okabe and Ito: distinct for colour-blind readers, on white and on black
 _COLORS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F", "#B8A800"]
-_GRADUAL = matplotlib.colors.ListedColormap(  # without the yellow that white swallows
+_GRADUAL = matplotlib.colors.ListedColormap(  # without its yellow, which is hard to see on white
     matplotlib.colormaps["viridis"](np.linspace(0, 0.92, 256)), "values"
 )
 POINTS = 128  # along an axis; of more values, the best among neighbours is drawn
@@ -63,7 +63,7 @@ class _Points(NamedTuple):
     x: np.ndarray
     values: np.ndarray  # (points, seeds), of the metric
     top: int  # the best point
-    remark: str  # on the best point; empty where it is as it should be
+    remark: str  # about the best point; may be empty
 
     @property
     def mean(self) -> np.ndarray:
@@ -104,24 +104,29 @@ def _best_over(result: Result) -> str:
     return f", best over {names}" if names else ""
 
 
-def _say_missing(panel: Any, result: Result, names: list[str], shared: bool = True) -> None:
-    """Say why a panel lacks these groups.
+def _annotate(
+    panel: Any, text: str, at: Any = (0.5, 0.65), align: str = "center", size: int = 9
+) -> None:
+    panel.annotate(text, at, xycoords="axes fraction", fontsize=size, ha=align, va="top")
 
-    Args:
-      shared: whether it is the panel of all groups.
-    """
-    rows = [row for row in result.rows if row["optimizer"] in names]
-    if not rows:
+
+def _why_missing(result: Result, names: Sequence[str]) -> str:
+    ended = {row["ended"] for row in result.rows if row["optimizer"] in names}
+    return "not run" if ended == {"not run"} else "all lanes diverged"
+
+
+def _say_missing(panel: Any, result: Result, names: Sequence[str]) -> None:
+    """Say why these groups are not in the panel of all groups."""
+    if not names:
         return
-    why = "not run" if all(row["ended"] == "not run" for row in rows) else "all lanes diverged"
-    if shared and np.isfinite([row[result.metric] for row in rows]).any():
-        why = "no number varies"
-    alone = not shared or len(names) == len(result.plan.groups)
-    text = why if alone else textwrap.fill(f"{', '.join(names)}: {why}", 60)
-    if shared and alone:
+    values = [row[result.metric] for row in result.rows if row["optimizer"] in names]
+    why = "no number varies" if np.isfinite(values).any() else _why_missing(result, names)
+    if len(names) == len(result.plan.groups):
         panel.set(xticks=[], yticks=[])
-    (x, y), align = ((0.5, 0.65), "center") if alone else ((0.98, 0.98), "right")
-    panel.annotate(text, (x, y), xycoords="axes fraction", fontsize=9, ha=align, va="top")
+        _annotate(panel, why)
+    else:
+        text = textwrap.fill(f"{', '.join(names)}: {why}", 60)
+        _annotate(panel, text, (0.98, 0.98), "right")
 
 
 def _with_readable_ticks(panel: Any) -> None:
@@ -137,12 +142,14 @@ def _with_readable_ticks(panel: Any) -> None:
             axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
 
 
-def _panel(width: float, height: float) -> tuple[Any, Any]:
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    """Return a figure and its panels, which share their axes."""
     figure = matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
-    panel = figure.subplots()
-    panel.grid(alpha=0.25)
-    panel.spines[["top", "right"]].set_visible(False)
-    return figure, panel
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for panel in panels:
+        panel.grid(alpha=0.2)
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure, panels
 
 
 def _styles(result: Result) -> Iterator[tuple[Group, dict[str, Any]]]:
@@ -168,7 +175,7 @@ def plot_sensitivity(result: Result) -> Any:
     many values the best among neighbours. A star marks the best value of each optimizer; the legend
     says so if it is at the edge of the range, or of a setting that is too small.
     """
-    figure, panel = _panel(8, 4.8)
+    figure, (panel,) = _figure(8, 4.8)
     every, drawn, missing = [], {}, []
     for group, style in _styles(result):
         points = _points(result, group)
@@ -198,21 +205,6 @@ def plot_sensitivity(result: Result) -> Any:
     return figure
 
 
-def _panels(groups: int) -> tuple[Any, Any]:
-    """Return a figure and a panel per group; the panels share their axes."""
-    columns = min(3, groups)
-    rows = -(-groups // columns)
-    size = (max(3.9 * columns, 5.5), 3.0 * rows + 0.4)
-    figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    for panel in panels:
-        panel.grid(alpha=0.2)
-        panel.spines[["top", "right"]].set_visible(False)
-    for panel in panels[groups:]:
-        panel.set_visible(False)
-    return figure, panels
-
-
 def _lines(panel: Any, steps: np.ndarray, curves: np.ndarray, values: np.ndarray | None) -> Any:
     """Draw curves of lanes, coloured by values; of very many, evenly spaced ones."""
     shown = np.unique(np.linspace(0, len(curves) - 1, min(LINES, len(curves))).astype(int))
@@ -231,8 +223,34 @@ def _lines(panel: Any, steps: np.ndarray, curves: np.ndarray, values: np.ndarray
     panel.set_xlim(0, steps[-1])
     if len(shown) < len(curves):
         note = f"{len(shown):,} of {len(curves):,} lanes"
-        panel.annotate(note, (0.98, 0.97), xycoords="axes fraction", ha="right", va="top", size=7)
+        _annotate(panel, note, (0.98, 0.97), "right", size=7)
     return lines
+
+
+def _lane_panels(
+    result: Result, groups: Sequence[Group], values: Sequence[np.ndarray], axis: str | None
+) -> tuple[Any, Any]:
+    """Return a figure and a panel per group with the curves of its lanes, coloured by the axis.
+
+    Args:
+      values: of each group, (lanes, reports).
+    """
+    columns = min(3, len(groups))
+    rows = -(-len(groups) // columns)
+    figure, panels = _figure(max(3.9 * columns, 5.5), 3.0 * rows + 0.4, rows, columns)
+    for panel in panels[len(groups) :]:
+        panel.set_visible(False)
+    norm = _norm([x for group in groups for x in group.axes.get(axis or "", [])])
+    for panel, group, curves in zip(panels, groups, values, strict=False):
+        colors = np.repeat(group.axes[axis], result.plan.seeds) if axis else None
+        _lines(panel, result.curves[group.name].step, curves, colors).set_norm(norm)
+        panel.set_title(group.name, fontsize=11)
+    figure.supxlabel("step", fontsize=10)
+    if axis:
+        mappable, label = matplotlib.cm.ScalarMappable(norm, _GRADUAL), axis.replace("_", " ")
+        bar = figure.colorbar(mappable, ax=list(panels), label=label, fraction=0.03)
+        _with_readable_ticks(bar.ax)
+    return figure, panels
 
 
 def plot_curves(result: Result) -> Any:
@@ -240,40 +258,31 @@ def plot_curves(result: Result) -> Any:
 
     Lanes whose loss left the picture end at its edge: they diverged.
     """
-    axis, groups = _axis(result), result.plan.groups
-    figure, panels = _panels(len(groups))
-    losses = np.concatenate([c.train_loss.ravel() for c in result.curves.values()])
-    first = np.concatenate([c.train_loss[:, 0] for c in result.curves.values()])
-    finite = losses[np.isfinite(losses)]
+    groups = result.plan.groups
+    losses = [result.curves[group.name].train_loss for group in groups]
+    figure, panels = _lane_panels(result, groups, losses, _axis(result))
+    figure.supylabel("training loss", fontsize=10)
+    every = np.concatenate(losses)
+    first, finite = every[:, 0], every[np.isfinite(every)]
     positive = finite[finite > 0]  # a loss of exactly 0 is at the foot of the picture
     top = 10 * np.median(first[np.isfinite(first)]) if np.isfinite(first).any() else 1.0
-    norm = _norm([x for group in groups for x in group.axes.get(axis or "", [])])
-    for panel, group in zip(panels, groups, strict=False):
-        curves = result.curves[group.name]
-        values = np.repeat(group.axes[axis], result.plan.seeds) if axis else None
-        _lines(panel, curves.step, curves.train_loss, values).set_norm(norm)
-        panel.set_title(group.name, fontsize=11)
+    for panel, group, loss in zip(panels, groups, losses, strict=False):
         if positive.size and finite.min() >= 0:
             panel.set_yscale("log")
             panel.set_ylim(max(float(positive.min()) / 1.2, 1e-6 * float(top)), float(top))
         elif finite.size:
             panel.set_ylim(float(finite.min()), max(float(top), float(np.median(finite))))
         furthest = max(row["at"] for row in result.rows if row["optimizer"] == group.name)
-        reports = np.clip((curves.step <= furthest).sum(), 1, 2)  # a line needs two
-        if np.isfinite(curves.train_loss).sum(1).max() < reports:
-            _say_missing(panel, result, [group.name], shared=False)
+        reports = np.searchsorted(result.plan.reports, furthest, side="right")
+        if np.isfinite(loss).sum(1).max() < np.clip(reports, 1, 2):  # a line needs two
+            _annotate(panel, _why_missing(result, [group.name]))
     _with_readable_ticks(panels[0])
-    figure.supxlabel("step", fontsize=10)
-    figure.supylabel("training loss", fontsize=10)
-    if axis:
-        _colorbar(figure, panels, norm, axis)
     return figure
 
 
-def _colorbar(figure: Any, panels: Any, norm: Any, axis: str) -> None:
-    mappable = matplotlib.cm.ScalarMappable(norm, _GRADUAL)
-    bar = figure.colorbar(mappable, ax=list(panels), label=axis.replace("_", " "), fraction=0.03)
-    _with_readable_ticks(bar.ax)
+def _groups_with_sharpness(result: Result) -> list[Group]:
+    reported = "sharpness" in result.plan.metrics
+    return [g for g in result.plan.groups if reported and "learning_rate" in g.axes]
 
 
 def plot_sharpness(result: Result) -> Any:
@@ -285,37 +294,32 @@ def plot_sharpness(result: Result) -> Any:
 
     Raises: ValueError if the sweep has no "sharpness" (`jgd.with_sharpness`) or no learning rates.
     """
-    groups = [group for group in result.plan.groups if "learning_rate" in group.axes]
-    if not groups or "sharpness" not in result.plan.metrics:
+    groups = _groups_with_sharpness(result)
+    if not groups:
         raise ValueError(
             "plot_sharpness: result must be of a sweep of learning rates with jgd.with_sharpness"
         )
-    figure, panels = _panels(len(groups))
-    norm = _norm([x for group in groups for x in group.axes["learning_rate"]])
-    seen: list[float] = []
-    for panel, group in zip(panels, groups, strict=False):
-        curves = result.curves[group.name]
+    ratios, shown = list[np.ndarray](), list[float]()
+    for group in groups:
         rates = np.repeat(group.axes["learning_rate"], result.plan.seeds)
-        ratio = np.abs(curves.metrics["sharpness"]) * rates[:, None] / 2
-        _lines(panel, curves.step, ratio, rates).set_norm(norm)
+        ratios.append(np.abs(result.curves[group.name].metrics["sharpness"]) * rates[:, None] / 2)
+    figure, panels = _lane_panels(result, groups, ratios, "learning_rate")
+    figure.supylabel("sharpness / (2 / learning rate)", fontsize=10)
+    for panel, group, ratio in zip(panels, groups, ratios, strict=False):
         panel.axhline(1, color="black", linewidth=1.2, linestyle="--")
         panel.set_yscale("log")
-        shown = ratio[np.isfinite(ratio) & (ratio > 0)]
-        seen += [1.0, *shown]
-        if not shown.size:
-            _say_missing(panel, result, [group.name], shared=False)
-        panel.set_title(group.name, fontsize=11)
-    figure.supxlabel("step", fontsize=10)
-    figure.supylabel("sharpness / (2 / learning rate)", fontsize=10)
-    panels[0].set_ylim(np.quantile(seen, 0.005) / 1.5, np.quantile(seen, 0.995) * 1.5)
+        positive = ratio[np.isfinite(ratio) & (ratio > 0)]
+        shown += [1.0, *positive]
+        if not positive.size:
+            _annotate(panel, _why_missing(result, [group.name]))
+    panels[0].set_ylim(np.quantile(shown, 0.005) / 1.5, np.quantile(shown, 0.995) * 1.5)
     _with_readable_ticks(panels[0])
-    _colorbar(figure, panels, norm, "learning_rate")
     return figure
 
 
 def plot_survivors(result: Result) -> Any:
     """Draw the number of settings that still train against the steps, a line per optimizer."""
-    figure, panel = _panel(8, 4.2)
+    figure, (panel,) = _figure(8, 4.2)
     steps = np.array([0, *result.plan.reports])
     for group, style in _styles(result):
         ends = np.sort([row["at"] for row in result.rows if row["optimizer"] == group.name])
@@ -369,8 +373,8 @@ def ranges(result: Result) -> list[Range]:
 
 def plot_ranges(result: Result) -> Any:
     """Draw the best value for each optimizer, and the range of values as good."""
-    found = ranges(result)
-    figure, panel = _panel(8, 1.2 + 0.32 * max(len(found), 1))
+    found, axis = ranges(result), _axis(result)
+    figure, (panel,) = _figure(8, 1.2 + 0.32 * max(len(found), 1))
     for place, one in enumerate(found):
         color = _COLORS[place % len(_COLORS)]
         panel.plot([one.low, one.high], [place] * 2, color=color, linewidth=6, alpha=0.35)
@@ -383,9 +387,7 @@ def plot_ranges(result: Result) -> Any:
             ha="center",
             fontsize=8,
         )
-    if found and all(
-        _spans_decades(g.axes[a]) for g in result.plan.groups for a in g.axes if a == _axis(result)
-    ):
+    if found and all(_spans_decades(group.axes[axis]) for group in result.plan.groups if axis):
         panel.set_xscale("log")
     panel.set_yticks(range(len(found)), [one.optimizer for one in found])
     panel.set_ylim(len(found) - 0.4, -0.7)
@@ -394,8 +396,8 @@ def plot_ranges(result: Result) -> Any:
     _say_missing(panel, result, missing)
     panel.margins(x=0.15)
     _with_readable_ticks(panel)
-    what = f": the best, and what is as good{_best_over(result)}"
-    panel.set_xlabel((_axis(result) or "").replace("_", " ") + what)
+    name = (axis or "").replace("_", " ")
+    panel.set_xlabel(f"{name}: the best, and what is as good{_best_over(result)}")
     panel.grid(visible=False, axis="y")
     panel.tick_params(axis="y", length=0)
     panel.spines["left"].set_visible(False)
@@ -426,9 +428,7 @@ def save_plots(result: Result, folder: str | Path) -> list[Path]:
     }
     if any(row["ended"] != "finished" for row in result.rows):
         plots["survivors.png"] = plot_survivors
-    if "sharpness" in result.plan.metrics and any(
-        "learning_rate" in g.axes for g in result.plan.groups
-    ):
+    if _groups_with_sharpness(result):
         plots["sharpness.png"] = plot_sharpness
     for name, plot in plots.items():
         plot(result).savefig(Path(folder) / name, dpi=150)

@@ -1,4 +1,4 @@
-"""The poll of a sweep: what a clock, a pruner and Ctrl-C ask of it between two turns."""
+"""The poll of a sweep: requests of clock, pruner and Ctrl-C, between two turns."""
 
 import contextlib
 import signal

@@ -6,14 +6,13 @@
     )
     result.best.params, result.study.best_params
 
-A batch is a sweep. With a folder, a search that died goes on:
+A batch is a sweep. With a folder, a search can be resumed:
 
 search.json          the arguments that a resumed search must share, and the name of the study
 batch-0.json         the trials of the batch, written before it trains
-batch-0/             its sweep, which a resumed search resumes: with it the study sees every report
+batch-0/             the sweep of the batch; resumed, it shows the study all its reports again
 """
 
-import contextlib
 import math
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,9 +27,8 @@ from jgd.training import Run, Task
 from jgd.tuning import devices
 from jgd.tuning.distributions import Distribution, check_distributions
 from jgd.tuning.events import Cut, Report
-from jgd.tuning.folder import Folder, is_free, write_json, write_table
+from jgd.tuning.folder import Folder, held, is_free, write_json, write_table
 from jgd.tuning.join import merge
-from jgd.tuning.lock import locked
 from jgd.tuning.options import Doc, Steps, function_of, values_of
 from jgd.tuning.plan import Plan
 from jgd.tuning.poll import CtrlC
@@ -167,11 +165,8 @@ def optuna_search(arguments: SearchArguments) -> Proposed:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     _check_optuna(arguments)
-    plan, folder, results = _plan(arguments), arguments.folder, list[Result]()
-    held = contextlib.nullcontext()
-    if folder is not None and devices.is_writer():
-        held = locked(Path(folder))
-    with CtrlC() as ctrl_c, held:
+    plan, results = _plan(arguments), list[Result]()
+    with CtrlC() as ctrl_c, held(arguments.folder):
         search = _Search(arguments, plan)
         while len(results) < len(search.batches) or search.asked() < arguments.trials:
             if len(results) == len(search.batches):
@@ -205,7 +200,7 @@ def _check_optuna(arguments: SearchArguments) -> None:
 
 
 def _point(space: Any, trial: Any) -> Mapping[str, Any]:
-    """Return the arguments of the factory that a trial suggests; asked again, the same."""
+    """Return the arguments of the factory that a trial suggests: the same each time."""
     if not callable(space):
         return {name: values.suggest(trial, name) for name, values in space.items()}
     point = space(trial)
@@ -227,7 +222,7 @@ def _groups(arguments: SearchArguments, trials: Sequence[Any]) -> dict[str, Lane
 
 
 def _plan(arguments: SearchArguments) -> Plan:
-    """Return the plan of one setting: its metric and mode, and errors of the arguments."""
+    """Return the plan of a sweep of one setting: its metric and mode. Checks the arguments."""
     import optuna
 
     trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
@@ -242,7 +237,7 @@ class _Search:
     """A search in progress.
 
     Attributes:
-      study: it proposes, and is told how trials end.
+      study: proposes trials, and records how they end.
       stored: its copy in the storage; None without one.
       batches: the trials of each batch as they were asked, as JSON.
 
@@ -316,7 +311,7 @@ class _Search:
         return [f"{self.id}/{number}/{place}" for place in range(size)]
 
     def _trials(self, number: int) -> list[Any]:
-        """Return the trials of a batch, which the study of a resumed search may not have."""
+        """Return the trials of a batch, after adding those that a resumed study lacks."""
         import optuna
 
         entries, known = self.batches[number], _by_tag(self.study)
@@ -329,19 +324,18 @@ class _Search:
                 new: Any = {"distributions": fixed.distributions, "user_attrs": {TAG: tag}}
                 self.study.add_trial(optuna.trial.create_trial(state=running, **entry, **new))
         known = _by_tag(self.study)
-        # a finished trial ignores what is reported to it
+        # a frozen trial ignores reports
         live = lambda trial: optuna.Trial(self.study, trial._trial_id)
         return [known[t] if known[t].state.is_finished() else live(known[t]) for t in tags]
 
     def train(self, number: int, ctrl_c: CtrlC) -> Result:
-        """Train a batch, or go on with it, and tell the study how each setting ended."""
+        """Train or resume a batch, and tell the study how each setting ended."""
         arguments, trials = self.arguments, self._trials(number)
         groups = _groups(arguments, trials)
         by_setting = [trials[point] for lanes in groups.values() for point in lanes.points]
         folder = None if self.path is None else self.path / f"batch-{number}"
         resume = folder is not None and not is_free(folder)
-        options: dict[str, Any] = {"folder": folder, "resume": resume}
-        options = values_of(arguments, Recorded) | options
+        options = values_of(arguments, Recorded) | dict[str, Any](folder=folder, resume=resume)
         inputs = SweepArguments(arguments.task, groups, arguments.steps, **options)
         try:
             result = run_sweep(inputs, _Pruner(by_setting), ctrl_c)

@@ -1,12 +1,13 @@
 """The result of a sweep: a ranked table of settings, their curves, and the best ones to train on.
 
-    record = Record(plan)               # curves: a fold over the events, as the ledger is
-    record.apply(event)
-    make_result(plan, ledger, record.curves, held, stored)
+    facts = Facts.of(plan)              # a fold over the events: ledger and curves
+    facts.apply(event)
+    make_result(facts, held, stored)
 
 A row is a setting, in the order of `Ledger.ranked`.
 """
 
+import bisect
 import contextlib
 import copy
 import math
@@ -24,7 +25,7 @@ from jgd.tuning.events import DIVERGED, ENDINGS, FINISHED, REACHED, Cut, Report
 from jgd.tuning.ledger import Ledger
 from jgd.tuning.plan import Group, Plan, plain
 
-__all__ = ["Best", "Curves", "Record", "Result", "make_result"]
+__all__ = ["Best", "Curves", "Facts", "Result", "make_result"]
 
 
 class Curves(NamedTuple):
@@ -107,32 +108,36 @@ class Result(NamedTuple):
         return f"<{len(self.rows)} settings, best: {self.best.row}>"
 
 
-class Record:
-    """The curves of a sweep, by group."""
+class Facts(NamedTuple):
+    """What the events of a sweep say about its lanes."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.columns = {step: column for column, step in enumerate(plan.reports)}
-        self.curves = dict[str, Curves]()
+    plan: Plan
+    ledger: Ledger
+    curves: dict[str, Curves]  # by group
+
+    @classmethod
+    def of(cls, plan: Plan) -> "Facts":
+        """Return the facts before the first event."""
+        curves, steps = dict[str, Curves](), np.array(plan.reports)
         for group in plan.groups:
-            shape = group.settings * plan.seeds, len(plan.reports)
-            metrics = {name: np.full(shape, np.nan) for name in plan.metrics}
-            self.curves[group.name] = Curves(
-                np.array(plan.reports), np.full(shape, np.nan), metrics
-            )
+            empty = np.full((group.settings * plan.seeds, len(steps)), np.nan)
+            metrics = {name: empty.copy() for name in plan.metrics}
+            curves[group.name] = Curves(steps, empty, metrics)
+        return cls(plan, Ledger(plan), curves)
 
     def apply(self, event: Report | Cut) -> None:
-        """Fold an event into the curves."""
+        """Fold an event into ledger and curves, in place."""
+        self.ledger.apply(event)
         if isinstance(event, Report):
-            curves, column = self.curves[event.group], self.columns[event.step]
+            curves = self.curves[event.group]
+            column = bisect.bisect_left(self.plan.reports, event.step)
             curves.train_loss[event.lanes, column] = event.loss
             for name, values in event.metrics.items():
                 curves.metrics[name][event.lanes, column] = values
 
 
 def make_result(
-    plan: Plan,
-    ledger: Ledger,
-    curves: dict[str, Curves],
+    facts: Facts,
     held: np.ndarray | None = None,
     stored: Callable[[int, int | None], tuple[Any, Any]] = lambda setting, lane: (None, None),
 ) -> Result:
@@ -143,6 +148,7 @@ def make_result(
       stored: (setting, lane of its best seed) -> the setting and the state of the lane. The lane is
         None if its state is not stored.
     """
+    plan, ledger, curves = facts
     if ledger.alive.any():
         ledger = copy.deepcopy(ledger)
         ledger.apply(Cut(None, plan.by_group(np.flatnonzero(ledger.alive))))

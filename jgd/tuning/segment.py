@@ -1,8 +1,8 @@
-"""A segment, read back from its folder: the plan, and what the events of its journal add up to.
+"""A segment, read back from its folder: the plan, and the facts of its journal.
 
     segment = read_segment("runs/a")
-    segment.ledger, segment.record              # folds over the journal
-    segment.manifest, segment.notes             # the newest whole checkpoint, and what was damaged
+    segment.facts                               # a fold over the journal
+    segment.manifest, segment.notes             # the newest whole checkpoint; damaged ones
     read_segments("runs/a")                     # this one, and its extensions in their order
 
 An extension is a segment whose plan is that of the whole sweep. It holds the events of the lanes
@@ -17,6 +17,7 @@ import contextlib
 import itertools
 import json
 import math
+import shlex
 import warnings
 import zipfile
 import zlib
@@ -28,15 +29,14 @@ from typing import Any
 import numpy as np
 
 from jgd.tuning.events import Cut, Report, decode
-from jgd.tuning.join import Facts, take
+from jgd.tuning.join import take
 from jgd.tuning.ledger import Ledger
 from jgd.tuning.plan import FORMAT, Plan
-from jgd.tuning.result import Best, Curves, Record, Result, make_result
+from jgd.tuning.result import Best, Curves, Facts, Result, make_result
 
 __all__ = [
     "Segment",
     "batches_of",
-    "check_states",
     "checksums",
     "crc_of_plan",
     "extensions",
@@ -47,7 +47,7 @@ __all__ = [
     "read_result",
     "read_segment",
     "read_segments",
-    "resumable",
+    "resume_command",
     "sealed",
 ]
 
@@ -60,28 +60,26 @@ class Segment:
     """A segment of a sweep.
 
     Attributes:
-      plan_crc: checksum of plan.json, and of those of earlier segments.
+      plan_crc: checksum of plan.json and of the plans of earlier segments.
       manifest: of the newest whole checkpoint; None if there is none.
-      ledger, record: the events, folded.
+      facts: what the events say about the lanes.
       notes: one line for each newer checkpoint, which is damaged.
     """
 
     path: Path
-    plan: Plan
+    facts: Facts
     plan_crc: int
     manifest: Mapping[str, Any] | None
-    ledger: Ledger
-    record: Record
     notes: list[str]
 
     @property
     def finished(self) -> bool:
         """Whether all lanes have ended."""
-        return not self.ledger.alive.any()
+        return not self.facts.ledger.alive.any()
 
     @property
-    def facts(self) -> Facts:
-        return Facts(self.plan, self.ledger, self.record.curves)
+    def plan(self) -> Plan:
+        return self.facts.plan
 
 
 def read_segments(path: str | Path, *, resume: bool = False) -> list[Segment]:
@@ -111,9 +109,10 @@ def batches_of(path: Path) -> list[Path]:
     return list(itertools.takewhile(lambda path: path.with_suffix(".json").exists(), paths))
 
 
-def resumable(path: Path) -> Path:
-    """Return the folder to resume: that of the search, for one of its batches."""
-    return path.parent if (path.parent / "search.json").exists() else path
+def resume_command(path: Path) -> str:
+    """Return the command that resumes the sweep in a folder: its search, for one of the batches."""
+    whole = path.parent if (path.parent / "search.json").exists() else path
+    return f"jgd sweep --resume {shlex.quote(str(whole))}"
 
 
 def read_segment(
@@ -121,21 +120,21 @@ def read_segment(
 ) -> Segment:
     """Return the segment in a folder.
 
-    A journal goes on after the last checkpoint. Those lines are read as well, as far as each
-    continues its lanes, unless a manifest says that plan or journal were changed.
+    The lines of the journal after the last checkpoint are read as well, as far as each continues
+    its lanes, unless a manifest shows that plan or journal were changed.
 
     Args:
       resume: whether to check the states too, and to stop where the checkpoint does.
       earlier: the segments that this one extends.
 
-    Raises: FileNotFoundError without a plan; ValueError, naming the file, if nothing vouches for
-      plan and journal, or only for a part in which lanes had not ended.
+    Raises: FileNotFoundError without a plan; ValueError, naming the file, if no checkpoint
+      confirms plan and journal, or only a part in which lanes had not ended.
     """
     path = Path(path)
-    ledger, record, data = _read_plan(path)
+    facts, data = _read_plan(path)
     plan_crc = crc_of_plan(data, earlier)
     for segment in earlier:
-        take(Facts(ledger.plan, ledger, record.curves), segment.facts)
+        take(facts, segment.facts)
     journal = path / "journal.jsonl"
     data = journal.read_bytes() if journal.exists() else b""
     manifest, notes, changed = _whole_manifest(path, plan_crc, data, states=resume)
@@ -146,19 +145,19 @@ def read_segment(
             f" in this one to start it anew{still}"
         )
     covered = manifest["journal"]["bytes"] if manifest else 0
-    end = _fold(data[:covered] if resume or changed else data, ledger, record)
+    end = _fold(data[:covered] if resume or changed else data, facts)
     if end < covered:
         raise ValueError(f"{journal} is not the journal of {path / 'plan.json'}. {NEW}")
-    if changed and not resume and ledger.alive.any():
+    if changed and not resume and facts.ledger.alive.any():
         raise ValueError(
             f"{path}: {'; '.join(notes)}. The checkpoint before it is whole: go on from there with"
-            f" jgd sweep --resume {path}"
+            f" {resume_command(path)}"
         )
     instead = "The checkpoint before it is used" if manifest else "The journal is read without it"
     notes = [f"{path}: {note}. {instead}" for note in notes]
     if resume and data and manifest is None:
         notes = [f"{path} has no checkpoint: no manifest. The sweep starts anew"]
-    return Segment(path, ledger.plan, plan_crc, manifest, ledger, record, notes)
+    return Segment(path, facts, plan_crc, manifest, notes)
 
 
 def crc_of_plan(data: bytes, earlier: Sequence[Segment]) -> int:
@@ -166,8 +165,8 @@ def crc_of_plan(data: bytes, earlier: Sequence[Segment]) -> int:
     return zlib.crc32(data, zlib.crc32(str([segment.plan_crc for segment in earlier]).encode()))
 
 
-def _read_plan(path: Path) -> tuple[Ledger, Record, bytes]:
-    """Return ledger and record of the plan in a folder, before any event, and its bytes."""
+def _read_plan(path: Path) -> tuple[Facts, bytes]:
+    """Return the facts of the plan in a folder, before any event, and the bytes of the plan."""
     file = path / "plan.json"
     if not file.exists():
         raise FileNotFoundError(f"{path} holds no sweep: there is no plan.json. {NEW}")
@@ -175,8 +174,7 @@ def _read_plan(path: Path) -> tuple[Ledger, Record, bytes]:
     try:
         written = dict[str, Any](json.loads(data))
         if (version := written.get("format", 1)) == FORMAT:
-            plan = Plan.of_json(written)
-            return Ledger(plan), Record(plan), data
+            return Facts.of(Plan.of_json(written)), data
     except MALFORMED as error:
         has = "; results.csv has the table of this one" if (path / "results.csv").exists() else ""
         raise ValueError(f"{file} holds no plan: {error}. {NEW}{has}") from None
@@ -187,8 +185,10 @@ def _read_plan(path: Path) -> tuple[Ledger, Record, bytes]:
 def _whole_manifest(
     path: Path, plan_crc: int, journal: bytes, *, states: bool
 ) -> tuple[dict[str, Any] | None, list[str], bool]:
-    """Return the newest manifest of a whole checkpoint, a note for each newer one, which is
-    damaged, and whether the journal, or without a manifest the plan, is not that of one of these.
+    """Return the manifest of the newest whole checkpoint, None without one.
+
+    Also returns a note for each newer checkpoint, which is damaged, and whether the journal, or
+    without a manifest the plan, differs from what one of these recorded.
     """
     notes, changed, foreign = list[str](), False, False
     for file in manifests(path):
@@ -202,8 +202,9 @@ def _whole_manifest(
             if not written.items() <= manifest["journal"].items():
                 changed = True
                 raise ValueError("journal.jsonl is not as the checkpoint says")
-            if states:
-                check_states(path, manifest["blocks"])
+            for name, block in manifest["blocks"].items() if states else ():
+                if checksums(path / "states" / name) != block["files"]:
+                    raise ValueError(f"states/{name} was changed")
         except (OSError, *MALFORMED) as error:
             notes.append(f"checkpoint {number_of(file)}: {error}")
         else:
@@ -211,16 +212,15 @@ def _whole_manifest(
     return None, notes, changed or foreign
 
 
-def _fold(data: bytes, ledger: Ledger, record: Record) -> int:
+def _fold(data: bytes, facts: Facts) -> int:
     """Fold the lines of a journal; return the number of bytes up to the first that does not fit."""
     end = 0
     with contextlib.suppress(*MALFORMED):
         for line in data.splitlines(keepends=True):
-            event = decode(line, ledger.plan)
-            if not line.endswith(b"\n") or not _continues(event, ledger):
+            event = decode(line, facts.plan)
+            if not line.endswith(b"\n") or not _continues(event, facts.ledger):
                 break
-            ledger.apply(event)
-            record.apply(event)
+            facts.apply(event)
             end += len(line)
     return end
 
@@ -253,7 +253,7 @@ def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_manifest(file: Path) -> dict[str, Any]:
-    """Return a manifest. Raises ValueError unless it is as it was written."""
+    """Return a manifest. Raises ValueError if it was changed."""
     try:
         written = read_json(file)
     except ValueError:
@@ -264,13 +264,6 @@ def read_manifest(file: Path) -> dict[str, Any]:
     if manifest["format"] != FORMAT:
         raise ValueError(f"{file.name}: format must be {FORMAT}, got {manifest['format']}")
     return manifest
-
-
-def check_states(path: Path, blocks: Mapping[str, Any]) -> None:
-    """Raise OSError or ValueError unless the files of all blocks are as they were written."""
-    for name, block in blocks.items():
-        if checksums(path / "states" / name) != block["files"]:
-            raise ValueError(f"states/{name} was changed")
 
 
 def checksums(path: Path) -> dict[str, list[int]]:
@@ -317,15 +310,15 @@ def read_result(path: str | Path) -> Result:
         return _read_old_result(path)
     segment = read_segments(path)[-1]
     if not segment.finished:
-        again = f"jgd sweep --resume {resumable(path)}"
-        call = again if segment.path == path else "the call that extended it"
+        alone = segment.path == path
+        call = resume_command(path) if alone else "the call that extended it"
         how = f"If it no longer runs, go on with it: {call}"
-        if not segment.ledger.step.any():
+        if not segment.facts.ledger.step.any():
             raise ValueError(f"{path} has no report yet. {how}")
         warnings.warn(f"{path} has not finished: this is its table so far. {how}", stacklevel=2)
     for note in segment.notes:
         warnings.warn(note, stacklevel=2)
-    return make_result(segment.plan, segment.ledger, segment.record.curves)
+    return make_result(segment.facts)
 
 
 def _is_old(path: Path) -> bool:

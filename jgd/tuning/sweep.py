@@ -18,8 +18,7 @@ from jgd.tuning.engine import Engine, shared_programs
 from jgd.tuning.events import Cut, Report
 from jgd.tuning.folder import Folder, load_block, opened
 from jgd.tuning.inputs import check_inputs, extended, first_setting, resumed
-from jgd.tuning.join import Facts, take
-from jgd.tuning.ledger import Ledger
+from jgd.tuning.join import take
 from jgd.tuning.load import StoredStates, stored_best
 from jgd.tuning.loop import Schedule, Sweep, run
 from jgd.tuning.options import Doc, Steps, SweepOptions, Training, function_of
@@ -27,7 +26,7 @@ from jgd.tuning.plan import Plan, fingerprint, make_plan
 from jgd.tuning.poll import NO_PRUNING, Clock, CtrlC, Prune
 from jgd.tuning.pool import Block
 from jgd.tuning.prune import Halving
-from jgd.tuning.result import Record, Result, make_result
+from jgd.tuning.result import Facts, Result, make_result
 from jgd.tuning.segment import Segment
 from jgd.tuning.space import Lanes
 from jgd.tuning.streams import Stream
@@ -43,7 +42,7 @@ class Cutting(Training):
     halving: Annotated[
         Halving | None,
         Doc("""`jgd.successive_halving(...)` or `jgd.hyperband(...)`: at some steps only the best
-        settings go on. None: all settings run to their end."""),
+        settings continue. None: all settings run to their end."""),
     ] = None
     stop: Annotated[
         Monitor | int | None,
@@ -62,7 +61,7 @@ class Recorded(Cutting):
     ] = None
     resume: Annotated[
         bool,
-        Doc("""Whether to go on with the sweep of `folder` from its last checkpoint. It ends with
+        Doc("""Whether to resume the sweep of `folder` from its last checkpoint. It ends with
         the numbers of an uninterrupted sweep, bit for bit on the same machine. All other arguments
         must be those it was started with."""),
     ] = False
@@ -105,9 +104,9 @@ class SweepArguments(TrainingArguments, Recorded):
     extend: Annotated[
         str | Path | None,
         Doc("""The folder of a finished sweep, in place of `folder`. The arguments describe the
-        whole sweep wanted; only lanes that are not there train: more settings, groups or seeds.
-        Lanes that are there and not in the arguments stay in the folder and out of the result. The
-        same call goes on with an extension that was interrupted. None: a new sweep."""),
+        whole sweep; only lanes that the folder lacks are trained: more settings, groups or seeds.
+        Other lanes of the folder stay in it, and are not in the result. The same call resumes an
+        extension that was interrupted. None: a new sweep."""),
     ] = None
 
     def __post_init__(self) -> None:
@@ -192,7 +191,6 @@ def _run(
     def deliver(events: list[Report | Cut]) -> None:
         folder.append(events)
         for event in events:
-            prepared.record.apply(event)
             if arguments.on_report is not None and isinstance(event, Report):
                 alive = int(prepared.sweep.ledger.alive.sum())
                 with ctrl_c.interrupts():
@@ -250,7 +248,6 @@ class Prepared:
     plan: Plan
     groups: dict[str, Lanes]
     sweep: Sweep
-    record: Record
     earlier: Sequence[Segment] = ()  # of an extension
 
     def result(self) -> Result:
@@ -266,7 +263,7 @@ class Prepared:
         batches = [self.groups[group.name].settings for group in plan.groups]
         run = self.sweep.engine.programs[0].options.run
         stored = lambda *best: stored_best(run, plan, batches, leaves_of, *best)
-        return make_result(plan, self.sweep.ledger, self.record.curves, states.held, stored)
+        return make_result(self.sweep.facts, states.held, stored)
 
 
 def prepare(
@@ -313,11 +310,11 @@ def prepare(
     probed = written is None and not earlier and arguments.width is None and streamed is None
     if probed and jax.process_count() == 1:
         plan = choose_widths(plan, engine)
-    ledger, record = Ledger(plan), Record(plan)
+    facts = Facts.of(plan)
     for segment in earlier:
         shared.check_seeds(plan, segment.plan)
-        take(Facts(plan, ledger, record.curves), segment.facts)
-    return Prepared(plan, inputs.groups, Sweep(plan, engine, ledger), record, earlier)
+        take(facts, segment.facts)
+    return Prepared(plan, inputs.groups, Sweep(facts, engine), earlier)
 
 
 # --- checkpoints -----------------------------------------------------------------------------
@@ -346,7 +343,7 @@ def _checkpoint(prepared: Prepared, folder: Folder) -> None:
 
 
 def _resume(prepared: Prepared, folder: Folder, segment: Segment) -> None:
-    """Return to the last checkpoint: take what the journal adds up to, and load the states."""
+    """Return to the last checkpoint: take the facts of the journal, and load the states."""
     manifest, sweep = segment.manifest, prepared.sweep
     for note in segment.notes:
         warnings.warn(note, stacklevel=5)
@@ -354,7 +351,7 @@ def _resume(prepared: Prepared, folder: Folder, segment: Segment) -> None:
     folder.return_to_checkpoint(segment)
     if manifest is None:
         return
-    sweep.ledger, prepared.record = segment.ledger, segment.record
+    sweep.facts = segment.facts
     sweep.schedule = Schedule.of_json(manifest["schedule"])
     for name, block in manifest["blocks"].items():
         ids = np.array(block["lanes"], int)
