@@ -105,28 +105,24 @@ def _name_of(settings: Any) -> str:
 
 def _first_batch(make: Callable[..., Any], order: str) -> Any:
     """Return the first batch. Raises for data with NaN, and for an order it cannot have."""
-    if isinstance(make, Stream):
-        if order == "own":
-            raise ValueError(
-                "sweep: order must be 'shared' for a stream, got 'own'. Use jgd.minibatches"
-            )
-        first, data = make.first, None
-    else:
-        if order == "own" and "seed" not in inspect.signature(make).parameters:
-            raise ValueError(
-                "sweep: order='own' needs a batch function of (step, seed=None), as jgd.minibatches"
-                " with a batch_size returns"
-            )
-        first = make(0)
-        data = None if jax.tree_util.all_leaves([make]) else make
+    streamed = isinstance(make, Stream)
+    if order == "own" and streamed:
+        raise ValueError(
+            "sweep: order must be 'shared' for a stream, got 'own'. Use jgd.minibatches"
+        )
+    if order == "own" and "seed" not in inspect.signature(make).parameters:
+        raise ValueError(
+            "sweep: order='own' needs a batch function of (step, seed=None), as jgd.minibatches"
+            " with a batch_size returns"
+        )
+    first = make.first if streamed else make(0)
+    data = None if streamed or jax.tree_util.all_leaves([make]) else make
     check_numbers("sweep", first, "a batch")
-    if not isinstance(make, Stream):
+    if not streamed:
         with traceable("sweep: batch"):
             jax.eval_shape(make, 0)
     for path, leaf in jax.tree_util.tree_leaves_with_path(first if data is None else data):
-        if not jnp.issubdtype(jax.typeof(leaf).dtype, jnp.floating):
-            continue
-        if jnp.isnan(leaf).any():
+        if jnp.issubdtype(jax.typeof(leaf).dtype, jnp.floating) and jnp.isnan(leaf).any():
             nan = np.isnan(np.asarray(leaf, np.float64))
             where = "the first batch" if data is None else "the data"
             row = f", first in row {np.argwhere(nan)[0][0]}" if nan.ndim else ""

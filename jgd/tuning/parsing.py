@@ -120,8 +120,8 @@ def _lifted(factory: Callable[..., Any]) -> Callable[..., Any]:
     return build
 
 
-def _values(spec: str) -> tuple[str, list[Any]]:
-    """Return name and values of an argument like b1=0.8,0.9 or rate=log:1e-5:1e-1:64."""
+def _values(spec: str) -> tuple[str, str, list[Any]]:
+    """Return name, form (empty for a list) and values of b1=0.8,0.9 or rate=log:1e-5:1e-1:64."""
     import numpy as np
 
     name, equals, text = spec.partition("=")
@@ -129,7 +129,7 @@ def _values(spec: str) -> tuple[str, list[Any]]:
         raise UserError(f"--set must be name=values, got {spec!r}")
     form, *bounds = text.split(":")
     if not bounds:
-        return name, [_value(word) for word in text.split(",")]
+        return name, "", [_value(word) for word in text.split(",")]
     if form not in ("log", "lin"):
         raise UserError(f"--set {spec}: no form {form!r}{nearest(form, ('log', 'lin'))}")
     low = high = math.nan
@@ -140,10 +140,10 @@ def _values(spec: str) -> tuple[str, list[Any]]:
     if len(bounds) != 3 or count < 1 or not math.isfinite(low + high):
         raise UserError(f"--set {spec} must be {form}:LOW:HIGH:COUNT")
     if form == "lin":
-        return name, list(np.linspace(low, high, count))
+        return name, form, list(np.linspace(low, high, count))
     if not 0 < low < high:
         raise UserError(f"--set {spec} must have 0 < LOW < HIGH")
-    return name, list(np.geomspace(low, high, count))
+    return name, form, list(np.geomspace(low, high, count))
 
 
 def _value(word: str) -> Any:
@@ -161,10 +161,10 @@ def groups_of(optimizers: Iterable[str], sets: Iterable[str]) -> dict[str, Any]:
     from jgd.tuning.space import grid
 
     values: dict[str, list[Any]] = {}
-    for name, more in map(_values, sets):
+    for name, _, more in map(_values, sets):
         values.setdefault(name, []).extend(more)
     groups: dict[str, Any] = {}
-    rates = _values(f"learning_rate={RATES}")[1]
+    rates = _values(f"learning_rate={RATES}")[2]
     for spec, factory, axes in _varied(optimizers, values, rates):
         name = spec.rpartition(":")[2]
         name = spec if name in groups else name
@@ -200,9 +200,8 @@ def _distribution(spec: str) -> tuple[str, Any]:
     """Return name and distribution of an argument: the range of log and lin, or a choice."""
     from jgd.tuning.distributions import choice, loguniform, uniform
 
-    name, values = _values(spec)
-    form, colon, _ = spec.partition("=")[2].partition(":")
-    if not colon:
+    name, form, values = _values(spec)
+    if not form:
         return name, choice(values)
     try:
         return name, (loguniform if form == "log" else uniform)(float(values[0]), float(values[-1]))

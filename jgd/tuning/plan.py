@@ -243,7 +243,6 @@ def make_plan(
     metric, mode = ranked_by(metrics, options)
     rungs = _rungs(halving, steps)
     settings = sum(map(len, groups.values()))
-    lanes = lambda batch: len(batch) * options.seeds
     resolved = dict[str, Any](report_every=every, metric=metric, mode=mode, devices=devices)
     return Plan(
         **values_of(options, SweepOptions) | resolved,
@@ -259,7 +258,7 @@ def make_plan(
                 settings=len(batch),
                 structure=batch.structure,
                 digests=batch.digests,
-            ).at_width(options.width or usual_width(lanes(batch), at_once), devices)
+            ).at_width(options.width or usual_width(len(batch) * options.seeds, at_once), devices)
             for name, batch in groups.items()
         ],
         brackets=halving.shares(settings, steps).tolist() if halving else [0] * settings,
