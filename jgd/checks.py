@@ -138,7 +138,7 @@ def seed_of(label: str, key: Any) -> Any:
     if isinstance(key, list | tuple) and key and isinstance(key[0], str):
         return tuple(key)  # plain already
     with contextlib.suppress(TypeError):
-        return admit(label, key, int)
+        return admit(label, key, Annotated[int, at_least(-(2**63)), below(2**63)])
     check_key(label, key, "an integer or a random key")
     import jax
 

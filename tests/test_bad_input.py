@@ -114,6 +114,7 @@ OPTIONS = [
         ("key", x, "must be an integer or a random key, got")
         for x in (1.5, "0", None, True, jnp.arange(3), jnp.ones(2), jax.random.split(KEY))
     ),
+    ("key", 2**70, f"must be below {2**63}, got"),
     *(("order", x, "must be 'shared' or 'own', got") for x in ("random", None, 3, ["own"])),
     *(("mode", x, "must be 'min' or 'max', got") for x in ("best", 3, ["min"])),
     *(("best", x, "must be 'final' or 'ever', got") for x in ("last", None, True)),

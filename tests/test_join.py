@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import shutil
+import threading
 from typing import Any, NamedTuple
 
 import jax
@@ -108,6 +109,8 @@ def test_results_that_do_not_compare_are_not_merged(options, message):
         jgd.merge(_sweep(settings), _sweep(settings, **options))
     with pytest.raises(ValueError, match="results must hold at least one result, got none"):
         jgd.merge()
+    with pytest.raises(TypeError, match=r"merge: results must be results of jgd\.sweep, got 3"):
+        jgd.merge(_sweep(settings), 3)
 
 
 # --- the best, as a checkpoint ---------------------------------------------------------------
@@ -126,6 +129,11 @@ def test_the_best_is_saved_with_its_setting(tmp_path):
     assert optax.tree.norm(restored["state"]["params"]) == optax.tree.norm(best.params)
     with pytest.raises(FileExistsError, match=r"save_best: .*best exists. Give a new path"):
         result.save_best(tmp_path / "best")
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        result.save_best(tmp_path / "file" / "best")
+    # orbax failed in a thread of its own, and others waited for it
+    assert not [x for x in threading.enumerate() if "metadata" in x.name]
     lost = result._replace(best=best._replace(state=None))
     with pytest.raises(ValueError, match="save_best: the state of the best setting is not stored"):
         lost.save_best(tmp_path / "lost")
@@ -384,6 +392,12 @@ def test_what_cannot_be_extended(finished, tmp_path):
         ValueError, match=r"extend: .*half has not finished. Go on with resume=True"
     ):
         _sweep(settings, extend=tmp_path / "half")
+    _sweep(settings, folder=tmp_path / "run")
+    batch, order = TASK.batch.args[0], TASK.batch.args[1]
+    middle = batch[0].at[_unseen(TASK, 24)].add(1e-3), batch[1]
+    other = TASK._replace(batch=jgd.minibatches(middle, 4, order))
+    with pytest.raises(ValueError, match="extend: lanes of another sweep would differ: its task"):
+        jgd.sweep(other, settings, 24, extend=tmp_path / "run", **OPTIONS)
     halving = jgd.successive_halving(2, 8)
     _sweep(settings, folder=tmp_path / "halved", halving=halving)
     with pytest.raises(ValueError, match="halving must be None, in the sweep that is there too"):
@@ -392,6 +406,13 @@ def test_what_cannot_be_extended(finished, tmp_path):
     jgd.sweep(task, settings, 24, seeds=2, folder=tmp_path / "sums", **OPTIONS)
     with pytest.raises(ValueError, match="extend: seeds must be 2, got 3: the initial parameters"):
         jgd.sweep(task, settings, 24, seeds=3, extend=tmp_path / "sums", **OPTIONS)
+
+
+def _unseen(task, steps):
+    """The number of an example that is in neither the first nor the last batch."""
+    seen = np.concatenate([task.batch(step)[0] for step in (0, steps - 1)])
+    rows = enumerate(np.asarray(task.batch.args[0][0]).tolist())
+    return next(row for row, x in rows if x not in seen.tolist())
 
 
 @jax.custom_batching.custom_vmap

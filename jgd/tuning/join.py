@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from jgd.checks import refuse
 from jgd.nodes import brief
 from jgd.tuning.plan import Group, Plan
 from jgd.tuning.result import Facts, Result, make_result
@@ -76,11 +77,14 @@ def merge(*results: Result) -> Result:
     whose state is not stored is ranked all the same.
 
     Returns: a `Result`, whose `plan` lists the settings of all.
-    Raises: ValueError for no result, or for results that do not compare: other steps, reports,
-      seeds, metrics, mode, best or target.
+    Raises: TypeError for what is no result; ValueError for no result, or for results that do not
+      compare: other steps, reports, seeds, metrics, mode, best or target.
     """
     if not results:
         raise ValueError("merge: results must hold at least one result, got none")
+    for result in results:
+        if not isinstance(result, Result):
+            refuse("merge: results", "results of jgd.sweep", result)
     groups, parts, first = dict[str, Group](), list[Facts](), results[0].plan
     for result in results:
         _refuse_unlike(first, result.plan)

@@ -105,7 +105,7 @@ class Plan(SweepOptions):
     metrics: list[str]  # of `evaluate`, in its order
     halving: Mapping[str, Any] | None
     stop: str | None
-    task: str  # a digest of its first batch and initial parameters
+    task: str  # a digest of its data, initial parameters and first metrics
     verdict: bool = True  # whether the training loss says how a run went
     versions: Mapping[str, str]
     device: str

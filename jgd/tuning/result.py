@@ -98,6 +98,8 @@ class Result(NamedTuple):
             )
         if not is_writer():
             return
+        path.mkdir(parents=True)  # if it cannot be created, orbax's threads wait for five minutes
+        path.rmdir()
         tree = {"setting": setting, "state": state}
         if isinstance(state, TrainState):
             tree["params"] = state.params

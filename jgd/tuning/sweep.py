@@ -286,6 +286,7 @@ def prepare(
     streamed = training.batch if isinstance(training.batch, Stream) else None
     last = () if streamed is not None else training.batch(arguments.steps - 1)
     params = state.params if isinstance(task, Task) else state
+    data = [x for x in jax.tree.leaves(task) if isinstance(x, np.ndarray | jax.Array)]
     plan = make_plan(
         inputs.groups,
         arguments.steps,
@@ -296,7 +297,7 @@ def prepare(
         usual_every=None if streamed is None else streamed.usual_every(arguments.steps),
         devices=1 if mesh is None else mesh.size,
         at_once=devices.tiles_at_once(mesh),
-        task=fingerprint(batch, last, params, training.evaluate(first, state)),
+        task=fingerprint(batch, last, params, training.evaluate(first, state), data),
         verdict=training.verdict,
     )
     devices.check_same_task(plan.task)
