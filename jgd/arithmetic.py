@@ -15,6 +15,8 @@ import optax
 
 __all__ = [
     "abs_square",
+    "average",
+    "complement",
     "formula",
     "increment",
     "one_minus_power",
@@ -67,19 +69,61 @@ def increment(count: Any) -> Any:
     return optax.safe_increment(count)
 
 
+# --- decays ----------------------------------------------------------------------------------
+
+
+def complement(decay: Any) -> Any:
+    """Return 1 - decay, for the decimal number that was typed.
+
+    Float32 holds 0.9999 to 3e-8, which is 2e-4 of 1 - 0.9999. A number that rounds a decimal of up
+    to six places is taken for that decimal; the derivative is that of 1 - decay. Averages and bias
+    corrections use the complement alone: with the rounded `decay` it does not add up to 1.
+    """
+    if isinstance(decay, jax.Array):
+        return _complement_traced(decay)
+    rest = 1 - decay  # of a Python float, in float64
+    return rest + _to_decimal(rest) if isinstance(rest, np.floating) else rest
+
+
+def _to_decimal(rest: Any, xp: Any = np) -> Any:
+    """Return what is missing from `rest` to the decimal of six places that it rounds, or 0."""
+    dtype = rest.dtype
+    millionths = rest * dtype.type(1e6)
+    nearest = xp.round(millionths)
+    # half the distance of numbers below 1, in millionths, and 4 per cent for the product
+    rounds = abs(millionths - nearest) <= 0.26e6 * np.finfo(dtype).eps
+    return xp.where(rounds, nearest * dtype.type(1e-6) - rest, 0).astype(dtype)
+
+
 @formula
-def one_minus_power(decay: Any, count: Any) -> Any:
-    """Return 1 - decay^count, to rounding, with a finite derivative at a decay of 0."""
-    return one_minus_exp(decay, count, count * log_of(decay))
+def _complement_traced(decay: Any) -> Any:
+    rest = 1 - decay
+    return rest + jax.lax.stop_gradient(_to_decimal(rest, jnp))
 
 
-def log_of(decay: Any) -> Any:
-    """Return log(decay), finite at 0."""
-    decay = jnp.asarray(decay)
-    return jnp.log(jnp.maximum(decay, jnp.finfo(decay.dtype).tiny))
+@formula
+def average(old: Any, new: Any, weight: Any) -> Any:
+    """Return (1 - weight) old + weight new: exactly `new` for a weight of 1, and inf for old = inf.
+
+    A square that overflows stays infinite in its average, instead of inf - inf.
+    """
+    finite = old if jnp.iscomplexobj(old) else jnp.minimum(old, jnp.finfo(old.dtype).max)
+    return (old - weight * finite) + weight * new
 
 
-def one_minus_exp(decay: Any, count: Any, total: Any) -> Any:
-    """Return 1 - exp(total), for total the sum of log(decay) over `count` steps."""
-    # expm1 is exact to rounding, but flat at a decay of 0, where the first step is not
-    return jnp.where(count == 1, 1 - decay, -jnp.expm1(total))
+@formula
+def one_minus_power(weight: Any, count: Any) -> Any:
+    """Return 1 - (1 - weight)^count, to rounding, with a finite derivative at a weight of 1."""
+    return one_minus_exp(weight, count, count * log_decay(weight))
+
+
+def log_decay(weight: Any) -> Any:
+    """Return log(1 - weight), finite at 1."""
+    weight = jnp.asarray(weight)
+    return jnp.log1p(-jnp.minimum(weight, 1 - jnp.finfo(weight.dtype).epsneg))
+
+
+def one_minus_exp(weight: Any, count: Any, total: Any) -> Any:
+    """Return 1 - exp(total), for total the sum of log(1 - weight) over `count` steps."""
+    # expm1 is exact to rounding, but flat at a weight of 1, where the first step is not
+    return jnp.where(count == 1, weight, -jnp.expm1(total))

@@ -38,7 +38,7 @@ import numpy as np
 from optax import GradientTransformation
 
 from jgd.arguments import Fraction, NonNegative, scalar
-from jgd.arithmetic import abs_square, increment, quotient, safe_sqrt
+from jgd.arithmetic import abs_square, average, complement, increment, quotient, safe_sqrt
 from jgd.combinators import stateless
 from jgd.groups import matching
 from jgd.nodes import is_number
@@ -391,7 +391,7 @@ def batch_norm(
         if weight is None:
             new = 1 / count.astype(variance.dtype)
         else:
-            new = weight if convention == "torch" else 1 - weight
+            new = weight if convention == "torch" else complement(weight)
         if convention == "torch":
             if n < 2:
                 raise ValueError(
@@ -399,7 +399,7 @@ def batch_norm(
                     f" in each channel, got {n}"
                 )
             variance = variance * (n / (n - 1))
-        towards = lambda was, now: ((1 - new) * was + new * now).astype(was.dtype)
+        towards = lambda was, now: average(was, now, new).astype(was.dtype)
         return BatchNormState(towards(state.mean, mean), towards(state.variance, variance), count)
 
     def apply(
@@ -418,6 +418,9 @@ def batch_norm(
         wide = _wide(x)
         mean = wide.mean(others) if training else state.mean
         centred = wide - spread(mean)
+        if training:  # what rounding left of a large mean
+            rest = centred.mean(others)
+            mean, centred = mean + rest, centred - spread(rest)
         variance = abs_square(centred).mean(others) if training else state.variance
         y = centred * spread(quotient(jnp.ones_like(variance), safe_sqrt(variance + eps)))
         if scale:

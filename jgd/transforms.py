@@ -24,9 +24,11 @@ from optax import GradientTransformation
 from jgd.arguments import Decay, Fraction, Key, Mask, NonNegative, Number
 from jgd.arithmetic import (
     abs_square,
+    average,
+    complement,
     formula,
     increment,
-    log_of,
+    log_decay,
     one_minus_exp,
     one_minus_power,
     root_of,
@@ -282,9 +284,8 @@ def _accumulate(g: Any, v: Any, decay: Any) -> Any:
     return decay * v + g
 
 
-@formula
-def _average(g: Any, a: Any, decay: Any, new: Any) -> Any:
-    return decay * a + new * g
+def _average(g: Any, a: Any, weight: Any) -> Any:
+    return average(a, g, weight)
 
 
 @formula
@@ -293,8 +294,8 @@ def _larger(g: Any, x: Any) -> Any:
 
 
 @formula
-def _larger_decayed(g: Any, x: Any, decay: Any, eps: Any) -> Any:
-    return jnp.maximum(jnp.abs(g) + eps, decay * x)
+def _larger_decayed(g: Any, x: Any, weight: Any, eps: Any) -> Any:
+    return jnp.maximum(jnp.abs(g) + eps, average(x, 0, weight))
 
 
 @as_pytree
@@ -347,15 +348,9 @@ def moving_average(
     State: `MovingAverageState(average)`, one tree like the parameters.
     Differs from: `ema`, which corrects the bias of the start at 0.
     """
-    return memory(
-        MovingAverageState,
-        _average,
-        decay,
-        1 - decay,
-        name=name,
-        start=start,
-        dtype=accumulator_dtype,
-    )
+    weight = complement(decay)
+    record, dtype = MovingAverageState, accumulator_dtype
+    return memory(record, _average, weight, name=name, start=start, dtype=dtype)
 
 
 @as_pytree
@@ -390,7 +385,7 @@ def decayed_max(
 
     State: `RunningMaxState(maximum)`, one tree like the parameters.
     """
-    return memory(RunningMaxState, _larger_decayed, decay, eps, name=name)
+    return memory(RunningMaxState, _larger_decayed, complement(decay), eps, name=name)
 
 
 # --- bias correction -------------------------------------------------------------------------
@@ -430,11 +425,12 @@ def bias_weight(
     """
     if count is None:
         count = slots.step("count", increment)
+    weight = complement(decay)
     if (name := f"log_{of}") not in slots.old:
-        return one_minus_power(decay, count + 1 if ahead else count)
-    log = log_of(decay)
+        return one_minus_power(weight, count + 1 if ahead else count)
+    log = log_decay(weight)
     total = count * slots.step(name, lambda mean: mean + (log - mean) / count)
-    return -jnp.expm1(total + log) if ahead else one_minus_exp(decay, count, total)
+    return -jnp.expm1(total + log) if ahead else one_minus_exp(weight, count, total)
 
 
 @formula
@@ -520,7 +516,7 @@ def nesterov_ema(
         bias_correction(decay, ahead=True, of=name),
         scale(decay),
     )
-    gradient = chain(bias_correction(decay, of=name), scale(1 - decay))
+    gradient = chain(bias_correction(decay, of=name), scale(complement(decay)))
     shared = ["count", f"log_{name}"]
     both = add(average, gradient)
     return named(both, record=optax.EmaState, fields={"ema": name}, shared=shared)

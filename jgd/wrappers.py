@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from optax import GradientTransformation
 
 from jgd.arguments import Fraction, Mixing, NonNegative, NumberOrSchedule, Period
-from jgd.arithmetic import increment, log_of, one_minus_exp, quotient
+from jgd.arithmetic import complement, increment, log_decay, one_minus_exp, quotient
 from jgd.calls import spec_of
 from jgd.pytree import as_pytree
 from jgd.trees import TreeError, check_state, leafwise, like, with_params
@@ -258,22 +258,23 @@ def average_params(
     Source: Polyak & Juditsky 1992; Kingma & Ba 2015, section 7.2.
     """
     tx = optax.with_extra_args_support(inner)
+    weight = complement(decay)
 
     def init(params: Any) -> Any:
-        steps, log_decay = jnp.zeros([], jnp.int32), jnp.zeros([], float)
+        steps, log = jnp.zeros([], jnp.int32), jnp.zeros([], float)
         average = jax.tree.map(jnp.copy, params)
-        return AverageParamsState(steps, log_decay, average, tx.init(params))
+        return AverageParamsState(steps, log, average, tx.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        steps, log_decay, average, inner_state = check_state(state, AverageParamsState)
+        steps, log, average, inner_state = check_state(state, AverageParamsState)
         new_updates, inner_state = tx.update(updates, inner_state, with_params(params), **extra)
         steps = increment(steps)
-        log_decay = log_decay + (log_of(decay) - log_decay) / steps
-        total = one_minus_exp(decay, steps, steps * log_decay)
-        part = jnp.where(total > 0, (1 - decay) / jnp.where(total > 0, total, 1), 1 / steps)
+        log = log + (log_decay(weight) - log) / steps
+        total = one_minus_exp(weight, steps, steps * log)
+        part = jnp.where(total > 0, weight / jnp.where(total > 0, total, 1), 1 / steps)
         move = lambda u, a, p: a + part * (p + u - a)
         average = leafwise(move, new_updates, average, params, keep=True)
-        new = AverageParamsState(steps, log_decay, average, inner_state)
+        new = AverageParamsState(steps, log, average, inner_state)
         return new_updates, like(new, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -338,7 +339,7 @@ def schedule_free(
         steps, base = tx.update(updates, base, with_params(params), **extra)
 
         # (1 - b1) z + b1 x - p with the terms that cancel left out
-        rule = lambda u, p, z: (1 - b1) * u + c * (b1 * u + z - p)
+        rule = lambda u, p, z: complement(b1) * u + c * (b1 * u + z - p)
         new_updates = leafwise(rule, steps, params, z)
         z = leafwise(lambda u, z: z + u, steps, z, keep=True)
         step = increment(step)

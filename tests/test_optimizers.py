@@ -75,9 +75,9 @@ def _assert_close(updates, truth, limit):
 
 
 def _error(updates, truth):
-    """Return the largest difference of a step, relative to its largest update."""
-    gaps = jax.tree.map(lambda u, t: np.abs(u - t), *_relative(updates, truth))
-    return max(x.max() for x in jax.tree.leaves(gaps) if x.size)
+    """Return the root mean square of differences, relative to the largest update of their step."""
+    gaps = jax.tree.map(lambda u, t: np.square(u - t).ravel(), *_relative(updates, truth))
+    return np.sqrt(np.mean(np.concatenate(jax.tree.leaves(gaps))))
 
 
 def _both(row, steps, dtype):
@@ -121,20 +121,16 @@ def test_equals_the_paper_in_float64(row, float64):
 @pytest.mark.slow
 @peered
 def test_never_further_from_the_paper_than_optax_over_1000_steps(row):
-    """All three are given numbers that float32 can hold, so that arithmetic alone is compared."""
-    single = lambda x: np.asarray(np.float32(x), np.float64)
-    numbers = {
-        name: float(single(x)) if isinstance(x, float) else x for name, x in _numbers(row).items()
-    }
-    row = row._replace(arguments=numbers)
+    """All three are given the decimals that a user types, and gradients that float32 can hold."""
+    row = row._replace(arguments=_numbers(row))
     start = parameters(row.shapes), noisy_gradients(1000, row.shapes)
-    params, gradients = jax.tree.map(single, start)
+    params, gradients = jax.tree.map(lambda x: np.asarray(np.float32(x), np.float64), start)
     truth = jax.tree.map(lambda *xs: np.stack(xs), *_oracle_updates(row, gradients, params))
     params, gradients = jgd.lane(stacked([params], jnp.float32), 0), stacked(gradients, jnp.float32)
-    ours = _error(run(row.ours(**numbers), gradients, params), truth)
-    theirs = _error(run(row.peer(**numbers), gradients, params), truth)
-    # or where both are but rounded, or both lose the same digits in p - p0
-    assert ours <= max(1.01 * theirs, 12 * np.finfo(np.float32).eps)
+    ours = _error(run(row.ours(**row.arguments), gradients, params), truth)
+    theirs = _error(run(row.peer(**row.arguments), gradients, params), truth)
+    # 3 per cent where both lose the same digits in p - p0; eps where both are but rounded
+    assert ours <= max(1.03 * theirs, 2 * np.finfo(np.float32).eps)
 
 
 def _numbers(row):
@@ -436,7 +432,7 @@ def test_16_bit_parameters_do_not_round_the_numbers():
     tx = jgd.adam(0.1)
     _, state = tx.update(params, tx.init(params), params)
     nu = optax.tree.get(state, "nu")["w"]
-    chex.assert_trees_all_close(nu, jnp.full(3, 1 - np.float32(0.999)), rtol=2e-7)
+    chex.assert_trees_all_close(nu, jnp.full(3, 1e-3), rtol=2e-7)
     halved = jgd.adam(0.1, mu_dtype="bfloat16").init(params)
     chex.assert_shape(optax.tree.get(halved, "mu")["w"], (3,))
     chex.assert_type(optax.tree.get(halved, "mu")["w"], jnp.bfloat16)
@@ -464,7 +460,7 @@ def test_bias_correction_of_a_moving_decay():
 
 @pytest.mark.parametrize("decay", [0.0, 0.3, 0.9, 0.999, 0.9999])
 def test_bias_correction_is_exact_to_rounding(decay):
-    """The closed form in float64, up to 20,000 steps; the power in float32 is up to 1e-4 off."""
+    """The closed form of the typed decimal, up to 20,000 steps: 0.999 in float32 is 1.3e-5 off."""
     ones = jnp.ones([])
 
     def step(state, _):
@@ -474,8 +470,8 @@ def test_bias_correction_is_exact_to_rounding(decay):
     init = jgd.bias_correction(decay).init(ones)
     _, ours = jax.jit(lambda s: jax.lax.scan(step, s, None, length=20_000))(init)
     t = np.arange(1, 20_001)
-    exact = 1 / -np.expm1(t * np.log(np.float64(np.float32(decay)))) if decay else np.ones(20_000)
-    chex.assert_trees_all_close(ours, np.float32(exact), rtol=4e-7)
+    exact = 1 / -np.expm1(t * np.log(decay)) if decay else np.ones(20_000)
+    chex.assert_trees_all_close(ours, np.float32(exact), rtol=5e-7)
 
 
 def test_exponents_of_composition():

@@ -1,6 +1,7 @@
 """The basic transformations against NumPy: three steps in float64, and their states."""
 
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 import chex
@@ -14,6 +15,7 @@ from conftest import run
 import jgd
 import jgd.norms
 import jgd.transforms
+from jgd.arithmetic import complement
 from jgd.pytree import ScheduledState
 from jgd.rules import DifferenceState, difference
 from jgd.transforms import (
@@ -332,3 +334,60 @@ def test_add_noise_falls_with_the_step(float64):
     state = jgd.add_noise(1.0, 0.0).init(params)
     chex.assert_type(state.count, jnp.int32)
     chex.assert_shape(state.count, ())
+
+
+# --- decimals --------------------------------------------------------------------------------
+
+DECIMALS = sorted(
+    {round(i / 1000, 3) for i in range(1001)}
+    | {round(1 - m * 10.0**-k, 6) for m in range(1, 10) for k in range(3, 7)}
+    | {0.9975, 0.99975, 0.999985, 0.123456}
+)
+
+
+def test_the_complement_is_that_of_the_typed_decimal():
+    """0.9999 in float32 is 3e-8 off, and 1 - 0.9999 with it 1.7e-4."""
+    typed = np.array(DECIMALS)
+    rounded = np.float32(typed)
+    known = np.array([complement(decay) for decay in rounded])
+    traced = jax.jit(jax.vmap(complement))(rounded)
+    chex.assert_type([known, traced], np.float32)
+    chex.assert_trees_all_close(known, np.asarray(traced), rtol=1.2e-7)
+    np.testing.assert_allclose(known, 1 - typed, rtol=7e-7, atol=0)
+    assert known[0] == 1
+    assert known[-1] == 0
+    np.testing.assert_array_equal(jax.vmap(jax.grad(complement))(rounded), -1)
+
+
+def test_the_complement_of_other_numbers_is_exact():
+    between = np.float32(0.9999) + np.float32([3, -3, 8]) * np.float32(2**-24)
+    np.testing.assert_array_equal(jax.vmap(complement)(between), 1 - between)
+    assert np.isnan(complement(np.float32(np.nan)))
+
+
+def test_the_complement_in_float64_has_its_digits(float64):
+    for decay in (0.9999, 0.99990001, 1 - 1e-9):
+        exact = float(1 - Decimal(repr(decay)))
+        assert complement(np.float64(decay)) == pytest.approx(exact, rel=1e-6)
+        assert jax.jit(complement)(decay) == pytest.approx(exact, rel=1e-6)
+
+
+def test_a_slow_average_is_that_of_the_typed_decimal():
+    """0.9999 for 5,000 steps without bias correction, traced and known."""
+    rng = np.random.default_rng(0)
+    gradients = rng.uniform(0.5, 1.5, 5000).astype(np.float32)
+
+    def last(decay):
+        tx = jgd.moving_average(decay)
+        step = lambda state, g: (tx.update(g, state)[1], None)
+        return jax.lax.scan(step, tx.init(jnp.float32(0)), gradients)[0].average
+
+    weights = 1e-4 * 0.9999 ** np.arange(5000)[::-1]
+    truth = np.sum(weights * gradients)
+    theirs = optax.ema(0.9999, debias=False)
+    scanned = jax.lax.scan(
+        lambda state, g: (theirs.update(g, state)[1], None), theirs.init(jnp.float32(0)), gradients
+    )[0].ema
+    assert abs(jax.jit(last)(0.9999) / truth - 1) < 1e-6
+    assert abs(jax.jit(lambda: last(0.9999))() / truth - 1) < 1e-6
+    assert abs(scanned / truth - 1) > 1e-5

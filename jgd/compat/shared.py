@@ -16,7 +16,14 @@ import optax
 from optax import GradientTransformation
 
 from jgd.arguments import NonNegative, Number, NumberKind, Positive, Structure
-from jgd.arithmetic import abs_square, increment, one_minus_power, quotient, safe_sqrt
+from jgd.arithmetic import (
+    abs_square,
+    complement,
+    increment,
+    one_minus_power,
+    quotient,
+    safe_sqrt,
+)
 from jgd.calls import plainly
 from jgd.combinators import Slots, add, chain, divide, named, remembering
 from jgd.norms import rms_norm
@@ -97,7 +104,8 @@ def correct(decay: Beta, *, power: Structure) -> GradientTransformation:
     """
 
     def step(updates: Any, slots: Slots, _: Any) -> Any:
-        factor = one_minus_power(decay, slots.step("count", increment)) ** power
+        count = slots.step("count", increment)
+        factor = one_minus_power(complement(decay), count) ** power
         return leafwise(lambda g: g * factor, updates)
 
     return remembering([step], [count_slot()], BiasCorrectionState, {"count": "count"})

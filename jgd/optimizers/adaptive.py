@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from optax import GradientTransformation
 
 from jgd.arguments import Decay, Mask, NonNegative, Number
-from jgd.arithmetic import formula, increment, quotient, safe_sqrt
+from jgd.arithmetic import average, complement, formula, increment, quotient, safe_sqrt
 from jgd.combinators import (
     Slot,
     Slots,
@@ -73,7 +73,7 @@ def rectification(decay: Any, count: Any, corrected: Any, threshold: Any) -> tup
       corrected: 1 - decay^count.
     """
     # lengths of the simple averages with as many degrees of freedom: in the limit, and now
-    limit = (1 + decay) / (1 - decay)
+    limit = 2 / complement(decay) - 1
     length = limit - 2 * count * (1 - corrected) / corrected
     tractable = length >= threshold
     length = jnp.where(tractable, length, limit)
@@ -156,8 +156,8 @@ def radam(
 
 
 @formula
-def _added(g: Any, s: Any, decay: Any, eps: Any) -> Any:
-    return decay * s + (1 - decay) * g + eps
+def _added(g: Any, s: Any, weight: Any, eps: Any) -> Any:
+    return average(s, g, weight) + eps
 
 
 @as_pytree
@@ -176,7 +176,7 @@ def scale_by_belief(
     """
     direction = (nesterov_ema if nesterov else ema)(b1, name="mu")
     surprise = subtract(identity(), moving_average(b1, name="mu"))
-    spread = memory(MovingAverageState, _added, b2, eps_root, name="nu")
+    spread = memory(MovingAverageState, _added, complement(b2), eps_root, name="nu")
     magnitude = chain(surprise, square(), spread, bias_correction(b2, of="nu"), root(eps))
     shared = ["count", "mu"]
     return named(divide(direction, magnitude), record=optax.ScaleByBeliefState, shared=shared)
@@ -213,8 +213,8 @@ def adabelief(
 
 
 @formula
-def _toward(g: Any, v: Any, decay: Any) -> Any:
-    return v - (1 - decay) * jnp.sign(v - g) * g
+def _toward(g: Any, v: Any, weight: Any) -> Any:
+    return v - weight * jnp.sign(v - g) * g
 
 
 @as_pytree
@@ -233,7 +233,7 @@ def scale_by_yogi(
     """
     start = initial_accumulator_value
     direction = chain(moving_average(b1, start, name="mu"), bias_correction(b1, of="mu"))
-    average = memory(MovingAverageState, _toward, b2, name="nu", start=start)
+    average = memory(MovingAverageState, _toward, complement(b2), name="nu", start=start)
     magnitude = chain(square(), average, bias_correction(b2, of="nu"), root(eps, eps_root))
     quotient = divide(direction, magnitude)
     return named(quotient, record=optax.ScaleByAdamState, shared=["count"])

@@ -11,7 +11,7 @@ import optax.contrib
 from optax import GradientTransformation
 
 from jgd.arguments import Decay, NonNegative, Number, Positive
-from jgd.arithmetic import abs_square, quotient
+from jgd.arithmetic import abs_square, complement, quotient
 from jgd.combinators import chain
 from jgd.pytree import as_pytree
 from jgd.rules import per_leaf, real
@@ -93,7 +93,7 @@ def scale_by_madgrad(
         grad_sum_sq = grad_sum_sq + weight * abs_square(g)
         s = s + weight * g
         z = x0 - quotient(s, cube_root(jnp.real(grad_sum_sq)) + eps)
-        return (1 - momentum) * (z - p), grad_sum_sq, s, x0
+        return complement(momentum) * (z - p), grad_sum_sq, s, x0
 
     return per_leaf(rule, optax.contrib.MadgradState, x0=jnp.copy)
 

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from optax import GradientTransformation
 
 from jgd.arguments import Decay, Fraction, Mask, NonNegative, Number, Positive, Structure
-from jgd.arithmetic import abs_square, quotient, safe_sqrt
+from jgd.arithmetic import abs_square, complement, quotient, safe_sqrt
 from jgd.combinators import chain, named
 from jgd.norms import rms_norm, scale_by_param_block_rms
 from jgd.pytree import as_pytree
@@ -67,7 +67,7 @@ def scale_by_sm3(
     State: `optax.ScaleBySM3State(mu, nu)`, one tree, and one vector for each axis of each leaf.
     Source: Anil et al. 2019, algorithm SM3-II, arXiv:1901.11150.
     """
-    new = jnp.where(b2 == 1, 1, 1 - b2)
+    new = jnp.where(b2 == 1, 1, complement(b2))
 
     def rule(g: Any, mu: Any) -> tuple[Any, Any]:
         along = lambda m, axis: jnp.expand_dims(m, _others(g.ndim, axis))

@@ -29,6 +29,8 @@ from jgd.arguments import (
 )
 from jgd.arithmetic import (
     abs_square,
+    average,
+    complement,
     increment,
     one_minus_power,
     quotient,
@@ -271,7 +273,7 @@ def dowg(
 
 def _corrected_rate(count: Any, b1: Any, b2: Any) -> Any:
     """sqrt(1 - b2^t) / (1 - b1^t), Adam's two corrections as one factor of the rate."""
-    return jnp.sqrt(one_minus_power(b2, count)) / one_minus_power(b1, count)
+    return jnp.sqrt(one_minus_power(complement(b2), count)) / one_minus_power(complement(b1), count)
 
 
 @as_pytree
@@ -303,7 +305,8 @@ def dadapt_adamw(
     Source: Defazio & Mishchenko 2023, algorithm 5, arXiv:2301.07733.
     """
     b1, b2 = betas
-    c = jnp.sqrt(b2)
+    w1, w2 = complement(b1), complement(b2)
+    w3 = w2 / (1 + jnp.sqrt(b2))  # 1 - sqrt(b2)
 
     def init(params: Any) -> Any:
         zeros = lambda: jax.tree.map(jnp.zeros_like, params)
@@ -315,14 +318,14 @@ def dadapt_adamw(
         count = increment(count)
         k = d * learning_rate * _corrected_rate(count, b1, b2)
         scaled = leafwise(lambda s, v: quotient(s, safe_sqrt(v) + eps), s, v)
-        r = c * r + (1 - c) * k * _dot(updates, scaled)
-        m = leafwise(lambda g, m: b1 * m + (1 - b1) * k * g, updates, m, keep=True)
-        v = leafwise(lambda g, v: b2 * v + (1 - b2) * abs_square(g), updates, v, keep=True)
-        s = leafwise(lambda g, s: c * s + (1 - c) * k * g, updates, s, keep=True)
+        r = average(r, k * _dot(updates, scaled), w3)
+        m = leafwise(lambda g, m: average(m, k * g, w1), updates, m, keep=True)
+        v = leafwise(lambda g, v: average(v, abs_square(g), w2), updates, v, keep=True)
+        s = leafwise(lambda g, s: average(s, k * g, w3), updates, s, keep=True)
         size = sum((jnp.sum(jnp.abs(x)) for x in jax.tree.leaves(s)), jnp.zeros([], float))
         rule = lambda _, m, v, p: -quotient(m, safe_sqrt(v) + eps) - weight_decay * k * p
         new_updates = leafwise(rule, updates, m, v, with_params(params))
-        d = jnp.maximum(d, quotient(r, (1 - c) * size))
+        d = jnp.maximum(d, quotient(r, w3 * size))
         return new_updates, like(optax.contrib.DAdaptAdamWState(m, v, s, d, r, count), state)
 
     return GradientTransformation(init, update)
@@ -365,6 +368,7 @@ def prodigy(
     """
     b1, b2 = betas
     b3 = jnp.sqrt(b2) if beta3 is None else beta3
+    w1, w2 = complement(b1), complement(b2)
 
     def init(params: Any) -> Any:
         zeros = lambda: jax.tree.map(jnp.zeros_like, params)
@@ -379,8 +383,8 @@ def prodigy(
         covered = _difference(first, with_params(params))
         r = b3 * r + d / estim_lr0 * k * _dot(updates, covered)
         weight = (d if safeguard_warmup else k) * d / estim_lr0
-        m = leafwise(lambda g, m: b1 * m + (1 - b1) * d * g, updates, m, keep=True)
-        v = leafwise(lambda g, v: b2 * v + (1 - b2) * abs_square(d * g), updates, v, keep=True)
+        m = leafwise(lambda g, m: average(m, d * g, w1), updates, m, keep=True)
+        v = leafwise(lambda g, v: average(v, abs_square(d * g), w2), updates, v, keep=True)
         s = leafwise(lambda g, s: b3 * s + weight * g, updates, s, keep=True)
         size = sum((jnp.sum(jnp.abs(x)) for x in jax.tree.leaves(s)), jnp.zeros([], float))
         d = jnp.maximum(d, quotient(estim_lr_coef * r, size))

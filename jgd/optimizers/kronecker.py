@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from optax import GradientTransformation
 
 from jgd.arguments import Decay, Fraction, NonNegative, Number, Period, Structure
-from jgd.arithmetic import abs_square, increment, quotient, safe_sqrt
+from jgd.arithmetic import abs_square, average, complement, increment, quotient, safe_sqrt
 from jgd.combinators import Plain, Slots, chain, named, remembering
 from jgd.linear_algebra import eigenvectors, inverse_root, orthonormal
 from jgd.pytree import as_pytree
@@ -149,6 +149,7 @@ def scale_by_soap(
     Source: Vyas et al. 2024, algorithm 3, arXiv:2409.11321.
     """
     beta = b2 if shampoo_beta is None else shampoo_beta
+    w1, w2, w3 = map(complement, (b1, b2, beta))
 
     def rotated(x: Any) -> list[int]:
         if x.ndim < 2 and not (precondition_1d and x.ndim):
@@ -187,13 +188,12 @@ def scale_by_soap(
         ) -> tuple[Any, Any, Any, Any, Any]:
             x = into(g, bases)
             keep = lambda new, old: new.astype(old.dtype)
-            mu = keep(jnp.where(first, mu, b1 * mu + (1 - b1) * x), mu)
-            nu = keep(jnp.where(first, nu, b2 * nu + (1 - b2) * abs_square(x)), nu)
+            mu = keep(jnp.where(first, mu, average(mu, x, w1)), mu)
+            nu = keep(jnp.where(first, nu, average(nu, abs_square(x), w2)), nu)
             u = out_of(quotient(mu, safe_sqrt(nu) + eps), bases) * (jnp.sqrt(c2) / c1)
             moments = [_moment(g, axis) for axis in rotated(g)]
             preconditioners = tuple(
-                keep(beta * h + (1 - beta) * m, h)
-                for h, m in zip(preconditioners, moments, strict=True)
+                keep(average(h, m, w3), h) for h, m in zip(preconditioners, moments, strict=True)
             )
             if bases:
                 start = lambda: (mu, nu, tuple(map(eigenvectors, preconditioners)))

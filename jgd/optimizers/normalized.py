@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from optax import GradientTransformation
 
 from jgd.arguments import Decay, Mask, NonNegative, Number
-from jgd.arithmetic import abs_square, quotient, safe_sqrt
+from jgd.arithmetic import abs_square, average, complement, quotient, safe_sqrt
 from jgd.combinators import chain, divide, named, with_nesterov
 from jgd.pytree import as_pytree
 from jgd.rules import per_leaf
@@ -114,13 +114,13 @@ def scale_by_adopt(
             size = jnp.abs(x)
             x = jnp.where(size > bound, quotient(bound * x, size), x)
         first = t == 1  # nothing to divide by yet
-        return jnp.where(first, 0, x), jnp.where(first, 0, b2) * nu + jnp.where(
-            first, 1, 1 - b2
-        ) * abs_square(g)
+        nu = average(nu, abs_square(g), jnp.where(first, 1, weight))
+        return jnp.where(first, 0, x), nu
 
-    average = moving_average(b1, accumulator_dtype=mu_dtype, name="mu")
-    average = with_nesterov(average) if nesterov else average
-    return named(chain(per_leaf(rule, _AdoptState), average), record=optax.ScaleByAdamState)
+    weight = complement(b2)
+    mean = moving_average(b1, accumulator_dtype=mu_dtype, name="mu")
+    mean = with_nesterov(mean) if nesterov else mean
+    return named(chain(per_leaf(rule, _AdoptState), mean), record=optax.ScaleByAdamState)
 
 
 @as_pytree
@@ -173,10 +173,11 @@ def scale_by_adadelta(rho: Decay = 0.9, eps: NonNegative = 1e-6) -> GradientTran
     """
 
     def rule(g: Any, e_g: Any, e_x: Any) -> tuple[Any, Any, Any]:
-        e_g = rho * e_g + (1 - rho) * abs_square(g)
+        e_g = average(e_g, abs_square(g), weight)
         u = quotient(safe_sqrt(e_x + eps), safe_sqrt(e_g + eps)) * g
-        return u, e_g, rho * e_x + (1 - rho) * abs_square(u)
+        return u, e_g, average(e_x, abs_square(u), weight)
 
+    weight = complement(rho)
     return per_leaf(rule, optax.ScaleByAdaDeltaState)
 
 

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from optax import GradientTransformation
 
 from jgd.arguments import Decay, Fraction, Mask, NonNegative, Number, Positive
+from jgd.arithmetic import average, complement
 from jgd.combinators import chain
 from jgd.pytree import as_pytree
 from jgd.rules import per_leaf, real
@@ -59,8 +60,8 @@ def signum(
     Differs from: `lion`, which reads and writes its average with different decays.
     Source: Bernstein et al. 2018, algorithm 2, arXiv:1802.04434.
     """
-    average = ema(beta, debias=False, accumulator_dtype=accumulator_dtype)
-    return chain(average, scale_by_sign(), scale_by_learning_rate(learning_rate))
+    mean = ema(beta, debias=False, accumulator_dtype=accumulator_dtype)
+    return chain(mean, scale_by_sign(), scale_by_learning_rate(learning_rate))
 
 
 @as_pytree
@@ -89,8 +90,9 @@ def scale_by_lion(
     }[mode]
 
     def rule(g: Any, mu: Any) -> tuple[Any, Any]:
-        return squash(b1 * mu + (1 - b1) * g), b2 * mu + (1 - b2) * g
+        return squash(average(mu, g, read)), average(mu, g, written)
 
+    read, written = complement(b1), complement(b2)
     return per_leaf(rule, optax.ScaleByLionState, mu=lambda p: jnp.zeros_like(p, dtype=mu_dtype))
 
 
