@@ -15,6 +15,7 @@ import optax
 
 __all__ = [
     "abs_square",
+    "finite",
     "formula",
     "increment",
     "one_minus_power",
@@ -59,6 +60,14 @@ def safe_sqrt(v: Any) -> Any:
 def abs_square(g: Any) -> Any:
     """Return |g|^2, which is real for complex g too."""
     return (g * jnp.conj(g)).real
+
+
+def finite(x: Any) -> Any:
+    """Return min(x, the largest number), for differences of squares that may be infinite.
+
+    inf - finite(inf) is inf, finite(inf) / inf is 0; without it both are NaN. NaN stays NaN.
+    """
+    return jnp.minimum(x, jnp.finfo(x.dtype).max)
 
 
 @formula

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from optax import GradientTransformation
 
 from jgd.arguments import Decay, Mask, NonNegative, Number
-from jgd.arithmetic import formula, increment, quotient, safe_sqrt
+from jgd.arithmetic import finite, formula, increment, quotient, safe_sqrt
 from jgd.combinators import (
     Slot,
     Slots,
@@ -214,7 +214,7 @@ def adabelief(
 
 @formula
 def _toward(g: Any, v: Any, decay: Any) -> Any:
-    return v - (1 - decay) * jnp.sign(v - g) * g
+    return v - (1 - decay) * jnp.sign(finite(v) - g) * g
 
 
 @as_pytree

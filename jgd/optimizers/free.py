@@ -29,6 +29,7 @@ from jgd.arguments import (
 )
 from jgd.arithmetic import (
     abs_square,
+    finite,
     increment,
     one_minus_power,
     quotient,
@@ -173,7 +174,7 @@ def _scale_by_dog(init_step: InitStep, eps: NonNegative) -> GradientTransformati
         is_first, first, reach, total = check_state(state, optax.contrib.DoGState)
         distance = safe_sqrt(_square(_difference(with_params(params), first)))
         reach, total = jnp.maximum(reach, distance), total + _square(updates)
-        rate = quotient(reach, safe_sqrt(total + eps))
+        rate = quotient(finite(reach), safe_sqrt(total + eps))
         if kind == "learning_rate":
             rate = jnp.where(is_first, value, rate)
         new = optax.contrib.DoGState(jnp.array(False), first, reach, total)
@@ -227,7 +228,7 @@ def _scale_by_dowg(start: NonNegative, eps: NonNegative) -> GradientTransformati
         first, total, reach = check_state(state, optax.contrib.DoWGState)
         reach = jnp.maximum(reach, _square(_difference(with_params(params), first)))
         total = total + reach * _square(updates)
-        rate = quotient(reach, safe_sqrt(total) + eps)
+        rate = quotient(finite(reach), safe_sqrt(total) + eps)
         new = optax.contrib.DoWGState(first, total, reach)
         return leafwise(lambda g, _: rate * g, updates, params), like(new, state)
 

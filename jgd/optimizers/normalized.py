@@ -114,7 +114,7 @@ def scale_by_adopt(
             size = jnp.abs(x)
             x = jnp.where(size > bound, quotient(bound * x, size), x)
         first = t == 1  # nothing to divide by yet
-        return jnp.where(first, 0, x), jnp.where(first, 0, b2) * nu + jnp.where(
+        return jnp.where(first, 0 * g, x), jnp.where(first, 0, b2) * nu + jnp.where(
             first, 1, 1 - b2
         ) * abs_square(g)
 
