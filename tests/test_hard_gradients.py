@@ -7,6 +7,7 @@ import functools
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -158,3 +159,14 @@ def test_no_step_is_worse_than_that_of_optax(row):
         for name, length in lengths[0].items():
             limit = lengths[1][name] * (1 + row.peer32) + unseen
             assert not (length > limit).any(), (case, name)  # False for optax's NaN
+
+
+def test_an_overflow_is_a_step_of_zero_without_jit():
+    """Compiled, a product may be part of a sum, and then not overflow by itself."""
+    params, huge = {"w": jnp.ones(2)}, {"w": jnp.full(2, 1e30)}
+    for tx in (jgd.rmsprop(0.1, centered=True), jgd.ftrl(0.1)):
+        state = tx.init(params)
+        for _ in range(2):
+            updates, state = tx.update(huge, state, params)
+            chex.assert_trees_all_equal(updates, {"w": jnp.zeros(2)})
+            assert not any(np.isnan(x).any() for x in jax.tree.leaves(state))

@@ -228,7 +228,7 @@ def _scale_by_dowg(start: NonNegative, eps: NonNegative) -> GradientTransformati
         first, total, reach = check_state(state, optax.contrib.DoWGState)
         reach = jnp.maximum(reach, _square(_difference(with_params(params), first)))
         total = total + reach * _square(updates)
-        rate = quotient(finite(reach), safe_sqrt(total) + eps)
+        rate = quotient(reach, safe_sqrt(total) + eps)
         new = optax.contrib.DoWGState(first, total, reach)
         return leafwise(lambda g, _: rate * g, updates, params), like(new, state)
 
