@@ -17,6 +17,7 @@ __all__ = [
     "abs_square",
     "average",
     "complement",
+    "finite",
     "formula",
     "increment",
     "one_minus_power",
@@ -63,6 +64,15 @@ def abs_square(g: Any) -> Any:
     return (g * jnp.conj(g)).real
 
 
+def finite(x: Any) -> Any:
+    """Return min(x, the largest number), for differences of squares that may be infinite.
+
+    inf - finite(inf) is inf, finite(inf) / inf is 0; without it both are NaN. NaN stays NaN, and
+    complex numbers, which no square is, stay as they are.
+    """
+    return x if jnp.iscomplexobj(x) else jnp.minimum(x, jnp.finfo(x.dtype).max)
+
+
 @formula
 def increment(count: Any) -> Any:
     """Return count + 1, or the largest integer once it is reached."""
@@ -107,8 +117,7 @@ def average(old: Any, new: Any, weight: Any) -> Any:
 
     A square that overflows stays infinite in its average, instead of inf - inf.
     """
-    finite = old if jnp.iscomplexobj(old) else jnp.minimum(old, jnp.finfo(old.dtype).max)
-    return (old - weight * finite) + weight * new
+    return (old - weight * finite(old)) + weight * new
 
 
 @formula

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-__all__ = ["eigenvectors", "inverse_root", "orthogonalized", "orthonormal"]
+__all__ = ["eigenvectors", "inverse_root", "orthogonalized", "orthonormal", "within_range"]
 
 
 def _adjoint(x: Any) -> Any:
@@ -32,9 +32,26 @@ def _qr(a: Any) -> tuple[Any, Any]:
     return q, r
 
 
+def _overflowed(h: Any) -> Any:
+    """Return whether a positive matrix has left the range: its trace bounds all of its entries.
+
+    Entries off the diagonal may be inf - inf then. The trace is NaN only where a gradient was.
+    """
+    return jnp.isinf(jnp.trace(h).real)
+
+
+def within_range(h: Any) -> Any:
+    """Return a positive matrix, or the identity if it overflowed, for which any basis will do."""
+    return jnp.where(_overflowed(h), jnp.eye(*h.shape, dtype=h.dtype), h)
+
+
 def _spectrum(h: Any) -> tuple[Any, Any, Any]:
-    """Eigenvalues of a positive matrix, none below what rounding leaves of them; their floor."""
-    values, vectors = _eigh(h)
+    """Eigenvalues of a positive matrix, none below what rounding leaves of them; their floor.
+
+    All are infinite where the matrix overflowed.
+    """
+    values, vectors = _eigh(within_range(h))
+    values = jnp.where(_overflowed(h), jnp.inf, values)
     precision = jnp.finfo(values.dtype)
     floor = precision.eps * jnp.max(values, initial=0) + precision.tiny
     return jnp.maximum(values, floor), vectors, floor

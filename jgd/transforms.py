@@ -115,7 +115,13 @@ def set_to_zero() -> GradientTransformation:
 
 @as_pytree
 def square() -> GradientTransformation:
-    """u = g^2, |g|^2 for complex leaves. State: `EmptyState`."""
+    """u = g^2, |g|^2 for complex leaves. State: `EmptyState`.
+
+    The square overflows where |g| is above 1.8e19 (float32), and an average or a sum of it stays
+    infinite. An optimizer that divides by its root then takes steps of 0 there, as optax's do: at
+    that entry, or at the whole array or tree if it takes a norm or a moment of that. Clip gradients
+    (`clip`), or skip such steps (`skip_nonfinite`).
+    """
     return pointwise(_square)
 
 
@@ -528,7 +534,7 @@ def rms(
 ) -> GradientTransformation:
     """v <- decay v + (1 - decay) g^2, and u = sqrt(v / (1 - decay^t) + eps_root) + eps.
 
-    The magnitude of Adam.
+    The magnitude of Adam. `square` says what happens where g^2 overflows.
 
     Args:
       decay: in [0, 1). May be a schedule.

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from optax import GradientTransformation
 
 from jgd.arguments import Decay, Mask, NonNegative, Number
-from jgd.arithmetic import average, complement, formula, increment, quotient, safe_sqrt
+from jgd.arithmetic import average, complement, finite, formula, increment, quotient, safe_sqrt
 from jgd.combinators import (
     Slot,
     Slots,
@@ -214,7 +214,7 @@ def adabelief(
 
 @formula
 def _toward(g: Any, v: Any, weight: Any) -> Any:
-    return v - weight * jnp.sign(v - g) * g
+    return v - weight * jnp.sign(finite(v) - g) * g
 
 
 @as_pytree

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from optax import GradientTransformation
 
 from jgd.arguments import Decay, Fraction, Key, NonNegative, Number
+from jgd.arithmetic import finite, formula
 from jgd.combinators import chain, divide, named, subtract, with_nesterov
 from jgd.pytree import as_pytree
 from jgd.transforms import (
@@ -20,6 +21,7 @@ from jgd.transforms import (
     bias_correction,
     identity,
     moving_average,
+    pointwise,
     root,
     running_sum,
     scale_by_learning_rate,
@@ -184,6 +186,9 @@ def adagrad(
 # --- RMSProp ---------------------------------------------------------------------------------
 
 
+_finite = formula(finite)
+
+
 class ScaleByRmsWithCountState(NamedTuple):
     """State of `scale_by_rms` with bias correction."""
 
@@ -255,7 +260,8 @@ def scale_by_stddev(
     correct = lambda of: [_bias_correction(decay, of=of)] if bias_correction else []
     mean = chain(moving_average(decay, name="mu"), *correct("mu"))
     second = chain(square(), moving_average(decay, initial_scale, name="nu"), *correct("nu"))
-    magnitude = chain(subtract(second, chain(mean, square())), _root(eps, eps_in_sqrt))
+    variance = subtract(second, chain(mean, square(), pointwise(_finite)))
+    magnitude = chain(variance, _root(eps, eps_in_sqrt))
     record = ScaleByRStdDevWithCountState if bias_correction else optax.ScaleByRStdDevState
     return named(divide(identity(), magnitude), record=record, shared=["count"])
 

@@ -59,14 +59,18 @@ def ftrl(
     """
 
     def power(n: Any) -> Any:
-        return jnp.where(n > 0, jnp.where(n > 0, n, 1) ** -learning_rate_power, 0) / learning_rate
+        zero = n == 0
+        return jnp.where(zero, 0, jnp.where(zero, 1, n) ** -learning_rate_power) / learning_rate
 
     def rule(g: Any, p: Any, sum_of_squares: Any, linear: Any) -> tuple[Any, Any, Any]:
         total = sum_of_squares + abs_square(real(g))
         q = power(total)
-        linear = linear + g + 2 * l2_shrinkage * p - (q - power(sum_of_squares)) * p
+        stays = jnp.isinf(q)  # z / q would be NaN, where the step tends to 0
+        z = linear + g + 2 * l2_shrinkage * p - (q - power(sum_of_squares)) * p
+        linear = jnp.where(stays, linear, z)
         held = jnp.clip(linear, -l1, l1) - linear
-        return quotient(held, q + 2 * l2 + beta / learning_rate) - p, total, linear
+        u = quotient(held, q + 2 * l2 + beta / learning_rate) - p
+        return jnp.where(stays, 0 * g, u), total, linear
 
     start = lambda p: jnp.full_like(p, initial_accumulator_value)
     return per_leaf(rule, FtrlState, sum_of_squares=start)

@@ -31,6 +31,7 @@ from jgd.arithmetic import (
     abs_square,
     average,
     complement,
+    finite,
     increment,
     one_minus_power,
     quotient,
@@ -175,7 +176,7 @@ def _scale_by_dog(init_step: InitStep, eps: NonNegative) -> GradientTransformati
         is_first, first, reach, total = check_state(state, optax.contrib.DoGState)
         distance = safe_sqrt(_square(_difference(with_params(params), first)))
         reach, total = jnp.maximum(reach, distance), total + _square(updates)
-        rate = quotient(reach, safe_sqrt(total + eps))
+        rate = quotient(finite(reach), safe_sqrt(total + eps))
         if kind == "learning_rate":
             rate = jnp.where(is_first, value, rate)
         new = optax.contrib.DoGState(jnp.array(False), first, reach, total)

@@ -12,7 +12,7 @@ from optax import GradientTransformation
 from jgd.arguments import Decay, Fraction, NonNegative, Number, Period, Structure
 from jgd.arithmetic import abs_square, average, complement, increment, quotient, safe_sqrt
 from jgd.combinators import Plain, Slots, chain, named, remembering
-from jgd.linear_algebra import eigenvectors, inverse_root, orthonormal
+from jgd.linear_algebra import eigenvectors, inverse_root, orthonormal, within_range
 from jgd.pytree import as_pytree
 from jgd.rules import per_leaf
 from jgd.transforms import (
@@ -196,12 +196,13 @@ def scale_by_soap(
                 keep(average(h, m, w3), h) for h, m in zip(preconditioners, moments, strict=True)
             )
             if bases:
-                start = lambda: (mu, nu, tuple(map(eigenvectors, preconditioners)))
-                follow = lambda: refreshed(mu, nu, preconditioners, bases)
+                held = tuple(map(within_range, preconditioners))
+                start = lambda: (mu, nu, tuple(map(eigenvectors, held)))
+                follow = lambda: refreshed(mu, nu, held, bases)
                 stay = lambda: (mu, nu, bases)
                 turn = lambda: jax.lax.cond(first, start, follow)
                 mu, nu, bases = jax.lax.cond(refresh, turn, stay)
-            return jnp.where(first, 0, u), mu, nu, preconditioners, bases
+            return jnp.where(first, 0 * g, u), mu, nu, preconditioners, bases
 
         return per_leaf(rule, _SoapLeaves, preconditioners=squares, bases=squares)
 

@@ -90,7 +90,8 @@ def adam(
     Args:
       learning_rate: the step, above 0 to descend. May be a schedule, as the others.
       b1: in [0, 1), of the average gradient; 0.9 by default.
-      b2: in [0, 1), of the average square; 0.999 by default.
+      b2: in [0, 1), of the average square; 0.999 by default. `square` says what happens where a
+        square overflows.
       eps: at least 0, outside the root; 1e-8 by default.
       eps_root: at least 0, inside; 0 by default. Hypergradients are finite with 0 as well.
       mu_dtype: of m; None: float32 for 16-bit parameters, else theirs.

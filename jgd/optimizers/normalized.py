@@ -115,7 +115,7 @@ def scale_by_adopt(
             x = jnp.where(size > bound, quotient(bound * x, size), x)
         first = t == 1  # nothing to divide by yet
         nu = average(nu, abs_square(g), jnp.where(first, 1, weight))
-        return jnp.where(first, 0, x), nu
+        return jnp.where(first, 0 * g, x), nu
 
     weight = complement(b2)
     mean = moving_average(b1, accumulator_dtype=mu_dtype, name="mu")
