@@ -73,7 +73,8 @@ def _narrow(new: Any, gradient: Any, param: Any) -> Any:
     dtype = getattr(new, "dtype", None)
     if dtype == getattr(gradient, "dtype", None) == getattr(param, "dtype", None):
         return new
-    dtypes = [d for d in map(jnp.result_type, (gradient, param)) if jnp.issubdtype(d, jnp.inexact)]
+    dtypes = [jnp.result_type(x) for x in (gradient, param) if x is not None]
+    dtypes = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact)]
     if not dtypes:
         return new
     dtype = jnp.finfo(functools.reduce(jnp.promote_types, dtypes)).dtype  # the real one

@@ -291,7 +291,7 @@ def loss_scaled(
         scale, steps, inner_state = check_state(state, LossScaleState)
         finite = _is_finite(updates)
         # zeros instead of infinity, whose derivatives would be NaN although the step is not taken
-        unscaled = leafwise(lambda g: jnp.where(finite, g / scale, 0), updates)
+        unscaled = leafwise(lambda g: jnp.where(finite, g, 0) / scale, updates)
         updates, moved = tx.update(unscaled, inner_state, params, **extra)
         grown = steps + 1 >= period
         tiny = jnp.finfo(scale.dtype).tiny
