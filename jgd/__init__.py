@@ -23,6 +23,8 @@ _MODULES = {
     "jgd.wrappers": """
         accumulate average_params averaged_params cautious lookahead per_layer schedule_free
         schedule_free_eval_params""",
+    "jgd.precision": """
+        compensated loss_scale loss_scaled master_weights skip_nonfinite stochastic_rounding""",
     "jgd.groups": "param_groups scale_by_path scale_by_width",
     "jgd.optimizers.classic": """
         adagrad momentum nesterov noisy_sgd rmsprop scale_by_rms scale_by_rss scale_by_stddev
@@ -91,6 +93,7 @@ if TYPE_CHECKING:
     from jgd.optimizers.normalized import *  # noqa: F403
     from jgd.optimizers.orthogonal import *  # noqa: F403
     from jgd.optimizers.signs import *  # noqa: F403
+    from jgd.precision import *  # noqa: F403
     from jgd.pytree import *  # noqa: F403
     from jgd.rules import *  # noqa: F403
     from jgd.schedules import *  # noqa: F403

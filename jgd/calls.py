@@ -81,8 +81,9 @@ class Spec:
         structure: Iterable[str] = (),
         numbers: Iterable[str] = (),
         check: Callable[[Any], None] | None = None,
+        widen: bool = True,
     ) -> None:
-        self.factory, self.check = factory, check
+        self.factory, self.check, self.widen = factory, check, widen
         self.name: str = getattr(factory, "__name__", repr(factory)).lstrip("_")
         names_of = lambda names: frozenset([names] if isinstance(names, str) else names)
         self.structure, self.numbers = names_of(structure), names_of(numbers)
@@ -127,6 +128,7 @@ class Spec:
             isinstance(other, Spec)
             and self.factory == other.factory
             and (self.structure, self.numbers) == (other.structure, other.numbers)
+            and self.widen == other.widen
         )
 
     def __hash__(self) -> int:
@@ -137,7 +139,7 @@ class Spec:
         module = importlib.import_module(decorated.__module__)
         if getattr(module, decorated.__qualname__, None) is decorated:
             return spec_of, (decorated,)
-        return Spec, (self.factory, tuple(self.structure), tuple(self.numbers))
+        return Spec, (self.factory, tuple(self.structure), tuple(self.numbers), None, self.widen)
 
     # --- from a call to its stored form
 

@@ -1,16 +1,17 @@
 """The dtypes at the door of an optimizer: arithmetic is float32 at least, updates come back narrow.
 
 wide({"w": bfloat16})                    # {"w": float32}
-narrowed(updates, gradients, params)     # in the precision of the gradients
+narrowed(updates, gradients, params)     # in the wider precision of gradients and parameters
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jgd.trees import TreeError, path_name
+from jgd.trees import TreeError, is_none, path_name
 
 __all__ = ["alike", "narrowed", "wide"]
 
@@ -49,11 +50,16 @@ def _wide_leaf(leaf: Any) -> Any:
 
 
 def narrowed(new: Any, updates: Any, params: Any) -> Any:
-    """Return updates in the precision of the gradients they came from."""
-    if alike(new, updates):
-        return jax.tree.map(_narrow, new, updates)
-    # updates that come in pairs, as the parameters of a lookahead, have the dtypes of those
-    return jax.tree.map(_narrow, new, params) if alike(new, params) else new
+    """Return updates in the wider of the precisions of their gradients and parameters."""
+    if not alike(new, updates):
+        # updates that come in pairs, as the parameters of a lookahead, have the dtypes of those
+        return jax.tree.map(_narrow, new, params, params) if alike(new, params) else new
+    if params is not None:
+        try:
+            return jax.tree.map(_narrow, new, updates, params, is_leaf=is_none)
+        except (TypeError, ValueError):  # parameters of another structure, which are not used
+            pass
+    return jax.tree.map(_narrow, new, updates, updates)
 
 
 def alike(new: Any, old: Any) -> bool:
@@ -61,17 +67,15 @@ def alike(new: Any, old: Any) -> bool:
     return jax.tree.structure(new) == jax.tree.structure(old)
 
 
-def _narrow(new: Any, old: Any) -> Any:
-    if isinstance(new, jax.Array) and new.dtype == getattr(old, "dtype", None):
+def _narrow(new: Any, gradient: Any, param: Any) -> Any:
+    if new is None:
+        return None
+    dtype = getattr(new, "dtype", None)
+    if dtype == getattr(gradient, "dtype", None) == getattr(param, "dtype", None):
         return new
-    bits = _float_bits(old)
-    if bits is None or bits == _float_bits(new):
+    dtypes = [jnp.result_type(x) for x in (gradient, param) if x is not None]
+    dtypes = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact)]
+    if not dtypes:
         return new
-    if jnp.iscomplexobj(new) == jnp.iscomplexobj(old):
-        return jnp.asarray(new, jnp.result_type(old))
-    return jnp.asarray(new, {32: jnp.float32, 64: jnp.float64}[bits])
-
-
-def _float_bits(x: Any) -> int | None:
-    dtype = jnp.result_type(x)
-    return int(jnp.finfo(dtype).bits) if jnp.issubdtype(dtype, jnp.inexact) else None
+    dtype = jnp.finfo(functools.reduce(jnp.promote_types, dtypes)).dtype  # the real one
+    return jnp.asarray(new, jnp.result_type(dtype, 1j) if jnp.iscomplexobj(new) else dtype)

@@ -160,13 +160,25 @@ def is_number(value: Any) -> bool:
     return isinstance(value, NUMERIC)
 
 
-def held_by(function: Callable[..., Any], depth: int = 4) -> Iterator[Any]:
+def held_by(
+    function: Callable[..., Any], depth: int = 4, is_leaf: Callable[[Any], bool] | None = None
+) -> Iterator[Any]:
     """Yield the leaves of what a closure or a method holds, and of what the closures in it hold."""
+    functions, known = {id(function): function}, dict[int, Any]()
+    for _ in range(depth + 1):
+        known |= functions  # kept alive, so that no id is reused
+        leaves = [leaf for f in functions.values() for leaf in _held(f, is_leaf)]
+        yield from leaves
+        functions = {id(x): x for x in leaves if callable(x) and id(x) not in known}
+
+
+def _held(function: Callable[..., Any], is_leaf: Callable[[Any], bool] | None) -> Iterator[Any]:
     held = list(getattr(getattr(function, "__self__", None), "__dict__", {}).values())
     for cell in getattr(function, "__closure__", None) or ():
         with contextlib.suppress(ValueError):  # a name that is not bound yet
             held.append(cell.cell_contents)
-    for leaf in jax.tree.leaves(held):
-        yield leaf
-        if depth and callable(leaf):
-            yield from held_by(leaf, depth - 1)
+    for value in held:
+        try:
+            yield from jax.tree.leaves(value, is_leaf)
+        except (TypeError, ValueError):  # a dict whose keys have no order
+            yield value

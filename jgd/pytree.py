@@ -15,7 +15,8 @@ of an optimizer may be one. So are monitors, pairs `(init, update)` over a metri
 
 The trick applies once, at the door: where a user calls `update`. There numbers become scalars,
 16-bit leaves float32, and errors get the name of the optimizer. Behind it the bodies of jgd's own
-factories call one another as plain functions, and what they return are plain pairs.
+factories call one another as plain functions, and what they return are plain pairs. Where a link
+needs the dtypes of the parameters (`widen=False`), they pass as they are, and each link has a door.
 """
 
 import collections.abc
@@ -35,6 +36,7 @@ import optax
 from jgd.arguments import (
     How,
     Kind,
+    LinkKind,
     NumberKind,
     NumbersKind,
     StructureKind,
@@ -44,7 +46,7 @@ from jgd.arguments import (
 )
 from jgd.calls import NEEDS_A_VALUE, NONE, Spec, extended, name_structure, plainly, running
 from jgd.dtypes import alike, narrowed, wide
-from jgd.nodes import NUMERIC, Static, brief, is_entry, is_schedule, show, unwrap
+from jgd.nodes import NUMERIC, Static, brief, held_by, is_entry, is_schedule, show, unwrap
 from jgd.trees import StateError, TreeError, like, other_state
 
 __all__ = [
@@ -86,6 +88,39 @@ def _enter(link: Any) -> Any:
     return call.pair() if call.spec.own and not call.scheduled else link
 
 
+def _enter_by_its_door(link: Any) -> Any:
+    """Return a link of a call that does not widen as one that widens by itself, if it may."""
+    link = unwrap(link)
+    if isinstance(link, Transformation) or not _widens(link):
+        return link
+    tx = extended(link)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        return tx.update(updates, state, wide(params), **extra)
+
+    return optax.GradientTransformationExtraArgs(lambda params: tx.init(wide(params)), update)
+
+
+def _widens(link: Any) -> bool:
+    """Return whether a link may see parameters as float32: it holds none that needs their dtype."""
+    if isinstance(link := unwrap(link), Transformation):
+        return call_of(link).widens
+    for function in link:
+        for held in (function, *held_by(function, is_leaf=_is_transformation)):
+            call = call_of(held) if _is_transformation(held) else getattr(held, "__self__", None)
+            if isinstance(call, _Call) and not call.widens:
+                return False
+    return True
+
+
+def _is_transformation(x: Any) -> bool:
+    return isinstance(x, Transformation)
+
+
+def _is_link(x: Any) -> bool:
+    return isinstance(unwrap(x), optax.GradientTransformation)
+
+
 # --- values ----------------------------------------------------------------------------------
 
 
@@ -114,20 +149,33 @@ class _Call:
                 found.extend(kind for one in several if is_schedule(one))
         return tuple(found)
 
+    @functools.cached_property
+    def widens(self) -> bool:
+        """Whether parameters become float32 at this door: no link in it needs their dtype."""
+        if not self.spec.widen:
+            return False
+        pairs = zip(self.spec.kinds.values(), self.args, strict=True)
+        links = [arg for kind, arg in pairs if isinstance(kind, LinkKind)]
+        links = jax.tree.leaves(links, is_leaf=_is_link)
+        if not self.spec.own:  # the body of a user's factory may build such a link
+            links.append(self.pair(jnp.zeros([], jnp.int32)))
+        return all(map(_widens, links))
+
     def pair(self, step: Any = None) -> optax.GradientTransformationExtraArgs:
         """Run the body, with schedules at `step`."""
         own = self.spec.own
         moving = any(isinstance(kind, NumberKind) and kind.decay for kind in self.scheduled)
-        how = How(concrete_scalar, _enter, step) if own else How(scalar, step=step)
+        how = How(scalar, step=step)
+        if own:
+            how = How(concrete_scalar, _enter if self.widens else _enter_by_its_door, step)
         positional, keywords = self.spec.resolve(self.args, how)  # schedules are a user's functions
         with plainly(own, moving):
             return extended(self.spec.factory(*positional, **keywords))
 
     def init(self, params: optax.Params) -> optax.OptState:
         step = jnp.zeros([], jnp.int32) if self.scheduled else None
-        use = lambda pair: pair.init(wide(params))
-        with self._door(use):
-            inner = use(self.pair(step))
+        with self._door(lambda pair: pair.init(wide(params))):
+            inner = self.pair(step).init(wide(params) if self.widens else params)
         if step is None:
             return inner
         counted = optax.tree.get_all_with_path(inner, "count")
@@ -147,7 +195,8 @@ class _Call:
                 if not isinstance(state, SteppedState | ScheduledState):
                     raise other_state("the state of a scheduled number", state)
                 step, inner = state
-            new, new_inner = self.pair(step).update(wide(updates), inner, wide(params), **extra)
+            given = wide(params) if self.widens else params
+            new, new_inner = self.pair(step).update(wide(updates), inner, given, **extra)
         new = narrowed(new, updates, params)
         if not self.spec.own and alike(new_inner, inner):
             new_inner = like(new_inner, inner)
@@ -373,6 +422,7 @@ def as_pytree(
     structure: Iterable[str] = (),
     numbers: Iterable[str] = (),
     check: Callable[[Any], None] | None = None,
+    widen: bool = True,
 ) -> Callable[P, Any]: ...
 @overload
 def as_pytree(
@@ -380,6 +430,7 @@ def as_pytree(
     structure: Iterable[str] = (),
     numbers: Iterable[str] = (),
     check: Callable[[Any], None] | None = None,
+    widen: bool = True,
 ) -> Callable[[Callable[P, Any]], Callable[P, Any]]: ...
 def as_pytree(
     factory: Any = None,
@@ -387,6 +438,7 @@ def as_pytree(
     structure: Iterable[str] = (),
     numbers: Iterable[str] = (),
     check: Callable[[Any], None] | None = None,
+    widen: bool = True,
 ) -> Any:
     """Make the results of a factory pytrees of their numbers.
 
@@ -405,6 +457,8 @@ def as_pytree(
       numbers: names of parameters after `*` that are numbers all the same.
       check: called with each value in the user's call; raises for arguments that do not go
         together. Numbers may be traced there.
+      widen: False hands parameters to the factory as they are, for a wrapper that needs their
+        dtype; the gradients are float32 all the same.
 
     Returns:
       A function with the signature and docstring of `factory`. Called, it gives a `Transformation`,
@@ -412,9 +466,9 @@ def as_pytree(
       tracers as float32; inside `init` and `update` each is a float32 scalar (all float64 under
       x64). Step counts given as integers become floats as well, exact up to 2^24. 16-bit and
       integer leaves of updates and parameters are handed to the factory as float32, and the updates
-      come back in the precision of the gradients. A number of a transformation may be a schedule:
-      then the state carries one step counter. Inside the body of `factory`, calls of jgd's
-      factories return values as everywhere else.
+      come back in the wider of the precisions of gradients and parameters. A number of a
+      transformation may be a schedule: then the state carries one step counter. Inside the body of
+      `factory`, calls of jgd's factories return values as everywhere else.
 
     Raises:
       TypeError: in the call, for an argument of another kind (`adam("0.1")`, `adam(True)`,
@@ -427,8 +481,9 @@ def as_pytree(
     `optax.chain` hides the leaves of what it holds; `jgd.chain` keeps them.
     """
     if factory is None:
-        return functools.partial(as_pytree, structure=structure, numbers=numbers, check=check)
-    spec = Spec(factory, structure, numbers, check)
+        options = dict[str, Any](structure=structure, numbers=numbers, check=check, widen=widen)
+        return functools.partial(as_pytree, **options)
+    spec = Spec(factory, structure, numbers, check, widen)
     value_class: list[type[_Value]] = []
 
     @functools.wraps(factory)

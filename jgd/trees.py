@@ -123,6 +123,15 @@ def _type_name(kind: type) -> str:
     return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
+def only(function: str, state: optax.OptState, kind: type[State]) -> State:
+    """Return the one state of a kind in a nest of states. Raises ValueError for none or several."""
+    is_one = lambda node: isinstance(node, kind)
+    found = [node for node in jax.tree.leaves(state, is_leaf=is_one) if is_one(node)]
+    if len(found) != 1:
+        raise ValueError(f"{function}: state must hold one {kind.__name__}, got {len(found)}")
+    return found[0]
+
+
 def with_params(params: optax.Params | None) -> Any:
     """Return `params`. Raises TreeError if there are none."""
     if params is None:

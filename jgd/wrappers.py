@@ -18,8 +18,9 @@ from optax import GradientTransformation
 from jgd.arguments import Fraction, Mixing, NonNegative, NumberOrSchedule, Period
 from jgd.arithmetic import complement, increment, log_decay, one_minus_exp, quotient
 from jgd.calls import spec_of
+from jgd.dtypes import wide
 from jgd.pytree import as_pytree
-from jgd.trees import TreeError, check_state, leafwise, like, with_params
+from jgd.trees import TreeError, check_state, leafwise, like, only, with_params
 
 __all__ = [
     "accumulate",
@@ -31,15 +32,6 @@ __all__ = [
     "schedule_free",
     "schedule_free_eval_params",
 ]
-
-
-def _only(function: str, state: optax.OptState, kind: type) -> Any:
-    """Return the one state of a kind in a nest of states."""
-    is_one = lambda node: isinstance(node, kind)
-    found = [node for node in jax.tree.leaves(state, is_leaf=is_one) if is_one(node)]
-    if len(found) != 1:
-        raise ValueError(f"{function}: state must hold one {kind.__name__}, got {len(found)}")
-    return found[0]
 
 
 # --- when to step ----------------------------------------------------------------------------
@@ -58,7 +50,7 @@ def _accumulate(inner: GradientTransformation, every: Period) -> GradientTransfo
     tx = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> Any:
-        zeros = jax.tree.map(jnp.zeros_like, params)
+        zeros = jax.tree.map(jnp.zeros_like, wide(params))
         return AccumulateState(jnp.zeros([], jnp.int32), zeros, tx.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
@@ -123,7 +115,7 @@ def cautious(inner: GradientTransformation) -> GradientTransformation:
     tx = optax.with_extra_args_support(inner)
 
     def masked(u: Any, g: Any) -> Any:
-        keep = jnp.real(jnp.conj(g) * u) < 0
+        keep = ~(jnp.real(jnp.conj(g) * u) >= 0)  # True for NaN, so NaN propagates
         return jnp.where(keep, u, 0) / jnp.maximum(jnp.sum(keep) / max(u.size, 1), 1e-3)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
@@ -200,7 +192,7 @@ def lookahead(
     def init(params: Any) -> Any:
         own = not isinstance(params, optax.LookaheadParams)
         fast = params if own else params.fast
-        slow = jax.tree.map(jnp.copy, params) if own else None
+        slow = jax.tree.map(jnp.copy, wide(params)) if own else None
         return LookaheadState(tx.init(fast), jnp.zeros([], jnp.int32), slow)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
@@ -262,7 +254,7 @@ def average_params(
 
     def init(params: Any) -> Any:
         steps, log = jnp.zeros([], jnp.int32), jnp.zeros([], float)
-        average = jax.tree.map(jnp.copy, params)
+        average = jax.tree.map(jnp.copy, wide(params))
         return AverageParamsState(steps, log, average, tx.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
@@ -285,7 +277,7 @@ def averaged_params(state: Any) -> Any:
 
     Raises: ValueError if the state holds none, or several.
     """
-    return _only("averaged_params", state, AverageParamsState).average
+    return only("averaged_params", state, AverageParamsState).average
 
 
 @as_pytree
@@ -325,7 +317,7 @@ def schedule_free(
             step_count=jnp.ones([], jnp.int32),
             max_lr=jnp.zeros([], float),
             base_optimizer_state=tx.init(params),
-            z=jax.tree.map(lambda p: jnp.array(p, dtype=state_dtype), params),
+            z=jax.tree.map(lambda p: jnp.array(p, dtype=state_dtype), wide(params)),
         )
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
@@ -358,6 +350,6 @@ def schedule_free_eval_params(state: Any, params: Any) -> Any:
 
     Raises: ValueError if the state holds none, or several.
     """
-    found = _only("schedule_free_eval_params", state, optax.contrib.ScheduleFreeState)
+    found = only("schedule_free_eval_params", state, optax.contrib.ScheduleFreeState)
     x = lambda p, z: (p - (1 - found.b1) * z) / found.b1  # as p = (1 - b1) z + b1 x
     return jax.tree.map(lambda p, z: x(p, z).astype(p.dtype), params, found.z)

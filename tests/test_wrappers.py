@@ -19,6 +19,11 @@ WRAPPED = {
     "cautious": jgd.cautious,
     "lookahead": lambda inner: jgd.lookahead(inner, 3, 0.5),
     "schedule_free": lambda inner: jgd.schedule_free(inner, 0.01),
+    "precision": lambda inner: jgd.loss_scaled(
+        jgd.skip_nonfinite(
+            jgd.stochastic_rounding(jgd.master_weights(jgd.compensated(inner)), key=0)
+        )
+    ),
     "param_groups": lambda inner: jgd.param_groups(inner, {"matrix": jgd.sgd(0.1)}),
     "scale_by_path": lambda inner: jgd.chain(inner, jgd.scale_by_path({"matrix": 0.5})),
     "scale_by_width": lambda inner: jgd.chain(inner, jgd.scale_by_width(parameters())),

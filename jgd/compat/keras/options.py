@@ -13,6 +13,7 @@ from jgd.arithmetic import increment, quotient
 from jgd.combinators import chain, stateless
 from jgd.compat.shared import after_decay, with_parameters_of_options
 from jgd.norms import norm
+from jgd.precision import LossScaleState, loss_scaled
 from jgd.pytree import as_pytree
 from jgd.transforms import pointwise, scale
 from jgd.trees import check_state, leafwise, with_params
@@ -191,14 +192,6 @@ def averaged_params(state: Any) -> Any:
 # --- loss scaling ----------------------------------------------------------------------------
 
 
-class LossScaleState(NamedTuple):
-    """State of `loss_scale_optimizer`."""
-
-    scale: jax.Array  # float32 scalar: what to multiply the loss by
-    steps: jax.Array  # int32 scalar: finite gradients since it was changed
-    inner: Any
-
-
 @as_pytree
 def loss_scale_optimizer(
     inner_optimizer: GradientTransformation,
@@ -215,23 +208,7 @@ def loss_scale_optimizer(
       initial_scale: above 0, 2^15 by default.
       dynamic_growth_steps: at least 1, 2,000 by default.
 
-    State: `LossScaleState(scale, steps, inner)`; multiply the loss by `state.scale`.
+    State: `LossScaleState(scale, steps, inner)`; multiply the loss by `jgd.loss_scale(state)`.
+    Differs from: `jgd.loss_scaled` in its name only.
     """
-    tx = optax.with_extra_args_support(inner_optimizer)
-
-    def init(params: Any) -> Any:
-        return LossScaleState(initial_scale, jnp.zeros([], jnp.int32), tx.init(params))
-
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        factor, steps, inner = check_state(state, LossScaleState)
-        finite = jnp.array([jnp.isfinite(g).all() for g in jax.tree.leaves(updates)]).all()
-        unscaled = leafwise(lambda g: g / factor, updates)
-        stepped, moved = tx.update(unscaled, inner, params, **extra)
-        pick = lambda yes, no: jax.tree.map(lambda a, b: jnp.where(finite, a, b), yes, no)
-        grown = steps + 1 >= dynamic_growth_steps
-        scale = jnp.where(finite, jnp.where(grown, 2 * factor, factor), factor / 2)
-        steps = jnp.where(finite & ~grown, increment(steps), 0)
-        updates = leafwise(lambda u: jnp.where(finite, u, 0), stepped)
-        return updates, LossScaleState(scale, steps, pick(moved, inner))
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return loss_scaled(inner_optimizer, initial_scale, dynamic_growth_steps)
