@@ -140,7 +140,8 @@ def master_weights(inner: GradientTransformation) -> GradientTransformation:
         m <- m + inner(g)            u = m, rounded to 16 bits, - p
 
     A parameter that is not its rounded copy was changed by someone else, such as `lookahead` or a
-    loaded checkpoint: its copy starts anew from it.
+    loaded checkpoint: its copy starts anew from it. If the gradients have 16 bits too, so do the
+    updates, and a step longer than its parameter may end beside the rounded copy, with this effect.
 
     Args:
       inner: the optimizer. Its parameters are the copy.
