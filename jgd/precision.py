@@ -44,8 +44,9 @@ __all__ = [
 def _rounded(x: Any, noise: Any, dtype: Any) -> Any:
     """Return x rounded to the values of a 16-bit `dtype`, in the dtype of x, with derivative 1.
 
-    XLA may drop a cast to 16 bits and back; it keeps this arithmetic. With `noise`, uniform in
-    [0, 1), x is rounded up or down at random so that the mean is x; without, to nearest.
+    XLA may compute a 16-bit sum in float32 and drop its rounding; it keeps this arithmetic. With
+    `noise`, uniform in [0, 1), x is rounded up or down at random so that the mean is x; without, to
+    nearest.
     """
     info = jnp.finfo(dtype)
     lowest = max(int(info.minexp) - info.nmant, -126)  # XLA may flush lower powers of 2 to 0
@@ -139,7 +140,8 @@ def master_weights(inner: GradientTransformation) -> GradientTransformation:
         m <- m + inner(g)            u = m, rounded to 16 bits, - p
 
     A parameter that is not its rounded copy was changed by someone else, such as `lookahead` or a
-    loaded checkpoint: its copy starts anew from it.
+    loaded checkpoint: its copy starts anew from it. If the gradients have 16 bits too, so do the
+    updates, and a step longer than its parameter may end beside the rounded copy, with this effect.
 
     Args:
       inner: the optimizer. Its parameters are the copy.
