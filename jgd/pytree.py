@@ -45,6 +45,7 @@ from jgd.arguments import (
 from jgd.calls import NEEDS_A_VALUE, NONE, Spec, extended, name_structure, plainly, running
 from jgd.dtypes import alike, narrowed, wide
 from jgd.nodes import NUMERIC, Static, brief, is_entry, is_schedule, show, unwrap
+from jgd.sharding import placed
 from jgd.trees import StateError, TreeError, like, other_state
 
 __all__ = [
@@ -127,7 +128,7 @@ class _Call:
         step = jnp.zeros([], jnp.int32) if self.scheduled else None
         use = lambda pair: pair.init(wide(params))
         with self._door(use):
-            inner = use(self.pair(step))
+            inner = placed(use(self.pair(step)), params)
         if step is None:
             return inner
         counted = optax.tree.get_all_with_path(inner, "count")
