@@ -47,6 +47,7 @@ from jgd.arguments import (
 from jgd.calls import NEEDS_A_VALUE, NONE, Spec, extended, name_structure, plainly, running
 from jgd.dtypes import alike, narrowed, wide
 from jgd.nodes import NUMERIC, Static, brief, held_by, is_entry, is_schedule, show, unwrap
+from jgd.sharding import placed
 from jgd.trees import StateError, TreeError, like, other_state
 
 __all__ = [
@@ -176,6 +177,7 @@ class _Call:
         step = jnp.zeros([], jnp.int32) if self.scheduled else None
         with self._door(lambda pair: pair.init(wide(params))):
             inner = self.pair(step).init(wide(params) if self.widens else params)
+            inner = placed(inner, params)
         if step is None:
             return inner
         counted = optax.tree.get_all_with_path(inner, "count")

@@ -138,7 +138,8 @@ def per_layer(inner: GradientTransformation) -> GradientTransformation:
       inner: any optimizer; it is given the stack alone, as by
         `param_groups(adamw(rate), {"layers/*": per_layer(lamb(rate))})`.
 
-    State: that of `inner`, each array with the leading axis.
+    State: that of `inner`, each array with the leading axis. An explicit mesh must not shard this
+      axis, nor can `jax.lax.scan` scan over it then.
     Differs from: lanes, whose numbers differ; here all layers have the same.
     """
     tx = optax.with_extra_args_support(inner)

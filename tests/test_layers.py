@@ -21,6 +21,7 @@ LAYERS = [
     ("checks", "what plain arguments may be"),
     ("arguments", "what the arguments of a factory may be"),
     ("calls", "the calls of a factory, and the bodies that run"),
+    ("sharding", "parameters on a mesh: what is gathered, where memories lie"),
     ("trees", "walks over leaves, and the errors where trees do not match"),
     ("dtypes", "float32 at least inside, the precision of gradients or parameters outside"),
     ("pytree", "the one trick: a call of a factory becomes a pytree of its numbers"),

@@ -80,8 +80,7 @@ def scale_by_sm3(
         return quotient(g, magnitude), _maxima(jnp.broadcast_to(bound, g.shape))
 
     def zeros(p: Any) -> list[Any]:
-        lengths = [[n] for n in p.shape] if p.ndim > 1 else [p.shape]
-        return [jnp.zeros(shape, _real_dtype(p)) for shape in lengths]
+        return _maxima(jnp.zeros_like(p, dtype=_real_dtype(p)))  # sharded like the axis
 
     tx = chain(per_leaf(rule, _CoverState, mu=zeros), moving_average(b1, name="nu"))
     return named(tx, record=optax.ScaleBySM3State)
@@ -151,9 +150,8 @@ def scale_by_factored_rms(
     unused = lambda p: jnp.zeros([1], _real_dtype(p))
 
     def mean_over(which: int) -> Callable[[Any], Any]:
-        kept = lambda p, axis: [n for a, n in enumerate(p.shape) if a != axis]
-        zeros = lambda p, found: jnp.zeros(kept(p, found[which]), _real_dtype(p))
-        return lambda p: zeros(p, found) if (found := axes(p)) else unused(p)
+        zeros = lambda p: jnp.zeros_like(p, dtype=_real_dtype(p))
+        return lambda p: zeros(p).sum(found[which]) if (found := axes(p)) else unused(p)
 
     def rule(g: Any, v_row: Any, v_col: Any, v: Any, t: Any) -> tuple[Any, ...]:
         steps = t - step_offset

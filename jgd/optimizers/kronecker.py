@@ -15,6 +15,7 @@ from jgd.combinators import Plain, Slots, chain, named, remembering
 from jgd.linear_algebra import eigenvectors, inverse_root, orthonormal, within_range
 from jgd.pytree import as_pytree
 from jgd.rules import per_leaf
+from jgd.sharding import gathered
 from jgd.transforms import (
     bias_weight,
     count_slot,
@@ -71,7 +72,8 @@ def scale_by_shampoo(
             u = _along(u, axis, inverse_root(h, 2 * len(sums)))
         return u.reshape(g.shape), sums
 
-    return per_leaf(rule, ShampooState, preconditioners=start)
+    on_whole = lambda g, preconditioners: gathered(rule, g, preconditioners)
+    return per_leaf(on_whole, ShampooState, preconditioners=start)
 
 
 @as_pytree
@@ -94,7 +96,9 @@ def shampoo(
       max_precond_dim: longer axes are left out, and k counts the others; 1024 by default.
 
     State: `ShampooState(preconditioners)`, for each leaf a square matrix for each axis that is no
-      longer than `max_precond_dim`; one tree more with momentum.
+      longer than `max_precond_dim`; one tree more with momentum. On explicit mesh axes every
+      device holds all square matrices; each update gathers the gradient, one leaf at a time, and
+      every device decomposes all of them. On auto axes the compiler shards them.
     Differs from: `soap`, which forgets, and decomposes only now and then; here each step has an
       eigendecomposition of every preconditioner.
     Source: Gupta, Koren & Singer 2018, algorithms 1 and 2, arXiv:1802.09568.
@@ -204,7 +208,10 @@ def scale_by_soap(
                 mu, nu, bases = jax.lax.cond(refresh, turn, stay)
             return jnp.where(first, 0 * g, u), mu, nu, preconditioners, bases
 
-        return per_leaf(rule, _SoapLeaves, preconditioners=squares, bases=squares)
+        def on_whole(g: Any, mu: Any, nu: Any, preconditioners: Any, bases: Any) -> Any:
+            return gathered(rule, g, mu, nu, preconditioners, bases)
+
+        return per_leaf(on_whole, _SoapLeaves, preconditioners=squares, bases=squares)
 
     def step(updates: Any, slots: Slots, params: Any) -> Any:
         count = slots.step("count", increment)
@@ -251,7 +258,9 @@ def soap(
 
     State: `SoapState(count, mu, nu, preconditioners, bases)`, two trees, a scalar, and two
       square matrices for each axis that is rotated. The first call looks only: its
-      update is 0.
+      update is 0. On explicit mesh axes `mu` and `nu` are sharded like the parameters, and every
+      device holds all square matrices; each update gathers the gradient, `mu` and `nu`, one leaf
+      at a time, and every device computes all of the step. On auto axes the compiler decides.
     Raises: ValueError in `update` if no parameters are given.
     Differs from: `shampoo`, which has no memory of signs; `adam`, which it is for vectors. Under
       `jax.vmap` the bases are computed at every step.

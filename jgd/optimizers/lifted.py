@@ -4,6 +4,7 @@ The math, the defaults and the states are optax's, whatever they are; the number
 that a sweep runs them as lanes. `help` has the formula, optax's documentation the rest.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,6 +12,7 @@ import optax
 import optax.contrib
 
 from jgd.pytree import as_pytree
+from jgd.sharding import gathered
 
 __all__ = [
     "acprop",
@@ -40,6 +42,21 @@ def _lift(
     lifted = as_pytree(factory, structure=structure, numbers=numbers)
     lifted.__doc__, lifted.__module__ = docstring, __name__
     return lifted
+
+
+def _gathering(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `factory` with an update on whole arrays: its matrix products have no sharding."""
+
+    @functools.wraps(factory)
+    def build(*args: Any, **kwargs: Any) -> optax.GradientTransformation:
+        tx = optax.with_extra_args_support(factory(*args, **kwargs))
+
+        def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+            return gathered(functools.partial(tx.update, **extra), updates, state, params)
+
+        return optax.GradientTransformationExtraArgs(tx.init, update)
+
+    return build
 
 
 scale_by_acprop = _lift(
@@ -74,42 +91,44 @@ cocob = _lift(
     """,
 )
 scale_by_galore = _lift(
-    optax.contrib.scale_by_galore,
+    _gathering(optax.contrib.scale_by_galore),
     """An optimizer in a low-rank subspace of each matrix: see `galore`. Lifted from optax.""",
     structure=["rank", "update_proj_gap", "weight_dimension_numbers"],
 )
 galore = _lift(
-    optax.contrib.galore,
+    _gathering(optax.contrib.galore),
     """GaLore: Adam in a low-rank subspace of each matrix's gradient. Lifted from optax.
 
         u = -learning_rate scale P adam(P^T g), for P the first singular vectors of a past g
 
     State: `GaLoreState(count, base_optimizer_state, projector)`, Adam's state
-      and the projector, in the shapes of the subspace.
+      and the projector, in the shapes of the subspace. On explicit mesh axes each update gathers
+      the gradients, the parameters and the state, and every device computes all of the step.
     Differs from: `soap`, whose bases are complete.
     Source: Zhao et al. 2024, algorithm 1, arXiv:2403.03507.
     """,
     structure=["rank", "update_proj_gap", "weight_dimension_numbers"],
 )
 momo = _lift(
-    optax.contrib.momo,
+    _gathering(optax.contrib.momo),
     """MoMo: momentum with Polyak's step on a model of the loss. Lifted from optax.
 
         u = -min(learning_rate, (f_model - lower_bound) / ||m||^2) m
 
     State: `MomoState(exp_avg, barf, gamma, lb, count)`, one tree. `update` takes `value=loss`.
+      On explicit mesh axes it gathers the gradients, the parameters and the state.
     Differs from: `polyak_sgd`, which has no momentum.
     Source: Schaipp et al. 2024, algorithm 1, arXiv:2305.07583.
     """,
 )
 momo_adam = _lift(
-    optax.contrib.momo_adam,
+    _gathering(optax.contrib.momo_adam),
     """MoMo-Adam: Adam with Polyak's step on a model of the loss. Lifted from optax.
 
         u = -min(learning_rate / (1 - b1^t), (f_model - lower_bound) / ||m||_D^2) m / D
 
     State: `MomoAdamState(exp_avg, exp_avg_sq, barf, gamma, lb, count)`, two trees. `update` takes
-      `value=loss`.
+      `value=loss`. On explicit mesh axes it gathers the gradients, the parameters and the state.
     Differs from: `momo`, whose norm is Euclidean.
     Source: Schaipp et al. 2024, algorithm 2, arXiv:2305.07583.
     """,

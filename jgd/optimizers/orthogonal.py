@@ -19,6 +19,7 @@ from jgd.linear_algebra import orthogonalized
 from jgd.norms import norm
 from jgd.optimizers.moments import adamw
 from jgd.pytree import as_pytree
+from jgd.sharding import sharded_like, whole
 from jgd.transforms import add_decayed_weights, ema, nesterov_ema, scale_by_learning_rate
 from jgd.trees import TreeError, aligned
 
@@ -101,10 +102,10 @@ def _as_matrices(f: Callable[[Any], Any], x: Any, dimensions: Any) -> Any:
         return x
     order = [axis for group in groups for axis in group]
     sizes = [math.prod(x.shape[axis] for axis in group) for group in groups]
-    turned = x.transpose(order)
+    turned = whole(x).transpose(order)
     matrices = turned.reshape(sizes)
     result = jax.vmap(f)(matrices).reshape(turned.shape)
-    return result.transpose([order.index(axis) for axis in range(x.ndim)])
+    return sharded_like(result.transpose([order.index(axis) for axis in range(x.ndim)]), x)
 
 
 def _dimensions(given: Any, tree: Any) -> Any:
@@ -213,7 +214,9 @@ def muon(
         columns)) instead.
 
     State: `optax.contrib.MuonState(count, mu, ns_coeffs)`, one tree for matrices, and that of
-      `adamw`, two trees, for the rest, each in an `optax.MaskedState`.
+      `adamw`, two trees, for the rest, each in an `optax.MaskedState`. All are sharded like the
+      parameters. On explicit mesh axes each update gathers the averages of the matrices, one leaf
+      at a time, and every device makes all of them orthogonal.
     Differs from: Keras and PyTorch, whose momentum has no bias correction.
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; Liu et al. 2025,
       arXiv:2502.16982 for consistent_rms.
