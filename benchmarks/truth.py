@@ -4,10 +4,10 @@
     python -m benchmarks.truth --optimizers adam adopt
 
 Each optimizer takes 500 steps with the same random gradients, nine of ten along one direction, and
-with the decimals that a user types (0.9999). An error is the largest distance of the parameters from the path in float64 during
-these steps, over how far that path leads from its start. In float64 jgd and optax are compared with
-the formula of the paper, written in NumPy (`tests/oracles`); PyTorch, whose conventions differ,
-with itself. The four parts of the table:
+with the decimals that a user types (0.9999). An error is the largest distance of the parameters
+from the path in float64 during these steps, over how far that path leads from its start. jgd and
+optax are compared with the formula of the paper, written in NumPy (`tests/oracles`); PyTorch, whose
+conventions differ, with itself in float64. The four parts of the table:
 
     float32       parameters and gradients in float32
     bfloat16      both in bfloat16, as each library does it by itself

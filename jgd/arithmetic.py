@@ -112,8 +112,8 @@ def _complement_traced(decay: Any) -> Any:
 
 
 @formula
-def average(old: Any, new: Any, weight: Any) -> Any:
-    """Return (1 - weight) old + weight new: exactly `new` for a weight of 1, and inf for old = inf.
+def average(new: Any, old: Any, weight: Any) -> Any:
+    """Return weight new + (1 - weight) old: exactly `new` for a weight of 1, and inf for old = inf.
 
     A square that overflows stays infinite in its average, instead of inf - inf.
     """

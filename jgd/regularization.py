@@ -399,7 +399,7 @@ def batch_norm(
                     f" in each channel, got {n}"
                 )
             variance = variance * (n / (n - 1))
-        towards = lambda was, now: average(was, now, new).astype(was.dtype)
+        towards = lambda was, now: average(now, was, new).astype(was.dtype)
         return BatchNormState(towards(state.mean, mean), towards(state.variance, variance), count)
 
     def apply(

@@ -290,10 +290,6 @@ def _accumulate(g: Any, v: Any, decay: Any) -> Any:
     return decay * v + g
 
 
-def _average(g: Any, a: Any, weight: Any) -> Any:
-    return average(a, g, weight)
-
-
 @formula
 def _larger(g: Any, x: Any) -> Any:
     return jnp.maximum(x, g)
@@ -301,7 +297,7 @@ def _larger(g: Any, x: Any) -> Any:
 
 @formula
 def _larger_decayed(g: Any, x: Any, weight: Any, eps: Any) -> Any:
-    return jnp.maximum(jnp.abs(g) + eps, average(x, 0, weight))
+    return jnp.maximum(jnp.abs(g) + eps, average(0, x, weight))
 
 
 @as_pytree
@@ -356,7 +352,7 @@ def moving_average(
     """
     weight = complement(decay)
     record, dtype = MovingAverageState, accumulator_dtype
-    return memory(record, _average, weight, name=name, start=start, dtype=dtype)
+    return memory(record, average, weight, name=name, start=start, dtype=dtype)
 
 
 @as_pytree

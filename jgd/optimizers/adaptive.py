@@ -157,7 +157,7 @@ def radam(
 
 @formula
 def _added(g: Any, s: Any, weight: Any, eps: Any) -> Any:
-    return average(s, g, weight) + eps
+    return average(g, s, weight) + eps
 
 
 @as_pytree

@@ -192,12 +192,12 @@ def scale_by_soap(
         ) -> tuple[Any, Any, Any, Any, Any]:
             x = into(g, bases)
             keep = lambda new, old: new.astype(old.dtype)
-            mu = keep(jnp.where(first, mu, average(mu, x, w1)), mu)
-            nu = keep(jnp.where(first, nu, average(nu, abs_square(x), w2)), nu)
+            mu = keep(jnp.where(first, mu, average(x, mu, w1)), mu)
+            nu = keep(jnp.where(first, nu, average(abs_square(x), nu, w2)), nu)
             u = out_of(quotient(mu, safe_sqrt(nu) + eps), bases) * (jnp.sqrt(c2) / c1)
             moments = [_moment(g, axis) for axis in rotated(g)]
             preconditioners = tuple(
-                keep(average(h, m, w3), h) for h, m in zip(preconditioners, moments, strict=True)
+                keep(average(m, h, w3), h) for h, m in zip(preconditioners, moments, strict=True)
             )
             if bases:
                 held = tuple(map(within_range, preconditioners))

@@ -157,7 +157,7 @@ def scale_by_novograd(
 
     def rule(g: Any, nu: Any, t: Any) -> tuple[Any, Any]:
         square = jnp.sum(abs_square(g))
-        nu = jnp.where(t == 1, square, average(nu, square, weight))
+        nu = jnp.where(t == 1, square, average(square, nu, weight))
         return quotient(g, safe_sqrt(nu + eps_root) + eps), nu
 
     weight = complement(b2)

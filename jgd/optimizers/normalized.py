@@ -114,7 +114,7 @@ def scale_by_adopt(
             size = jnp.abs(x)
             x = jnp.where(size > bound, quotient(bound * x, size), x)
         first = t == 1  # nothing to divide by yet
-        nu = average(nu, abs_square(g), jnp.where(first, 1, weight))
+        nu = average(abs_square(g), nu, jnp.where(first, 1, weight))
         return jnp.where(first, 0 * g, x), nu
 
     weight = complement(b2)
@@ -173,9 +173,9 @@ def scale_by_adadelta(rho: Decay = 0.9, eps: NonNegative = 1e-6) -> GradientTran
     """
 
     def rule(g: Any, e_g: Any, e_x: Any) -> tuple[Any, Any, Any]:
-        e_g = average(e_g, abs_square(g), weight)
+        e_g = average(abs_square(g), e_g, weight)
         u = quotient(safe_sqrt(e_x + eps), safe_sqrt(e_g + eps)) * g
-        return u, e_g, average(e_x, abs_square(u), weight)
+        return u, e_g, average(abs_square(u), e_x, weight)
 
     weight = complement(rho)
     return per_leaf(rule, optax.ScaleByAdaDeltaState)

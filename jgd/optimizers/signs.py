@@ -90,7 +90,7 @@ def scale_by_lion(
     }[mode]
 
     def rule(g: Any, mu: Any) -> tuple[Any, Any]:
-        return squash(average(mu, g, read)), average(mu, g, written)
+        return squash(average(g, mu, read)), average(g, mu, written)
 
     read, written = complement(b1), complement(b2)
     return per_leaf(rule, optax.ScaleByLionState, mu=lambda p: jnp.zeros_like(p, dtype=mu_dtype))
