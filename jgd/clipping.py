@@ -3,9 +3,9 @@
     jgd.chain(jgd.clip_by_global_norm(1.0), jgd.adamw(1e-3))
     jax.vmap(jgd.clip_by_global_norm)(jnp.array([0.5, 1.0, jnp.inf]))     # inf: off
 
-All clip the norm of a block: of all leaves, of one leaf, of a unit, of an entry. A norm is kept as
-the product of the largest modulus and a rest, so that it is finite where a square overflows, above
-0 where all squares vanish, and differentiable where all gradients are 0.
+All clip the norm of a block: of all leaves, of one leaf, of a unit, of an entry. Entries are scaled
+by the largest of them before they are squared, so that no square overflows and not all vanish, and
+derivatives are finite where all gradients are 0.
 """
 
 import functools
@@ -49,37 +49,38 @@ def _peak(g: Any, axis: Any) -> Any:
 
 
 @_over_axes
-def _squares(g: Any, peak: Any, axis: Any) -> Any:
-    return jnp.sum(abs_square(g / peak), axis, keepdims=axis is not None)
+def _squares(g: Any, inverse: Any, axis: Any) -> Any:
+    return jnp.sum(abs_square(g * inverse), axis, keepdims=axis is not None)
 
 
 @formula
-def _bounded(peak: Any, rest: Any, limit: Any, unit: Any) -> tuple[Any, Any]:
-    within = (peak * rest <= limit * unit) | (limit == jnp.inf)  # False for NaN, so NaN propagates
+def _bounded(inverse: Any, rest: Any, limit: Any, unit: Any) -> tuple[Any, Any]:
+    within = (rest / inverse <= limit * unit) | (limit == jnp.inf)  # False for NaN, which goes on
     # all are 1 within the bound, since a `where` around the result would leave NaN derivatives
-    peak, rest, limit, unit = (jnp.where(within, 1, x) for x in (peak, rest, limit, unit))
-    return peak, limit * unit / rest
+    inverse, rest, limit, unit = (jnp.where(within, 1, x) for x in (inverse, rest, limit, unit))
+    return inverse, limit * unit / rest
 
 
 class Norm(NamedTuple):
-    """The Euclidean norm of a block of entries, as a product that does not overflow or vanish."""
+    """The norm `rest / inverse` of a block, whose two factors neither overflow nor vanish."""
 
-    peak: Any  # the largest modulus, or what is nearest to it and has a reciprocal
-    rest: Any  # the norm of the entries over `peak`: not finite where an entry is not
+    inverse: Any  # a power of two: that of the largest modulus, as far as both are in range
+    rest: Any  # the norm of the entries times `inverse`; not finite where an entry is not
 
     @classmethod
     def of(cls, arrays: Sequence[Any], axis: Any = None) -> "Norm":
         """Return the norm of all entries of some arrays, or of each slice along `axis`."""
         peaks = [_peak(g, axis) for g in arrays] or [jnp.ones([])]
         peak = functools.reduce(jnp.maximum, peaks)
-        # division is compiled to multiplication by the reciprocal, which must be in range as well
-        peak = jnp.minimum(peak, 0.5 / jnp.finfo(peak.dtype).tiny)
-        squares = [_squares(g, peak, axis) for g in arrays] or [jnp.zeros([])]
-        return cls(peak, safe_sqrt(functools.reduce(jnp.add, squares)))
+        dtype = jnp.finfo(peak.dtype)
+        peak = jax.lax.reduce_precision(peak, dtype.nexp, 0)  # powers of two scale exactly
+        inverse = 1 / jnp.minimum(peak, 0.5 / dtype.tiny)
+        squares = [_squares(g, inverse, axis) for g in arrays] or [jnp.zeros([])]
+        return cls(inverse, safe_sqrt(functools.reduce(jnp.add, squares)))
 
     def plus(self, eps: Any) -> "Norm":
         """Return the norm with `eps` added to it."""
-        return Norm(self.peak, self.rest + eps / self.peak)
+        return Norm(self.inverse, self.rest + eps * self.inverse)
 
     def bounded(self, limit: Any, unit: Any = 1.0) -> tuple[Any, Any]:
         """Return the scale of a block whose norm may be `limit` units at most; inf: any."""
@@ -87,13 +88,13 @@ class Norm(NamedTuple):
 
     def set_to(self, length: Any) -> tuple[Any, Any]:
         """Return the scale that gives the block the norm `length`, and leaves 0 at 0."""
-        return self.peak, quotient(length, self.rest)
+        return self.inverse, quotient(length, self.rest)
 
 
 @formula
-def scaled(g: Any, divisor: Any, factor: Any) -> Any:
-    """Return g in a scale, which one number could not express if it overflowed."""
-    return g / divisor * factor
+def scaled(g: Any, inverse: Any, factor: Any) -> Any:
+    """Return g in a scale of two factors, whose product may be out of range."""
+    return g * inverse * factor
 
 
 def block(g: Any, limit: Any, unit: Any = 1.0, axis: Any = None) -> Any:
@@ -131,7 +132,7 @@ def clip(max_delta: NonNegative) -> GradientTransformation:
     """u = min(max(g, -max_delta), max_delta) for each entry.
 
     Args:
-      max_delta: at least 0, the largest |u|; inf is off.
+      max_delta: at least 0, the largest |u|; inf is off. May be a schedule.
 
     State: `EmptyState`.
     Differs from: `optax.clip`, which refuses complex leaves. Here the modulus is clipped, and the
@@ -145,12 +146,12 @@ def clip_by_global_norm(max_norm: NonNegative) -> GradientTransformation:
     """u = g min(1, max_norm / N), for N the norm of all gradients together.
 
     Args:
-      max_norm: at least 0, the largest norm of all updates together; inf is off.
+      max_norm: at least 0, the largest norm of all updates together; inf is off. May be a schedule.
 
     State: `EmptyState`.
     Differs from: `optax.clip_by_global_norm`, which gives 0 where the square of a gradient
-      overflows, NaN for gradients and a bound of 0, and NaN derivatives for gradients of 0. An
-      infinite gradient gives NaN in its place and 0 elsewhere, a NaN gives NaN everywhere, in both.
+      overflows, NaN for gradients and a bound of 0, and NaN derivatives for gradients of 0. As
+      there, an infinite gradient gives NaN in its place and 0 elsewhere, a NaN gives NaN in all.
     Source: Pascanu, Mikolov & Bengio 2013, algorithm 1, arXiv:1211.5063.
     """
     return together(lambda norm: norm.bounded(max_norm))
@@ -164,7 +165,7 @@ def clip_by_block_rms(threshold: NonNegative) -> GradientTransformation:
       threshold: at least 0, the largest root mean square of a leaf; inf is off.
 
     State: `EmptyState`.
-    Differs from: `optax.clip_by_block_rms`, as `clip_by_global_norm` from optax's.
+    Differs from: `optax.clip_by_block_rms`, in the cases of `clip_by_global_norm`.
     Source: Shazeer & Stern 2018, section 6, arXiv:1804.04235.
     """
     return pointwise(_leaf_rms, threshold)
@@ -200,15 +201,15 @@ def adaptive_grad_clip(
 
     State: `EmptyState`.
     Raises: ValueError in `update` if no parameters are given, and for an `axis` that a leaf lacks.
-    Differs from: `optax.adaptive_grad_clip`, as `clip_by_global_norm` from optax's; there norms of
-      gradients below 1e-6 that are clipped become shorter than the bound.
+    Differs from: `optax.adaptive_grad_clip`, in the cases of `clip_by_global_norm`, and where a
+      gradient whose norm is below 1e-6 is clipped: optax makes it shorter than the bound.
     Source: Brock et al. 2021, equation 3, arXiv:2102.06171.
     """
 
     def clipped(g: Any, p: Any) -> Any:
         axes = _unit_axes(g, axis)
-        peak, rest = Norm.of([p], axes)
-        return block(g, clipping, jnp.maximum(peak * rest, eps), axes)
+        inverse, rest = Norm.of([p], axes)
+        return block(g, clipping, jnp.maximum(rest / inverse, eps), axes)
 
     return stateless(lambda updates, params: leafwise(clipped, updates, with_params(params)))
 
@@ -224,7 +225,7 @@ def normalize_by_update_norm(
       eps: at least 0, 1e-6 by default.
 
     State: `EmptyState`.
-    Differs from: `optax.normalize_by_update_norm`, as `clip_by_global_norm` from optax's.
+    Differs from: `optax.normalize_by_update_norm`, in the cases of `clip_by_global_norm`.
     """
     return together(lambda norm: norm.plus(eps).set_to(scale_factor))
 
@@ -234,7 +235,8 @@ def normalize() -> GradientTransformation:
     """u = g / N, for N the norm of all gradients together, and 0 where N is 0.
 
     State: `EmptyState`.
-    Differs from: `optax.contrib.normalize`, which gives NaN for gradients of 0.
+    Differs from: `optax.contrib.normalize`, which gives NaN for gradients of 0, and 0 where their
+      squares overflow.
     """
     return normalize_by_update_norm(eps=0.0)
 
@@ -244,7 +246,7 @@ def zero_nans() -> GradientTransformation:
     """u = g, and 0 where g is NaN; the state says which leaves had one.
 
     State: `optax.ZeroNansState(found_nan)`, a bool for each leaf, of its last gradient.
-    Differs from: the other clips, which leave a NaN visible.
+    Differs from: `clip` and its kin, which leave a NaN visible.
     """
 
     def found(updates: Any, old: Any) -> Any:

@@ -213,3 +213,11 @@ def test_what_is_refused():
         adaptive(jnp.ones((2, 2)), axis=2)
     with pytest.raises(jgd.TreeError, match="needs the parameters"):
         jgd.adaptive_grad_clip(0.1).update(deep, optax.EmptyState())
+
+
+def test_entries_are_scaled_exactly():
+    for *entries, norm in ((3, 4, 12, 13), (6, 10, 15, 19), (2, 10, 11, 15), (1, 4, 8, 9)):
+        for c in (1.0, 3 * 2.0**100, 7 * 2.0**-120):
+            gradient = jnp.array(entries) * c
+            clipped, _ = jgd.clip_by_global_norm(norm / 4 * c).update(gradient, None)
+            np.testing.assert_array_equal(clipped, gradient / 4)
