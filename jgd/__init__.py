@@ -20,6 +20,9 @@ _MODULES = {
     "jgd.rules": "difference per_leaf",
     "jgd.norms": """
         centralize scale_by_param_block_norm scale_by_param_block_rms scale_by_trust_ratio""",
+    "jgd.clipping": """
+        adaptive_grad_clip clip clip_by_block_rms clip_by_global_norm normalize
+        normalize_by_update_norm zero_nans""",
     "jgd.wrappers": """
         accumulate average_params averaged_params cautious lookahead per_layer schedule_free
         schedule_free_eval_params""",
@@ -76,6 +79,7 @@ __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from jgd.catalog import get as get
+    from jgd.clipping import *  # noqa: F403
     from jgd.combinators import *  # noqa: F403
     from jgd.groups import *  # noqa: F403
     from jgd.inspection import *  # noqa: F403

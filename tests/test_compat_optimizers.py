@@ -29,6 +29,7 @@ CLASSES = {
     "adamw": "AdamW",
     "sgd": "SGD",
 }
+CLIPS = ["clipnorm", "clipvalue", "global_clipnorm"]
 MATRICES = {"tall": (9, 4), "wide": (4, 9), "square": (6, 6)}
 
 
@@ -228,10 +229,38 @@ def test_clip_grad_norm():
     assert parted(jgd_path(tx, params, noise), theirs, params) < 1e-9
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30, 0.0])
+def test_clip_grad_norm_of_extremes_is_torch_s(bad):
+    """torch in float64, ours in float32, whose squares overflow."""
+    gradients = [np.array([1.0, bad, 0.0]), np.array([0.0, 3.0 * (bad != 0)])]
+    tensors = [torch.nn.Parameter(torch.zeros(len(g), dtype=torch.float64)) for g in gradients]
+    for tensor, g in zip(tensors, gradients, strict=True):
+        tensor.grad = torch.tensor(g)
+    torch.nn.utils.clip_grad_norm_(tensors, 0.5)
+    ours, _ = jt.clip_grad_norm(0.5).update([np.float32(g) for g in gradients], None)
+    for u, tensor in zip(ours, tensors, strict=True):
+        np.testing.assert_allclose(u, tensor.grad, rtol=1e-6)
+
+
+def test_derivatives_of_clips_are_finite_for_gradients_of_0():
+    clips = [jt.clip_grad_norm, *(lambda bound, n=n: jk.sgd(1.0, **{n: bound}) for n in CLIPS)]
+
+    def steps(bound, g):
+        updates = [tx.update(g, tx.init(g), g)[0] for tx in (clip(bound) for clip in clips)]
+        return jnp.concatenate([u for tree in updates for u in tree])
+
+    zero = [jnp.zeros(2), jnp.zeros(1)]
+    for transform in (jax.jacrev, jax.jacfwd):
+        by_bound, by_gradient = jax.jit(transform(steps, argnums=(0, 1)))(0.5, zero)
+        np.testing.assert_array_equal(by_bound, 0)
+        signs = np.repeat([1, -1, -1, -1], 3)[:, None]
+        np.testing.assert_array_equal(np.hstack(by_gradient), signs * np.tile(np.eye(3), (4, 1)))
+
+
 # --- Keras's options at their edges ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("option", ["clipnorm", "clipvalue", "global_clipnorm"])
+@pytest.mark.parametrize("option", CLIPS)
 def test_clipping_of_what_is_not_finite_is_keras_s(option):
     params = {"a": np.ones(3), "b": np.ones(2)}
     for bad in (np.inf, -np.inf, np.nan, 0.0):
@@ -279,7 +308,7 @@ def test_what_does_not_go_together_is_refused_in_the_call():
     jax.vmap(lambda m: jt.sgd(0.1, momentum=m, nesterov=True))(jnp.array([0.0, 0.9]))
 
 
-@pytest.mark.parametrize("option", ["clipnorm", "clipvalue", "global_clipnorm"])
+@pytest.mark.parametrize("option", CLIPS)
 def test_clipping_to_zero_is_off(option):
     params, noise = problem({"m": (4, 3)}, steps=5)
     off = jgd_path(jk.sgd(**{option: 0.0}), params, noise)

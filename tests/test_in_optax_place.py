@@ -36,7 +36,6 @@ UNREACHED = [
     "optax_test.py",
     "perturbations/*",
     "projections/*",
-    "transforms/_clipping_test.py",
     "tree_utils/_casting_test.py",
     "tree_utils/_random_test.py",
     "tree_utils/_tree_math_test.py",

@@ -31,6 +31,7 @@ LAYERS = [
     ("transforms", "the basic transformations: averages, bias correction, roots, decay"),
     ("rules", "a formula on one array, lifted over the tree"),
     ("norms", "transformations that look at a whole array"),
+    ("clipping", "gradients with a bound on their norm"),
     ("linear_algebra", "functions of a matrix with finite derivatives"),
     ("ramps", ""),
     ("schedules", "step -> value; every argument may be traced"),

@@ -9,10 +9,10 @@ import optax
 from optax import GradientTransformation
 
 from jgd.arguments import Fraction, NonNegative, Period, Positive
-from jgd.arithmetic import increment, quotient
-from jgd.combinators import chain, stateless
+from jgd.arithmetic import formula, increment
+from jgd.clipping import Norm, block, clip, together
+from jgd.combinators import chain
 from jgd.compat.shared import after_decay, with_parameters_of_options
-from jgd.norms import norm
 from jgd.precision import LossScaleState, loss_scaled
 from jgd.pytree import as_pytree
 from jgd.transforms import pointwise, scale
@@ -102,13 +102,13 @@ def with_options(
 ) -> GradientTransformation:
     """The rule in the order of Keras: accumulate, unscale, clip, decay, rule, average."""
     tx = rule if weight_decay is None else after_decay(rule, learning_rate * weight_decay)
-    for bound, clip in (
+    for bound, link in (
         (clipnorm, _clip_each),
-        (clipvalue, optax.clip),
+        (clipvalue, clip),
         (global_clipnorm, _clip_all),
     ):
         if bound is not None:
-            tx = chain(clip(jnp.where(bound > 0, bound, jnp.inf)), tx)
+            tx = chain(link(jnp.where(bound > 0, bound, jnp.inf)), tx)
     if loss_scale_factor is not None:
         tx = chain(scale(1 / loss_scale_factor), tx)
     if gradient_accumulation_steps is not None:
@@ -119,22 +119,19 @@ def with_options(
     return tx
 
 
-def _clip_each(bound: Any) -> GradientTransformation:
-    def clip(g: Any) -> Any:
-        size = norm(g)
-        return jnp.where(jnp.isinf(bound), g, quotient(g * bound, jnp.maximum(size, bound)))
+_block = formula(block)
 
-    return pointwise(clip)
+
+def _clip_each(bound: Any) -> GradientTransformation:
+    return pointwise(_block, bound)
 
 
 def _clip_all(bound: Any) -> GradientTransformation:
-    def clip(updates: Any, _: Any) -> Any:
-        total = optax.tree.norm(updates)
-        clipped = jnp.where(jnp.isfinite(total), bound / jnp.maximum(total, bound), jnp.nan)
-        factor = jnp.where(jnp.isinf(bound), 1, clipped)
-        return leafwise(lambda g: g * factor, updates)
+    def scale_of(norm: Norm) -> tuple[Any, Any]:
+        spoilt = ~jnp.isfinite(norm.rest) & jnp.isfinite(bound)
+        return norm.bounded(jnp.where(spoilt, jnp.nan, bound))
 
-    return stateless(clip)
+    return together(scale_of)
 
 
 # --- the average of the parameters -----------------------------------------------------------

@@ -21,7 +21,8 @@ from optax import GradientTransformation
 
 import jgd.optimizers
 from jgd.arguments import Decays, Fraction, NonNegative, Number, Numbers, Positive, Structure
-from jgd.combinators import chain, divide, named, stateless, with_nesterov
+from jgd.clipping import together
+from jgd.combinators import chain, divide, named, with_nesterov
 from jgd.compat.shared import (
     correct,
     factored_descent,
@@ -52,7 +53,7 @@ from jgd.transforms import (
     scale_by_momentum,
     square,
 )
-from jgd.trees import TreeError, leafwise
+from jgd.trees import TreeError
 
 __all__ = [
     "adadelta",
@@ -114,12 +115,7 @@ def clip_grad_norm(max_norm: Positive) -> GradientTransformation:
     State: `EmptyState`.
     Differs from: `optax.clip_by_global_norm`, which has no 1e-6 and leaves what is below the bound.
     """
-
-    def clip(updates: Any, _: Any) -> Any:
-        factor = jnp.minimum(1, max_norm / (optax.tree.norm(updates) + 1e-6))
-        return leafwise(lambda g: g * factor, updates)
-
-    return stateless(clip)
+    return together(lambda norm: norm.plus(1e-6).bounded(max_norm))
 
 
 # --- gradient descent ------------------------------------------------------------------------

@@ -1,0 +1,262 @@
+"""Clipping: gradients are shortened where they exceed a bound, and the bound is a leaf.
+
+    jgd.chain(jgd.clip_by_global_norm(1.0), jgd.adamw(1e-3))
+    jax.vmap(jgd.clip_by_global_norm)(jnp.array([0.5, 1.0, jnp.inf]))     # inf: off
+
+All clip the norm of a block: of all leaves, of one leaf, of a unit, of an entry. Entries are scaled
+by the largest of them before they are squared, so that no square overflows and not all vanish, and
+derivatives are finite where all gradients are 0.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax import GradientTransformation
+
+from jgd.arguments import NonNegative, Number, Structure
+from jgd.arithmetic import abs_square, formula, quotient, safe_sqrt
+from jgd.combinators import Plain, Slot, Slots, remembering, stateless
+from jgd.pytree import as_pytree
+from jgd.transforms import pointwise
+from jgd.trees import TreeError, aligned, leafwise, with_params
+
+__all__ = [
+    "adaptive_grad_clip",
+    "clip",
+    "clip_by_block_rms",
+    "clip_by_global_norm",
+    "normalize",
+    "normalize_by_update_norm",
+    "zero_nans",
+]
+
+
+# --- the norm of a block ---------------------------------------------------------------------
+
+_over_axes = functools.partial(jax.jit, inline=True, static_argnames="axis")
+
+
+@_over_axes
+def _peak(g: Any, axis: Any) -> Any:
+    # a constant to derivatives: the norm does not depend on what its entries are divided by
+    size = jnp.abs(jax.lax.stop_gradient(g))
+    return jnp.max(size, axis, keepdims=axis is not None, initial=jnp.finfo(size.dtype).tiny)
+
+
+@_over_axes
+def _squares(g: Any, inverse: Any, axis: Any) -> Any:
+    return jnp.sum(abs_square(g * inverse), axis, keepdims=axis is not None)
+
+
+@formula
+def _bounded(inverse: Any, rest: Any, limit: Any, unit: Any) -> tuple[Any, Any]:
+    within = (rest / inverse <= limit * unit) | (limit == jnp.inf)  # False for NaN, which goes on
+    # all are 1 within the bound, since a `where` around the result would leave NaN derivatives
+    inverse, rest, limit, unit = (jnp.where(within, 1, x) for x in (inverse, rest, limit, unit))
+    return inverse, limit * unit / rest
+
+
+class Norm(NamedTuple):
+    """The norm `rest / inverse` of a block, whose two factors neither overflow nor vanish."""
+
+    inverse: Any  # a power of two: that of the largest modulus, as far as both are in range
+    rest: Any  # the norm of the entries times `inverse`; not finite where an entry is not
+
+    @classmethod
+    def of(cls, arrays: Sequence[Any], axis: Any = None) -> "Norm":
+        """Return the norm of all entries of some arrays, or of each slice along `axis`."""
+        peaks = [_peak(g, axis) for g in arrays] or [jnp.ones([])]
+        peak = functools.reduce(jnp.maximum, peaks)
+        dtype = jnp.finfo(peak.dtype)
+        peak = jax.lax.reduce_precision(peak, dtype.nexp, 0)  # powers of two scale exactly
+        inverse = 1 / jnp.minimum(peak, 0.5 / dtype.tiny)
+        squares = [_squares(g, inverse, axis) for g in arrays] or [jnp.zeros([])]
+        return cls(inverse, safe_sqrt(functools.reduce(jnp.add, squares)))
+
+    def plus(self, eps: Any) -> "Norm":
+        """Return the norm with `eps` added to it."""
+        return Norm(self.inverse, self.rest + eps * self.inverse)
+
+    def bounded(self, limit: Any, unit: Any = 1.0) -> tuple[Any, Any]:
+        """Return the scale of a block whose norm may be `limit` units at most; inf: any."""
+        return _bounded(*self, limit, unit)
+
+    def set_to(self, length: Any) -> tuple[Any, Any]:
+        """Return the scale that gives the block the norm `length`, and leaves 0 at 0."""
+        return self.inverse, quotient(length, self.rest)
+
+
+@formula
+def scaled(g: Any, inverse: Any, factor: Any) -> Any:
+    """Return g in a scale of two factors, whose product may be out of range."""
+    return g * inverse * factor
+
+
+def block(g: Any, limit: Any, unit: Any = 1.0, axis: Any = None) -> Any:
+    """Return one leaf, or each slice along `axis`, with a norm of at most `limit` units."""
+    return scaled(g, *Norm.of([g], axis).bounded(limit, unit))
+
+
+def together(scale_of: Callable[[Norm], tuple[Any, Any]]) -> Plain:
+    """Return the transformation that takes all leaves for one block, in the scale of its norm."""
+
+    def transformed(updates: Any, _: Any) -> Any:
+        scale = scale_of(Norm.of(jax.tree.leaves(updates)))
+        return leafwise(scaled, updates, numbers=scale)
+
+    return stateless(transformed)
+
+
+# --- transformations -------------------------------------------------------------------------
+
+
+@formula
+def _entries(g: Any, limit: Any) -> Any:
+    if jnp.iscomplexobj(g):
+        return block(g, limit, axis=())  # an entry is a slice along no axis
+    return jnp.clip(g, -limit, limit)
+
+
+@formula
+def _leaf_rms(g: Any, limit: Any) -> Any:
+    return block(g, limit, math.sqrt(g.size))
+
+
+@as_pytree
+def clip(max_delta: NonNegative) -> GradientTransformation:
+    """u = min(max(g, -max_delta), max_delta) for each entry.
+
+    Args:
+      max_delta: at least 0, the largest |u|; inf is off. May be a schedule.
+
+    State: `EmptyState`.
+    Differs from: `optax.clip`, which refuses complex leaves. Here the modulus is clipped, and the
+      direction stays.
+    """
+    return pointwise(_entries, max_delta)
+
+
+@as_pytree
+def clip_by_global_norm(max_norm: NonNegative) -> GradientTransformation:
+    """u = g min(1, max_norm / N), for N the norm of all gradients together.
+
+    Args:
+      max_norm: at least 0, the largest norm of all updates together; inf is off. May be a schedule.
+
+    State: `EmptyState`.
+    Differs from: `optax.clip_by_global_norm`, which gives 0 where the square of a gradient
+      overflows, NaN for gradients and a bound of 0, and NaN derivatives for gradients of 0. As
+      there, an infinite gradient gives NaN in its place and 0 elsewhere, a NaN gives NaN in all.
+    Source: Pascanu, Mikolov & Bengio 2013, algorithm 1, arXiv:1211.5063.
+    """
+    return together(lambda norm: norm.bounded(max_norm))
+
+
+@as_pytree
+def clip_by_block_rms(threshold: NonNegative) -> GradientTransformation:
+    """u = g min(1, threshold / rms(g)) for each leaf: the update clipping of Adafactor.
+
+    Args:
+      threshold: at least 0, the largest root mean square of a leaf; inf is off.
+
+    State: `EmptyState`.
+    Differs from: `optax.clip_by_block_rms`, in the cases of `clip_by_global_norm`.
+    Source: Shazeer & Stern 2018, section 6, arXiv:1804.04235.
+    """
+    return pointwise(_leaf_rms, threshold)
+
+
+def _unit_axes(x: Any, axis: Any) -> tuple[int, ...]:
+    """Return the axes along which the entries of a unit lie."""
+    if axis is None:
+        if sum(n != 1 for n in x.shape) < 2:
+            return tuple(range(x.ndim))
+        if x.ndim > 5:
+            raise TreeError(f"axis must be given for an array of {x.ndim} axes")
+        return tuple(range({2: 1, 3: 1, 4: 3, 5: 4}[x.ndim]))
+    axes = tuple(axis) if isinstance(axis, Sequence) else (axis,)
+    if not all(-x.ndim <= a < x.ndim for a in axes):
+        raise TreeError(f"axis must be in every leaf, got {axis} for an array of {x.ndim} axes")
+    return axes
+
+
+@as_pytree
+def adaptive_grad_clip(
+    clipping: NonNegative, eps: NonNegative = 1e-3, axis: Structure = None
+) -> GradientTransformation:
+    """u = g min(1, clipping max(||p||, eps) / ||g||) for each unit: AGC.
+
+    Args:
+      clipping: at least 0, the largest norm of an update relative to that of its parameters; inf is
+        off.
+      eps: at least 0, 1e-3 by default; smaller norms of parameters count as it.
+      axis: the axis or axes along which the entries of a unit lie. None (default): all axes of
+        scalars and vectors, the first axis of leaves with 2 or 3 axes, all but the last of leaves
+        with 4 or 5, so that a unit is an output in the layout of flax.
+
+    State: `EmptyState`.
+    Raises: ValueError in `update` if no parameters are given, and for an `axis` that a leaf lacks.
+    Differs from: `optax.adaptive_grad_clip`, in the cases of `clip_by_global_norm`, and where a
+      gradient whose norm is below 1e-6 is clipped: optax makes it shorter than the bound.
+    Source: Brock et al. 2021, equation 3, arXiv:2102.06171.
+    """
+
+    def clipped(g: Any, p: Any) -> Any:
+        axes = _unit_axes(g, axis)
+        inverse, rest = Norm.of([p], axes)
+        return block(g, clipping, jnp.maximum(rest / inverse, eps), axes)
+
+    return stateless(lambda updates, params: leafwise(clipped, updates, with_params(params)))
+
+
+@as_pytree
+def normalize_by_update_norm(
+    scale_factor: Number = 1.0, eps: NonNegative = 1e-6
+) -> GradientTransformation:
+    """u = scale_factor g / (N + eps), for N the norm of all gradients together.
+
+    Args:
+      scale_factor: any number, or a schedule; 1 by default.
+      eps: at least 0, 1e-6 by default.
+
+    State: `EmptyState`.
+    Differs from: `optax.normalize_by_update_norm`, in the cases of `clip_by_global_norm`.
+    """
+    return together(lambda norm: norm.plus(eps).set_to(scale_factor))
+
+
+@as_pytree
+def normalize() -> GradientTransformation:
+    """u = g / N, for N the norm of all gradients together, and 0 where N is 0.
+
+    State: `EmptyState`.
+    Differs from: `optax.contrib.normalize`, which gives NaN for gradients of 0, and 0 where their
+      squares overflow.
+    """
+    return normalize_by_update_norm(eps=0.0)
+
+
+@as_pytree
+def zero_nans() -> GradientTransformation:
+    """u = g, and 0 where g is NaN; the state says which leaves had one.
+
+    State: `optax.ZeroNansState(found_nan)`, a bool for each leaf, of its last gradient.
+    Differs from: `clip` and its kin, which leave a NaN visible.
+    """
+
+    def found(updates: Any, old: Any) -> Any:
+        leaves, structure, (before,) = aligned(updates, old)
+        pairs = zip(leaves, before, strict=True)
+        return structure.unflatten([x if g is None else jnp.isnan(g).any() for g, x in pairs])
+
+    def step(updates: Any, slots: Slots, _: Any) -> Any:
+        slots.step("found_nan", lambda old: found(updates, old))
+        return leafwise(lambda g: jnp.where(jnp.isnan(g), 0, g), updates)
+
+    flags = Slot("found_nan", lambda params: jax.tree.map(lambda p: jnp.zeros([], bool), params))
+    return remembering([step], [flags], optax.ZeroNansState, {"found_nan": "found_nan"})
