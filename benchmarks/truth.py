@@ -62,7 +62,10 @@ TORCH: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adafactor": lambda p: torch.optim.Adafactor(p, 0.01),
 }
 
-WHY: dict[str, str] = {}
+WHY = {
+    "amsgrad": "PyTorch takes the maximum before the bias correction, another path",
+    "fromage": "the decay is a link of its own, with a rounding of its own",
+}
 
 
 def drawn_gradients(row: Row) -> list[Tree]:
