@@ -44,7 +44,8 @@ from jgd.arguments import (
 )
 from jgd.calls import NEEDS_A_VALUE, NONE, Spec, extended, name_structure, plainly, running
 from jgd.dtypes import alike, narrowed, wide
-from jgd.nodes import NUMERIC, Static, brief, is_entry, is_schedule, show, unwrap
+from jgd.exporting import register_factory, register_states, register_value
+from jgd.nodes import NUMERIC, brief, is_entry, is_schedule, show, unwrap
 from jgd.trees import StateError, TreeError, like, other_state
 
 __all__ = [
@@ -128,10 +129,12 @@ class _Call:
         use = lambda pair: pair.init(wide(params))
         with self._door(use):
             inner = use(self.pair(step))
-        if step is None:
-            return inner
-        counted = optax.tree.get_all_with_path(inner, "count")
-        return (SteppedState if counted else ScheduledState)(step, inner)
+        state = inner
+        if step is not None:
+            counted = optax.tree.get_all_with_path(inner, "count")
+            state = (SteppedState if counted else ScheduledState)(step, inner)
+        register_states(state)
+        return state
 
     def update(
         self,
@@ -234,7 +237,7 @@ class _Value:
             if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
                 shown.extend(map(show, arg))
             elif not isinstance(spec.kinds[name], StructureKind) or (
-                arg is not None and arg != Static(parameter.default)
+                arg is not None and arg != spec.defaults[name]
             ):
                 shown.append(f"{name}={show(arg)}")
         return f"{spec.name}({', '.join(shown)})"
@@ -361,6 +364,7 @@ def _flatten_with_keys(value: Any) -> tuple[tuple[tuple[Any, Any], ...], Spec]:
 
 for _class in (Transformation, Schedule, Monitor):
     jax.tree_util.register_pytree_with_keys(_class, _flatten_with_keys, _class.of_call, _flatten)
+    register_value(_class)
 
 
 # --- the decorator ---------------------------------------------------------------------------
@@ -414,7 +418,8 @@ def as_pytree(
       integer leaves of updates and parameters are handed to the factory as float32, and the updates
       come back in the precision of the gradients. A number of a transformation may be a schedule:
       then the state carries one step counter. Inside the body of `factory`, calls of jgd's
-      factories return values as everywhere else.
+      factories return values as everywhere else. A program that `jax.export` writes to a file takes
+      them as arguments (`jgd.exporting`).
 
     Raises:
       TypeError: in the call, for an argument of another kind (`adam("0.1")`, `adam(True)`,
@@ -429,6 +434,7 @@ def as_pytree(
     if factory is None:
         return functools.partial(as_pytree, structure=structure, numbers=numbers, check=check)
     spec = Spec(factory, structure, numbers, check)
+    register_factory(spec)
     value_class: list[type[_Value]] = []
 
     @functools.wraps(factory)

@@ -23,6 +23,7 @@ LAYERS = [
     ("calls", "the calls of a factory, and the bodies that run"),
     ("trees", "walks over leaves, and the errors where trees do not match"),
     ("dtypes", "float32 at least inside, the gradient's precision outside"),
+    ("exporting", "optimizers as arguments of `jax.export`"),
     ("pytree", "the one trick: a call of a factory becomes a pytree of its numbers"),
     ("lanes", "batches of optimizers"),
     ("arithmetic", "quotients and roots that are finite at 0"),
