@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 from table import FIRST
+from test_numbers import NUMBERS
 
 import jgd
 import jgd.optimizers
@@ -229,3 +230,58 @@ def test_counts_stay_at_the_largest_int32(row):
     state, updates = jax.jit(lambda state: jax.lax.scan(step, state, None, 3))(state)
     chex.assert_tree_all_finite(updates)
     assert all(x == top for x in jax.tree.leaves(state) if is_count(x))
+
+
+# --- transformations of JAX ------------------------------------------------------------------
+
+
+def _curved(params):
+    """A loss whose gradient moves with all leaves but `dark`, where it is always 0."""
+    return jnp.sum(jnp.cos(params["w"])) + 0.0 * jnp.sum(params["dark"])
+
+
+def _trained(tx, params, steps=3):
+    """The loss after a few steps, each with a gradient of its own and recomputed backwards."""
+
+    @jax.checkpoint
+    def step(carry, _):
+        params, state = carry
+        value, gradient = jax.value_and_grad(_curved)(params)
+        updates, state = tx.update(gradient, state, params, value=value)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), None, steps)
+    return _curved(params)
+
+
+def _away_from_kinks(row):
+    """Numbers for the arguments of a row, where the largest of two is one of them alone."""
+    spec = row.ours.__jgd_spec__
+    wide = {"dtype_momentum": jnp.float64} if "dtype_momentum" in spec.names else {}
+    return row.arguments | {name: NUMBERS[name] for name in spec.numeric()} | wide
+
+
+@every_optimizer_slow
+def test_derivatives_of_training_in_both_modes(row, float64):
+    """By all numbers and by the parameters: forward = reverse, and the Hessian = differences."""
+    params = {"w": jnp.array([[0.3, -0.7], [1.1, 0.4], [0.2, -1.3]]), "dark": jnp.ones(2)}
+    point = row.ours(**_away_from_kinks(row)), params
+    rng = np.random.default_rng(0)
+    direction = jax.tree.map(lambda x: np.abs(x) * rng.normal(size=np.shape(x)), point)
+
+    def derivatives(shift):
+        at = jax.tree.map(lambda x, v: jnp.asarray(x) + shift * v, point, direction)
+        tangent = jax.tree.map(lambda x, v: jnp.asarray(v, x.dtype), at, direction)
+        loss = lambda at: _trained(*at)
+        forward = jax.jvp(loss, (at,), (tangent,))[1]
+        reverse, second = jax.jvp(jax.grad(loss), (at,), (tangent,))
+        along = lambda tree: sum(jax.tree.leaves(jax.tree.map(jnp.vdot, tree, tangent)))
+        return forward, along(reverse), along(second), reverse, second
+
+    small = 1e-5
+    rows = jax.jit(jax.vmap(derivatives))(small * jnp.array([-1.0, 0.0, 1.0]))
+    chex.assert_tree_all_finite(rows)
+    forward, reverse, second, *_ = rows
+    np.testing.assert_allclose(forward, reverse, rtol=1e-9, atol=1e-12)
+    difference = (forward[2] - forward[0]) / (2 * small)
+    np.testing.assert_allclose(second[1], difference, rtol=1e-4, atol=1e-7)
