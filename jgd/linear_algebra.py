@@ -38,8 +38,8 @@ def _one_by_one(f: Callable[[Any], Any]) -> Any:
 def _decomposition(f: Callable[[Any], Any], derivative: Callable[..., Any]) -> Any:
     """Return `f` with a derivative, for one matrix of a batch after the other.
 
-    JAX cannot transpose a function with its own rule for batches, and forgets a derivative around
-    one in the second derivative of a scan: the derivative stands on both sides.
+    JAX cannot transpose a function with its own rule for batches: the derivative stands outside.
+    In the second derivative of a scan JAX forgets that one: it stands inside as well.
     """
     inner = jax.custom_jvp(f)
     inner.defjvp(derivative)
