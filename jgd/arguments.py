@@ -151,7 +151,7 @@ class NumbersKind(Kind):
 
     def admit(self, label: str, value: Any) -> Any:
         value = tuple(value) if type(value) is list else value
-        one = lambda x: Static(x) if isinstance(x, str) else NumberKind().admit(label, x)
+        one = lambda x: Static(x, label) if isinstance(x, str) else NumberKind().admit(label, x)
         stored = jax.tree.map(one, value, is_leaf=callable)
         if not any(isinstance(x, jax.Array) for x in jax.tree.leaves(stored)):
             self.check_range(label, stored, value)
@@ -194,7 +194,7 @@ class LinkKind(Kind):
                 f"{label} must be {self.description}, got {brief(value)}{_call_of(value)}"
             )
         # a transformation whose leaves are its closures is no pytree of numbers
-        return Static(link) if any(map(callable, jax.tree.leaves(link))) else value
+        return Static(link, label) if any(map(callable, jax.tree.leaves(link))) else value
 
     def check_call(self, label: str, stored: Any) -> None:
         for link in stored if type(stored) is tuple else (stored,):
@@ -242,7 +242,7 @@ class StructureKind(Kind):
         if typing.get_origin(self.hint) is Literal and value not in typing.get_args(self.hint):
             choices = typing.get_args(self.hint)
             raise ValueError(f"{label} must be one of {choices}, got {brief(value)}")
-        return value if value is None else Static(self._canonical(label, value))
+        return value if value is None else Static(self._canonical(label, value), label)
 
     def _canonical(self, label: str, value: Any) -> Any:
         """Return structure as it compares: dtypes and integers by what they mean."""
@@ -251,7 +251,7 @@ class StructureKind(Kind):
                 f"{label} must not be traced, got {brief(value)}. It shapes the program: make an"
                 " optimizer for each value"
             )
-        if label.endswith("dtype") or isinstance(value, np.dtype):
+        if "dtype" in label.split(": ")[-1] or isinstance(value, np.dtype):
             if isinstance(value, bool):
                 raise TypeError(f"{label} must be a dtype, got {value!r}")
             return jax.dtypes.canonicalize_dtype(value)
@@ -263,7 +263,9 @@ class KeyKind(Kind):
     """A random key or an int: structure, so that lanes share it, but it may be traced."""
 
     def admit(self, label: str, value: Any) -> Any:
-        return value if value is None or isinstance(value, jax.core.Tracer) else Static(value)
+        return (
+            value if value is None or isinstance(value, jax.core.Tracer) else Static(value, label)
+        )
 
 
 def admit_schedule(label: str, value: Any) -> Any:
@@ -271,7 +273,7 @@ def admit_schedule(label: str, value: Any) -> Any:
     if _is_factory(value):
         called = _call_of(value) if "schedule" in f"{value.__module__}.{value.__name__}" else ""
         raise TypeError(f"{label} must be a number or a schedule, got {brief(value)}{called}")
-    return Static(value) if jax.tree_util.all_leaves([value]) else value
+    return Static(value, label) if jax.tree_util.all_leaves([value]) else value
 
 
 def _is_factory(value: Any) -> bool:

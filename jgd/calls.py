@@ -144,7 +144,7 @@ class Spec:
     # --- from a call to its stored form
 
     @functools.cached_property
-    def _defaults(self) -> dict[str, Any]:
+    def defaults(self) -> dict[str, Any]:
         """The stored form of a call without arguments: one entry for each parameter."""
         empty, stored = inspect.Parameter.empty, dict[str, Any]()
         for name, p in self.signature.parameters.items():
@@ -171,7 +171,7 @@ class Spec:
         given.update(kwargs)
         if not self.required <= given.keys():
             return self._bind_by_signature(args, kwargs)
-        stored = self._defaults | {name: self.admit(name, x) for name, x in given.items()}
+        stored = self.defaults | {name: self.admit(name, x) for name, x in given.items()}
         return tuple(stored.values())
 
     def _bind_by_signature(

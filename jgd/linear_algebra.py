@@ -18,18 +18,60 @@ def _adjoint(x: Any) -> Any:
     return x.conj().swapaxes(-1, -2)
 
 
-# One matrix after the other in a batch of lanes: on CPUs, batched decompositions of two programs
-# that run at once can wait for each other's threads for ever.
-@jax.custom_batching.sequential_vmap
-def _eigh(h: Any) -> tuple[Any, Any]:
-    values, vectors = jnp.linalg.eigh(h)
-    return values, vectors
+def _one_by_one(f: Callable[[Any], Any]) -> Any:
+    """Return `f`, which a batch of lanes calls for one matrix after the other.
+
+    On CPUs, batched decompositions of two programs that run at once can wait for each other's
+    threads for ever.
+    """
+    one = jax.custom_batching.custom_vmap(f)
+
+    @one.def_vmap
+    def rule(axis_size: int, batched: list[bool], x: Any) -> tuple[Any, Any]:
+        # JAX asks for a batch of no arguments where the tangents alone have lanes
+        results = jax.lax.map(one, x) if batched[0] else f(x)
+        return results, jax.tree.map(lambda _: batched[0], results)
+
+    return one
 
 
-@jax.custom_batching.sequential_vmap
-def _qr(a: Any) -> tuple[Any, Any]:
-    q, r = jnp.linalg.qr(a)
-    return q, r
+def _decomposition(f: Callable[[Any], Any], derivative: Callable[..., Any]) -> Any:
+    """Return `f` with a derivative, for one matrix of a batch after the other.
+
+    JAX cannot transpose a function with its own rule for batches: the derivative stands outside.
+    In the second derivative of a scan JAX forgets that one: it stands inside as well.
+    """
+    inner = jax.custom_jvp(f)
+    inner.defjvp(derivative)
+    outer = jax.custom_jvp(_one_by_one(inner))
+    outer.defjvp(derivative)
+    return outer
+
+
+def _eigh_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    values, vectors = _eigh(*primals)
+    gaps = values[None, :] - values[:, None]
+    close = jnp.abs(gaps) <= jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values), initial=0)
+    turned = _adjoint(vectors) @ tangents[0] @ vectors
+    rotation = jnp.where(close, 0, turned / jnp.where(close, 1, gaps))
+    return (values, vectors), (jnp.diagonal(turned).real, vectors @ rotation)
+
+
+def _qr_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    q, r = _qr(*primals)
+    diagonal = jnp.abs(jnp.diagonal(r))
+    lost = diagonal <= jnp.finfo(diagonal.dtype).eps * jnp.max(diagonal, initial=0)
+    moved = _adjoint(q) @ tangents[0]
+    change = jax.scipy.linalg.solve_triangular(
+        (r + jnp.diag(lost.astype(r.dtype))).T, moved.T, lower=True
+    ).T
+    below = jnp.tril(jnp.where(lost[None, :], 0, change), -1)
+    rotation = below - _adjoint(below)
+    return (q, r), (q @ rotation, moved - rotation @ r)
+
+
+_eigh = _decomposition(lambda h: tuple(jnp.linalg.eigh(h)), _eigh_jvp)
+_qr = _decomposition(lambda a: tuple(jnp.linalg.qr(a)), _qr_jvp)
 
 
 def _overflowed(h: Any) -> Any:
@@ -82,39 +124,14 @@ def _inverse_root_jvp(order: int, primals: Any, tangents: Any) -> tuple[Any, Any
     return (vectors * roots) @ _adjoint(vectors), tangent
 
 
-@jax.custom_jvp
 def eigenvectors(h: Any) -> Any:
     """Orthonormal eigenvectors of a positive matrix as columns, largest eigenvalue first."""
     return _eigh(h)[1][:, ::-1]
 
 
-@eigenvectors.defjvp
-def _eigenvectors_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
-    values, vectors = _eigh(*primals)
-    values, vectors = values[::-1], vectors[:, ::-1]
-    gaps = values[None, :] - values[:, None]
-    close = jnp.abs(gaps) <= jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values))
-    turned = _adjoint(vectors) @ tangents[0] @ vectors
-    rotation = jnp.where(close, 0, turned / jnp.where(close, 1, gaps))
-    return vectors, vectors @ rotation
-
-
-@jax.custom_jvp
 def orthonormal(a: Any) -> Any:
     """The orthonormal factor of a square matrix (QR)."""
     return _qr(a)[0]
-
-
-@orthonormal.defjvp
-def _orthonormal_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
-    q, r = _qr(*primals)
-    diagonal = jnp.abs(jnp.diagonal(r))
-    lost = diagonal <= jnp.finfo(diagonal.dtype).eps * jnp.max(diagonal, initial=0)
-    change = jax.scipy.linalg.solve_triangular(
-        (r + jnp.diag(lost.astype(r.dtype))).T, (_adjoint(q) @ tangents[0]).T, lower=True
-    ).T
-    below = jnp.tril(jnp.where(lost[None, :], 0, change), -1)
-    return q, q @ (below - _adjoint(below))
 
 
 def _as_it_is(x: Any) -> Any:

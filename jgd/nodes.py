@@ -18,12 +18,15 @@ __all__ = ["Named", "Static", "brief", "is_entry", "is_schedule", "show", "unwra
 
 
 class Static:
-    """A node without leaves: structure, compared and hashed by value (dtypes, masks, arrays)."""
+    """A node without leaves: structure, compared and hashed by value (dtypes, masks, arrays).
 
-    __slots__ = ("key", "value")
+    `label` names the argument in errors, such as "adamw: mask". It has no part in comparisons.
+    """
 
-    def __init__(self, value: Any) -> None:
-        self.value = value
+    __slots__ = ("key", "label", "value")
+
+    def __init__(self, value: Any, label: str = "structure") -> None:
+        self.value, self.label = value, label
         self.key = _static_key(value)
 
     def __eq__(self, other: object) -> bool:
@@ -33,7 +36,7 @@ class Static:
         return hash(self.key)
 
     def __reduce__(self) -> Any:
-        return Static, (self.value,)
+        return Static, (self.value, self.label)
 
     def __repr__(self) -> str:
         if isinstance(self.value, optax.GradientTransformation):

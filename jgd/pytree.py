@@ -13,30 +13,24 @@ the numbers of the call, everything else is structure.
 Schedules are values in the same way, callables that are pytrees of their numbers, and any number
 of an optimizer may be one. So are monitors, pairs `(init, update)` over a metric.
 
-The trick applies once, at the door: where a user calls `update`. There numbers become scalars,
-16-bit leaves float32, and errors get the name of the optimizer. Behind it the bodies of jgd's own
-factories call one another as plain functions, and what they return are plain pairs. Where a link
-needs the dtypes of the parameters (`widen=False`), they pass as they are, and each link has a door.
+The trick applies once, where a user calls `update` (`jgd.door`). Behind that door the bodies of
+jgd's own factories call one another as plain functions, and what they return are plain pairs.
 """
 
 import collections.abc
-import contextlib
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, ParamSpec, Self, overload
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from jgd.arguments import (
     How,
-    Kind,
-    LinkKind,
     NumberKind,
     NumbersKind,
     StructureKind,
@@ -45,10 +39,10 @@ from jgd.arguments import (
     scalar,
 )
 from jgd.calls import NEEDS_A_VALUE, NONE, Spec, extended, name_structure, plainly, running
-from jgd.dtypes import alike, narrowed, wide
-from jgd.nodes import NUMERIC, Static, brief, held_by, is_entry, is_schedule, show, unwrap
-from jgd.sharding import placed
-from jgd.trees import StateError, TreeError, like, other_state
+from jgd.door import Call, ScheduledState, SteppedState
+from jgd.exporting import register_factory, register_value
+from jgd.nodes import brief, show, unwrap
+from jgd.trees import TreeError
 
 __all__ = [
     "Monitor",
@@ -63,189 +57,13 @@ __all__ = [
 P = ParamSpec("P")
 
 
-class SteppedState(NamedTuple):
-    """State of a value with a scheduled number whose own state has a `count` already."""
-
-    step: jax.Array  # int32 scalar: updates so far
-    inner: optax.OptState
-
-
-class ScheduledState(NamedTuple):
-    """State of a value with a scheduled number and no `count` of its own."""
-
-    count: jax.Array  # int32 scalar: updates so far
-    inner: optax.OptState
-
-
-# --- plain pairs, behind the door ------------------------------------------------------------
-
-
-def _enter(link: Any) -> Any:
-    """Return a link of jgd's own without schedules as a plain pair: one door is enough."""
-    link = unwrap(link)
-    if not isinstance(link, Transformation):
-        return link
-    call = call_of(link)
-    return call.pair() if call.spec.own and not call.scheduled else link
-
-
-def _enter_by_its_door(link: Any) -> Any:
-    """Return a link of a call that does not widen as one that widens by itself, if it may."""
-    link = unwrap(link)
-    if isinstance(link, Transformation) or not _widens(link):
-        return link
-    tx = extended(link)
-
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        return tx.update(updates, state, wide(params), **extra)
-
-    return optax.GradientTransformationExtraArgs(lambda params: tx.init(wide(params)), update)
-
-
-def _widens(link: Any) -> bool:
-    """Return whether a link may see parameters as float32: it holds none that needs their dtype."""
-    if isinstance(link := unwrap(link), Transformation):
-        return call_of(link).widens
-    for function in link:
-        for held in (function, *held_by(function, is_leaf=_is_transformation)):
-            call = call_of(held) if _is_transformation(held) else getattr(held, "__self__", None)
-            if isinstance(call, _Call) and not call.widens:
-                return False
-    return True
-
-
-def _is_transformation(x: Any) -> bool:
-    return isinstance(x, Transformation)
-
-
-def _is_link(x: Any) -> bool:
-    return isinstance(unwrap(x), optax.GradientTransformation)
-
-
-# --- values ----------------------------------------------------------------------------------
-
-
-class _Call:
-    """A factory and its arguments. The body runs anew whenever its pair is needed."""
-
-    def __init__(self, spec: Spec, args: tuple[Any, ...]) -> None:
-        self.spec = spec
-        self.args = args
-
-    @functools.cached_property
-    def key(self) -> Any:
-        """Equality and hash: by value where concrete, by identity where traced."""
-        leaves, structure = jax.tree.flatten(self.args)
-        return self.spec, structure, tuple(map(_leaf_key, leaves))
-
-    @functools.cached_property
-    def scheduled(self) -> tuple[Kind, ...]:
-        """The kinds of the numbers that follow a schedule, alone or among several."""
-        found: list[Kind] = []
-        for kind, arg in zip(self.spec.kinds.values(), self.args, strict=True):
-            if isinstance(kind, NumberKind) and not kind.lazy and is_schedule(arg):
-                found.append(kind)
-            if isinstance(kind, NumbersKind):
-                several = jax.tree.leaves(arg, is_leaf=is_entry)
-                found.extend(kind for one in several if is_schedule(one))
-        return tuple(found)
-
-    @functools.cached_property
-    def widens(self) -> bool:
-        """Whether parameters become float32 at this door: no link in it needs their dtype."""
-        if not self.spec.widen:
-            return False
-        pairs = zip(self.spec.kinds.values(), self.args, strict=True)
-        links = [arg for kind, arg in pairs if isinstance(kind, LinkKind)]
-        links = jax.tree.leaves(links, is_leaf=_is_link)
-        if not self.spec.own:  # the body of a user's factory may build such a link
-            links.append(self.pair(jnp.zeros([], jnp.int32)))
-        return all(map(_widens, links))
-
-    def pair(self, step: Any = None) -> optax.GradientTransformationExtraArgs:
-        """Run the body, with schedules at `step`."""
-        own = self.spec.own
-        moving = any(isinstance(kind, NumberKind) and kind.decay for kind in self.scheduled)
-        how = How(scalar, step=step)
-        if own:
-            how = How(concrete_scalar, _enter if self.widens else _enter_by_its_door, step)
-        positional, keywords = self.spec.resolve(self.args, how)  # schedules are a user's functions
-        with plainly(own, moving):
-            return extended(self.spec.factory(*positional, **keywords))
-
-    def init(self, params: optax.Params) -> optax.OptState:
-        step = jnp.zeros([], jnp.int32) if self.scheduled else None
-        with self._door(lambda pair: pair.init(wide(params))):
-            inner = self.pair(step).init(wide(params) if self.widens else params)
-            inner = placed(inner, params)
-        if step is None:
-            return inner
-        counted = optax.tree.get_all_with_path(inner, "count")
-        return (SteppedState if counted else ScheduledState)(step, inner)
-
-    def update(
-        self,
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        **extra: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
-        step: Any = None
-        inner: Any = state
-        with self._door(lambda pair: pair.update(wide(updates), inner, wide(params), **extra)):
-            if self.scheduled:
-                if not isinstance(state, SteppedState | ScheduledState):
-                    raise other_state("the state of a scheduled number", state)
-                step, inner = state
-            given = wide(params) if self.widens else params
-            new, new_inner = self.pair(step).update(wide(updates), inner, given, **extra)
-        new = narrowed(new, updates, params)
-        if not self.spec.own and alike(new_inner, inner):
-            new_inner = like(new_inner, inner)
-        if not isinstance(state, SteppedState | ScheduledState) or not self.scheduled:
-            return new, new_inner
-        count: Any = optax.safe_increment(step)
-        return new, type(state)(count, new_inner)
-
-    @contextlib.contextmanager
-    def _door(self, use: Callable[[Any], Any]) -> Generator[None]:
-        """Give errors the name of this optimizer; NumPy's scalars overflow as JAX's do."""
-        try:
-            with np.errstate(all="ignore"):
-                yield
-        except TreeError as error:
-            hint = _OTHER_OPTIMIZER if isinstance(error, StateError) else ""
-            raise TreeError(error.detail + hint, self.spec.name) from None
-        except NEEDS_A_VALUE as error:
-            name_structure(error, self.spec, self.args, use)
-            raise
-
-
-_OTHER_OPTIMIZER = (
-    ". Was it created by another optimizer? jgd.compat.optax.state_from(state, tx) converts states"
-    " of optax and of jgd 0.1"
-)
-
-
-def _leaf_key(leaf: Any) -> Any:
-    if isinstance(leaf, jax.core.Tracer):
-        return id(leaf)
-    if isinstance(leaf, NUMERIC):
-        return np.shape(leaf), np.asarray(leaf, np.float64).tobytes()
-    try:
-        hash(leaf)
-    except TypeError:
-        return id(leaf)
-    return leaf
-
-
 # --- transformations, schedules, monitors ----------------------------------------------------
 
 
 class _Value:
     """What transformations, schedules and monitors share as values of a call."""
 
-    _call: _Call
+    _call: Call
 
     @classmethod
     def of_call(cls, spec: Spec, args: Iterable[Any]) -> Self:
@@ -285,7 +103,7 @@ class _Value:
             if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
                 shown.extend(map(show, arg))
             elif not isinstance(spec.kinds[name], StructureKind) or (
-                arg is not None and arg != Static(parameter.default)
+                arg is not None and arg != spec.defaults[name]
             ):
                 shown.append(f"{name}={show(arg)}")
         return f"{spec.name}({', '.join(shown)})"
@@ -318,7 +136,7 @@ class Transformation(_Value, optax.GradientTransformationExtraArgs):
 
     @classmethod
     def of_call(cls, spec: Spec, args: Iterable[Any]) -> Self:
-        call = _Call(spec, tuple(args))
+        call = Call(spec, tuple(args))
         self = tuple.__new__(cls, (call.init, call.update))
         object.__setattr__(self, "_call", call)
         return self
@@ -336,7 +154,7 @@ class Schedule(_Value):
     @classmethod
     def of_call(cls, spec: Spec, args: Iterable[Any]) -> Self:
         self = object.__new__(cls)
-        self._call = _Call(spec, tuple(args))
+        self._call = Call(spec, tuple(args))
         return self
 
     def __call__(self, step: Any) -> jax.Array:
@@ -369,7 +187,7 @@ class Monitor(_Value, MonitorPair):
 
     @classmethod
     def of_call(cls, spec: Spec, args: Iterable[Any]) -> Self:
-        call = _Call(spec, tuple(args))
+        call = Call(spec, tuple(args))
         label = lambda name: f"{spec.name}: {name}"
 
         def pair() -> MonitorPair:
@@ -395,7 +213,7 @@ class Monitor(_Value, MonitorPair):
         return self._replaced(changes)
 
 
-def call_of(value: Any) -> _Call:
+def call_of(value: Any) -> Call:
     """Return the factory and the arguments behind a value."""
     return value._call
 
@@ -412,6 +230,7 @@ def _flatten_with_keys(value: Any) -> tuple[tuple[tuple[Any, Any], ...], Spec]:
 
 for _class in (Transformation, Schedule, Monitor):
     jax.tree_util.register_pytree_with_keys(_class, _flatten_with_keys, _class.of_call, _flatten)
+    register_value(_class)
 
 
 # --- the decorator ---------------------------------------------------------------------------
@@ -470,7 +289,8 @@ def as_pytree(
       integer leaves of updates and parameters are handed to the factory as float32, and the updates
       come back in the wider of the precisions of gradients and parameters. A number of a
       transformation may be a schedule: then the state carries one step counter. Inside the body of
-      `factory`, calls of jgd's factories return values as everywhere else.
+      `factory`, calls of jgd's factories return values as everywhere else. Programs of `jax.export`
+      take them as arguments (`jgd.exporting`).
 
     Raises:
       TypeError: in the call, for an argument of another kind (`adam("0.1")`, `adam(True)`,
@@ -486,6 +306,7 @@ def as_pytree(
         options = dict[str, Any](structure=structure, numbers=numbers, check=check, widen=widen)
         return functools.partial(as_pytree, **options)
     spec = Spec(factory, structure, numbers, check, widen)
+    register_factory(spec)
     value_class: list[type[_Value]] = []
 
     @functools.wraps(factory)
@@ -521,7 +342,7 @@ def _has_schedule(spec: Spec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def _check_body(value: Any) -> None:
     """Run the checks in the body of a schedule or monitor, in the user's call."""
-    call: _Call = value._call
+    call: Call = value._call
     if call.scheduled and not any(isinstance(kind, NumbersKind) for kind in call.scheduled):
         what = type(value).__name__.lower()
         raise TypeError(f"{call.spec.name}: a number of a {what} cannot be a schedule itself")

@@ -22,10 +22,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from table import Row, losses
+
+# The same few examples each time: how long a run takes, and what it finds, is no matter of luck.
+settings.register_profile(
+    "few",
+    max_examples=20,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("few")
 
 
 def pytest_configure(config: pytest.Config) -> None:

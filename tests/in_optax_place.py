@@ -100,7 +100,7 @@ def replace():
     pairs = list(_pairs())
     _exchange(_modules("jgd"), _copies(_modules("optax")))
     _exchange(_modules("optax"), {id(old): _recorded(name, new) for name, old, new in pairs})
-    call_class, schedule = jgd.pytree._Call, jgd.Schedule
+    call_class, schedule = jgd.pytree.Call, jgd.Schedule
     for method in ("init", "update"):
         later = _recorded_later(getattr(call_class, method), lambda call: call)
         setattr(call_class, method, later)

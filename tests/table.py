@@ -226,6 +226,7 @@ ROWS = [
     ),
 ]
 LABELS = [row.label for row in ROWS]
+FIRST = list({row.name: row for row in reversed(ROWS)}.values())[::-1]  # one of each optimizer
 
 
 def own_optimizers() -> list[str]:

@@ -24,6 +24,8 @@ LAYERS = [
     ("sharding", "parameters on a mesh: what is gathered, where memories lie"),
     ("trees", "walks over leaves, and the errors where trees do not match"),
     ("dtypes", "float32 at least inside, the precision of gradients or parameters outside"),
+    ("exporting", "optimizers as arguments of `jax.export`"),
+    ("door", "where a user calls init and update: dtypes, schedules, errors"),
     ("pytree", "the one trick: a call of a factory becomes a pytree of its numbers"),
     ("lanes", "batches of optimizers"),
     ("arithmetic", "quotients and roots that are finite at 0"),

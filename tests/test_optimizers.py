@@ -14,13 +14,12 @@ import pytest
 from absl.testing import parameterized
 from conftest import run, stacked
 from problems import PROBLEMS, REACHED, reached
-from table import LABELS, ROWS, losses, noisy_gradients, own_optimizers, parameters
+from table import FIRST, LABELS, ROWS, losses, noisy_gradients, own_optimizers, parameters
 
 import jgd
 import jgd.optimizers
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=LABELS)
-FIRST = list({row.name: row for row in reversed(ROWS)}.values())[::-1]
 # By default the first row of each optimizer, in the slow tests the others.
 every_row_slow = pytest.mark.parametrize(
     "row",
