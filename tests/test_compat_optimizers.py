@@ -145,6 +145,24 @@ TORCH = [
 ]
 
 
+def test_get_takes_the_names_that_keras_takes():
+    """Each class of Keras by its name, in any case; what needs another optimizer is no name."""
+    unnamed = {"Optimizer", "OptimizerMap", "MultiOptimizer", "LossScaleOptimizer"}
+    classes = {name for name in dir(keras.optimizers) if name[0].isupper()} - unnamed
+    for name in classes - {"Lamb"}:  # Keras has the class, but does not find it by name
+        there = type(keras.optimizers.get(name.lower())).__name__
+        for spelling in (name, name.lower(), name.upper()):
+            assert _class(jk.get(spelling).__name__).lower() == there.lower()
+    assert {jk.get(name) for name in classes} == {jk.get(name) for name, _ in KERAS}
+    for name, _ in KERAS:
+        assert jk.get(name) is getattr(jk, name)
+    assert jk.get("adam")() == jk.adam(0.001, 0.9, 0.999, 1e-7)
+    with pytest.raises(ValueError, match=r"^get: name must .*got 'adamm'\. Did you mean 'adam', "):
+        jk.get("adamm")
+    with pytest.raises(ValueError, match=r"got 'zzz'\. Use one of 'adadelta', .*'sgd'\.$"):
+        jk.get("zzz")
+
+
 @pytest.mark.parametrize(("name", "numbers"), TORCH)
 def test_torch(name, numbers):
     params, noise = problem(MATRICES if name == "muon" else None)

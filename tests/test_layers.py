@@ -60,6 +60,7 @@ LAYERS = [
     ("compat.state_matching", ""),
     ("compat.keras.options", ""),
     ("compat.keras.optimizers", ""),
+    ("compat.keras.lookup", ""),
     ("compat.keras.schedules", ""),
     ("compat.keras.callbacks", ""),
     ("compat.keras.state", ""),

@@ -219,8 +219,10 @@ def _fit(x, y, weights, stages, epochs=100, batch_size=32):
 
 def test_the_line():
     """The tutorial compiles a second time and so goes on; from the start Adam has no chance."""
-    x = np.random.RandomState(0).rand(100, 1).astype("float32")
-    y, start = 3 * x + 2, np.full((1, 1), 0.4, "float32")
+    rng = np.random.RandomState(0)
+    x = rng.rand(100, 1).astype("float32")
+    y = 3 * x + 2 + rng.normal(0, 0.1, (100, 1)).astype("float32")
+    start = np.full((1, 1), 0.4, "float32")
     optimizers = keras.optimizers
     there = _fit_keras(x, y, start, [optimizers.SGD(0.01), optimizers.Adam(0.001)])
     here = _fit(x, y, start, [jk.sgd(0.01), jk.adam(0.001)])
@@ -229,15 +231,15 @@ def test_the_line():
     chex.assert_shape(here, (100,))
     chex.assert_type(here, jnp.float32)
     chex.assert_trees_all_close(jnp.stack(here), np.float32(there), rtol=2e-5)
-    # the tutorial prints 0.042 and 0.013; 400 steps of a thousandth cannot reach 3 and 2
+    # it looks as if Adam were better; 400 steps of a thousandth cannot reach 3 and 2
     last = jnp.stack([losses[-1] for losses in here])
-    chex.assert_trees_all_close(last, np.float32([0.041519, 0.012346, 7.55637]), rtol=5e-5)
+    chex.assert_trees_all_close(last, np.float32([0.05065016, 0.02416707, 7.6705737]), rtol=5e-5)
 
 
 def test_the_net_that_diverges_stops_after_four_epochs():
-    """Five rows of twenty numbers up to 99: the loss is NaN before long, and nothing beats that."""
+    """Five rows of twenty numbers up to 99: the loss explodes, and the first stays the best."""
     x = np.arange(100, dtype="float32").reshape(5, 20)
-    y = np.zeros((5, 1), "float32")
+    y = np.array([[0], [1], [2], [1], [2]], "float32")
     start = np.random.RandomState(0).uniform(-0.4, 0.4, (20, 10)).astype("float32")
     callback = keras.callbacks.EarlyStopping(monitor="loss", patience=3)
     sgd = keras.optimizers.SGD()

@@ -7,6 +7,7 @@ tx = jk.sgd(rate, momentum=0.9, nesterov=True, clipnorm=1.0)
 """
 
 from jgd.compat.keras.callbacks import *  # noqa: F403
+from jgd.compat.keras.lookup import get as get
 from jgd.compat.keras.optimizers import *  # noqa: F403
 from jgd.compat.keras.options import averaged_params as averaged_params
 from jgd.compat.keras.options import loss_scale_optimizer as loss_scale_optimizer
