@@ -10,8 +10,10 @@ import pytest
 import jgd
 
 ROOT = Path(jgd.__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PAGES = [page for page in PAGES if "```python" in page.read_text()]
+# without the folders that a build of the site writes
+FOLDERS = [ROOT / "docs", ROOT / "docs" / "concepts", ROOT / "docs" / "howto"]
+WRITTEN = [ROOT / "README.md", *sorted(page for folder in FOLDERS for page in folder.glob("*.md"))]
+PAGES = [page for page in WRITTEN if "```python" in page.read_text()]
 
 # what the examples of a page end with
 CHECKS = {
@@ -84,8 +86,7 @@ def test_the_worked_example_is_its_oracle():
 
 
 def test_links_lead_somewhere():
-    pages = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *(ROOT / "docs").rglob("*.md")]
-    for page in pages:
+    for page in [ROOT / "benchmarks" / "README.md", *WRITTEN]:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
