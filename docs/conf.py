@@ -33,13 +33,16 @@ OUTSIDE = {  # links of the repository, as pages of the site
     r"\]\((?:\.\./)+benchmarks/README\.md": "](/benchmarks.md",
     r"\]\((?:\.\./)+notebooks/": "](/notebooks/",
 }
+linkcheck_ignore = [r"https://doi\.org/"]  # publishers refuse programs
 
 
-def _inside(app, name, text):
+def _for_the_site(app, name, text):
     for link, page in OUTSIDE.items():
         text[0] = re.sub(link, page, text[0])
+    if name == "optimizers":  # the names in the table lead to their pages
+        text[0] = re.sub(r"(?m)^\| `(\w+)` \|", r"| [`\1`](/optimizers/\1.md) |", text[0])
 
 
 def setup(app):
     pages.write(HERE)
-    app.connect("source-read", _inside)
+    app.connect("source-read", _for_the_site)

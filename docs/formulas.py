@@ -10,10 +10,10 @@ import re
 __all__ = ["latex"]
 
 TOKEN = re.compile(
-    r"(?P<number>\d+(?:\.\d+)?(?:e-?\d+)?\b)|(?P<name>[A-Za-z]\w*)"
-    r"|(?P<sign>\|\||[-+/^()|<>,'])|(?P<space>\s+)"
+    r"(?P<number>\d+(?:\.\d+)?(?:e-?\d+)?\b)|(?P<name>[A-Za-z](?:\w*[^\W_])?)"
+    r"|(?P<sign>\|\||[-+/^_()|<>,'])|(?P<space>\s+)"
 )
-GREEK = ("alpha", "beta", "gamma", "eta", "rho")
+GREEK = ("alpha", "beta", "gamma", "epsilon", "eta", "rho")
 WORDS = re.compile(
     r"\b(of|the|and|or|with|for|if|by|at|where|as|on|after|in|not|is|its|their|over)\b|[:.](?!\d)"
 )
@@ -42,7 +42,8 @@ def _statement(text: str) -> str:
         return _words(text)
     targets = ", ".join(_expression(target) for target in found[1].split(", "))
     arrow = r"\leftarrow" if found[2] == "<-" else "="
-    return f"{targets} {arrow} {_right_side(found[3])}"
+    *equal, last = found[3].split(" = ") if "," not in found[3] else [found[3]]
+    return f"{targets} {arrow} {' = '.join([*map(_expression, equal), _right_side(last)])}"
 
 
 def _right_side(text: str) -> str:
@@ -133,6 +134,9 @@ class _Parser:
         result = self.atom()
         while self.value == "'":
             result += self.next()
+        if self.value == "_":  # "d_(t + 1)"; other indices belong to the name
+            self.next()
+            result += f"_{{{_bare(self.atom())}}}"
         if self.value != "^":
             return result
         at = self.end
@@ -249,6 +253,8 @@ def _name(name: str) -> str:
         return _index(r"\beta" if found[1] == "b" else found[1], found[2])
     if found := re.fullmatch(r"([A-Za-z])_([A-Za-z]+)", name):
         return _index(*found.groups())
+    if found := re.fullmatch(r"(beta|epsilon)_(\d)", name):  # as Keras spells them
+        return _index(rf"\{found[1]}", found[2])
     if name in GREEK:
         return rf"\{name}"
     if name == "eps":

@@ -56,7 +56,13 @@ def markdown(text: str, module: str = "jgd") -> str:
         elif lines[0].startswith("    "):
             parts.append(_block(textwrap.dedent("\n".join(_take(lines, "    ")))))
         elif lines[0].strip():
-            parts.append(_prose("\n".join(_take(lines, "")), module))
+            paragraph = "\n".join(_take(lines, ""))
+            if _runs(paragraph):  # nothing but code below the summary: it has no indentation
+                parts.append(_block(paragraph))
+            elif "\n    " in paragraph:  # columns
+                parts.append(f"```text\n{paragraph}\n```")
+            else:
+                parts.append(_prose(paragraph, module))
         else:
             lines.pop(0)
     return "\n\n".join(parts)
@@ -64,12 +70,10 @@ def markdown(text: str, module: str = "jgd") -> str:
 
 def _take(lines: list[str], indent: str) -> list[str]:
     """Remove and return the lines of a paragraph, or of an indented block with its empty lines."""
-    taken: list[str] = []
-    while lines and (
-        (lines[0].startswith(indent) and lines[0].strip())
-        or (indent and not lines[0].strip() and any(lines) and _next(lines).startswith(indent))
-    ):
-        if taken and not indent and (SECTION.fullmatch(lines[0]) or lines[0].startswith("    ")):
+    taken = [lines.pop(0)]
+    while lines and not SECTION.fullmatch(lines[0]):
+        following = lines[0] if lines[0].strip() or not indent else _next(lines)
+        if not following.strip() or not following.startswith(indent):
             break
         taken.append(lines.pop(0))
     return taken

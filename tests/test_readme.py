@@ -38,7 +38,7 @@ CHECKS = {
     "resume": lambda n: (
         n["resumed"].rows == n["alone"].rows
         and n["loaded"].rows == n["extended"].rows
-        and len(n["extended"].rows) == 8
+        and len(n["extended"].rows) == 7
         and len(n["merged"].rows) == 5
     ),
     "own-optimizer": lambda n: n["lanes"].learning_rate.shape == (3,),
