@@ -11,10 +11,10 @@ import jgd.schedules
 import jgd.transforms
 
 PACKAGE = Path(jgd.__file__).parent
-README = PACKAGE.parent / "README.md"
+PAGE = PACKAGE.parent / "docs" / "contributing.md"
 
 # From bottom to top: a module may import those above it in this list. What several modules in a
-# row are for is said once. `python tests/test_layers.py` draws the picture in the README anew.
+# row are for is said once. `python tests/test_layers.py` draws the picture in the docs anew.
 LAYERS = [
     ("version", ""),
     ("nodes", "structure without leaves"),
@@ -192,8 +192,8 @@ def test_import_jgd_loads_nothing_and_no_extra():
     assert not (_loaded_by(everything) - _loaded_by("import optax")) & EXTRAS
 
 
-def test_the_picture_in_the_readme_is_that_of_the_layers():
-    assert f"```\n{_picture()}\n```" in README.read_text()
+def test_the_picture_in_the_docs_is_that_of_the_layers():
+    assert f"```\n{_picture()}\n```" in PAGE.read_text()
 
 
 def test_public_names_are_those_of_their_modules():
@@ -205,6 +205,6 @@ def test_public_names_are_those_of_their_modules():
 
 
 if __name__ == "__main__":
-    text = README.read_text()
-    before, mark, rest = text.partition("## Layout\n\n```\n")
-    README.write_text(f"{before}{mark}{_picture()}\n{rest[rest.index('```') :]}")
+    text = PAGE.read_text()
+    before, mark, rest = text.partition("```\n")
+    PAGE.write_text(f"{before}{mark}{_picture()}\n{rest[rest.index('```') :]}")

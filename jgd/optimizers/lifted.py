@@ -150,7 +150,7 @@ optimistic_gradient_descent = _lift(
 )
 optimistic_adam = _lift(
     optax.optimistic_adam,
-    """Optimistic Adam, in optax's first spelling, which it calls deprecated. Lifted from optax.
+    """Optimistic Adam: in the first spelling of optax, which calls it deprecated. Lifted.
 
         u = -((learning_rate + optimism) a - optimism a_old), for a the direction of NAdam
 
