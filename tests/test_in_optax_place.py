@@ -2,8 +2,8 @@
 
 `in_optax_place` puts them there. `DIFFERENCES` has every test that fails for it, and why.
 
-optax runs some tests for each optimizer with each dtype and problem: a sample of them has each
-optimizer once. `OPTAX_TESTS=all` runs all, in twice the time, as the workflow does every week.
+optax runs some tests for each optimizer with each dtype and problem: a sample of them has every
+optimizer in some. `OPTAX_TESTS=all` runs all, in three times the time, as the workflow does weekly.
 """
 
 import fnmatch
