@@ -345,7 +345,7 @@ def skip_nonfinite(inner: GradientTransformation) -> GradientTransformation:
         # zeros instead of NaN, whose derivatives would be NaN although the step is not taken
         updates = leafwise(lambda g: jnp.where(finite, g, 0), updates)
         updates, moved = tx.update(updates, inner_state, params, **extra)
-        inexact = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)
+        inexact = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.inexact)  # x may be a float
         for old, new in zip(*map(jax.tree.leaves, (inner_state, moved)), strict=True):
             if inexact(old):
                 finite &= (jnp.isfinite(new) | ~jnp.isfinite(old)).all()

@@ -379,6 +379,15 @@ def test_each_lane_skips_the_steps_that_are_not_finite():
     np.testing.assert_array_equal(state.last_finite, [True, True, False, True])
 
 
+def test_a_state_may_hold_python_floats():
+    halve = lambda g, s, _=None: (jax.tree.map(lambda x: s * x, g), s / 2)
+    tx = jgd.skip_nonfinite(optax.GradientTransformation(lambda _: 1.0, halve))
+    state = tx.init(jnp.ones(2))
+    for g, expected in ((1.0, 1.0), (jnp.nan, 0.0), (1.0, 0.5)):
+        updates, state = tx.update(jnp.full(2, g), state)
+        np.testing.assert_array_equal(updates, expected)
+
+
 def test_a_skipped_step_has_finite_derivatives():
     gradients = jnp.ones((4, 2)).at[2].set(jnp.nan)
     total = lambda tx: jnp.sum(descend(tx, jnp.ones(2), gradients)[0])
