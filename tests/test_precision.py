@@ -1,5 +1,7 @@
 """Steps below the rounding of 16-bit parameters, and steps that are not finite."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -255,6 +257,21 @@ def test_a_nest_sees_the_dtype_of_the_parameters(name):
             chex.assert_type(
                 jax.tree.leaves(only("test", state, MasterWeightsState).master), jnp.float32
             )
+
+
+def test_a_wrapper_that_nobody_sees_says_so():
+    """It is float32 that reaches it, and it would compensate nothing."""
+    partial = optax.GradientTransformation(
+        functools.partial(lambda tx, *args: tx.init(*args), SUM),
+        functools.partial(lambda tx, *args: tx.update(*args), SUM),
+    )
+    params = jnp.ones(2, jnp.bfloat16)
+    for hidden in (partial, optax.chain(partial, optax.scale(0.5))):
+        with pytest.raises(TypeError, match=r"compensated: params must have .* from chain, which"):
+            jgd.chain(hidden).init(params)
+        assert jgd.chain(hidden).init(jnp.ones(2))  # no dtype to hide
+    updates, state = optax.chain(partial).update(params, optax.chain(partial).init(params), params)
+    assert state[0].lost.dtype == updates.dtype == jnp.bfloat16
 
 
 def test_a_factory_may_hold_what_jax_cannot_sort():
