@@ -194,7 +194,8 @@ def stochastic_rounding(inner: GradientTransformation, key: Key) -> GradientTran
 
     Args:
       inner: the optimizer. It sees the parameters in float32.
-      key: a random key or an int. Lanes share it unless `jax.vmap` maps over it.
+      key: a random key or an int. Lanes, seeds of a sweep and layers of `per_layer` share it unless
+        `jax.vmap` maps over it. Give each group of `param_groups` a key of its own.
 
     State: `StochasticRoundingState(key, inner)`, one random key more than `inner`. Parameters that
       do not have 16 bits get the updates of `inner`.

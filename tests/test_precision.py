@@ -259,8 +259,8 @@ def test_a_nest_sees_the_dtype_of_the_parameters(name):
             )
 
 
-def test_a_wrapper_that_nobody_sees_says_so():
-    """It is float32 that reaches it, and it would compensate nothing."""
+def test_a_wrapper_in_a_function_that_hides_it_raises():
+    """Float32 parameters would reach it there, and it would compensate nothing."""
     partial = optax.GradientTransformation(
         functools.partial(lambda tx, *args: tx.init(*args), SUM),
         functools.partial(lambda tx, *args: tx.update(*args), SUM),
