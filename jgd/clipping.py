@@ -55,7 +55,7 @@ def _squares(g: Any, inverse: Any, axis: Any) -> Any:
 
 @formula
 def _bounded(inverse: Any, rest: Any, limit: Any, unit: Any) -> tuple[Any, Any]:
-    within = (rest / inverse <= limit * unit) | (limit == jnp.inf)  # False for NaN, which goes on
+    within = (rest / inverse <= limit * unit) | (limit == jnp.inf)  # NaN: False, so it propagates
     # all are 1 within the bound, since a `where` around the result would leave NaN derivatives
     inverse, rest, limit, unit = (jnp.where(within, 1, x) for x in (inverse, rest, limit, unit))
     return inverse, limit * unit / rest
@@ -116,7 +116,8 @@ def together(scale_of: Callable[[Norm], tuple[Any, Any]]) -> Plain:
 
 
 @formula
-def _entries(g: Any, limit: Any) -> Any:
+def entries(g: Any, limit: Any) -> Any:
+    """Return one leaf with entries whose modulus is at most `limit`."""
     if jnp.iscomplexobj(g):
         return block(g, limit, axis=())  # an entry is a slice along no axis
     return jnp.clip(g, -limit, limit)
@@ -138,7 +139,7 @@ def clip(max_delta: NonNegative) -> GradientTransformation:
     Differs from: `optax.clip`, which refuses complex leaves. Here the modulus is clipped, and the
       direction stays.
     """
-    return pointwise(_entries, max_delta)
+    return pointwise(entries, max_delta)
 
 
 @as_pytree

@@ -12,6 +12,7 @@ door of its own.
 import contextlib
 import functools
 from collections.abc import Callable, Generator
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +31,7 @@ from jgd.arguments import (
     scalar,
 )
 from jgd.calls import NEEDS_A_VALUE, Spec, extended, name_structure, plainly
-from jgd.dtypes import alike, narrowed, wide
+from jgd.dtypes import alike, has_16_bits, narrowed, wide
 from jgd.exporting import register_states
 from jgd.nodes import NUMERIC, held_by, is_entry, is_schedule, unwrap
 from jgd.sharding import placed
@@ -155,7 +156,7 @@ class Call:
 
     def init(self, params: optax.Params) -> optax.OptState:
         step = jnp.zeros([], jnp.int32) if self.scheduled else None
-        with self._door(lambda pair: pair.init(wide(params))):
+        with self._door(lambda pair: pair.init(wide(params)), params):
             inner = self.pair(step).init(wide(params) if self.widens else params)
         state = placed(inner, params)
         if step is not None:
@@ -173,7 +174,8 @@ class Call:
     ) -> tuple[optax.Updates, optax.OptState]:
         step: Any = None
         inner: Any = state
-        with self._door(lambda pair: pair.update(wide(updates), inner, wide(params), **extra)):
+        again = lambda pair: pair.update(wide(updates), inner, wide(params), **extra)
+        with self._door(again, params):
             if self.scheduled:
                 if not isinstance(state, SteppedState | ScheduledState):
                     raise other_state("the state of a scheduled number", state)
@@ -189,10 +191,20 @@ class Call:
         return new, type(state)(count, new_inner)
 
     @contextlib.contextmanager
-    def _door(self, use: Callable[[Any], Any]) -> Generator[None]:
+    def _door(self, use: Callable[[Any], Any], params: Any) -> Generator[None]:
         """Give errors the name of this optimizer; NumPy's scalars overflow as JAX's do."""
+        outer, theirs = _widened.get()
+        token = _widened.set((self.spec.name, params))
         try:
             with np.errstate(all="ignore"):
+                if not self.widens:
+                    _widened.set((self.spec.name, None))
+                    if any(map(has_16_bits, jax.tree.leaves(theirs))):
+                        raise TypeError(
+                            f"{self.spec.name}: params must have their own dtypes, got float32 for"
+                            f" 16 bits from {outer}, which does not see this link in another"
+                            f" function. Put it around {outer}, or chain links with jgd.chain"
+                        )
                 yield
         except TreeError as error:
             hint = _OTHER_OPTIMIZER if isinstance(error, StateError) else ""
@@ -200,7 +212,12 @@ class Call:
         except NEEDS_A_VALUE as error:
             name_structure(error, self.spec, self.args, use)
             raise
+        finally:
+            _widened.reset(token)
 
+
+# Who made parameters float32, and those: a link in a function of a user may need their dtypes.
+_widened = ContextVar[tuple[str, Any]]("widened", default=("", None))
 
 _OTHER_OPTIMIZER = (
     ". Was it created by another optimizer? jgd.compat.optax.state_from(state, tx) converts states"

@@ -13,7 +13,7 @@ import numpy as np
 
 from jgd.trees import TreeError, is_none, path_name
 
-__all__ = ["alike", "narrowed", "wide"]
+__all__ = ["alike", "has_16_bits", "narrowed", "wide"]
 
 
 _WIDE = frozenset(map(jnp.dtype, ("float32", "float64", "complex64", "complex128")))
@@ -47,6 +47,11 @@ def _wide_leaf(leaf: Any) -> Any:
     if jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_):
         return jnp.asarray(leaf, float)
     return jnp.asarray(leaf) if dtype in _WIDE else jnp.asarray(leaf, jnp.float32)
+
+
+def has_16_bits(leaf: Any) -> bool:
+    """Return whether a leaf is bfloat16 or float16."""
+    return jnp.result_type(leaf) in (jnp.bfloat16, jnp.float16)
 
 
 def narrowed(new: Any, updates: Any, params: Any) -> Any:

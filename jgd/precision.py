@@ -23,7 +23,7 @@ from optax import GradientTransformation
 
 from jgd.arguments import Key, Period, Positive
 from jgd.arithmetic import increment
-from jgd.dtypes import wide
+from jgd.dtypes import has_16_bits, wide
 from jgd.pytree import as_pytree
 from jgd.trees import aligned, check_state, leafwise, misfit, only, with_params
 
@@ -61,10 +61,6 @@ def _rounded(x: Any, noise: Any, dtype: Any) -> Any:
 @_rounded.defjvp
 def _(dtype: Any, primals: Any, tangents: Any) -> tuple[Any, Any]:
     return _rounded(*primals, dtype), tangents[0]
-
-
-def _has_16_bits(p: Any) -> bool:
-    return jnp.result_type(p) in (jnp.bfloat16, jnp.float16)
 
 
 def _pairs(f: Callable[..., tuple[Any, Any]], updates: Any, *trees: Any) -> tuple[Any, Any]:
@@ -114,7 +110,7 @@ def compensated(inner: GradientTransformation) -> GradientTransformation:
 
     def init(params: Any) -> Any:
         inner_state = tx.init(params)
-        lost = jax.tree.map(lambda p: jnp.zeros_like(p) if _has_16_bits(p) else None, params)
+        lost = jax.tree.map(lambda p: jnp.zeros_like(p) if has_16_bits(p) else None, params)
         return CompensatedState(lost, inner_state)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
@@ -169,7 +165,7 @@ def master_weights(inner: GradientTransformation) -> GradientTransformation:
 
     def init(params: Any) -> Any:
         inner_state = tx.init(wide(params))
-        master = jax.tree.map(lambda p: wide(p) if _has_16_bits(p) else None, params)
+        master = jax.tree.map(lambda p: wide(p) if has_16_bits(p) else None, params)
         return MasterWeightsState(master, inner_state)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
@@ -198,7 +194,8 @@ def stochastic_rounding(inner: GradientTransformation, key: Key) -> GradientTran
 
     Args:
       inner: the optimizer. It sees the parameters in float32.
-      key: a random key or an int. Lanes share it unless `jax.vmap` maps over it.
+      key: a random key or an int. Lanes, seeds of a sweep and layers of `per_layer` share it unless
+        `jax.vmap` maps over it. Give each group of `param_groups` a key of its own.
 
     State: `StochasticRoundingState(key, inner)`, one random key more than `inner`. Parameters that
       do not have 16 bits get the updates of `inner`.
@@ -220,7 +217,7 @@ def stochastic_rounding(inner: GradientTransformation, key: Key) -> GradientTran
 
         def step(u: Any, p: Any) -> Any:
             place = next(places)
-            if not _has_16_bits(p):
+            if not has_16_bits(p):
                 return u
             noise = jax.random.uniform(jax.random.fold_in(now, place), u.shape, u.dtype)
             return _rounded(p + u, noise, jnp.result_type(p)) - p
@@ -345,7 +342,7 @@ def skip_nonfinite(inner: GradientTransformation) -> GradientTransformation:
         # zeros instead of NaN, whose derivatives would be NaN although the step is not taken
         updates = leafwise(lambda g: jnp.where(finite, g, 0), updates)
         updates, moved = tx.update(updates, inner_state, params, **extra)
-        inexact = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)
+        inexact = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.inexact)  # x may be a float
         for old, new in zip(*map(jax.tree.leaves, (inner_state, moved)), strict=True):
             if inexact(old):
                 finite &= (jnp.isfinite(new) | ~jnp.isfinite(old)).all()

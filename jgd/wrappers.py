@@ -58,15 +58,15 @@ def _accumulate(inner: GradientTransformation, every: Period) -> GradientTransfo
         step = increment(step)
         average = leafwise(lambda g, a: a + (g - a) / step, updates, average, keep=True)
         mean = leafwise(lambda _, a: a, updates, average)
+        # outside of `cond`, where zeros like a concrete array lose its sharding
+        zeros, still = (jax.tree.map(jnp.zeros_like, tree) for tree in (average, mean))
 
         def go() -> Any:
             new_updates, new_inner = tx.update(mean, inner_state, params, **extra)
-            zeros = jax.tree.map(jnp.zeros_like, average)
             new = AccumulateState(jnp.zeros_like(step), zeros, new_inner)
             return like(new_updates, mean), like(new, state)
 
         def wait() -> Any:
-            still = jax.tree.map(jnp.zeros_like, mean)
             return still, like(AccumulateState(step, average, inner_state), state)
 
         return jax.lax.cond(step >= every, go, wait)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 from conftest import run
 from table import LABELS, ROWS
@@ -170,3 +171,14 @@ def test_an_overflow_is_a_step_of_zero_without_jit():
             updates, state = tx.update(huge, state, params)
             chex.assert_trees_all_equal(updates, {"w": jnp.zeros(2)})
             assert not any(np.isnan(x).any() for x in jax.tree.leaves(state))
+
+
+def test_adopt_clips_a_quotient_that_overflows():
+    """Infinity is above every bound, so that it becomes the bound, as in optax."""
+    gradients = jnp.float32([[0, 1], [1, 1], [3e38, np.inf], [1, 1]])
+    ours, theirs = (
+        jax.jit(lambda tx=tx: run(tx, {"w": gradients}, {"w": jnp.zeros(2)}))()
+        for tx in (jgd.adopt(0.1), optax.contrib.adopt(0.1))
+    )
+    chex.assert_tree_all_finite(ours)
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-5)

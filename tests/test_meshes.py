@@ -191,6 +191,20 @@ def _run(kinds, *names):
     assert done.stdout.strip() == "done", done.stderr[-3000:]
 
 
+def test_accumulate_keeps_shardings_without_jit():
+    """An axis of one device is in the types as well."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Explicit,))
+    with (getattr(jax, "set_mesh", None) or jax.sharding.use_mesh)(mesh):
+        params = {"w": jax.device_put(jnp.ones((4, 2)), NamedSharding(mesh, P("data")))}
+        tx = jgd.accumulate(jgd.adam(0.1), 2)
+        state = tx.init(params)
+        for expected in (0.0, -0.1):
+            updates, state = tx.update(params, state, params)
+            np.testing.assert_allclose(updates["w"], expected, rtol=1e-6)
+            for sharded in (updates["w"], state.average["w"]):
+                assert sharded.sharding.is_equivalent_to(params["w"].sharding, 2)
+
+
 def test_rules_of_matrices_on_an_explicit_and_an_auto_mesh():
     _run("one,auto", "adam", "sm3", "muon", "shampoo", "galore")
 

@@ -1,5 +1,7 @@
 """Steps below the rounding of 16-bit parameters, and steps that are not finite."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -257,6 +259,21 @@ def test_a_nest_sees_the_dtype_of_the_parameters(name):
             )
 
 
+def test_a_wrapper_in_a_function_that_hides_it_raises():
+    """Float32 parameters would reach it there, and it would compensate nothing."""
+    partial = optax.GradientTransformation(
+        functools.partial(lambda tx, *args: tx.init(*args), SUM),
+        functools.partial(lambda tx, *args: tx.update(*args), SUM),
+    )
+    params = jnp.ones(2, jnp.bfloat16)
+    for hidden in (partial, optax.chain(partial, optax.scale(0.5))):
+        with pytest.raises(TypeError, match=r"compensated: params must have .* from chain, which"):
+            jgd.chain(hidden).init(params)
+        assert jgd.chain(hidden).init(jnp.ones(2))  # no dtype to hide
+    updates, state = optax.chain(partial).update(params, optax.chain(partial).init(params), params)
+    assert state[0].lost.dtype == updates.dtype == jnp.bfloat16
+
+
 def test_a_factory_may_hold_what_jax_cannot_sort():
     """Its closures are searched for wrappers that need the dtypes of the parameters."""
     odd = {1: 2.0, "a": 3.0}
@@ -377,6 +394,15 @@ def test_each_lane_skips_the_steps_that_are_not_finite():
     np.testing.assert_array_equal(state.notfinite_count, [0, 0, 3, 0])
     np.testing.assert_array_equal(state.total_notfinite, [0, 2, 3, 1])
     np.testing.assert_array_equal(state.last_finite, [True, True, False, True])
+
+
+def test_a_state_may_hold_python_floats():
+    halve = lambda g, s, _=None: (jax.tree.map(lambda x: s * x, g), s / 2)
+    tx = jgd.skip_nonfinite(optax.GradientTransformation(lambda _: 1.0, halve))
+    state = tx.init(jnp.ones(2))
+    for g, expected in ((1.0, 1.0), (jnp.nan, 0.0), (1.0, 0.5)):
+        updates, state = tx.update(jnp.full(2, g), state)
+        np.testing.assert_array_equal(updates, expected)
 
 
 def test_a_skipped_step_has_finite_derivatives():

@@ -15,6 +15,7 @@ from optax import GradientTransformation
 
 from jgd.arguments import Decay, Mask, NonNegative, Number
 from jgd.arithmetic import abs_square, average, complement, quotient, safe_sqrt
+from jgd.clipping import entries
 from jgd.combinators import chain, divide, named, with_nesterov
 from jgd.pytree import as_pytree
 from jgd.rules import per_leaf
@@ -110,9 +111,7 @@ def scale_by_adopt(
     def rule(g: Any, nu: Any, t: Any) -> tuple[Any, Any]:
         x = quotient(g, jnp.maximum(safe_sqrt(nu), eps))
         if use_clipping:
-            bound = clip_value_fn(t - 1)
-            size = jnp.abs(x)
-            x = jnp.where(size > bound, quotient(bound * x, size), x)
+            x = entries(x, clip_value_fn(t - 1))
         first = t == 1  # nothing to divide by yet
         nu = average(abs_square(g), nu, jnp.where(first, 1, weight))
         return jnp.where(first, 0 * g, x), nu
