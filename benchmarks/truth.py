@@ -15,7 +15,7 @@ conventions differ, with itself in float64. The four parts of the table:
     master        bfloat16 with float32 copies, `jgd.master_weights`
 
 A row where jgd is further away than the better of the other two says why. Two errors count as equal
-within 10 per cent, and below four roundings of the largest parameter.
+within 10 per cent. A rounding is that of the largest parameter, over how far the path leads.
 """
 
 import argparse
@@ -188,13 +188,23 @@ COLUMNS = [
 
 def remark(name: str, found: dict[str, float]) -> str:
     """Return why jgd is further from the truth than the better of the others, where it is."""
-    worse = []
+    remarks = []
     for dtype in ("float32", "bfloat16"):
-        others = [found[k] for k in (f"optax {dtype}", f"torch {dtype}") if k in found]
-        limit = max(1.1 * min(others, default=np.inf), 4 * found[f"rounding {dtype}"])
-        if found[f"jgd {dtype}"] > limit:
-            worse.append(dtype)
-    return WHY.get(name, f"{' and '.join(worse)}: not explained") if worse else ""
+        rounding = found[f"rounding {dtype}"]
+        ours, best = (
+            found[f"jgd {dtype}"],
+            min(
+                (found[k] for k in (f"optax {dtype}", f"torch {dtype}") if k in found),
+                default=np.inf,
+            ),
+        )
+        if rounding > 0.5:
+            remarks.append(f"the path is shorter than two roundings in {dtype}")
+        elif ours > 1.1 * best and ours - best <= 4 * rounding:
+            remarks.append(f"{dtype}: four roundings of a parameter at most")
+        elif ours > 1.1 * best:
+            remarks.append(WHY.get(name, f"{dtype}: not explained"))
+    return "; ".join(remarks)
 
 
 def main() -> None:

@@ -61,6 +61,11 @@ def check_numbers(function: str, setting: Any, what: str = "a setting") -> None:
         )
     for leaf in jax.tree.leaves(setting):
         array = hasattr(leaf, "dtype") or hasattr(leaf, "__array__")
+        if array and jnp.issubdtype(getattr(leaf, "dtype", float), jax.dtypes.prng_key):
+            raise TypeError(
+                f"{function}: random keys of {what} must be raw, got {leaf.dtype}. Use"
+                " jax.random.key_data(keys)"
+            )
         text = getattr(getattr(leaf, "dtype", None), "kind", "") in ("O", "S", "U")
         if text or not (array or isinstance(leaf, int | float | complex)):
             refuse(f"{function}: {what}", "a pytree of numbers", leaf)

@@ -108,8 +108,8 @@ def replace():
     return [name for name, _, _ in pairs]
 
 
-# Tests of each optimizer with each of several other arguments: the sample has one of so many, so that
-# two neighbours share each of these tests.
+# Tests of each optimizer with each of several other arguments: the sample has one of so many, so
+# that two neighbours share each of these tests.
 PRODUCTS = {
     "AccumulationTest::test_multi_steps_mixed_precision": 2,
     "AliasTest::test_gradient_accumulation": 4,

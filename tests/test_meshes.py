@@ -183,7 +183,11 @@ def _main(kinds, *names):
 def _run(kinds, *names):
     """Run `_main` in a process with eight devices."""
     environment = {**cached_environment(), "JAX_PLATFORMS": "cpu"}
-    environment["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
+    environment["XLA_FLAGS"] += (
+        " --xla_force_host_platform_device_count=8"
+        # eight devices wait for each other on busy cores
+        " --xla_cpu_collective_call_terminate_timeout_seconds=300"
+    )
     environment["PYTHONPATH"] = str(Path(jgd.__file__).parents[1])
     done = subprocess.run(
         [sys.executable, __file__, kinds, *names], capture_output=True, text=True, env=environment

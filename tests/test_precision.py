@@ -489,3 +489,18 @@ def test_a_transformer_in_16_bits():
     assert train(adamw, narrow) > 1.5 * exact
     for wrap in (jgd.compensated, jgd.master_weights):
         np.testing.assert_allclose(train(wrap(adamw), narrow), exact, rtol=0.01)
+
+
+def test_lanes_of_a_sweep_draw_by_their_own_raw_keys():
+    task = jgd.Task(
+        init=lambda key: jnp.ones(4, jnp.bfloat16),
+        loss=lambda w, batch: jnp.sum(w.astype(jnp.float32) ** 2),
+        batch=lambda step: (),
+        evaluate=lambda w: {"loss": jnp.sum(w.astype(jnp.float32) ** 2)},
+    )
+    build = lambda key: jgd.stochastic_rounding(jgd.sgd(1e-4), key)
+    keys = jax.random.split(jax.random.key(0), 3)
+    result = jgd.sweep(task, jax.vmap(build)(jax.random.key_data(keys)), steps=20)
+    assert len({row["loss"] for row in result.rows}) == 3
+    with pytest.raises(TypeError, match=r"^sweep: random keys of a setting must be raw, got key"):
+        jgd.sweep(task, jax.vmap(build)(keys), steps=20)
