@@ -3,7 +3,7 @@
 `in_optax_place` puts them there. `DIFFERENCES` has every test that fails for it, and why.
 
 optax runs some tests for each optimizer with each dtype and problem: a sample of them has every
-optimizer in some. `OPTAX_TESTS=all` runs all, in three times the time, as the workflow does weekly.
+optimizer in some. `TESTS=all` runs all, in three times the time, as the workflow does weekly.
 """
 
 import fnmatch
@@ -96,7 +96,7 @@ def _failed(report):
 
 @pytest.mark.slow
 def test_optax_passes_its_tests_with_jgd_in_its_place(tmp_path):
-    sample = [] if os.environ.get("OPTAX_TESTS") == "all" else ["--sample"]
+    sample = [] if os.environ.get("TESTS") == "all" else ["--sample"]
     report, printed = _run(_files(), tmp_path / "jgd.json", *sample)
     failed = _failed(report)
     if failed:
