@@ -64,11 +64,12 @@ MINUTES = (
 SAMPLED = {
     "test_a_fault_at_each_operation_on_files": 0,  # every 17th operation is a test by default
     "test_an_extension_that_dies_goes_on": 0,  # every 41st
-    "test_derivatives_of_training_in_both_modes": 3,
-    "test_equals_its_peer_in_float64": 2,
-    "test_every_number_is_a_lane_and_differentiable": 3,
-    "test_never_further_from_the_paper_than_optax_over_1000_steps": 2,
-    "test_reaches_what_it_reached": 2,
+    "3-a-thousand-settings-at-once.ipynb": 0,  # two minutes; the tests of sweeps are default
+    "test_derivatives_of_training_in_both_modes": 4,
+    "test_equals_its_peer_in_float64": 3,
+    "test_every_number_is_a_lane_and_differentiable": 4,
+    "test_never_further_from_the_paper_than_optax_over_1000_steps": 3,
+    "test_reaches_what_it_reached": 3,
 }
 
 
@@ -86,18 +87,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     Tests of a row share programs, which one worker compiles once.
     """
-    if os.environ.get("TESTS") != "all":
-        seen: dict[str, int] = {}
-        sample = [_in_sample(item, seen) for item in items]
-        left_out = [item for item, chosen in zip(items, sample, strict=True) if not chosen]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item, chosen in zip(items, sample, strict=True) if chosen]
     for item in items:
         row = getattr(item, "callspec", None) and item.callspec.params.get("row")
         if isinstance(row, Row):
             item.add_marker(pytest.mark.xdist_group(row.label))
         if item.path.suffix == ".ipynb":
             item.add_marker(pytest.mark.slow)
+    if os.environ.get("TESTS") != "all":
+        seen: dict[str, int] = {}
+        sample = [_in_sample(item, seen) for item in items]
+        left_out = [item for item, chosen in zip(items, sample, strict=True) if not chosen]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item, chosen in zip(items, sample, strict=True) if chosen]
     order = lambda item: next(i for i, name in enumerate((*MINUTES, "")) if name in item.nodeid)
     items.sort(key=order)
 
