@@ -64,7 +64,6 @@ TORCH: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 WHY = {
     "amsgrad": "PyTorch takes the maximum before the bias correction, another path",
-    "fromage": "the decay is a link of its own, with a rounding of its own",
 }
 
 
