@@ -263,9 +263,8 @@ class KeyKind(Kind):
     """A random key or an int: structure, so that lanes share it, but it may be traced."""
 
     def admit(self, label: str, value: Any) -> Any:
-        return (
-            value if value is None or isinstance(value, jax.core.Tracer) else Static(value, label)
-        )
+        as_it_is = value is None or isinstance(value, jax.core.Tracer)
+        return value if as_it_is else Static(value, label)
 
 
 def admit_schedule(label: str, value: Any) -> Any:

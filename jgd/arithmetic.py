@@ -1,8 +1,9 @@
-"""Quotients and roots that are finite at 0, in value and in derivative, and let NaN through.
+"""Quotients, roots, averages and their corrections: finite at 0, exact for decimals, open to NaN.
 
-    quotient(m, root_of(v))        # 0 where v is 0, NaN where m or v is
+    quotient(m, root_of(v))            # 0 where v is 0, NaN where m or v is
+    average(g, m, complement(0.9999))  # weighs g by 0.0001, which float32 alone misses by 2e-4
 
-What JAX makes infinite or NaN there would spoil a whole training, or every hypergradient.
+What JAX makes infinite or NaN at 0 would spoil a whole training, or every hypergradient.
 """
 
 from collections.abc import Callable
@@ -64,6 +65,7 @@ def abs_square(g: Any) -> Any:
     return (g * jnp.conj(g)).real
 
 
+@formula
 def finite(x: Any) -> Any:
     """Return min(x, the largest number), for differences of squares that may be infinite.
 
@@ -83,7 +85,7 @@ def increment(count: Any) -> Any:
 
 
 def complement(decay: Any) -> Any:
-    """Return 1 - decay, for the decimal number that was typed.
+    """Return 1 - decay for the decimal that the user typed.
 
     Float32 holds 0.9999 to 3e-8, which is 2e-4 of 1 - 0.9999. A number that rounds a decimal of up
     to six places is taken for that decimal; the derivative is that of 1 - decay. Averages and bias
@@ -96,11 +98,11 @@ def complement(decay: Any) -> Any:
 
 
 def _to_decimal(rest: Any, xp: Any = np) -> Any:
-    """Return what is missing from `rest` to the decimal of six places that it rounds, or 0."""
+    """Return the distance from `rest` to the decimal of six places that it rounds; 0 for none."""
     dtype = rest.dtype
     millionths = rest * dtype.type(1e6)
     nearest = xp.round(millionths)
-    # half the distance of numbers below 1, in millionths, and 4 per cent for the product
+    # float32 rounds numbers below 1 by eps / 4 at most; the rest of the bound is for the product
     rounds = abs(millionths - nearest) <= 0.26e6 * np.finfo(dtype).eps
     return xp.where(rounds, nearest * dtype.type(1e-6) - rest, 0).astype(dtype)
 

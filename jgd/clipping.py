@@ -1,11 +1,11 @@
-"""Clipping: gradients are shortened where they exceed a bound, and the bound is a leaf.
+"""Clipping: shortens gradients that exceed a bound. The bound is a leaf.
 
     jgd.chain(jgd.clip_by_global_norm(1.0), jgd.adamw(1e-3))
     jax.vmap(jgd.clip_by_global_norm)(jnp.array([0.5, 1.0, jnp.inf]))     # inf: off
 
-All clip the norm of a block: of all leaves, of one leaf, of a unit, of an entry. Entries are scaled
-by the largest of them before they are squared, so that no square overflows and not all vanish, and
-derivatives are finite where all gradients are 0.
+Each clips the norm of a block: all leaves, one leaf, a unit, or an entry. The largest entry divides
+the others before they are squared, so that squares neither overflow nor all vanish, and derivatives
+are finite where all gradients are 0.
 """
 
 import functools
@@ -62,9 +62,9 @@ def _bounded(inverse: Any, rest: Any, limit: Any, unit: Any) -> tuple[Any, Any]:
 
 
 class Norm(NamedTuple):
-    """The norm `rest / inverse` of a block, whose two factors neither overflow nor vanish."""
+    """Norm `rest / inverse` of a block. Neither factor overflows or vanishes."""
 
-    inverse: Any  # a power of two: that of the largest modulus, as far as both are in range
+    inverse: Any  # about 1 / the largest modulus, rounded to a power of two within the range
     rest: Any  # the norm of the entries times `inverse`; not finite where an entry is not
 
     @classmethod
@@ -93,7 +93,7 @@ class Norm(NamedTuple):
 
 @formula
 def scaled(g: Any, inverse: Any, factor: Any) -> Any:
-    """Return g in a scale of two factors, whose product may be out of range."""
+    """Return g times two factors, whose product may be out of range."""
     return g * inverse * factor
 
 
@@ -103,7 +103,7 @@ def block(g: Any, limit: Any, unit: Any = 1.0, axis: Any = None) -> Any:
 
 
 def together(scale_of: Callable[[Norm], tuple[Any, Any]]) -> Plain:
-    """Return the transformation that takes all leaves for one block, in the scale of its norm."""
+    """Return the transformation that scales all leaves as one block, by a function of its norm."""
 
     def transformed(updates: Any, _: Any) -> Any:
         scale = scale_of(Norm.of(jax.tree.leaves(updates)))
@@ -247,7 +247,7 @@ def zero_nans() -> GradientTransformation:
     """u = g, and 0 where g is NaN; the state says which leaves had one.
 
     State: `optax.ZeroNansState(found_nan)`, a bool for each leaf, of its last gradient.
-    Differs from: `clip` and its kin, which leave a NaN visible.
+    Differs from: `clip` and the other transformations here, which leave a NaN visible.
     """
 
     def found(updates: Any, old: Any) -> Any:

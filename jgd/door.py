@@ -3,10 +3,10 @@
     call = Call(spec, stored)             # a factory and its arguments
     call.update(updates, state, params)   # in float32 at least; errors name the optimizer
 
-Numbers become scalars there, schedules their values at this step, 16-bit leaves float32, and the
-updates come back in their own precision. Behind it links of jgd's own are plain pairs: one door is
-enough. Where a link needs the dtypes of the parameters, they pass as they are, and each link has a
-door of its own.
+There numbers become scalars, schedules their values at this step, and 16-bit leaves float32. The
+updates come back in their own precision. Behind the door, links of jgd's own are plain pairs: one
+door is enough. If a link needs the dtypes of the parameters, the parameters pass as they are, and
+each link has a door of its own.
 """
 
 import contextlib
@@ -65,7 +65,10 @@ def _enter(link: Any) -> Any:
 
 
 def _enter_by_its_door(link: Any) -> Any:
-    """Return a link of a call that does not widen as one that widens by itself, if it may."""
+    """Return a link of a call whose door passes parameters as they are.
+
+    Links of jgd have doors of their own. A foreign link gets float32, unless it needs the dtypes.
+    """
     link = unwrap(link)
     if _call_behind(link) is not None or not _widens(link):
         return link
@@ -78,7 +81,7 @@ def _enter_by_its_door(link: Any) -> Any:
 
 
 def _widens(link: Any) -> bool:
-    """Return whether a link may see parameters as float32: it holds none that needs their dtype."""
+    """Return whether a link accepts float32 parameters: nothing in it needs their own dtype."""
     if (call := _call_behind(link := unwrap(link))) is not None:
         return call.widens
     for function in link:
@@ -133,7 +136,7 @@ class Call:
 
     @functools.cached_property
     def widens(self) -> bool:
-        """Whether parameters become float32 at this door: no link in it needs their dtype."""
+        """True if parameters become float32 at this door: no link behind it needs their dtype."""
         if not self.spec.widen:
             return False
         pairs = zip(self.spec.kinds.values(), self.args, strict=True)
@@ -201,9 +204,9 @@ class Call:
                     _widened.set((self.spec.name, None))
                     if any(map(has_16_bits, jax.tree.leaves(theirs))):
                         raise TypeError(
-                            f"{self.spec.name}: params must have their own dtypes, got float32 for"
-                            f" 16 bits from {outer}, which does not see this link in another"
-                            f" function. Put it around {outer}, or chain links with jgd.chain"
+                            f"{self.spec.name}: params must have their own dtypes, got float32 in"
+                            f" place of 16 bits from {outer}, which cannot see a link in another"
+                            f" function. Put {self.spec.name} around {outer}, or use jgd.chain"
                         )
                 yield
         except TreeError as error:
@@ -216,7 +219,8 @@ class Call:
             _widened.reset(token)
 
 
-# Who made parameters float32, and those: a link in a function of a user may need their dtypes.
+# The name of the door that made the parameters float32, and the parameters before it: a link inside
+# a user's function may need their dtypes.
 _widened = ContextVar[tuple[str, Any]]("widened", default=("", None))
 
 _OTHER_OPTIMIZER = (

@@ -31,7 +31,7 @@ __all__ = ["register_factory", "register_states", "register_value"]
 
 _PLAIN = (type(None), bool, int, float, str)
 
-# The latest of each name: reading a file finds these and nothing else.
+# Reading a file finds what stands here, and nothing else. A later factory replaces its namesake.
 _factories: dict[tuple[str, ...], Spec] = {}
 _defaults: dict[str, Any] = {}
 _states: set[type] = set()
@@ -56,11 +56,11 @@ def register_value(kind: type) -> None:
 
 
 def register_states(state: Any) -> None:
-    """Register the named tuples in a state, whoever defines them."""
+    """Register the classes of the named tuples in a state, those of optax and of users too."""
     for kind in _named_tuples(state):
         if kind not in _states:
             _states.add(kind)
-            with contextlib.suppress(ValueError):  # somebody has registered it
+            with contextlib.suppress(ValueError):  # the class is registered already
                 jax.export.register_namedtuple_serialization(kind, serialized_name=_path_of(kind))
 
 

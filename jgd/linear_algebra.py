@@ -19,10 +19,9 @@ def _adjoint(x: Any) -> Any:
 
 
 def _one_by_one(f: Callable[[Any], Any]) -> Any:
-    """Return `f`, which a batch of lanes calls for one matrix after the other.
+    """Return `f`, called for one matrix after the other where a batch has lanes.
 
-    On CPUs, batched decompositions of two programs that run at once can wait for each other's
-    threads for ever.
+    On CPUs, batched decompositions of two concurrent programs can deadlock.
     """
     one = jax.custom_batching.custom_vmap(f)
 
@@ -36,10 +35,10 @@ def _one_by_one(f: Callable[[Any], Any]) -> Any:
 
 
 def _decomposition(f: Callable[[Any], Any], derivative: Callable[..., Any]) -> Any:
-    """Return `f` with a derivative, for one matrix of a batch after the other.
+    """Return `f` with its derivative, called for one matrix of a batch after the other.
 
-    JAX cannot transpose a function with its own rule for batches: the derivative stands outside.
-    In the second derivative of a scan JAX forgets that one: it stands inside as well.
+    The derivative is defined around the rule for batches, which JAX cannot transpose, and inside it
+    too, since JAX drops the outer derivative in second derivatives of a scan.
     """
     inner = jax.custom_jvp(f)
     inner.defjvp(derivative)
@@ -75,15 +74,15 @@ _qr = _decomposition(lambda a: tuple(jnp.linalg.qr(a)), _qr_jvp)
 
 
 def _overflowed(h: Any) -> Any:
-    """Return whether a positive matrix has left the range: its trace bounds all of its entries.
+    """Return whether a positive matrix overflowed: its trace bounds all of its entries.
 
-    Entries off the diagonal may be inf - inf then. The trace is NaN only where a gradient was.
+    Other entries may then be inf - inf. The trace itself is NaN only after a NaN gradient.
     """
     return jnp.isinf(jnp.trace(h).real)
 
 
 def within_range(h: Any) -> Any:
-    """Return a positive matrix, or the identity if it overflowed, for which any basis will do."""
+    """Return a positive matrix, or the identity if it overflowed and its basis is arbitrary."""
     return jnp.where(_overflowed(h), jnp.eye(*h.shape, dtype=h.dtype), h)
 
 

@@ -4,7 +4,7 @@
     jgd.master_weights(jgd.adamw(1e-3))                   # a float32 copy of the parameters
     jgd.stochastic_rounding(jgd.adamw(1e-3), key)         # no memory: rounds up or down at random
     jgd.loss_scaled(jgd.master_weights(jgd.adamw(1e-3)))  # keeps float16 gradients in range
-    jgd.skip_nonfinite(jgd.adamw(1e-3))                   # leaves out steps with NaN or infinity
+    jgd.skip_nonfinite(jgd.adamw(1e-3))                   # skips steps with NaN or infinity
 
 bfloat16 has 8 significant bits: 1 - 1e-3 rounds to 1, so that a thousand such steps move nothing.
 The first three wrappers return the update that the parameters receive. Put what changes updates,
@@ -135,9 +135,9 @@ def master_weights(inner: GradientTransformation) -> GradientTransformation:
 
         m <- m + inner(g)            u = m, rounded to 16 bits, - p
 
-    A parameter that is not its rounded copy was changed by someone else, such as `lookahead` or a
-    loaded checkpoint: its copy starts anew from it. If the gradients have 16 bits too, so do the
-    updates, and a step longer than its parameter may end beside the rounded copy, with this effect.
+    Where a parameter is not its rounded copy, for example after `lookahead` or a loaded checkpoint,
+    the copy starts anew from the parameter. 16-bit gradients give 16-bit updates: a step longer
+    than its parameter may then miss the rounded copy, and the copy starts anew.
 
     Args:
       inner: the optimizer. Its parameters are the copy.
@@ -187,7 +187,7 @@ class StochasticRoundingState(NamedTuple):
 
 @as_pytree(widen=False)
 def stochastic_rounding(inner: GradientTransformation, key: Key) -> GradientTransformation:
-    """Stochastic rounding: p + inner(g) becomes a 16-bit neighbour at random, with its mean.
+    """Stochastic rounding: rounds p + inner(g) up or down at random, so that the mean is right.
 
         u = r - p            r: the neighbour below or above y = p + inner(g),
                              above with probability (y - below) / (above - below)
@@ -306,7 +306,7 @@ def loss_scaled(
 
 
 def loss_scale(state: Any) -> Any:
-    """The factor of the loss that `loss_scaled` keeps, from any optimizer state that holds one.
+    """Return the factor of the loss from any optimizer state that holds one of `loss_scaled`.
 
     Raises: ValueError if the state holds none, or several.
     """
@@ -315,20 +315,20 @@ def loss_scale(state: Any) -> Any:
 
 @as_pytree
 def skip_nonfinite(inner: GradientTransformation) -> GradientTransformation:
-    """Leaves out each step of `inner` that holds NaN or infinity.
+    """Skips each step of `inner` that holds NaN or infinity.
 
-        u = inner(g), or 0, with the state of inner as before, where a gradient, an update or a
-        value of the state that was finite before is not finite
+        u = inner(g), or 0 with the state unchanged if a gradient, an update, or a value of the
+        state that was finite before is not finite
 
     Args:
       inner: the optimizer. Its schedules count the steps that are taken.
 
     State: `optax.ApplyIfFiniteState(notfinite_count, last_finite, total_notfinite, inner_state)`,
-      three scalars more than `inner`: steps left out in a row, whether the last one was taken,
-      steps left out in all.
-    Differs from: `optax.apply_if_finite`, which looks at the gradients alone, and takes the step
-      after some that are not finite in a row; stop a training by `notfinite_count`. Under
-      `jax.vmap` each lane skips by itself.
+      three scalars more than `inner`: skipped steps in a row, whether the last step was taken,
+      skipped steps in all.
+    Differs from: `optax.apply_if_finite`, which looks at the gradients alone and gives up after a
+      number of skipped steps; here `notfinite_count` tells when to stop. Under `jax.vmap` each
+      lane skips by itself.
     """
     tx = optax.with_extra_args_support(inner)
 

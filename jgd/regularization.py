@@ -418,7 +418,7 @@ def batch_norm(
         wide = _wide(x)
         mean = wide.mean(others) if training else state.mean
         centred = wide - spread(mean)
-        if training:  # what rounding left of a large mean
+        if training:  # the mean of the rounding errors of a large mean
             rest = centred.mean(others)
             mean, centred = mean + rest, centred - spread(rest)
         variance = abs_square(centred).mean(others) if training else state.variance

@@ -1,10 +1,10 @@
 """Parameters that are sharded over a mesh: what a rule gathers, and where its memories lie.
 
-    u, sums = gathered(rule, g, sums)      # rule sees whole arrays, u is sharded like g
-    state = placed(tx.init(params), params)      # a memory is sharded like its parameter
+    u, sums = gathered(rule, g, sums)          # rule sees whole arrays, u is sharded like g
+    state = placed(tx.init(params), params)    # a memory is sharded like its parameter
 
-JAX derives the sharding of sums and of formulas on entries. From the products and decompositions
-of a matrix none follows; nor, on auto axes inside jit, from `jnp.zeros_like`.
+JAX derives the sharding of sums and of elementwise formulas. It does not for products and
+decompositions of matrices on explicit axes, nor for `jnp.zeros_like` on auto axes inside jit.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 try:
     from jax.experimental.shard_alike import shard_alike
-except ImportError:  # experimental: without it memories are placed as jax places zeros
+except ImportError:  # an experimental module: without it JAX decides where memories are
 
     def shard_alike(x: Any, y: Any) -> tuple[Any, Any]:
         return x, y

@@ -117,10 +117,10 @@ def set_to_zero() -> GradientTransformation:
 def square() -> GradientTransformation:
     """u = g^2, |g|^2 for complex leaves. State: `EmptyState`.
 
-    The square overflows where |g| is above 1.8e19 (float32), and an average or a sum of it stays
-    infinite. An optimizer that divides by its root then takes steps of 0 there, as optax's do: at
-    that entry, or at the whole array or tree if it takes a norm or a moment of that. Clip gradients
-    (`clip`), or skip such steps (`skip_nonfinite`).
+    The square overflows where |g| is above 1.8e19 (float32), and its average or sum stays infinite.
+    An optimizer that divides by the root then takes steps of 0, as optax's do: for that entry, or
+    for the whole array or tree if it divides by a norm or a matrix of it. Clip gradients (`clip`),
+    or skip such steps (`skip_nonfinite`).
     """
     return pointwise(_square)
 

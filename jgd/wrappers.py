@@ -139,7 +139,7 @@ def per_layer(inner: GradientTransformation) -> GradientTransformation:
         `param_groups(adamw(rate), {"layers/*": per_layer(lamb(rate))})`.
 
     State: that of `inner`, each array with the leading axis. An explicit mesh must not shard this
-      axis, nor can `jax.lax.scan` scan over it then.
+      axis: neither `jax.vmap` nor `jax.lax.scan` maps over a sharded one.
     Differs from: lanes, whose numbers differ; here all layers have the same.
     """
     tx = optax.with_extra_args_support(inner)

@@ -258,3 +258,21 @@ def losses(steps: int, seed: int = 2) -> np.ndarray:
     """A falling, noisy loss, for the rules that read it."""
     noise = np.random.default_rng(seed).uniform(0.5, 1.5, size=steps)
     return np.exp(-np.arange(steps) / steps) * noise
+
+
+def oracle_updates(
+    row: Row, gradients: list[dict[str, np.ndarray]], params: dict[str, np.ndarray]
+) -> list[dict[str, np.ndarray]]:
+    """The oracle's updates, each added to the parameters before the next."""
+    updates = []
+    values = losses(len(gradients)) if getattr(row.oracle, "needs_value", False) else None
+    rules = {name: row.oracle(**row.arguments) for name in ([""] if row.whole_tree else params)}
+    for index, gradient in enumerate(gradients):
+        more = () if values is None else (values[index],)
+        if row.whole_tree:
+            update = rules[""](gradient, params, *more)
+        else:
+            update = {name: rules[name](gradient[name], params[name]) for name in params}
+        params = {name: params[name] + update[name] for name in params}
+        updates.append(update)
+    return updates

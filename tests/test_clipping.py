@@ -66,7 +66,7 @@ def test_numbers_and_states_are_those_of_optax(float64):
 
 
 def test_large_and_small_gradients():
-    """In float32, whose squares overflow and vanish: as optax in float64 for gradients near 1."""
+    """Squares overflow and vanish in float32. Truth is optax in float64, with gradients near 1."""
     factors, bounds = (5e37, 1e30, 1e20, 1e-25, 1e-35), (1e-30, 0.3, 1e20)
     factors, bounds = map(np.ravel, np.meshgrid(factors, bounds))
     with _float64():
@@ -85,10 +85,10 @@ def test_large_and_small_gradients():
 
 
 def test_what_is_not_finite_stays_visible():
-    """In the places where optax has it; a bound of inf leaves everything as it is."""
-    tree = {"spoilt": np.ones((3, 2), np.float32), "sound": np.ones(3, np.float32)}
+    """NaN and inf stand where optax has them. A bound of inf leaves everything as it is."""
+    tree = {"struck": np.ones((3, 2), np.float32), "sound": np.ones(3, np.float32)}
     gradients = _lanes(tree, np.ones(6, np.float32))
-    gradients["spoilt"][:, 1, 0] = [np.nan, np.inf, -np.inf] * 2
+    gradients["struck"][:, 1, 0] = [np.nan, np.inf, -np.inf] * 2
     bounds = [0.1] * 3 + [np.inf] * 3
     ours, theirs = (_updates(lib, LINKS, bounds, gradients, tree) for lib in (jgd, OPTAX))
     at = lambda lanes: lambda updates: jax.tree.map(lambda x: x[lanes], updates)
@@ -120,7 +120,7 @@ def _derivatives(library, bounds, gradients, params):
 
 
 def test_derivatives(float64):
-    """Those of optax, and finite where its are NaN: for gradients of 0, a bound of inf."""
+    """Derivatives are optax's, and finite where those are NaN: gradients of 0, a bound of inf."""
     params = {name: PARAMS[name] for name in ("(4,)", "(3, 2)")}
     gradients = _lanes({name: GRADIENTS[name] for name in params}, np.ones(6))
     gradients["(4,)"][2:] = 0

@@ -13,7 +13,7 @@ import optax
 import optax.contrib
 import pytest
 from conftest import run
-from table import LABELS, ROWS
+from table import FIRST, LABELS, ROWS
 
 import jgd
 import jgd.optimizers
@@ -21,7 +21,6 @@ import jgd.optimizers
 SHAPES = {"matrix": (4, 3), "vector": (3,), "other": (2,)}  # gradients of "other" are always usual
 STEPS, LATER, STRUCK = 5, 2, 1  # the entry of matrix and vector that has a NaN or a spike
 NAN = {"NaN at first": 0, "NaN later": LATER}
-FIRST = list({row.name: row for row in reversed(ROWS)}.values())[::-1]
 # By default the first row of each optimizer, in the slow tests the others.
 every_row = pytest.mark.parametrize(
     "row",

@@ -262,7 +262,7 @@ def _away_from_kinks(row):
 
 @every_optimizer_slow
 def test_derivatives_of_training_in_both_modes(row, float64):
-    """By all numbers and by the parameters: forward = reverse, and the Hessian = differences."""
+    """By all numbers and parameters: forward = reverse, and the Hessian equals differences."""
     params = {"w": jnp.array([[0.3, -0.7], [1.1, 0.4], [0.2, -1.3]]), "dark": jnp.ones(2)}
     point = row.ours(**_away_from_kinks(row)), params
     rng = np.random.default_rng(0)
@@ -289,7 +289,7 @@ def test_derivatives_of_training_in_both_modes(row, float64):
 
 @pytest.mark.slow
 def test_second_derivatives_of_decompositions(float64):
-    """Forward and reverse, in a scan too, where JAX forgets a derivative around a batching rule."""
+    """Forward and reverse, and in a scan, where JAX drops a derivative around a batching rule."""
     a = jnp.asarray(np.random.default_rng(0).normal(size=(3, 3)))
     functions = (
         lambda a: inverse_root(a @ a.T, 4),
@@ -306,7 +306,7 @@ def test_second_derivatives_of_decompositions(float64):
 
 
 def test_jacobians_and_hessians_of_lanes(float64):
-    """Of the learning rates of a rule for whole arrays, scanned over the layers of a stack."""
+    """Derivatives by the learning rates of a rule for whole arrays, on a stack of layers."""
     stack = {"w": jnp.array([[[0.3, -0.7]], [[1.1, 0.4]]]), "dark": jnp.ones((2, 2))}
 
     def by_layers(rate):
@@ -374,7 +374,7 @@ def _two_updates(tx, params, start=None):
 
 @given(rules, rates, decays, trees)
 def test_a_drawn_tree_is_its_leaves_compiled_or_not(name, rate, decay, params):
-    """The shapes of `eval_shape`, too; and a state that was saved goes on as it was."""
+    """Shapes are those of `eval_shape`, and a saved state continues as the live one does."""
     tx = RULES[name](rate, decay)
     eager, state = _two_updates(tx, params)
     shapes = jax.eval_shape(lambda: _two_updates(tx, params))

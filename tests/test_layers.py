@@ -28,7 +28,7 @@ LAYERS = [
     ("door", "where a user calls init and update: dtypes, schedules, errors"),
     ("pytree", "the one trick: a call of a factory becomes a pytree of its numbers"),
     ("lanes", "batches of optimizers"),
-    ("arithmetic", "quotients and roots that are finite at 0"),
+    ("arithmetic", "quotients, roots and averages: finite at 0, exact for decimals"),
     ("combinators", "chain, divide, add, subtract, with_nesterov, named"),
     ("transforms", "the basic transformations: averages, bias correction, roots, decay"),
     ("rules", "a formula on one array, lifted over the tree"),

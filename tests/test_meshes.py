@@ -45,7 +45,7 @@ OPTIMIZERS["optimistic_adam"] = lambda: jgd.optimistic_adam(0.01, 0.02)
 OPTIMIZERS["optimistic_adam_v2"] = lambda: jgd.optimistic_adam_v2(0.01)
 OPTIMIZERS["galore"] = lambda: jgd.galore(0.01, rank=2, update_proj_gap=2)
 WRAPPERS = {
-    "chain": lambda: jgd.chain(optax.clip_by_global_norm(1.0), jgd.adam(0.01)),
+    "chain": lambda: jgd.chain(jgd.clip_by_global_norm(1.0), jgd.adam(0.01)),
     "param_groups": lambda: jgd.param_groups(
         jgd.adamw(0.01), {"b*": jgd.muon(0.01), "[tw]*": jgd.shampoo(0.1)}
     ),

@@ -14,7 +14,16 @@ import pytest
 from absl.testing import parameterized
 from conftest import run, stacked
 from problems import PROBLEMS, REACHED, reached
-from table import FIRST, LABELS, ROWS, losses, noisy_gradients, own_optimizers, parameters
+from table import (
+    FIRST,
+    LABELS,
+    ROWS,
+    losses,
+    noisy_gradients,
+    oracle_updates,
+    own_optimizers,
+    parameters,
+)
 
 import jgd
 import jgd.optimizers
@@ -36,23 +45,6 @@ peered = pytest.mark.parametrize(
 
 def test_every_public_optimizer_has_a_row():
     assert {row.name for row in ROWS} == set(own_optimizers())
-
-
-def _oracle_updates(row, gradients, params):
-    """The oracle's updates, each added to the parameters before the next."""
-    updates = []
-    values = losses(len(gradients)) if getattr(row.oracle, "needs_value", False) else None
-    names = [None] if row.whole_tree else list(params)
-    rules = {name: row.oracle(**row.arguments) for name in names}
-    for index, gradient in enumerate(gradients):
-        more = () if values is None else (values[index],)
-        if row.whole_tree:
-            update = rules[None](gradient, params, *more)
-        else:
-            update = {name: rules[name](gradient[name], params[name]) for name in params}
-        params = {name: params[name] + update[name] for name in params}
-        updates.append(update)
-    return updates
 
 
 def _relative(updates, truth):
@@ -113,7 +105,7 @@ def test_equals_its_peer_in_float64(row, float64):
 @every_row
 def test_equals_the_paper_in_float64(row, float64):
     params, gradients = parameters(row.shapes), noisy_gradients(300, row.shapes)
-    truth = stacked(_oracle_updates(row, gradients, params), np.float64)
+    truth = stacked(oracle_updates(row, gradients, params), np.float64)
     _assert_close(_in_float64(row.label), truth, 1e-9)
 
 
@@ -124,7 +116,7 @@ def test_never_further_from_the_paper_than_optax_over_1000_steps(row):
     row = row._replace(arguments=_numbers(row))
     start = parameters(row.shapes), noisy_gradients(1000, row.shapes)
     params, gradients = jax.tree.map(lambda x: np.asarray(np.float32(x), np.float64), start)
-    truth = jax.tree.map(lambda *xs: np.stack(xs), *_oracle_updates(row, gradients, params))
+    truth = jax.tree.map(lambda *xs: np.stack(xs), *oracle_updates(row, gradients, params))
     params, gradients = jgd.lane(stacked([params], jnp.float32), 0), stacked(gradients, jnp.float32)
     ours = _error(run(row.ours(**row.arguments), gradients, params), truth)
     theirs = _error(run(row.peer(**row.arguments), gradients, params), truth)

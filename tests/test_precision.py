@@ -137,7 +137,7 @@ def test_what_rounding_loses_is_in_the_state():
         assert lost[name].dtype == p_0.dtype
 
 
-def test_a_parameter_that_someone_else_changed_is_where_its_copy_starts():
+def test_the_copy_starts_anew_from_a_parameter_that_changed():
     tx = jgd.master_weights(jgd.sgd(1e-3))
     params = {"w": jnp.ones(2, jnp.bfloat16), "frozen": jnp.ones(2, jnp.bfloat16)}
     gradient = {"w": jnp.ones(2, jnp.bfloat16), "frozen": None}

@@ -570,6 +570,19 @@ def test_16_bit_inputs_have_statistics_in_float32(dtype):
     np.testing.assert_allclose(np.asarray(y, np.float64).std(0), 1, rtol=2e-3)
 
 
+def test_batch_norm_of_a_large_mean_is_as_near_as_torch_s():
+    """A channel with mean 1000 and deviation 1, against float64."""
+    x = np.float32(1000 + np.random.default_rng(0).normal(size=(64, 8)))
+    norm = batch_norm(1, 0.1, 1e-5, convention="torch")
+    ours, _ = norm.apply(*norm.init(x), x, training=True)
+    theirs = torch.nn.BatchNorm1d(8)(torch.tensor(x)).detach().numpy()
+    exact = x - np.mean(x, 0, np.float64)
+    exact /= np.sqrt(np.mean(exact**2, 0) + 1e-5)
+    gap = np.abs(ours - exact).max()
+    assert gap < 1e-6
+    assert gap <= np.abs(theirs - exact).max()
+
+
 def test_batch_norm_keeps_float32_under_x64(float64):
     norm = batch_norm()
     x = jnp.ones((4, 2), jnp.float32)

@@ -16,16 +16,7 @@ from optax import GradientTransformation
 
 from jgd.arguments import Decay, Mask, NonNegative, Number
 from jgd.arithmetic import average, complement, finite, formula, increment, quotient, safe_sqrt
-from jgd.combinators import (
-    Slot,
-    Slots,
-    add,
-    chain,
-    divide,
-    named,
-    remembering,
-    subtract,
-)
+from jgd.combinators import Slot, Slots, add, chain, divide, named, remembering, subtract
 from jgd.pytree import as_pytree
 from jgd.rules import difference
 from jgd.transforms import (

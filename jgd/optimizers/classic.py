@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from optax import GradientTransformation
 
 from jgd.arguments import Decay, Fraction, Key, NonNegative, Number
-from jgd.arithmetic import finite, formula
+from jgd.arithmetic import finite
 from jgd.combinators import chain, divide, named, subtract, with_nesterov
 from jgd.pytree import as_pytree
 from jgd.transforms import (
@@ -186,9 +186,6 @@ def adagrad(
 # --- RMSProp ---------------------------------------------------------------------------------
 
 
-_finite = formula(finite)
-
-
 class ScaleByRmsWithCountState(NamedTuple):
     """State of `scale_by_rms` with bias correction."""
 
@@ -260,7 +257,7 @@ def scale_by_stddev(
     correct = lambda of: [_bias_correction(decay, of=of)] if bias_correction else []
     mean = chain(moving_average(decay, name="mu"), *correct("mu"))
     second = chain(square(), moving_average(decay, initial_scale, name="nu"), *correct("nu"))
-    variance = subtract(second, chain(mean, square(), pointwise(_finite)))
+    variance = subtract(second, chain(mean, square(), pointwise(finite)))
     magnitude = chain(variance, _root(eps, eps_in_sqrt))
     record = ScaleByRStdDevWithCountState if bias_correction else optax.ScaleByRStdDevState
     return named(divide(identity(), magnitude), record=record, shared=["count"])

@@ -65,12 +65,12 @@ def ftrl(
     def rule(g: Any, p: Any, sum_of_squares: Any, linear: Any) -> tuple[Any, Any, Any]:
         total = sum_of_squares + abs_square(real(g))
         q = power(total)
-        stays = jnp.isinf(q)  # z / q would be NaN, where the step tends to 0
+        overflow = jnp.isinf(q)  # z / q would be NaN, but the step tends to 0
         z = linear + g + 2 * l2_shrinkage * p - (q - power(sum_of_squares)) * p
-        linear = jnp.where(stays, linear, z)
+        linear = jnp.where(overflow, linear, z)
         held = jnp.clip(linear, -l1, l1) - linear
         u = quotient(held, q + 2 * l2 + beta / learning_rate) - p
-        return jnp.where(stays, 0 * g, u), total, linear
+        return jnp.where(overflow, 0 * g, u), total, linear
 
     start = lambda p: jnp.full_like(p, initial_accumulator_value)
     return per_leaf(rule, FtrlState, sum_of_squares=start)

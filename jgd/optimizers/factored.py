@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from optax import GradientTransformation
 
 from jgd.arguments import Decay, Fraction, Mask, NonNegative, Number, Positive, Structure
-from jgd.arithmetic import abs_square, complement, finite, quotient, safe_sqrt
+from jgd.arithmetic import abs_square, average, complement, finite, quotient, safe_sqrt
 from jgd.combinators import chain, named
 from jgd.norms import rms_norm, scale_by_param_block_rms
 from jgd.pytree import as_pytree
@@ -157,14 +157,13 @@ def scale_by_factored_rms(
         steps = t - step_offset
         power = decay_rate_fn is _decay_rate_pow  # where 1 - decay would lose digits
         weight = steps**-decay_rate if power else 1 - decay_rate_fn(steps - 1, decay_rate)
-        average = lambda old, new: old + weight * (new - finite(old))
         square = abs_square(g) + epsilon
         if (found := axes(g)) is None:
-            v = average(v, square)
+            v = average(square, v, weight)
             return quotient(g, safe_sqrt(v)), v_row, v_col, v
         second, largest = found
-        v_row = average(v_row, square.mean(largest))
-        v_col = average(v_col, square.mean(second))
+        v_row = average(square.mean(largest), v_row, weight)
+        v_col = average(square.mean(second), v_col, weight)
         mean = v_row.mean(second - (second > largest), keepdims=True)
         row = jnp.expand_dims(safe_sqrt(quotient(finite(v_row), mean)), largest)
         column = jnp.expand_dims(safe_sqrt(v_col), second)

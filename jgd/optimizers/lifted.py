@@ -45,7 +45,10 @@ def _lift(
 
 
 def _gathering(factory: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `factory` with an update on whole arrays: its matrix products have no sharding."""
+    """Return `factory` with an update that sees whole arrays.
+
+    On explicit mesh axes JAX cannot derive the sharding of the products in these updates.
+    """
 
     @functools.wraps(factory)
     def build(*args: Any, **kwargs: Any) -> optax.GradientTransformation:

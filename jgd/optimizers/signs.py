@@ -90,7 +90,7 @@ def scale_by_lion(
     }[mode]
 
     def rule(g: Any, mu: Any) -> tuple[Any, Any]:
-        # what is read is no memory, and the exact form of it takes half as long again
+        # a sign needs no exact average, and `average` here makes the step 1.45 times as long
         return squash(b1 * mu + (1 - b1) * g), average(g, mu, weight)
 
     weight = complement(b2)

@@ -128,8 +128,8 @@ def _clip_each(bound: Any) -> GradientTransformation:
 
 def _clip_all(bound: Any) -> GradientTransformation:
     def scale_of(norm: Norm) -> tuple[Any, Any]:
-        spoilt = ~jnp.isfinite(norm.rest) & jnp.isfinite(bound)
-        return norm.bounded(jnp.where(spoilt, jnp.nan, bound))
+        overflow = ~jnp.isfinite(norm.rest) & jnp.isfinite(bound)
+        return norm.bounded(jnp.where(overflow, jnp.nan, bound))
 
     return together(scale_of)
 
