@@ -4,6 +4,7 @@ Polyak's step divides by the squared norm of the gradient what is left of the lo
 estimate how far the parameters have to go. Norms are over the whole tree.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import jax
@@ -32,6 +33,7 @@ from jgd.arithmetic import (
     average,
     complement,
     finite,
+    formula,
     increment,
     one_minus_power,
     quotient,
@@ -58,18 +60,67 @@ __all__ = [
 ]
 
 
-def _square(tree: Any) -> Any:
-    """Return the squared norm of a whole tree."""
-    return sum((jnp.sum(abs_square(x)) for x in jax.tree.leaves(tree)), jnp.zeros([], float))
+# --- sums over a tree, and rules of one leaf -------------------------------------------------
 
 
-def _dot(left: Any, right: Any) -> Any:
-    products = leafwise(lambda x, y: jnp.sum(jnp.real(jnp.conj(x) * y)), left, right)
-    return sum(jax.tree.leaves(products), jnp.zeros([], float))
+def _summed(f: Callable[..., Any], tree: Any, *trees: Any) -> Any:
+    """Return the sum over all leaves of `f`, which returns a scalar for each."""
+    return sum(jax.tree.leaves(leafwise(f, tree, *trees)), jnp.zeros([], float))
 
 
-def _difference(left: Any, right: Any) -> Any:
-    return leafwise(jnp.subtract, left, right)
+@formula
+def _square(x: Any) -> Any:
+    return jnp.sum(abs_square(x))
+
+
+@formula
+def _square_distance(x: Any, y: Any) -> Any:
+    return jnp.sum(abs_square(x - y))
+
+
+@formula
+def _size(x: Any) -> Any:
+    return jnp.sum(jnp.abs(x))
+
+
+@formula
+def _dot(x: Any, y: Any) -> Any:
+    return jnp.sum(jnp.real(jnp.conj(x) * y))
+
+
+@formula
+def _dot_difference(g: Any, x: Any, y: Any) -> Any:
+    return _dot(g, x - y)
+
+
+@formula
+def _scaled(g: Any, _: Any, rate: Any) -> Any:
+    return rate * g
+
+
+@formula
+def _average(g: Any, m: Any, rate: Any, weight: Any) -> Any:
+    return average(rate * g, m, weight)
+
+
+@formula
+def _average_square(g: Any, v: Any, rate: Any, weight: Any) -> Any:
+    return average(abs_square(rate * g), v, weight)
+
+
+@formula
+def _decayed_sum(g: Any, s: Any, decay: Any, weight: Any) -> Any:
+    return decay * s + weight * g
+
+
+@formula
+def _quotient(s: Any, v: Any, eps: Any) -> Any:
+    return quotient(s, safe_sqrt(v) + eps)
+
+
+@formula
+def _descent(_: Any, m: Any, v: Any, p: Any, rate: Any, eps: Any, decay: Any) -> Any:
+    return -rate * _quotient(m, v, eps) - decay * p
 
 
 def _decay(weight_decay: Any, mask: Mask | None) -> GradientTransformation:
@@ -96,11 +147,13 @@ def scale_by_polyak(
         updates: Any, state: Any, params: Any = None, *, value: Any = None, **_: Any
     ) -> tuple[Any, Any]:
         if value is None:
-            raise TypeError("scale_by_polyak: needs the loss: call update(..., value=loss)")
+            raise TypeError(
+                "scale_by_polyak: value must be the loss, got None. Call update(..., value=loss)"
+            )
         gap = jnp.asarray(value, float) - f_min
         if variant == "sps+":
             gap = jnp.maximum(gap, 0)
-        length = _square(updates) + eps
+        length = _summed(_square, updates) + eps
         flat = length <= np.finfo(float).eps
         step = jnp.minimum(gap / jnp.where(flat, 1, length), max_learning_rate)
         return leafwise(lambda g: jnp.where(flat, 0, step) * g, updates), state
@@ -164,7 +217,7 @@ def _scale_by_dog(init_step: InitStep, eps: NonNegative) -> GradientTransformati
     def init(params: Any) -> Any:
         reach = {
             "distance": value,
-            "heuristic": value * (1 + safe_sqrt(_square(params))),
+            "heuristic": value * (1 + safe_sqrt(_summed(_square, params))),
             "learning_rate": 0.0,
         }[kind]
         first = jax.tree.map(jnp.copy, params)
@@ -174,13 +227,13 @@ def _scale_by_dog(init_step: InitStep, eps: NonNegative) -> GradientTransformati
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         is_first, first, reach, total = check_state(state, optax.contrib.DoGState)
-        distance = safe_sqrt(_square(_difference(with_params(params), first)))
-        reach, total = jnp.maximum(reach, distance), total + _square(updates)
+        distance = safe_sqrt(_summed(_square_distance, with_params(params), first))
+        reach, total = jnp.maximum(reach, distance), total + _summed(_square, updates)
         rate = quotient(finite(reach), safe_sqrt(total + eps))
         if kind == "learning_rate":
             rate = jnp.where(is_first, value, rate)
         new = optax.contrib.DoGState(jnp.array(False), first, reach, total)
-        return leafwise(lambda g, _: rate * g, updates, params), like(new, state)
+        return leafwise(_scaled, updates, params, numbers=(rate,)), like(new, state)
 
     return GradientTransformation(init, update)
 
@@ -228,11 +281,11 @@ def _scale_by_dowg(start: NonNegative, eps: NonNegative) -> GradientTransformati
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         first, total, reach = check_state(state, optax.contrib.DoWGState)
-        reach = jnp.maximum(reach, _square(_difference(with_params(params), first)))
-        total = total + reach * _square(updates)
+        reach = jnp.maximum(reach, _summed(_square_distance, with_params(params), first))
+        total = total + reach * _summed(_square, updates)
         rate = quotient(reach, safe_sqrt(total) + eps)
         new = optax.contrib.DoWGState(first, total, reach)
-        return leafwise(lambda g, _: rate * g, updates, params), like(new, state)
+        return leafwise(_scaled, updates, params, numbers=(rate,)), like(new, state)
 
     return GradientTransformation(init, update)
 
@@ -318,15 +371,14 @@ def dadapt_adamw(
         m, v, s, d, r, count = check_state(state, optax.contrib.DAdaptAdamWState)
         count = increment(count)
         k = d * learning_rate * _corrected_rate(count, b1, b2)
-        scaled = leafwise(lambda s, v: quotient(s, safe_sqrt(v) + eps), s, v)
-        r = average(k * _dot(updates, scaled), r, w3)
-        m = leafwise(lambda g, m: average(k * g, m, w1), updates, m, keep=True)
-        v = leafwise(lambda g, v: average(abs_square(g), v, w2), updates, v, keep=True)
-        s = leafwise(lambda g, s: average(k * g, s, w3), updates, s, keep=True)
-        size = sum((jnp.sum(jnp.abs(x)) for x in jax.tree.leaves(s)), jnp.zeros([], float))
-        rule = lambda _, m, v, p: -quotient(m, safe_sqrt(v) + eps) - weight_decay * k * p
-        new_updates = leafwise(rule, updates, m, v, with_params(params))
-        d = jnp.maximum(d, quotient(r, w3 * size))
+        scaled = leafwise(_quotient, s, v, numbers=(eps,))
+        r = average(k * _summed(_dot, updates, scaled), r, w3)
+        m = leafwise(_average, updates, m, numbers=(k, w1), keep=True)
+        v = leafwise(_average_square, updates, v, numbers=(1.0, w2), keep=True)
+        s = leafwise(_average, updates, s, numbers=(k, w3), keep=True)
+        numbers = (1.0, eps, weight_decay * k)
+        new_updates = leafwise(_descent, updates, m, v, with_params(params), numbers=numbers)
+        d = jnp.maximum(d, quotient(r, w3 * _summed(_size, s)))
         return new_updates, like(optax.contrib.DAdaptAdamWState(m, v, s, d, r, count), state)
 
     return GradientTransformation(init, update)
@@ -381,17 +433,15 @@ def prodigy(
         m, v, s, first, d, r, count = check_state(state, optax.contrib.ProdigyState)
         count = increment(count)
         k = d * learning_rate * _corrected_rate(count, b1, b2)
-        covered = _difference(first, with_params(params))
-        r = b3 * r + d / estim_lr0 * k * _dot(updates, covered)
+        toward = _summed(_dot_difference, updates, first, with_params(params))
+        r = b3 * r + d / estim_lr0 * k * toward
         weight = (d if safeguard_warmup else k) * d / estim_lr0
-        m = leafwise(lambda g, m: average(d * g, m, w1), updates, m, keep=True)
-        v = leafwise(lambda g, v: average(abs_square(d * g), v, w2), updates, v, keep=True)
-        s = leafwise(lambda g, s: b3 * s + weight * g, updates, s, keep=True)
-        size = sum((jnp.sum(jnp.abs(x)) for x in jax.tree.leaves(s)), jnp.zeros([], float))
-        d = jnp.maximum(d, quotient(estim_lr_coef * r, size))
-        decayed = lambda m, v, p: quotient(m, safe_sqrt(v) + d * eps) + weight_decay * p
-        rule = lambda _, m, v, p: -k * decayed(m, v, p)
-        new_updates = leafwise(rule, updates, m, v, params)
+        m = leafwise(_average, updates, m, numbers=(d, w1), keep=True)
+        v = leafwise(_average_square, updates, v, numbers=(d, w2), keep=True)
+        s = leafwise(_decayed_sum, updates, s, numbers=(b3, weight), keep=True)
+        d = jnp.maximum(d, quotient(estim_lr_coef * r, _summed(_size, s)))
+        numbers = (k, d * eps, weight_decay * k)
+        new_updates = leafwise(_descent, updates, m, v, params, numbers=numbers)
         return new_updates, like(optax.contrib.ProdigyState(m, v, s, first, d, r, count), state)
 
     return GradientTransformation(init, update)
