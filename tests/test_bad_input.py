@@ -346,12 +346,12 @@ OTHERS = [
         (_call(jgd.stack, x), "must be a list of settings, got")
         for x in (ADAM, None, 3, {"a": ADAM})
     ),
-    (_call(jgd.stack, [ADAM, jgd.sgd(0.1)]), "another structure than setting 0, got"),
+    (_call(jgd.stack, [ADAM, jgd.sgd(0.1)]), "stack: settings must have one structure, got"),
     (_call(jgd.stack, ["a", "b"]), "must be a pytree of numbers, got 'a'"),
     (_call(jgd.stack, [np.ones(2), np.ones(3)]), "each number must have one shape, got"),
     *((_call(jgd.lane, LANES, x), "index must be an integer, got") for x in (0.5, None, "a")),
     *((_call(jgd.lane, x, 0), BATCH) for x in (ADAM, None, 0)),
-    (_call(jgd.lane, LANES, 2), "lane 2 of 2 lanes"),
+    (_call(jgd.lane, LANES, 2), r"lane: index must be in \[-2, 1\], got 2"),
     (_call(jgd.get, "adamm"), "did you mean.*adam"),
     (lambda: list(jgd.iter_sweep(LINE, LANES, 10, patience=3)), "patience"),
     (

@@ -135,7 +135,7 @@ def test_a_file_names_only_factories_that_are_decorated():
     assert blob.count(b"exporting._momentum") == 1
     for other in (b"exporting._another_", b"exporting._through_"):  # none, and one undecorated
         forged = bytearray(blob.replace(b"exporting._momentum", other))
-        with pytest.raises(ValueError, match=f"{other.decode()} must be decorated with jgd"):
+        with pytest.raises(ValueError, match=f"needs the factory {other.decode()}, which is not"):
             jax.export.deserialize(forged)
 
 

@@ -187,8 +187,8 @@ def test_what_is_no_optimizer_of_jgd_is_refused():
         jgd.now(hidden, hidden.init(PARAMS))
     tx = jgd.adam(FALL)
     for state in (jgd.adam(0.1).init(PARAMS), (), None):
-        with pytest.raises(jgd.TreeError, match=r"now: state must be that of adam\(") as caught:
+        with pytest.raises(jgd.TreeError, match=r"now: state must be a state of adam\(") as caught:
             jgd.now(tx, state)
         assert "\n" not in str(caught.value)
-    with pytest.raises(jgd.TreeError, match="now: state must be that of chain"):
+    with pytest.raises(jgd.TreeError, match="now: state must be a state of chain"):
         jgd.now(jgd.chain(tx), jgd.chain(tx, tx).init(PARAMS)[0].inner)

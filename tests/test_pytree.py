@@ -183,7 +183,7 @@ def test_init_of_shapes():
 
 
 def test_a_lane_out_of_range_is_refused():
-    with pytest.raises(IndexError, match="lane 5 of 2 lanes"):
+    with pytest.raises(IndexError, match=r"lane: index must be in \[-2, 1\], got 5"):
         jgd.lane(jax.vmap(jgd.adam)(jnp.array([0.1, 0.2])), 5)
     with pytest.raises(TypeError, match=r"hides its numbers in functions.*jgd\.as_pytree"):
         jgd.stack([optax.adam(0.1), optax.adam(0.2)])
@@ -348,7 +348,7 @@ def test_a_pair_of_closures_is_enough():
     tx = halve(0.5, flip=True)
     np.testing.assert_allclose(tx.update(GRADIENT, tx.init(PARAMS))[0]["b"], -0.25)
     assert jax.tree.leaves(tx) == [0.5]
-    with pytest.raises(ValueError, match="has no parameter speed"):
+    with pytest.raises(ValueError, match=r"as_pytree: .* has no argument speed"):
         jgd.as_pytree(lambda rate: None, structure=["speed"])
 
 

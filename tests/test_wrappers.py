@@ -131,7 +131,7 @@ def test_lookahead_of_16_bit_pairs():
     tx = jgd.lookahead(jgd.adam(0.1), 2, 0.5)
     updates, _ = tx.update(pair.fast, tx.init(pair), pair)
     chex.assert_trees_all_equal_dtypes(updates, pair)
-    with pytest.raises(ValueError, match="lookahead: needs parameters as in init"):
+    with pytest.raises(ValueError, match=r"lookahead: params must be optax\.LookaheadParams"):
         tx.update(pair.fast, tx.init(pair), pair.fast)
 
 
@@ -249,17 +249,17 @@ def test_param_groups_by_path():
 
 def test_a_pattern_that_matches_nothing_raises():
     tx = jgd.param_groups(jgd.adam(1.0), {"*/scale": jgd.sgd(1.0)})
-    wanted = r"param_groups: no parameter matches '\*/scale'; there are: bias, embed/table"
+    wanted = r"param_groups: no parameter matches '\*/scale'; the parameters are bias, embed/table"
     with pytest.raises(ValueError, match=wanted):
         tx.init(NET)
     shadowed = jgd.param_groups(
         jgd.adam(1.0), {"layers/*": jgd.sgd(1.0), "layers/0/*": jgd.lion(1.0)}
     )
-    with pytest.raises(ValueError, match="'layers/0/\\*'; earlier patterns take all"):
+    with pytest.raises(ValueError, match="'layers/0/\\*'; earlier patterns match"):
         shadowed.init(NET)
     with pytest.raises(TypeError, match=r"param_groups: groups\['bias'\] must be a transformation"):
         jgd.param_groups(jgd.adam(1.0), {"bias": 0.1})
-    with pytest.raises(TypeError, match="param_groups: groups must be a dict of names"):
+    with pytest.raises(TypeError, match="param_groups: groups must be a dict from names"):
         jgd.param_groups(jgd.adam(1.0), jgd.sgd(1.0))
 
 
