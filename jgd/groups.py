@@ -142,8 +142,8 @@ def _scale_by_width(
         shape = base_shapes.get(name)
         if shape is None or len(shape) != g.ndim:
             raise TreeError(
-                f"base must have the parameter {name} with {g.ndim} axes, as in shape {g.shape},"
-                f" got {'no such parameter' if shape is None else f'shape {shape}'}"
+                f"base must have the parameter {name} with as many axes as shape {g.shape}, got"
+                f" {'no such parameter' if shape is None else f'shape {shape}'}"
             )
         (inputs, outputs), (base_inputs, base_outputs) = fans(g.shape), fans(shape)
         growth = outputs / base_outputs if rule == "sgd" else 1.0
