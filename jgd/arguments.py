@@ -3,8 +3,8 @@
 Each parameter of a factory has a kind: a number (or a schedule), several numbers, a link (another
 transformation), links by name, a random key, or structure. A kind has two main methods:
 
-    kind.admit("adam: b1", 0.9)             # checks an argument and returns its stored form
-    kind.resolve("adam: b1", stored, how)   # the value that the factory's body receives
+    kind.admit("adam: b1", 0.9)                  # checks an argument, returns its stored form
+    kind.resolve("adam: b1", stored, resolver)   # the value that the factory's body receives
 
 The stored form of a call is a pytree whose leaves are its numbers (`calls.py`).
 """
@@ -43,7 +43,6 @@ __all__ = [
     "Decay",
     "Decays",
     "Fraction",
-    "How",
     "Key",
     "Kind",
     "LinkKind",
@@ -59,6 +58,7 @@ __all__ = [
     "NumbersKind",
     "Period",
     "Positive",
+    "Resolver",
     "Structure",
     "StructureKind",
     "kind_of",
@@ -69,12 +69,12 @@ __all__ = [
 # --- kinds -----------------------------------------------------------------------------------
 
 
-class How(NamedTuple):
-    """How stored arguments are converted for the body of a factory."""
+class Resolver(NamedTuple):
+    """Conversions of stored arguments for the body of a factory, which `Kind.resolve` applies."""
 
     number: Callable[[str, Any], Any]  # (label, stored number) -> number
     link: Callable[[Any], Any] = unwrap  # stored link -> link
-    step: Any = None  # schedules are evaluated at this step
+    step: Any = None  # the step at which schedules are evaluated
 
 
 class Kind:
@@ -89,7 +89,7 @@ class Kind:
     def check_call(self, label: str, stored: Any) -> None:
         """Run the checks of a user's call only: values of JAX arrays, closures of links."""
 
-    def resolve(self, label: str, stored: Any, how: How) -> Any:
+    def resolve(self, label: str, stored: Any, resolver: Resolver) -> Any:
         """Return the value that the factory's body receives."""
         return unwrap(stored)
 
@@ -135,11 +135,11 @@ class NumberKind(Kind):
         if isinstance(stored, jax.Array) and _is_ready(stored):
             self.check_range(label, np.asarray(stored))
 
-    def resolve(self, label: str, stored: Any, how: How) -> Any:
+    def resolve(self, label: str, stored: Any, resolver: Resolver) -> Any:
         if stored is None or not is_schedule(stored):
-            return stored if stored is None else how.number(label, stored)
+            return stored if stored is None else resolver.number(label, stored)
         schedule = unwrap(stored)
-        return schedule if self.lazy else scalar(label, schedule(how.step))
+        return schedule if self.lazy else scalar(label, schedule(resolver.step))
 
 
 @dataclass(frozen=True)
@@ -170,13 +170,13 @@ class NumbersKind(Kind):
             as_numpy = lambda x: np.asarray(x)[()] if isinstance(x, jax.Array) else x
             self.check_range(label, jax.tree.map(as_numpy, stored))
 
-    def resolve(self, label: str, stored: Any, how: How) -> Any:
+    def resolve(self, label: str, stored: Any, resolver: Resolver) -> Any:
         def one(x: Any) -> Any:
-            if how.step is not None and is_schedule(x):
-                return scalar(label, unwrap(x)(how.step))
+            if resolver.step is not None and is_schedule(x):
+                return scalar(label, unwrap(x)(resolver.step))
             if is_entry(x):
                 return unwrap(x)
-            return jnp.asarray(x, float) if np.ndim(x) else how.number(label, x)
+            return jnp.asarray(x, float) if np.ndim(x) else resolver.number(label, x)
 
         return jax.tree.map(one, stored, is_leaf=is_entry)
 
@@ -205,8 +205,8 @@ class LinkKind(Kind):
                     " factory with jgd.as_pytree, so that its numbers are leaves"
                 )
 
-    def resolve(self, label: str, stored: Any, how: How) -> Any:
-        return how.link(stored)
+    def resolve(self, label: str, stored: Any, resolver: Resolver) -> Any:
+        return resolver.link(stored)
 
 
 @dataclass(frozen=True)
@@ -228,8 +228,8 @@ class LinksKind(LinkKind):
         for name, link in stored.items():
             super().check_call(f"{label}[{name!r}]", link)
 
-    def resolve(self, label: str, stored: Any, how: How) -> Any:
-        return {name: how.link(link) for name, link in stored.items()}
+    def resolve(self, label: str, stored: Any, resolver: Resolver) -> Any:
+        return {name: resolver.link(link) for name, link in stored.items()}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
     spec = Spec(adam)                        # the kinds of the parameters of one factory
     stored = spec.bind((1e-3,), {})          # a tuple whose leaves are the numbers of the call
-    spec.body(stored, How(scalar))           # runs the body with float32 scalars
+    spec.body(stored, Resolver(scalar))      # runs the body with float32 scalars
 
 While the body of one of jgd's own factories runs, calls of jgd's factories return plain pairs.
 """
@@ -24,11 +24,11 @@ import numpy as np
 import optax
 
 from jgd.arguments import (
-    How,
     Kind,
     LinkKind,
     NumberKind,
     NumbersKind,
+    Resolver,
     StructureKind,
     kind_of,
     members_of,
@@ -218,12 +218,14 @@ class Spec:
 
     # --- from the stored form to the body
 
-    def body(self, args: tuple[Any, ...], how: How) -> Any:
+    def body(self, args: tuple[Any, ...], resolver: Resolver) -> Any:
         """Run the body of the factory with the stored arguments."""
-        positional, keywords = self.resolve(args, how)
+        positional, keywords = self.resolve(args, resolver)
         return self.factory(*positional, **keywords)
 
-    def resolve(self, args: tuple[Any, ...], how: How) -> tuple[list[Any], dict[str, Any]]:
+    def resolve(
+        self, args: tuple[Any, ...], resolver: Resolver
+    ) -> tuple[list[Any], dict[str, Any]]:
         """Return the positional and keyword arguments for the body of the factory."""
         positional: list[Any] = []
         keywords: dict[str, Any] = {}
@@ -232,13 +234,13 @@ class Spec:
             label = self.labels[parameter.name]
             if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
                 several: Any = unwrap(stored)
-                positional.extend(kind.resolve(label, one, how) for one in several)
+                positional.extend(kind.resolve(label, one, resolver) for one in several)
             elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 keywords.update(unwrap(stored) or {})
             elif parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-                keywords[parameter.name] = kind.resolve(label, stored, how)
+                keywords[parameter.name] = kind.resolve(label, stored, resolver)
             else:
-                positional.append(kind.resolve(label, stored, how))
+                positional.append(kind.resolve(label, stored, resolver))
         return positional, keywords
 
     def numeric(self) -> list[str]:
@@ -294,7 +296,7 @@ def _branches(
         traced = lambda label: name is not None and label == spec.labels[name]
         number = lambda label, value: x if traced(label) else concrete(value)
         with plainly(own=False):
-            result = spec.body(args, How(number, step=jnp.zeros([], jnp.int32)))
+            result = spec.body(args, Resolver(number, step=jnp.zeros([], jnp.int32)))
         use(extended(result) if isinstance(result, tuple) else result)
 
     try:

@@ -46,9 +46,9 @@ def get(name: str) -> Callable[..., Any]:
 
     Raises: ValueError for an unknown name; the error suggests the closest one.
     """
-    known = _names()
-    if name not in known:
-        close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.45)
+    names = _names()
+    if name not in names:
+        close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.45)
         hint = f"did you mean {close[0]!r}?" if close else "`jgd optimizers` lists them"
         raise ValueError(f"no optimizer named {name!r}; {hint}")
     return getattr(jgd.optimizers, name)

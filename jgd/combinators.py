@@ -25,7 +25,7 @@ from jgd.trees import (
     is_none,
     leafwise,
     like,
-    other_state,
+    wrong_state,
 )
 
 __all__ = ["add", "chain", "divide", "named", "subtract", "with_nesterov"]
@@ -155,7 +155,7 @@ def _slots_of(*links: GradientTransformation) -> list[Slot]:
 
 def _check_tuple(state: Any, n: int) -> Any:
     if type(state) is not tuple or len(state) != n:
-        raise other_state(f"a tuple of {n} states", state)
+        raise wrong_state(f"a tuple of {n} states", state)
     return state
 
 

@@ -22,20 +22,20 @@ import numpy as np
 import optax
 
 from jgd.arguments import (
-    How,
     Kind,
     LinkKind,
     NumberKind,
     NumbersKind,
+    Resolver,
     concrete_scalar,
     scalar,
 )
 from jgd.calls import NEEDS_A_VALUE, Spec, extended, name_structure, plainly
-from jgd.dtypes import alike, has_16_bits, narrowed, wide
+from jgd.dtypes import has_16_bits, narrow, same_structure, wide
 from jgd.exporting import register_states
 from jgd.nodes import NUMERIC, captured_by, is_entry, is_schedule, unwrap
-from jgd.sharding import placed
-from jgd.trees import StateError, TreeError, like, other_state
+from jgd.sharding import shard_like_params
+from jgd.trees import StateError, TreeError, like, wrong_state
 
 __all__ = ["Call", "ScheduledState", "SteppedState"]
 
@@ -151,11 +151,13 @@ class Call:
         """Return the pair that the body builds, with schedules evaluated at `step`."""
         own = self.spec.own
         moving = any(isinstance(kind, NumberKind) and kind.decay for kind in self.scheduled)
-        how = How(scalar, step=step)
+        resolver = Resolver(scalar, step=step)
         if own:
-            how = How(concrete_scalar, _enter if self.widens else _enter_by_its_door, step)
+            resolver = Resolver(
+                concrete_scalar, _enter if self.widens else _enter_by_its_door, step
+            )
         # outside `plainly`: a schedule may be a user's function
-        positional, keywords = self.spec.resolve(self.args, how)
+        positional, keywords = self.spec.resolve(self.args, resolver)
         with plainly(own, moving):
             return extended(self.spec.factory(*positional, **keywords))
 
@@ -163,7 +165,7 @@ class Call:
         step = jnp.zeros([], jnp.int32) if self.scheduled else None
         with self._door(lambda pair: pair.init(wide(params)), params):
             inner = self.pair(step).init(wide(params) if self.widens else params)
-        state = placed(inner, params)
+        state = shard_like_params(inner, params)
         if step is not None:
             counted = optax.tree.get_all_with_path(inner, "count")
             state = (SteppedState if counted else ScheduledState)(step, state)
@@ -183,12 +185,12 @@ class Call:
         with self._door(use, params):
             if self.scheduled:
                 if not isinstance(state, SteppedState | ScheduledState):
-                    raise other_state("the state of an optimizer with a schedule", state)
+                    raise wrong_state("the state of an optimizer with a schedule", state)
                 step, inner = state
             inner_params = wide(params) if self.widens else params
             new, new_inner = self.pair(step).update(wide(updates), inner, inner_params, **extra)
-        new = narrowed(new, updates, params)
-        if not self.spec.own and alike(new_inner, inner):
+        new = narrow(new, updates, params)
+        if not self.spec.own and same_structure(new_inner, inner):
             new_inner = like(new_inner, inner)
         if not isinstance(state, SteppedState | ScheduledState) or not self.scheduled:
             return new, new_inner

@@ -1,7 +1,7 @@
 """Dtypes at the door of an optimizer: it computes in float32 at least, and returns narrow updates.
 
 wide({"w": bfloat16})                    # {"w": float32}
-narrowed(updates, gradients, params)     # in the wider precision of gradients and parameters
+narrow(updates, gradients, params)       # in the wider precision of gradients and parameters
 """
 
 import functools
@@ -13,7 +13,7 @@ import numpy as np
 
 from jgd.trees import TreeError, is_none, path_name
 
-__all__ = ["alike", "has_16_bits", "narrowed", "wide"]
+__all__ = ["has_16_bits", "narrow", "same_structure", "wide"]
 
 
 _WIDE = frozenset(map(jnp.dtype, ("float32", "float64", "complex64", "complex128")))
@@ -54,25 +54,27 @@ def has_16_bits(leaf: Any) -> bool:
     return jnp.result_type(leaf) in (jnp.bfloat16, jnp.float16)
 
 
-def narrowed(new: Any, updates: Any, params: Any) -> Any:
+def narrow(new: Any, updates: Any, params: Any) -> Any:
     """Return each update in the wider of the dtypes of its gradient and parameter."""
-    if not alike(new, updates):
+    if not same_structure(new, updates):
         # updates for the pairs of parameters of a lookahead have the dtypes of the parameters
-        return jax.tree.map(_narrow, new, params, params) if alike(new, params) else new
+        return (
+            jax.tree.map(_narrow_leaf, new, params, params) if same_structure(new, params) else new
+        )
     if params is not None:
         try:
-            return jax.tree.map(_narrow, new, updates, params, is_leaf=is_none)
+            return jax.tree.map(_narrow_leaf, new, updates, params, is_leaf=is_none)
         except (TypeError, ValueError):  # unused parameters may have another structure
             pass
-    return jax.tree.map(_narrow, new, updates, updates)
+    return jax.tree.map(_narrow_leaf, new, updates, updates)
 
 
-def alike(new: Any, old: Any) -> bool:
+def same_structure(new: Any, old: Any) -> bool:
     """Return whether two trees have the same structure."""
     return jax.tree.structure(new) == jax.tree.structure(old)
 
 
-def _narrow(new: Any, gradient: Any, param: Any) -> Any:
+def _narrow_leaf(new: Any, gradient: Any, param: Any) -> Any:
     if new is None:
         return None
     dtype = getattr(new, "dtype", None)
@@ -82,5 +84,6 @@ def _narrow(new: Any, gradient: Any, param: Any) -> Any:
     dtypes = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact)]
     if not dtypes:
         return new
-    dtype = jnp.finfo(functools.reduce(jnp.promote_types, dtypes)).dtype  # real
+    # the real dtype, also for complex leaves
+    dtype = jnp.finfo(functools.reduce(jnp.promote_types, dtypes)).dtype
     return jnp.asarray(new, jnp.result_type(dtype, 1j) if jnp.iscomplexobj(new) else dtype)

@@ -33,8 +33,8 @@ def paths(tree: Any) -> tuple[list[str], Any]:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    at_the_top = pattern.startswith("*/") and fnmatch.fnmatchcase(name, pattern[2:])
-    return at_the_top or fnmatch.fnmatchcase(name, pattern)
+    at_top_level = pattern.startswith("*/") and fnmatch.fnmatchcase(name, pattern[2:])
+    return at_top_level or fnmatch.fnmatchcase(name, pattern)
 
 
 def _labels(tree: Any, patterns: list[str]) -> Any:
@@ -43,11 +43,11 @@ def _labels(tree: Any, patterns: list[str]) -> Any:
     labels = [next((p for p in patterns if _matches(name, p)), _REST) for name in names]
     for pattern in patterns if names else []:
         if pattern not in labels:
-            taken = any(_matches(name, pattern) for name in names)
+            shadowed = any(_matches(name, pattern) for name in names)
             known = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
             reason = (
                 "earlier patterns match its parameters first"
-                if taken
+                if shadowed
                 else f"the parameters are {known}"
             )
             raise TreeError(f"no parameter matches {pattern!r}; {reason}")

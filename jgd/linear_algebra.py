@@ -51,22 +51,22 @@ def _eigh_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
     values, vectors = _eigh(*primals)
     gaps = values[None, :] - values[:, None]
     close = jnp.abs(gaps) <= jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values), initial=0)
-    turned = _adjoint(vectors) @ tangents[0] @ vectors
-    rotation = jnp.where(close, 0, turned / jnp.where(close, 1, gaps))
-    return (values, vectors), (jnp.diagonal(turned).real, vectors @ rotation)
+    in_basis = _adjoint(vectors) @ tangents[0] @ vectors
+    rotation = jnp.where(close, 0, in_basis / jnp.where(close, 1, gaps))
+    return (values, vectors), (jnp.diagonal(in_basis).real, vectors @ rotation)
 
 
 def _qr_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
     q, r = _qr(*primals)
     diagonal = jnp.abs(jnp.diagonal(r))
-    lost = diagonal <= jnp.finfo(diagonal.dtype).eps * jnp.max(diagonal, initial=0)
-    moved = _adjoint(q) @ tangents[0]
+    dependent = diagonal <= jnp.finfo(diagonal.dtype).eps * jnp.max(diagonal, initial=0)
+    projected = _adjoint(q) @ tangents[0]
     change = jax.scipy.linalg.solve_triangular(
-        (r + jnp.diag(lost.astype(r.dtype))).T, moved.T, lower=True
+        (r + jnp.diag(dependent.astype(r.dtype))).T, projected.T, lower=True
     ).T
-    below = jnp.tril(jnp.where(lost[None, :], 0, change), -1)
+    below = jnp.tril(jnp.where(dependent[None, :], 0, change), -1)
     rotation = below - _adjoint(below)
-    return (q, r), (q @ rotation, moved - rotation @ r)
+    return (q, r), (q @ rotation, projected - rotation @ r)
 
 
 _eigh = _decomposition(lambda h: tuple(jnp.linalg.eigh(h)), _eigh_jvp)
@@ -119,8 +119,8 @@ def _inverse_root_jvp(order: int, primals: Any, tangents: Any) -> tuple[Any, Any
     zero = middle <= floor  # 0 up to rounding: the derivative is 0
     slopes = power * roots[:, None] * jnp.where(zero, 0, 1 / jnp.where(zero, 1, middle))
     weights = jnp.where(close, slopes, differences)
-    turned = _adjoint(vectors) @ tangents[0] @ vectors
-    tangent = vectors @ (weights * turned) @ _adjoint(vectors)
+    in_basis = _adjoint(vectors) @ tangents[0] @ vectors
+    tangent = vectors @ (weights * in_basis) @ _adjoint(vectors)
     return (vectors * roots) @ _adjoint(vectors), tangent
 
 

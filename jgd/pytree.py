@@ -30,9 +30,9 @@ import numpy as np
 import optax
 
 from jgd.arguments import (
-    How,
     NumberKind,
     NumbersKind,
+    Resolver,
     StructureKind,
     concrete_scalar,
     exact_scalar,
@@ -164,7 +164,7 @@ class Schedule(_Value):
         try:
             with np.errstate(all="ignore"):
                 with plainly(spec.own):
-                    schedule = spec.body(args, How(concrete_scalar if spec.own else scalar))
+                    schedule = spec.body(args, Resolver(concrete_scalar if spec.own else scalar))
                 value = schedule(step)
             # given NumPy scalars, a user's function inside may return NumPy's float64
             return jnp.asarray(value, float) if spec.own else value
@@ -193,7 +193,7 @@ class Monitor(_Value, MonitorPair):
 
         def pair() -> MonitorPair:
             # outside jit, numbers stay float64 until they are compared
-            return spec.body(call.args, How(exact_scalar))
+            return spec.body(call.args, Resolver(exact_scalar))
 
         def init(*start: Any, **named: Any) -> Any:
             named = {name: scalar(label(name), x) for name, x in named.items()}
@@ -347,7 +347,7 @@ def _check_body(value: Any) -> None:
         what = type(value).__name__.lower()
         raise TypeError(f"{call.spec.name}: numbers of a {what} must be constant, got a schedule")
     if not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(call.args)):
-        call.spec.body(call.args, How(lambda label, number: number))
+        call.spec.body(call.args, Resolver(lambda label, number: number))
 
 
 def _class_of(spec: Spec, args: tuple[Any, ...]) -> type[Any]:
@@ -362,7 +362,7 @@ def _class_of(spec: Spec, args: tuple[Any, ...]) -> type[Any]:
     number = lambda label, x: scalar(label, first(x))
     try:
         with plainly(own=False):
-            result = spec.body(args, How(number, step=jnp.zeros([], jnp.int32)))
+            result = spec.body(args, Resolver(number, step=jnp.zeros([], jnp.int32)))
     except NEEDS_A_VALUE as error:
         name_structure(error, spec, args, lambda result: result)
         raise

@@ -1,7 +1,7 @@
 """Parameters sharded over a mesh: rules on gathered arrays, and the sharding of states.
 
     u, sums = gathered(rule, g, sums)          # rule receives whole arrays, u is sharded like g
-    state = placed(tx.init(params), params)    # a memory is sharded like its parameter
+    state = shard_like_params(state, params)   # a memory is sharded like its parameter
 
 JAX derives the sharding of sums and of elementwise formulas. It does not derive the sharding of
 matrix products and decompositions on explicit axes, or of `jnp.zeros_like` on auto axes inside jit.
@@ -23,7 +23,7 @@ except ImportError:  # an experimental module: without it JAX chooses the shardi
         return x, y
 
 
-__all__ = ["gathered", "placed", "sharded_like", "whole"]
+__all__ = ["gathered", "shard_like_params", "sharded_like", "whole"]
 
 
 def whole(x: Any) -> Any:
@@ -56,7 +56,7 @@ def gathered(f: Callable[..., Any], *args: Any) -> Any:
     return tuple(jax.tree.map(sharded_like, new, old) for new, old in pairs)
 
 
-def placed(state: Any, params: Any) -> Any:
+def shard_like_params(state: Any, params: Any) -> Any:
     """Return a new state with memories sharded like their parameters.
 
     A memory belongs to the parameter of its shape whose path is the end of the memory's path. Only

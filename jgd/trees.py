@@ -111,11 +111,11 @@ def _first_difference(updates: optax.Updates, trees: Iterable[Any]) -> str:
 def check_state(state: Any, expected: type[State]) -> State:
     """Return `state`. Raises TreeError if its type is not `expected`."""
     if not isinstance(state, expected):
-        raise other_state(f"a state of type {_type_name(expected)}", state)
+        raise wrong_state(f"a state of type {_type_name(expected)}", state)
     return state
 
 
-def other_state(expected: str, state: Any) -> StateError:
+def wrong_state(expected: str, state: Any) -> StateError:
     """Return the error `expected ..., got ...` for a state."""
     count = f" of {len(state)}" if type(state) is tuple else ""
     return StateError(f"expected {expected}, got {_type_name(type(state))}{count}")
