@@ -1,6 +1,6 @@
 """jgd: optimizers for JAX that are pytrees of their numbers.
 
-The names below are loaded when they are first used, so that `jgd --help` needs no jax.
+Each public name is imported when it is first used, so `jgd --help` does not import jax.
 """
 
 import importlib

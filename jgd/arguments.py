@@ -1,10 +1,10 @@
-"""What the arguments of a factory are, and the stored form of a call.
+"""The kinds of a factory's parameters: how arguments are checked, stored and resolved.
 
-Each parameter of a factory has a kind: a number (or a schedule of one), several numbers, a link
-(another transformation), links by name, a random key, or structure. A kind does two things:
+Each parameter of a factory has a kind: a number (or a schedule), several numbers, a link (another
+transformation), links by name, a random key, or structure. A kind has two main methods:
 
-    kind.admit("adam: b1", 0.9)             # checks an argument and returns its stored form
-    kind.resolve("adam: b1", stored, how)   # the value that the body of the factory is given
+    kind.admit("adam: b1", 0.9)                  # checks an argument, returns its stored form
+    kind.resolve("adam: b1", stored, resolver)   # the value that the factory's body receives
 
 The stored form of a call is a pytree whose leaves are its numbers (`calls.py`).
 """
@@ -27,7 +27,7 @@ from jgd.nodes import (
     Named,
     Static,
     brief,
-    held_by,
+    captured_by,
     is_entry,
     is_number,
     is_schedule,
@@ -43,7 +43,6 @@ __all__ = [
     "Decay",
     "Decays",
     "Fraction",
-    "How",
     "Key",
     "Kind",
     "LinkKind",
@@ -59,6 +58,7 @@ __all__ = [
     "NumbersKind",
     "Period",
     "Positive",
+    "Resolver",
     "Structure",
     "StructureKind",
     "kind_of",
@@ -69,33 +69,33 @@ __all__ = [
 # --- kinds -----------------------------------------------------------------------------------
 
 
-class How(NamedTuple):
-    """How stored arguments are handed to the body of a factory."""
+class Resolver(NamedTuple):
+    """Conversions of stored arguments for the body of a factory, which `Kind.resolve` applies."""
 
-    number: Callable[[str, Any], Any]
-    link: Callable[[Any], Any] = unwrap
-    step: Any = None  # schedules are evaluated at this step
+    number: Callable[[str, Any], Any]  # (label, stored number) -> number
+    link: Callable[[Any], Any] = unwrap  # stored link -> link
+    step: Any = None  # the step at which schedules are evaluated
 
 
 class Kind:
-    """What a parameter of a factory is; this one is structure."""
+    """The kind of a parameter of a factory: the base class of all kinds."""
 
     description = ""
 
     def admit(self, label: str, value: Any) -> Any:
-        """Return the stored form of an argument. Raises for one of another kind or range."""
+        """Return the stored form of an argument. Raises if its type or range is wrong."""
         raise NotImplementedError
 
     def check_call(self, label: str, stored: Any) -> None:
-        """Check what is checked in a user's call only: arrays on a device, closures of links."""
+        """Run the checks of a user's call only: values of JAX arrays, closures of links."""
 
-    def resolve(self, label: str, stored: Any, how: How) -> Any:
-        """Return what the body of the factory is given."""
+    def resolve(self, label: str, stored: Any, resolver: Resolver) -> Any:
+        """Return the value that the factory's body receives."""
         return unwrap(stored)
 
 
-def _any(x: Any) -> Any:
-    return x == x  # all but NaN
+def _is_not_nan(x: Any) -> Any:
+    return x == x
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,12 @@ class NumberKind(Kind):
     """A number, or a schedule of one."""
 
     description: str = "a number"
-    check: Callable[[Any], Any] = _any  # called with concrete numbers, scalars or arrays
-    lazy: bool = False  # a schedule is handed to the body as it is
-    decay: bool = False  # the decay of an average that is corrected for its bias
+    check: Callable[[Any], Any] = _is_not_nan  # called with concrete numbers, scalars or arrays
+    lazy: bool = False  # the body receives a schedule, not its value
+    decay: bool = False  # the decay of a bias-corrected average
 
     def admit(self, label: str, value: Any) -> Any:
-        if type(value) is float:  # the common case, kept short
+        if type(value) is float:  # the common case, on a short path
             value = np.float64(value)
             self.check_range(label, value)
             return value
@@ -116,7 +116,7 @@ class NumberKind(Kind):
             return admit_schedule(label, value)
         if not is_number(value):
             raise TypeError(f"{label} must be a number or a schedule, got {brief(value)}")
-        if isinstance(value, jax.Array):  # tracers too: float32, one trace for all of them
+        if isinstance(value, jax.Array):  # float32, also for tracers: one trace for all
             return jnp.asarray(value, float)
         number: Any = value
         value = np.asarray(number, np.float64) if np.ndim(number) else np.float64(number)
@@ -124,7 +124,7 @@ class NumberKind(Kind):
         return value
 
     def check_range(self, label: str, value: Any) -> None:
-        """Raise ValueError for concrete numbers out of range."""
+        """Raise ValueError if a concrete number is out of range."""
         passed = self.check(value)
         if not (passed if value.ndim == 0 else np.all(passed)):
             first = tuple(np.argwhere(~np.asarray(passed))[0].tolist())
@@ -135,16 +135,16 @@ class NumberKind(Kind):
         if isinstance(stored, jax.Array) and _is_ready(stored):
             self.check_range(label, np.asarray(stored))
 
-    def resolve(self, label: str, stored: Any, how: How) -> Any:
+    def resolve(self, label: str, stored: Any, resolver: Resolver) -> Any:
         if stored is None or not is_schedule(stored):
-            return stored if stored is None else how.number(label, stored)
+            return stored if stored is None else resolver.number(label, stored)
         schedule = unwrap(stored)
-        return schedule if self.lazy else scalar(label, schedule(how.step))
+        return schedule if self.lazy else scalar(label, schedule(resolver.step))
 
 
 @dataclass(frozen=True)
 class NumbersKind(Kind):
-    """A list, tuple, dict or array of numbers or schedules; a string among them is structure."""
+    """A list, tuple, dict or array of numbers or schedules. Strings in it are structure."""
 
     description: str = "numbers"
     check: Callable[[Any], Any] | None = None
@@ -158,7 +158,7 @@ class NumbersKind(Kind):
         return stored
 
     def check_range(self, label: str, stored: Any, value: Any = None) -> None:
-        """Raise ValueError for concrete numbers that do not go together."""
+        """Raise ValueError if concrete numbers do not satisfy the description together."""
         if self.check is not None and not self.check(stored):
             plain = lambda x: x.tolist() if np.ndim(x) else float(str(x))
             shown = brief(jax.tree.map(plain, stored) if value is None else value)
@@ -170,20 +170,20 @@ class NumbersKind(Kind):
             as_numpy = lambda x: np.asarray(x)[()] if isinstance(x, jax.Array) else x
             self.check_range(label, jax.tree.map(as_numpy, stored))
 
-    def resolve(self, label: str, stored: Any, how: How) -> Any:
+    def resolve(self, label: str, stored: Any, resolver: Resolver) -> Any:
         def one(x: Any) -> Any:
-            if how.step is not None and is_schedule(x):
-                return scalar(label, unwrap(x)(how.step))
+            if resolver.step is not None and is_schedule(x):
+                return scalar(label, unwrap(x)(resolver.step))
             if is_entry(x):
                 return unwrap(x)
-            return jnp.asarray(x, float) if np.ndim(x) else how.number(label, x)
+            return jnp.asarray(x, float) if np.ndim(x) else resolver.number(label, x)
 
         return jax.tree.map(one, stored, is_leaf=is_entry)
 
 
 @dataclass(frozen=True)
 class LinkKind(Kind):
-    """Another transformation."""
+    """A transformation."""
 
     description: str = "a transformation"
 
@@ -191,31 +191,33 @@ class LinkKind(Kind):
         link = unwrap(value)
         if not isinstance(link, optax.GradientTransformation):
             raise TypeError(
-                f"{label} must be {self.description}, got {brief(value)}{_call_of(value)}"
+                f"{label} must be {self.description}, got {brief(value)}{_hint_to_call(value)}"
             )
-        # a transformation whose leaves are its closures is no pytree of numbers
+        # the leaves of a transformation of optax are functions: it is stored as structure
         return Static(link, label) if any(map(callable, jax.tree.leaves(link))) else value
 
     def check_call(self, label: str, stored: Any) -> None:
         for link in stored if type(stored) is tuple else (stored,):
             closures = link.value if isinstance(link, Static) else ()
-            if any(isinstance(x, jax.core.Tracer) for f in closures for x in held_by(f)):
+            if any(isinstance(x, jax.core.Tracer) for f in closures for x in captured_by(f)):
                 raise TypeError(
                     f"{label} must not hold traced numbers in closures, got {link!r}. Lift its"
                     " factory with jgd.as_pytree, so that its numbers are leaves"
                 )
 
-    def resolve(self, label: str, stored: Any, how: How) -> Any:
-        return how.link(stored)
+    def resolve(self, label: str, stored: Any, resolver: Resolver) -> Any:
+        return resolver.link(stored)
 
 
 @dataclass(frozen=True)
 class LinksKind(LinkKind):
-    """A mapping from names to transformations, which keeps its order."""
+    """A mapping from names to transformations that keeps its order."""
 
     def admit(self, label: str, value: Any) -> Any:
         if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
-            raise TypeError(f"{label} must be a dict of names, got {brief(value)}")
+            raise TypeError(
+                f"{label} must be a dict from names to transformations, got {brief(value)}"
+            )
         links = {
             name: super(LinksKind, self).admit(f"{label}[{name!r}]", link)
             for name, link in dict[str, Any](value).items()
@@ -226,13 +228,13 @@ class LinksKind(LinkKind):
         for name, link in stored.items():
             super().check_call(f"{label}[{name!r}]", link)
 
-    def resolve(self, label: str, stored: Any, how: How) -> Any:
-        return {name: how.link(link) for name, link in stored.items()}
+    def resolve(self, label: str, stored: Any, resolver: Resolver) -> Any:
+        return {name: resolver.link(link) for name, link in stored.items()}
 
 
 @dataclass(frozen=True)
 class StructureKind(Kind):
-    """What shapes the program: compared by value, never traced."""
+    """Structure: a value that shapes the program, compared by value and never traced."""
 
     hint: Any = Any
 
@@ -245,11 +247,11 @@ class StructureKind(Kind):
         return value if value is None else Static(self._canonical(label, value), label)
 
     def _canonical(self, label: str, value: Any) -> Any:
-        """Return structure as it compares: dtypes and integers by what they mean."""
+        """Return equal dtypes, and equal integers, in one form, so that they compare as equal."""
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value)):
             raise TypeError(
-                f"{label} must not be traced, got {brief(value)}. It shapes the program: make an"
-                " optimizer for each value"
+                f"{label} must not be traced, got {brief(value)}. It shapes the program: create"
+                " an optimizer for each value"
             )
         if "dtype" in label.split(": ")[-1] or isinstance(value, np.dtype):
             if isinstance(value, bool):
@@ -260,18 +262,19 @@ class StructureKind(Kind):
 
 
 class KeyKind(Kind):
-    """A random key or an int: structure, so that lanes share it, but it may be traced."""
+    """A random key or an int. It is structure, so that lanes share it, unless it is traced."""
 
     def admit(self, label: str, value: Any) -> Any:
-        as_it_is = value is None or isinstance(value, jax.core.Tracer)
-        return value if as_it_is else Static(value, label)
+        unchanged = value is None or isinstance(value, jax.core.Tracer)
+        return value if unchanged else Static(value, label)
 
 
 def admit_schedule(label: str, value: Any) -> Any:
-    """Return the stored form of a schedule: a callable pytree keeps its numbers as leaves."""
+    """Return the stored form of a schedule. The numbers of a callable pytree stay leaves."""
     if _is_factory(value):
-        called = _call_of(value) if "schedule" in f"{value.__module__}.{value.__name__}" else ""
-        raise TypeError(f"{label} must be a number or a schedule, got {brief(value)}{called}")
+        of_schedules = "schedule" in f"{value.__module__}.{value.__name__}"
+        hint = _hint_to_call(value) if of_schedules else ""
+        raise TypeError(f"{label} must be a number or a schedule, got {brief(value)}{hint}")
     return Static(value, label) if jax.tree_util.all_leaves([value]) else value
 
 
@@ -282,18 +285,18 @@ def _is_factory(value: Any) -> bool:
     return hasattr(value, "__jgd_spec__")
 
 
-def _call_of(value: Any) -> str:
-    """Return the cure for a factory that was not called."""
+def _hint_to_call(value: Any) -> str:
+    """Return the end of an error for a factory that was not called; empty for other values."""
     return f". Call it: {value.__name__}(...)" if _is_factory(value) else ""
 
 
 def _is_ready(array: Any) -> bool:
-    """Return whether the values of an array are known, so that they can be read without waiting."""
+    """Return whether the values of an array can be read without waiting."""
     return not isinstance(array, jax.core.Tracer) and array.is_ready()
 
 
 def scalar(label: str, value: Any) -> jax.Array:
-    """Return a float32 scalar (float64 under x64), so that no 16-bit leaf rounds a number."""
+    """Return a float32 scalar (float64 under x64), which a 16-bit leaf does not round."""
     number = jnp.asarray(value, float)
     if number.ndim:
         raise TypeError(
@@ -304,28 +307,28 @@ def scalar(label: str, value: Any) -> jax.Array:
 
 
 def concrete_scalar(label: str, value: Any) -> Any:
-    """Return as `scalar` does, but numbers that are known as NumPy scalars: constants cost less."""
+    """Return a concrete number as a NumPy scalar, which traces faster, others as `scalar` does."""
     if type(value) is np.float64:
         return value if jax.dtypes.canonicalize_dtype(float) == np.float64 else np.float32(value)
     return scalar(label, value)
 
 
 def exact_scalar(label: str, value: Any) -> Any:
-    """Return numbers that are known in float64, others as `scalar` does."""
+    """Return a concrete number in float64, others as `scalar` does."""
     return value if isinstance(value, np.float64) else scalar(label, value)
 
 
 # --- annotations -----------------------------------------------------------------------------
 
-# Where a caller writes any of float, int, NumPy or JAX scalar, tracer or schedule, the body of the
-# factory sees a scalar float array. No static type says both, hence Any.
+# A caller passes a float, an int, a NumPy or JAX scalar, a tracer or a schedule; the body of the
+# factory receives a float scalar. No static type says both, hence Any.
 Number = Annotated[Any, NumberKind("a finite number", np.isfinite)]
-AnyNumber = Annotated[Any, NumberKind("a number", lambda x: x.dtype == np.float64)]  # NaN too
+AnyNumber = Annotated[Any, NumberKind("a number", lambda x: x.dtype == np.float64)]  # or NaN
 NonNegative = Annotated[Any, NumberKind("at least 0", lambda x: x >= 0)]
 Positive = Annotated[Any, NumberKind("above 0", lambda x: x > 0)]
 Fraction = Annotated[Any, NumberKind("in [0, 1]", lambda x: (x >= 0) & (x <= 1))]
 Decay = Annotated[Any, NumberKind("in [0, 1)", lambda x: (x >= 0) & (x < 1), decay=True)]
-BelowOne = Annotated[Any, NumberKind("below 1", lambda x: x < 1)]  # factors of a reduction
+BelowOne = Annotated[Any, NumberKind("below 1", lambda x: x < 1)]  # such as the factor of a plateau
 Count = Annotated[Any, NumberKind("a step count, at least 0", lambda x: x >= 0)]
 Period = Annotated[Any, NumberKind("a number of steps, at least 1", lambda x: x >= 1)]
 Mixing = Annotated[Any, NumberKind("in (0, 1)", lambda x: (x > 0) & (x < 1))]
@@ -344,22 +347,23 @@ def _is_pair_of_decays(pair: Any) -> bool:
     return all(np.all((x >= 0) & (x < 1)) for x in numbers)
 
 
-def _is_rising(steps: Any) -> bool:
+def _is_increasing(steps: Any) -> bool:
     return bool(np.all(np.diff(np.asarray(steps, np.float64)) > 0))
 
 
-def _is_rising_with_scales(pairs: Any) -> bool:
+def _is_increasing_with_scales(pairs: Any) -> bool:
     if isinstance(pairs, dict):
         return min(pairs.values(), default=0) >= 0
-    return len(pairs) == 2 and _is_rising(pairs[0]) and np.min(pairs[1], initial=0) >= 0
+    return len(pairs) == 2 and _is_increasing(pairs[0]) and np.min(pairs[1], initial=0) >= 0
 
 
 Decays = Annotated[Any, NumbersKind("two numbers in [0, 1)", _is_pair_of_decays)]
-Boundaries = Annotated[Any, NumbersKind("in rising order", _is_rising)]
+Boundaries = Annotated[Any, NumbersKind("in rising order", _is_increasing)]
 BoundariesAndScales = Annotated[
     Any,
     NumbersKind(
-        "a dict or a pair: boundaries in rising order, scales at least 0", _is_rising_with_scales
+        "a dict or a pair: boundaries in rising order, scales at least 0",
+        _is_increasing_with_scales,
     ),
 ]
 

@@ -1,9 +1,9 @@
-"""Quotients, roots, averages and their corrections: finite at 0, exact for decimals, open to NaN.
+"""Quotients, roots, averages and bias corrections: finite at 0, exact for decimals.
 
-    quotient(m, root_of(v))            # 0 where v is 0, NaN where m or v is
-    average(g, m, complement(0.9999))  # weighs g by 0.0001, which float32 alone misses by 2e-4
+    quotient(m, root_of(v))            # 0 where v is 0, NaN where m or v is NaN
+    average(g, m, complement(0.9999))  # g has weight 1e-4; 1 - float32(0.9999) is 0.02% off
 
-What JAX makes infinite or NaN at 0 would spoil a whole training, or every hypergradient.
+An infinite or NaN derivative at 0 would spoil a whole training run and every hypergradient.
 """
 
 from collections.abc import Callable
@@ -29,9 +29,9 @@ __all__ = [
 
 
 def formula(f: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `f`, a function of a module on one leaf and its numbers, traced once for each shape.
+    """Return `f`, a module-level function of one leaf and its numbers, traced once for each shape.
 
-    Numbers have to be arguments: a closure would be a new function, and a new trace, every time.
+    Numbers must be arguments: a closure would be a new function, and a new trace, every time.
     """
     return jax.jit(f, inline=True)
 
@@ -50,12 +50,12 @@ def quotient(numerator: Any, denominator: Any) -> Any:
 
 
 def root_of(v: Any) -> Any:
-    """Return sqrt(v), and where v is 0 or less a root that `quotient` takes for 0."""
+    """Return sqrt(v). Where v is 0 or less, return a root that `quotient` treats as 0."""
     return jnp.sqrt(jnp.maximum(v, jnp.finfo(v.dtype).tiny))
 
 
 def safe_sqrt(v: Any) -> Any:
-    """Return sqrt(v), and 0 with derivative 0 where v is 0 or, by rounding, less."""
+    """Return sqrt(v), and 0 with derivative 0 where v is 0 or, by rounding, negative."""
     zero = v <= 0  # False for NaN, so NaN propagates
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, v)))
 
@@ -69,8 +69,8 @@ def abs_square(g: Any) -> Any:
 def finite(x: Any) -> Any:
     """Return min(x, the largest number), for differences of squares that may be infinite.
 
-    inf - finite(inf) is inf, finite(inf) / inf is 0; without it both are NaN. NaN stays NaN, and
-    complex numbers, which no square is, stay as they are.
+    inf - finite(inf) is inf and finite(inf) / inf is 0, where inf - inf and inf / inf are NaN. NaN
+    stays NaN. Complex numbers, which are never squares, are returned unchanged.
     """
     return x if jnp.iscomplexobj(x) else jnp.minimum(x, jnp.finfo(x.dtype).max)
 
@@ -87,9 +87,10 @@ def increment(count: Any) -> Any:
 def complement(decay: Any) -> Any:
     """Return 1 - decay for the decimal that the user typed.
 
-    Float32 holds 0.9999 to 3e-8, which is 2e-4 of 1 - 0.9999. A number that rounds a decimal of up
-    to six places is taken for that decimal; the derivative is that of 1 - decay. Averages and bias
-    corrections use the complement alone: with the rounded `decay` it does not add up to 1.
+    The error of 0.9999 in float32 is 2e-4 of 1 - 0.9999. If `decay` is the float32 closest to a
+    decimal of up to six places, the result is 1 minus that decimal; the derivative is that of
+    1 - decay. Averages and bias corrections use the complement alone, since the complement and the
+    rounded `decay` do not add up to 1.
     """
     if isinstance(decay, jax.Array):
         return _complement_traced(decay)
@@ -98,7 +99,7 @@ def complement(decay: Any) -> Any:
 
 
 def _to_decimal(rest: Any, xp: Any = np) -> Any:
-    """Return the distance from `rest` to the decimal of six places that it rounds; 0 for none."""
+    """Return the distance from `rest` to the six-place decimal that it rounds, if any, else 0."""
     dtype = rest.dtype
     millionths = rest * dtype.type(1e6)
     nearest = xp.round(millionths)
@@ -117,24 +118,24 @@ def _complement_traced(decay: Any) -> Any:
 def average(new: Any, old: Any, weight: Any) -> Any:
     """Return weight new + (1 - weight) old: exactly `new` for a weight of 1, and inf for old = inf.
 
-    A square that overflows stays infinite in its average, instead of inf - inf.
+    The average of a square that overflows stays infinite; inf - inf would make it NaN.
     """
     return (old - weight * finite(old)) + weight * new
 
 
 @formula
 def one_minus_power(weight: Any, count: Any) -> Any:
-    """Return 1 - (1 - weight)^count, to rounding, with a finite derivative at a weight of 1."""
+    """Return 1 - (1 - weight)^count to rounding, with a finite derivative at a weight of 1."""
     return one_minus_exp(weight, count, count * log_decay(weight))
 
 
 def log_decay(weight: Any) -> Any:
-    """Return log(1 - weight), finite at 1."""
+    """Return log(1 - weight), finite at a weight of 1."""
     weight = jnp.asarray(weight)
     return jnp.log1p(-jnp.minimum(weight, 1 - jnp.finfo(weight.dtype).epsneg))
 
 
 def one_minus_exp(weight: Any, count: Any, total: Any) -> Any:
-    """Return 1 - exp(total), for total the sum of log(1 - weight) over `count` steps."""
+    """Return 1 - exp(total), where total is the sum of log(1 - weight) over `count` steps."""
     # expm1 is exact to rounding, but flat at a weight of 1, where the first step is not
     return jnp.where(count == 1, weight, -jnp.expm1(total))

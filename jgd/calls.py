@@ -1,10 +1,10 @@
-"""The calls of a factory: from arguments to their stored form, and from that to the body.
+"""Calls of a factory: `Spec` gives arguments their stored form and runs the body with them.
 
     spec = Spec(adam)                        # the kinds of the parameters of one factory
     stored = spec.bind((1e-3,), {})          # a tuple whose leaves are the numbers of the call
-    spec.body(stored, How(scalar))           # runs the body with float32 scalars
+    spec.body(stored, Resolver(scalar))      # runs the body with float32 scalars
 
-While the body of one of jgd's own factories runs, calls of the others return plain pairs.
+While the body of one of jgd's own factories runs, calls of jgd's factories return plain pairs.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ import numpy as np
 import optax
 
 from jgd.arguments import (
-    How,
     Kind,
     LinkKind,
     NumberKind,
     NumbersKind,
+    Resolver,
     StructureKind,
     kind_of,
     members_of,
@@ -38,25 +38,25 @@ from jgd.nodes import unwrap
 __all__ = ["Spec", "decays_move", "plainly", "spec_of"]
 
 
-# --- the body that runs now ------------------------------------------------------------------
+# --- the running body ------------------------------------------------------------------------
 
 
 class Body(NamedTuple):
-    """The body of a factory that runs now."""
+    """Properties of the factory call whose body is running."""
 
-    own: bool  # one of jgd's factories: calls of others return plain pairs
-    moving: bool  # a decay of the call follows a schedule
+    own: bool  # the factory is jgd's: calls of jgd's factories return plain pairs
+    moving: bool  # a decay of the call is a schedule
 
 
-# Set while a body builds its pair, never while a pair runs: what a user's function calls inside
-# `update` returns values.
-NONE = Body(own=False, moving=False)
-running = contextvars.ContextVar[Body]("running", default=NONE)
+# Set while a body builds its pair, never while the pair runs: inside `update`, factories that a
+# user's function calls return values.
+NO_BODY = Body(own=False, moving=False)
+running = contextvars.ContextVar[Body]("running", default=NO_BODY)
 
 
 @contextlib.contextmanager
 def plainly(own: bool = True, moving: bool = False) -> Generator[None]:
-    """Within this context calls of jgd's factories return plain pairs."""
+    """Set the running body. With `own`, calls of jgd's factories return plain pairs."""
     token = running.set(Body(own, moving))
     try:
         yield
@@ -65,7 +65,7 @@ def plainly(own: bool = True, moving: bool = False) -> Generator[None]:
 
 
 def decays_move() -> bool:
-    """Return whether a decay of the call whose body runs now follows a schedule."""
+    """Return whether a decay of the call whose body is running is a schedule."""
     return running.get().moving
 
 
@@ -97,18 +97,19 @@ class Spec:
             except NameError:  # a name that only type checkers import
                 hints = {}
         self.returns = hints.get("return")
-        unknown = (self.structure | self.numbers).difference(parameters)
+        self.names = tuple(parameters)
+        unknown = sorted((self.structure | self.numbers).difference(parameters))
         if unknown:
-            raise ValueError(f"{self.name} has no parameter {', '.join(sorted(unknown))}")
-        given: dict[str, Kind] = {
+            hint = self.nearest(unknown[0])
+            raise ValueError(f"as_pytree: {self.name} has no argument {', '.join(unknown)}{hint}")
+        overrides: dict[str, Kind] = {
             **dict.fromkeys(self.numbers, NumberKind()),
             **dict.fromkeys(self.structure, StructureKind()),
         }
         self.kinds = {
-            name: given.get(name) or kind_of(p, hints.get(name, p.empty))
+            name: overrides.get(name) or kind_of(p, hints.get(name, p.empty))
             for name, p in parameters.items()
         }
-        self.names = tuple(self.kinds)
         self.labels = {name: f"{self.name}: {name}" for name in self.names}
         self.required = frozenset(n for n, p in parameters.items() if p.default is p.empty)
         variadic = inspect.Parameter.VAR_POSITIONAL
@@ -118,7 +119,7 @@ class Spec:
             for name, p in parameters.items()
             if p.default is None or type(None) in members_of(hints.get(name))
         )
-        # inside the bodies of jgd's own factories, calls of others return plain pairs
+        # in the bodies of jgd's own factories, calls of jgd's factories return plain pairs
         self.own = str(getattr(factory, "__module__", None)).partition(".")[0] == "jgd"
         self.decorated = factory
         self._hash = hash((factory, self.structure, self.numbers))
@@ -145,7 +146,7 @@ class Spec:
 
     @functools.cached_property
     def defaults(self) -> dict[str, Any]:
-        """The stored form of a call without arguments: one entry for each parameter."""
+        """The stored form of each default, and `Parameter.empty` for required parameters."""
         empty, stored = inspect.Parameter.empty, dict[str, Any]()
         for name, p in self.signature.parameters.items():
             stored[name] = p.default if p.default is empty else self.admit(name, p.default)
@@ -161,7 +162,7 @@ class Spec:
         return tuple(n for n, p in self.signature.parameters.items() if p.kind != keyword_only)
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-        """Return the stored form of a call. Raises TypeError for arguments that do not fit."""
+        """Return the stored form of a call. Raises TypeError as a call of the factory would."""
         positional = self._positional
         if positional is None or len(args) > len(positional):
             return self._bind_by_signature(args, kwargs)
@@ -190,7 +191,7 @@ class Spec:
         return tuple(self.admit(name, value) for name, value in bound.arguments.items())
 
     def admit(self, name: str, value: Any) -> Any:
-        """Return the stored form of an argument. Raises for one of another kind or range."""
+        """Return the stored form of an argument. Raises if its type or range is wrong."""
         kind, label = self.kinds[name], self.labels[name]
         if value is None and name in self.optional:
             return None
@@ -200,8 +201,9 @@ class Spec:
         return kind.admit(label, value)
 
     def nearest(self, unknown: str) -> str:
-        """Return a question for the parameter that an unknown name may stand for."""
+        """Return the end of an error: the closest parameter name, or nothing if none is close."""
         close = difflib.get_close_matches(unknown, self.names, 1, 0.5)
+        # `lr` stands for `learning_rate`
         initials = ["".join(word[:1] for word in name.split("_")) for name in self.names]
         close += [
             name for name, letters in zip(self.names, initials, strict=True) if letters == unknown
@@ -209,20 +211,22 @@ class Spec:
         return f"; did you mean {close[0]}?" if close else ""
 
     def check_call(self, args: tuple[Any, ...]) -> None:
-        """Check what is checked in a user's call only, and not in the body of a factory."""
+        """Run the checks of a user's call, which calls in the body of a factory skip."""
         for name, arg in zip(self.names, args, strict=True):
             if arg is not None and type(arg) is not np.float64:
                 self.kinds[name].check_call(self.labels[name], arg)
 
     # --- from the stored form to the body
 
-    def body(self, args: tuple[Any, ...], how: How) -> Any:
+    def body(self, args: tuple[Any, ...], resolver: Resolver) -> Any:
         """Run the body of the factory with the stored arguments."""
-        positional, keywords = self.resolve(args, how)
+        positional, keywords = self.resolve(args, resolver)
         return self.factory(*positional, **keywords)
 
-    def resolve(self, args: tuple[Any, ...], how: How) -> tuple[list[Any], dict[str, Any]]:
-        """Return the arguments that the body of the factory is given."""
+    def resolve(
+        self, args: tuple[Any, ...], resolver: Resolver
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """Return the positional and keyword arguments for the body of the factory."""
         positional: list[Any] = []
         keywords: dict[str, Any] = {}
         pairs = zip(self.signature.parameters.values(), self.kinds.values(), args, strict=True)
@@ -230,13 +234,13 @@ class Spec:
             label = self.labels[parameter.name]
             if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
                 several: Any = unwrap(stored)
-                positional.extend(kind.resolve(label, one, how) for one in several)
+                positional.extend(kind.resolve(label, one, resolver) for one in several)
             elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 keywords.update(unwrap(stored) or {})
             elif parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-                keywords[parameter.name] = kind.resolve(label, stored, how)
+                keywords[parameter.name] = kind.resolve(label, stored, resolver)
             else:
-                positional.append(kind.resolve(label, stored, how))
+                positional.append(kind.resolve(label, stored, resolver))
         return positional, keywords
 
     def numeric(self) -> list[str]:
@@ -258,7 +262,7 @@ def extended(pair: Any) -> optax.GradientTransformationExtraArgs:
     return optax.with_extra_args_support(pair)
 
 
-# --- what a lifted factory needs as structure ------------------------------------------------
+# --- numbers that a lifted factory needs as structure ----------------------------------------
 
 
 NEEDS_A_VALUE = (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError)
@@ -270,9 +274,9 @@ def name_structure(
     """Raise TypeError with the names of the numbers on which a lifted factory branches in Python.
 
     Args:
-      use: a call of what the factory returns. It may be this call that branches.
+      use: a function that calls the result of the factory, since this call may branch.
     """
-    if spec.own or _branches(spec, args, use, None):  # on a gradient, for example
+    if spec.own or _branches(spec, args, use, None):  # the branch is on a gradient, for example
         return
     if names := [name for name in spec.numeric() if _branches(spec, args, use, name)]:
         raise TypeError(
@@ -285,20 +289,20 @@ def name_structure(
 def _branches(
     spec: Spec, args: tuple[Any, ...], use: Callable[[Any], Any], name: str | None
 ) -> bool:
-    """Return whether a lifted factory branches where of its numbers `name` alone is traced."""
+    """Return whether a lifted factory branches if `name` is the only number that is traced."""
     concrete = lambda x: 0.5 if isinstance(x, jax.core.Tracer) else np.asarray(x, np.float64)[()]
 
     def build(x: jax.Array) -> None:
         traced = lambda label: name is not None and label == spec.labels[name]
         number = lambda label, value: x if traced(label) else concrete(value)
         with plainly(own=False):
-            result = spec.body(args, How(number, step=jnp.zeros([], jnp.int32)))
+            result = spec.body(args, Resolver(number, step=jnp.zeros([], jnp.int32)))
         use(extended(result) if isinstance(result, tuple) else result)
 
     try:
         jax.eval_shape(build, jnp.zeros([]))
     except NEEDS_A_VALUE:
         return True
-    except Exception:  # of a stand-in, which says nothing about `name`
+    except Exception:  # about the value 0.5, not about `name`
         return False
     return False

@@ -1,4 +1,4 @@
-"""The optimizers by name, and the table of them that the docs and `jgd optimizers` show.
+"""The optimizers by name, and the table of optimizers that the docs and `jgd optimizers` show.
 
 The table is read from the code: formulas and papers from the docstrings, numbers and defaults from
 the signatures, the size of the state from `jax.eval_shape`.
@@ -22,19 +22,19 @@ __all__ = ["Entry", "entries", "get", "markdown"]
 
 
 class Entry(NamedTuple):
-    """An optimizer in the table."""
+    """Entry of the table: an optimizer."""
 
     name: str
     title: str  # the first words of the docstring
-    formula: str  # that of the docstring, in one line
-    trees: float  # memory of the state for a 1024 x 1024 matrix, in copies of it
-    numbers: dict[str, Any]  # the default of each, `...` where there is none
+    formula: str  # the formula in the docstring, on one line
+    trees: float  # size of the state for a 1024 x 1024 matrix, relative to the matrix
+    numbers: dict[str, Any]  # name -> default, `...` if it is required
     source: str
     own: bool  # False: lifted from optax
 
 
 def _names() -> dict[str, bool]:
-    """Every optimizer, and whether its math is jgd's."""
+    """Return the name of each optimizer, with False if its math is lifted from optax."""
     lifted = jgd.optimizers.lifted
     families = jgd.optimizers.families
     pairs = [(name, family is not lifted) for family in families for name in family.__all__]
@@ -42,27 +42,27 @@ def _names() -> dict[str, bool]:
 
 
 def get(name: str) -> Callable[..., Any]:
-    """The factory of an optimizer by its name: `get("adam")(1e-3)` is `adam(1e-3)`.
+    """Return the factory of an optimizer by its name: `get("adam")(1e-3)` is `adam(1e-3)`.
 
-    Raises: ValueError for a name there is not; says which is near.
+    Raises: ValueError for an unknown name; the error suggests the closest one.
     """
-    known = _names()
-    if name not in known:
-        close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.45)
+    names = _names()
+    if name not in names:
+        close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.45)
         hint = f"did you mean {close[0]!r}?" if close else "`jgd optimizers` lists them"
         raise ValueError(f"no optimizer named {name!r}; {hint}")
     return getattr(jgd.optimizers, name)
 
 
 def entries() -> list[Entry]:
-    """All optimizers, by name."""
+    """Return the entries of all optimizers, sorted by name."""
     return [_entry(name, own) for name, own in sorted(_names().items())]
 
 
 def _entry(name: str, own: bool) -> Entry:
     factory = get(name)
     spec = spec_of(factory)
-    text = inspect.getdoc(factory) or ""  # Python 3.13 takes the indentation off by itself
+    text = inspect.getdoc(factory) or ""  # without indentation, as Python 3.13 stores it
     numeric = spec.numeric()
     parameters = spec.signature.parameters
     empty = parameters[numeric[0]].empty
@@ -92,7 +92,7 @@ HEADER = ["name", "formula", "state", "numbers", "source", "math"]
 
 
 def cells(entry: Entry) -> list[str]:
-    """An entry as a row under `HEADER`."""
+    """Return an entry as a row under `HEADER`."""
     numbers = [n if x is ... else f"{n}={_short(x)}" for n, x in entry.numbers.items()]
     origin = "own" if entry.own else "lifted"
     return [entry.name, entry.formula, f"{entry.trees:g}", ", ".join(numbers), entry.source, origin]
@@ -105,7 +105,7 @@ def _short(default: Any) -> str:
 
 
 def markdown() -> str:
-    """The table in Markdown."""
+    """Return the table as Markdown."""
     rows = [HEADER, ["---"] * len(HEADER)]
     for entry in entries():
         name, formula, trees, numbers, source, origin = cells(entry)
@@ -114,7 +114,7 @@ def markdown() -> str:
 
 
 def _main(path: str) -> None:
-    """Write the table between its two marks in a file."""
+    """Write the table between its two markers in a file."""
     text = pathlib.Path(path).read_text()
     before, mark, rest = text.partition("<!-- optimizers -->\n")
     _, end, after = rest.partition("<!-- end -->")

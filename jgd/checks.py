@@ -1,10 +1,10 @@
-"""Checks of plain arguments, in one line each: `function: argument must be RANGE, got VALUE`.
+"""Checks of plain arguments. Errors are `function: argument must be RANGE, got VALUE`.
 
     admit("sweep: steps", 10.5, Count)      # sweep: steps must be an integer, got 10.5
     check_key("train: key", 0)              # train: key must be a random key, got 0. Use ...
 
-What an argument must be is read from its annotation. JAX is imported where a value needs it: the
-command line reads its options without.
+The annotation of an argument says what it must be. JAX is imported only where a value needs it,
+since the command line reads its options without JAX.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ __all__ = [
 
 
 class Range(NamedTuple):
-    """A note on an annotation: the range of an argument. NaN is outside of all."""
+    """The range of an argument, as metadata of its annotation. NaN is outside every range."""
 
     description: str
     check: Callable[[Any], bool]
@@ -56,20 +56,20 @@ FINITE = Range("finite", math.isfinite)
 Count = Annotated[int, at_least(1)]
 
 
-def refuse(label: str, description: str, value: Any, cure: str = "") -> NoReturn:
-    """Raise the TypeError of an argument of another type."""
+def refuse(label: str, description: str, value: Any, hint: str = "") -> NoReturn:
+    """Raise TypeError for an argument of the wrong type."""
     from jgd.nodes import brief
 
-    raise TypeError(f"{label} must be {description}, got {brief(value)}{cure}")
+    raise TypeError(f"{label} must be {description}, got {brief(value)}{hint}")
 
 
 # --- arguments by their annotations ----------------------------------------------------------
 
 
 def admit(label: str, value: Any, hint: Any) -> Any:
-    """Return an argument as its annotation says. An annotation that is not plain admits anything.
+    """Return an argument as the type of its annotation. An annotation not in `PLAIN` admits any.
 
-    Raises: TypeError for another type, ValueError for a value out of its range.
+    Raises: TypeError for the wrong type, ValueError for a value out of range.
     """
     notes = getattr(hint, "__metadata__", ())
     hint = typing.get_args(hint)[0] if notes else hint
@@ -105,7 +105,7 @@ PLAIN: Any = {
 
 
 def _converted(value: Any, kind: Any) -> Any:
-    """Return a value of a plain kind: scalars of NumPy and JAX as Python's."""
+    """Return a value as the plain type `kind`: scalars of NumPy and JAX become Python's."""
     if str(getattr(value, "dtype", "")) == "bool":
         value = bool(value)
     if isinstance(value, bool) != (kind is bool):
@@ -123,7 +123,7 @@ def _converted(value: Any, kind: Any) -> Any:
 
 
 def check_key(label: str, key: Any, description: str = "a random key") -> None:
-    """Raise TypeError unless `key` is one key, of `jax.random.key` or of `PRNGKey`."""
+    """Raise TypeError unless `key` is one random key, from `jax.random.key` or `PRNGKey`."""
     import jax
 
     dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
@@ -134,7 +134,7 @@ def check_key(label: str, key: Any, description: str = "a random key") -> None:
 
 
 def seed_of(label: str, key: Any) -> Any:
-    """Return a random key as plain data: the int that makes it, else its kind and its words."""
+    """Return a random key as plain data: its integer seed, or its implementation and its words."""
     if isinstance(key, list | tuple) and key and isinstance(key[0], str):
         return tuple(key)  # plain already
     with contextlib.suppress(TypeError):
@@ -151,7 +151,7 @@ def seed_of(label: str, key: Any) -> Any:
 
 
 def key_of(seed: Any) -> Any:
-    """Return the random key of plain data."""
+    """Return the random key for plain data from `seed_of`."""
     import jax
     import jax.numpy as jnp
 
@@ -166,7 +166,7 @@ def key_of(seed: Any) -> Any:
 
 @contextlib.contextmanager
 def traceable(label: str) -> Generator[None]:
-    """Within this context, an error of JAX about a traced value becomes a TypeError of one line."""
+    """Turn errors of JAX about a traced value into a one-line TypeError within this context."""
     import jax
 
     try:

@@ -1,4 +1,4 @@
-"""The command line: `jgd sweep`, `jgd report` and `jgd optimizers`. `jgd --help` needs no jax."""
+"""The command line: `jgd sweep`, `jgd report`, `jgd optimizers`. `jgd --help` needs no jax."""
 
 import importlib.util
 import sys
@@ -7,11 +7,14 @@ EXTRAS = ("tyro", "rich", "matplotlib", "sklearn", "orbax")
 
 
 def main() -> None:
-    """The entry point `jgd`."""
+    """Run the command `jgd`."""
     missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
     if missing:
         names = ", ".join(missing)
-        print(f'jgd: {names} not installed: python -m pip install "jgd[sweep]"', file=sys.stderr)
+        print(
+            f'jgd: missing packages: {names}. Run python -m pip install "jgd[sweep]"',
+            file=sys.stderr,
+        )
         raise SystemExit(2)
     from jgd.tuning import commands
 

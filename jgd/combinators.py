@@ -1,8 +1,9 @@
-"""Combinators: how transformations become chains, quotients and named records.
+"""Combinators: they compose transformations into chains, quotients and named records.
 
-`chain` composes in series, `divide`, `add` and `subtract` in parallel: both sides see the same
-gradient. `with_nesterov` wraps one transformation. The state of a combinator is a plain tuple, that
-of a memory a named tuple; `named` gathers the memories of a composition in one record:
+`chain` composes in series; `divide`, `add` and `subtract` compose in parallel, where both sides see
+the same gradient. `with_nesterov` wraps one transformation. A memory is an accumulator in a state,
+such as the moving average of `ema`. The state of a combinator is a plain tuple of states; `named`
+gathers the memories of a composition in one named tuple instead:
 
     named(divide(ema(b1, name="mu"), rms(b2, eps, name="nu")),
           record=optax.ScaleByAdamState, shared=["count"])
@@ -24,7 +25,7 @@ from jgd.trees import (
     is_none,
     leafwise,
     like,
-    other_state,
+    wrong_state,
 )
 
 __all__ = ["add", "chain", "divide", "named", "subtract", "with_nesterov"]
@@ -34,28 +35,28 @@ __all__ = ["add", "chain", "divide", "named", "subtract", "with_nesterov"]
 
 
 class Slot(NamedTuple):
-    """A memory by name, and how it starts."""
+    """A memory: its name, and the function that initializes it."""
 
     name: str
-    start: Callable[[Any], Any]  # params -> its first value
-    of_schedule: bool = False  # the memory of a scheduled decay, which no record has a field for
+    start: Callable[[Any], Any]  # params -> initial value
+    of_schedule: bool = False  # of a scheduled decay: no record has a field for it
 
 
 class Slots:
-    """The memories of one composition during one update, by name: as they were, and as they are."""
+    """The memories of a composition during one update, by name: old values and new values."""
 
     def __init__(self, old: Mapping[str, Any]) -> None:
         self.old = old
         self.new: dict[str, Any] = {}
 
     def step(self, name: str, advance: Callable[[Any], Any]) -> Any:
-        """Step a memory by `advance(old)`, if this update has not yet, and return its new value."""
+        """Return the new value of a memory: `advance(old)`, computed once in each update."""
         if name not in self.new:
             self.new[name] = advance(self.old[name])
         return self.new[name]
 
     def ahead(self) -> "Slots":
-        """Return the slots as the next update will find them, to look one step ahead."""
+        """Return the slots with which the next update starts, to look one step ahead."""
         return Slots({**self.old, **self.new})
 
 
@@ -63,10 +64,10 @@ Step = Callable[[Any, Slots, Any], Any]  # (updates, slots, params) -> updates
 
 
 class Plain(optax.GradientTransformationExtraArgs):
-    """A plain pair that also knows its steps and its memories by name: what `named` gathers."""
+    """A plain pair with its steps and its memories by name, which `named` gathers."""
 
     slots: tuple[Slot, ...]
-    steps: tuple[Step, ...] | None  # in series; None: a link is foreign, or has a schedule
+    steps: tuple[Step, ...] | None  # in series; None if a link is foreign or has a schedule
 
     @classmethod
     def of(
@@ -78,22 +79,22 @@ class Plain(optax.GradientTransformationExtraArgs):
 
 
 class ScheduledDecayState(NamedTuple):
-    """State of a rule whose decay follows a schedule: that of the rule, and what corrects it."""
+    """State of a rule whose decay is a schedule: the state of the rule, and its mean log decays."""
 
     inner: Any
-    logs: dict[str, jax.Array]  # for each average the mean over the steps so far of log(decay)
+    logs: dict[str, jax.Array]  # for each average, the mean of log(decay) over the steps so far
 
 
 def remembering(
     steps: Iterable[Step], slots: Iterable[Slot], record: Any, fields: Mapping[str, str]
 ) -> Plain:
-    """Return the transformation that takes `steps` in series, with memories.
+    """Return the transformation that applies `steps` in series, with memories.
 
     Args:
       steps: functions (updates, slots, params) -> updates.
       slots: the memories.
-      record: the named tuple of the state where the transformation stands alone.
-      fields: for each field of `record` the name of its slot.
+      record: the named tuple that is the state of the transformation by itself.
+      fields: for each field of `record`, the name of its slot.
     """
     steps, slots = tuple(steps), tuple(slots)
     extra = [slot.name for slot in slots if slot.of_schedule]
@@ -122,19 +123,19 @@ def remembering(
 
 
 def present(updates: Any, memory: Any) -> Any:
-    """Return a memory as updates: None where the updates are None."""
+    """Return a memory as updates: None where `updates` is None."""
     leaves, structure = jax.tree.flatten(updates, is_leaf=is_none)
     if all(leaf is not None for leaf in leaves):
         return memory
-    kept = zip(leaves, structure.flatten_up_to(memory), strict=True)
-    return structure.unflatten([None if g is None else m for g, m in kept])
+    pairs = zip(leaves, structure.flatten_up_to(memory), strict=True)
+    return structure.unflatten([None if g is None else m for g, m in pairs])
 
 
 def stateless(f: Callable[[Any, Any], Any]) -> Plain:
     """Return `f(updates, params)` as a transformation without memory."""
 
     def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
-        if isinstance(state, tuple) and jax.tree.leaves(state):  # others are ignored, as by optax
+        if isinstance(state, tuple) and jax.tree.leaves(state):  # optax, too, ignores other states
             check_state(state, optax.EmptyState)
         return f(updates, params), state
 
@@ -154,21 +155,21 @@ def _slots_of(*links: GradientTransformation) -> list[Slot]:
 
 def _check_tuple(state: Any, n: int) -> Any:
     if type(state) is not tuple or len(state) != n:
-        raise other_state(f"a tuple of {n} states", state)
+        raise wrong_state(f"a tuple of {n} states", state)
     return state
 
 
 @as_pytree
 def chain(*links: GradientTransformation) -> GradientTransformation:
-    """Series: each link transforms what the one before it gives.
+    """Series: each link transforms the updates of the link before it.
 
     Args:
       links: transformations of jgd, whose numbers stay leaves, or of optax, which are structure
-        (lift them with `as_pytree` to sweep their numbers) and compare by identity: made anew
-        inside a factory they make another structure each time, and retrace.
+        (lift them with `as_pytree` to sweep their numbers). Links of optax compare by identity, so
+        a factory that creates one returns another structure, and retraces, on each call.
 
     State: the tuple of the links' states.
-    Differs from: `optax.chain`, which hides the leaves of what it holds, so that its result can be
+    Differs from: `optax.chain`, which hides the numbers of its links, so that its result can be
       neither a jit argument nor a lane.
     """
     inner = [optax.with_extra_args_support(link) for link in links]
@@ -256,17 +257,17 @@ def subtract(
     return _pair(_difference, first, second)
 
 
-# --- around one ------------------------------------------------------------------------------
+# --- around one transformation ---------------------------------------------------------------
 
 
 @as_pytree
 def with_nesterov(inner: GradientTransformation) -> GradientTransformation:
-    """Look ahead: advance `inner` twice with the same gradient, keep the state of the first time.
+    """Look ahead: apply `inner` twice to the same gradient, and keep the state of the first time.
 
         s' = inner.state(g, s)          u = inner(g, s')
 
-    Around `scale_by_momentum(b)` this is Nesterov's accelerated gradient, u = g + b v'. If b is a
-    schedule, both terms have the b of this step.
+    Around `scale_by_momentum(b)` it is Nesterov's accelerated gradient, u = g + b v'. If b is a
+    schedule, both times use its value at this step.
 
     State: that of `inner`.
     Differs from: `nesterov_ema`, where the two terms carry different bias corrections.
@@ -307,16 +308,16 @@ def named(
     """Gather the memories of `inner` in the fields of one flat named tuple.
 
     Args:
-      inner: transformations put together by `chain`, `divide`, `add`, `subtract`. Each memory has
-        the name that the argument `name` of its factory gives it.
-      record: the named tuple, with a field for each memory of that name. Its fields are found by
-        name with `optax.tree.get`.
+      inner: transformations composed by `chain`, `divide`, `add`, `subtract`. The argument `name`
+        of a factory is the name of its memory.
+      record: the named tuple, with one field of the same name for each memory. `optax.tree.get`
+        finds the memories by these names.
       shared: names that stand for one memory although they appear several times, such as the
-        `count` of averages that see the same steps. A shared memory is stepped once per update, by
-        the transformation that comes first; the others use the result.
-      fields: for fields of `record` the name of the memory, where it is another one.
+        `count` of averages that see the same steps. The first transformation with this name steps
+        the memory in each update; the others use the result.
+      fields: field -> memory, for fields of `record` whose memory has another name.
 
-    State: `record`, or `ScheduledDecayState` around it where a decay follows a schedule.
+    State: `record`, or `ScheduledDecayState` around it if a decay is a schedule.
     Raises: ValueError for a memory without a field, a field without a memory, or a name that
       appears twice and is not shared.
     """
@@ -332,7 +333,7 @@ def named(
     if twice:
         raise ValueError(
             f"named: memories must have different names, got {', '.join(twice)} more than once."
-            f" Name them apart, or declare that they are one: shared={twice}"
+            f" Rename them, or declare that each name is one memory: shared={twice}"
         )
     of_field = {field: field for field in getattr(record, "_fields", ())}
     if unknown := sorted(set(fields or ()).difference(of_field)):
@@ -353,19 +354,20 @@ def named(
 def partition(
     transforms: Mapping[str, GradientTransformation], labels: Callable[[Any], Any]
 ) -> GradientTransformation:
-    """Update each leaf by the transformation of its label.
+    """Update each leaf with the transformation of its label.
 
-    As `optax.partition`, but gradients may be None, and trees that do not match raise `TreeError`.
+    Unlike in `optax.partition`, gradients may be None, and trees that do not match raise
+    `TreeError`.
 
     Args:
-      transforms: a transformation for each label.
+      transforms: one transformation for each label.
       labels: a function from a tree to a tree of labels.
     """
     inner = {name: optax.with_extra_args_support(tx) for name, tx in transforms.items()}
     hidden = optax.MaskedNode()
 
     def split(tree: Any, names: Any) -> dict[str, Any]:
-        """Return for each label the tree with only its leaves, and those that are None."""
+        """Return, for each label, the tree with only its leaves and the leaves that are None."""
         leaves, structure, (column,) = aligned(tree, names)
         pairs = list(zip(leaves, column, strict=True))
         keep = lambda name: [x if x is None or n == name else hidden for x, n in pairs]
@@ -382,16 +384,18 @@ def partition(
             check_state(state, optax.transforms.PartitionState).inner_states
         )
         if states.keys() != inner.keys():
-            raise TreeError(f"expected the state of the groups {list(inner)}, got {list(states)}")
+            raise TreeError(f"expected a state with the groups {list(inner)}, got {list(states)}")
         leafwise(lambda g, *_: g, updates, *(() if params is None else (params,)))
         labelled = labels(updates)
         parts = split(updates, labelled)
-        given = dict.fromkeys(inner) if params is None else split(params, labelled)
+        param_parts = dict.fromkeys(inner) if params is None else split(params, labelled)
         leaves, structure, (names,) = aligned(updates, labelled)
         results: list[Any] = [None] * len(leaves)
         for name, tx in inner.items():
-            part, moved = tx.update(parts[name], states[name].inner_state, given[name], **extra)
-            states[name] = optax.MaskedState(moved)
+            part, new_state = tx.update(
+                parts[name], states[name].inner_state, param_parts[name], **extra
+            )
+            states[name] = optax.MaskedState(new_state)
             for index, u in enumerate(structure.flatten_up_to(part)):
                 if leaves[index] is not None and names[index] == name:
                     results[index] = u

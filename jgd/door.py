@@ -1,12 +1,12 @@
-"""The door: where a user calls `init` and `update` of a factory's call.
+"""The door of a transformation: it converts the arguments when a user calls `init` and `update`.
 
     call = Call(spec, stored)             # a factory and its arguments
     call.update(updates, state, params)   # in float32 at least; errors name the optimizer
 
-There numbers become scalars, schedules their values at this step, and 16-bit leaves float32. The
-updates come back in their own precision. Behind the door, links of jgd's own are plain pairs: one
-door is enough. If a link needs the dtypes of the parameters, the parameters pass as they are, and
-each link has a door of its own.
+At the door, numbers become scalars, schedules become their values at this step, and 16-bit leaves
+become float32. The returned updates have their original precision. One door is enough, so jgd's
+own links behind it are plain pairs. If a link needs the dtypes of the parameters, the door passes
+the parameters unchanged, and each link has a door of its own.
 """
 
 import contextlib
@@ -22,33 +22,33 @@ import numpy as np
 import optax
 
 from jgd.arguments import (
-    How,
     Kind,
     LinkKind,
     NumberKind,
     NumbersKind,
+    Resolver,
     concrete_scalar,
     scalar,
 )
 from jgd.calls import NEEDS_A_VALUE, Spec, extended, name_structure, plainly
-from jgd.dtypes import alike, has_16_bits, narrowed, wide
+from jgd.dtypes import has_16_bits, narrow, same_structure, wide
 from jgd.exporting import register_states
-from jgd.nodes import NUMERIC, held_by, is_entry, is_schedule, unwrap
-from jgd.sharding import placed
-from jgd.trees import StateError, TreeError, like, other_state
+from jgd.nodes import NUMERIC, captured_by, is_entry, is_schedule, unwrap
+from jgd.sharding import shard_like_params
+from jgd.trees import StateError, TreeError, like, wrong_state
 
 __all__ = ["Call", "ScheduledState", "SteppedState"]
 
 
 class SteppedState(NamedTuple):
-    """State of a value with a scheduled number whose own state has a `count` already."""
+    """State of an optimizer with a scheduled number, if its own state has a `count` already."""
 
     step: jax.Array  # int32 scalar: updates so far
     inner: optax.OptState
 
 
 class ScheduledState(NamedTuple):
-    """State of a value with a scheduled number and no `count` of its own."""
+    """State of an optimizer with a scheduled number, if its own state has no `count`."""
 
     count: jax.Array  # int32 scalar: updates so far
     inner: optax.OptState
@@ -58,16 +58,17 @@ class ScheduledState(NamedTuple):
 
 
 def _enter(link: Any) -> Any:
-    """Return a link of jgd's own without schedules as a plain pair: one door is enough."""
+    """Return a link, as a plain pair if it is jgd's own without schedules: one door is enough."""
     link = unwrap(link)
     call = _call_behind(link)
     return link if call is None or not call.spec.own or call.scheduled else call.pair()
 
 
 def _enter_by_its_door(link: Any) -> Any:
-    """Return a link of a call whose door passes parameters as they are.
+    """Return a link of a call whose door passes parameters unchanged.
 
-    Links of jgd have doors of their own. A foreign link gets float32, unless it needs the dtypes.
+    Links of jgd have doors of their own. A foreign link receives float32 parameters, unless a
+    transformation in it needs their dtypes.
     """
     link = unwrap(link)
     if _call_behind(link) is not None or not _widens(link):
@@ -81,19 +82,19 @@ def _enter_by_its_door(link: Any) -> Any:
 
 
 def _widens(link: Any) -> bool:
-    """Return whether a link accepts float32 parameters: nothing in it needs their own dtype."""
+    """Return whether a link accepts float32 parameters: nothing in it needs their dtypes."""
     if (call := _call_behind(link := unwrap(link))) is not None:
         return call.widens
     for function in link:
-        for held in (function, *held_by(function, is_leaf=_is_value)):
-            call = _call_behind(held) or getattr(held, "__self__", None)
+        for x in (function, *captured_by(function, is_leaf=_is_value)):
+            call = _call_behind(x) or getattr(x, "__self__", None)
             if isinstance(call, Call) and not call.widens:
                 return False
     return True
 
 
 def _call_behind(x: Any) -> "Call | None":
-    """Return the call that a transformation of jgd is made of; None for anything else."""
+    """Return the call behind a transformation of jgd; None for anything else."""
     call = getattr(x, "_call", None)
     return call if isinstance(call, Call) and isinstance(x, tuple) else None
 
@@ -110,7 +111,7 @@ def _is_link(x: Any) -> bool:
 
 
 class Call:
-    """A factory and its arguments. The body runs anew whenever its pair is needed."""
+    """A factory and its stored arguments. Its body runs each time the pair is needed."""
 
     def __init__(self, spec: Spec, args: tuple[Any, ...]) -> None:
         self.spec = spec
@@ -118,25 +119,25 @@ class Call:
 
     @functools.cached_property
     def key(self) -> Any:
-        """Equality and hash: by value where concrete, by identity where traced."""
+        """The key for equality and hash: concrete numbers by value, traced ones by identity."""
         leaves, structure = jax.tree.flatten(self.args)
         return self.spec, structure, tuple(map(_leaf_key, leaves))
 
     @functools.cached_property
     def scheduled(self) -> tuple[Kind, ...]:
-        """The kinds of the numbers that follow a schedule, alone or among several."""
-        found: list[Kind] = []
+        """The kinds of the arguments that are a schedule, one entry for each schedule."""
+        kinds: list[Kind] = []
         for kind, arg in zip(self.spec.kinds.values(), self.args, strict=True):
             if isinstance(kind, NumberKind) and not kind.lazy and is_schedule(arg):
-                found.append(kind)
+                kinds.append(kind)
             if isinstance(kind, NumbersKind):
                 several = jax.tree.leaves(arg, is_leaf=is_entry)
-                found.extend(kind for one in several if is_schedule(one))
-        return tuple(found)
+                kinds.extend(kind for one in several if is_schedule(one))
+        return tuple(kinds)
 
     @functools.cached_property
     def widens(self) -> bool:
-        """True if parameters become float32 at this door: no link behind it needs their dtype."""
+        """True if parameters become float32 at this door, since no link needs their dtypes."""
         if not self.spec.widen:
             return False
         pairs = zip(self.spec.kinds.values(), self.args, strict=True)
@@ -147,13 +148,16 @@ class Call:
         return all(map(_widens, links))
 
     def pair(self, step: Any = None) -> optax.GradientTransformationExtraArgs:
-        """Run the body, with schedules at `step`."""
+        """Return the pair that the body builds, with schedules evaluated at `step`."""
         own = self.spec.own
         moving = any(isinstance(kind, NumberKind) and kind.decay for kind in self.scheduled)
-        how = How(scalar, step=step)
+        resolver = Resolver(scalar, step=step)
         if own:
-            how = How(concrete_scalar, _enter if self.widens else _enter_by_its_door, step)
-        positional, keywords = self.spec.resolve(self.args, how)  # schedules are a user's functions
+            resolver = Resolver(
+                concrete_scalar, _enter if self.widens else _enter_by_its_door, step
+            )
+        # outside `plainly`: a schedule may be a user's function
+        positional, keywords = self.spec.resolve(self.args, resolver)
         with plainly(own, moving):
             return extended(self.spec.factory(*positional, **keywords))
 
@@ -161,7 +165,7 @@ class Call:
         step = jnp.zeros([], jnp.int32) if self.scheduled else None
         with self._door(lambda pair: pair.init(wide(params)), params):
             inner = self.pair(step).init(wide(params) if self.widens else params)
-        state = placed(inner, params)
+        state = shard_like_params(inner, params)
         if step is not None:
             counted = optax.tree.get_all_with_path(inner, "count")
             state = (SteppedState if counted else ScheduledState)(step, state)
@@ -177,16 +181,16 @@ class Call:
     ) -> tuple[optax.Updates, optax.OptState]:
         step: Any = None
         inner: Any = state
-        again = lambda pair: pair.update(wide(updates), inner, wide(params), **extra)
-        with self._door(again, params):
+        use = lambda pair: pair.update(wide(updates), inner, wide(params), **extra)
+        with self._door(use, params):
             if self.scheduled:
                 if not isinstance(state, SteppedState | ScheduledState):
-                    raise other_state("the state of a scheduled number", state)
+                    raise wrong_state("the state of an optimizer with a schedule", state)
                 step, inner = state
-            given = wide(params) if self.widens else params
-            new, new_inner = self.pair(step).update(wide(updates), inner, given, **extra)
-        new = narrowed(new, updates, params)
-        if not self.spec.own and alike(new_inner, inner):
+            inner_params = wide(params) if self.widens else params
+            new, new_inner = self.pair(step).update(wide(updates), inner, inner_params, **extra)
+        new = narrow(new, updates, params)
+        if not self.spec.own and same_structure(new_inner, inner):
             new_inner = like(new_inner, inner)
         if not isinstance(state, SteppedState | ScheduledState) or not self.scheduled:
             return new, new_inner
@@ -195,18 +199,19 @@ class Call:
 
     @contextlib.contextmanager
     def _door(self, use: Callable[[Any], Any], params: Any) -> Generator[None]:
-        """Give errors the name of this optimizer; NumPy's scalars overflow as JAX's do."""
-        outer, theirs = _widened.get()
+        """Add this optimizer's name to errors; let NumPy scalars overflow in silence, as in JAX."""
+        outer, original = _widened.get()
         token = _widened.set((self.spec.name, params))
         try:
             with np.errstate(all="ignore"):
                 if not self.widens:
                     _widened.set((self.spec.name, None))
-                    if any(map(has_16_bits, jax.tree.leaves(theirs))):
+                    if any(map(has_16_bits, jax.tree.leaves(original))):
                         raise TypeError(
-                            f"{self.spec.name}: params must have their own dtypes, got float32 in"
-                            f" place of 16 bits from {outer}, which cannot see a link in another"
-                            f" function. Put {self.spec.name} around {outer}, or use jgd.chain"
+                            f"{self.spec.name}: params must have their own dtypes, got float32"
+                            f" copies of 16-bit leaves from {outer}, which cannot see"
+                            f" {self.spec.name} inside another function. Wrap {outer} in"
+                            f" {self.spec.name}, or use jgd.chain"
                         )
                 yield
         except TreeError as error:
@@ -219,8 +224,8 @@ class Call:
             _widened.reset(token)
 
 
-# The name of the door that made the parameters float32, and the parameters before it: a link inside
-# a user's function may need their dtypes.
+# The name of the optimizer whose door made the parameters float32, and the original parameters: a
+# link inside a user's function may need their dtypes.
 _widened = ContextVar[tuple[str, Any]]("widened", default=("", None))
 
 _OTHER_OPTIMIZER = (

@@ -1,7 +1,7 @@
-"""The dtypes at the door of an optimizer: arithmetic is float32 at least, updates come back narrow.
+"""Dtypes at the door of an optimizer: it computes in float32 at least, and returns narrow updates.
 
 wide({"w": bfloat16})                    # {"w": float32}
-narrowed(updates, gradients, params)     # in the wider precision of gradients and parameters
+narrow(updates, gradients, params)       # in the wider precision of gradients and parameters
 """
 
 import functools
@@ -13,14 +13,14 @@ import numpy as np
 
 from jgd.trees import TreeError, is_none, path_name
 
-__all__ = ["alike", "has_16_bits", "narrowed", "wide"]
+__all__ = ["has_16_bits", "narrow", "same_structure", "wide"]
 
 
 _WIDE = frozenset(map(jnp.dtype, ("float32", "float64", "complex64", "complex128")))
 
 
 def wide(tree: Any) -> Any:
-    """Return a tree with 16-bit and integer leaves as float32, so that arithmetic is too."""
+    """Return a tree with its 16-bit and integer leaves as float32."""
     try:
         return jax.tree.map(_wide_leaf, tree)
     except TypeError:
@@ -36,7 +36,7 @@ def wide(tree: Any) -> Any:
 def _wide_leaf(leaf: Any) -> Any:
     if isinstance(leaf, jax.Array) and leaf.dtype in _WIDE:
         return leaf
-    if isinstance(leaf, jax.ShapeDtypeStruct):  # `init` needs no more than shapes
+    if isinstance(leaf, jax.ShapeDtypeStruct):  # `init` needs only shapes
         wide = leaf.dtype if leaf.dtype in _WIDE else jnp.zeros([], float).dtype
         return jax.ShapeDtypeStruct(leaf.shape, wide, sharding=leaf.sharding)
     dtype = jnp.result_type(leaf)
@@ -54,25 +54,27 @@ def has_16_bits(leaf: Any) -> bool:
     return jnp.result_type(leaf) in (jnp.bfloat16, jnp.float16)
 
 
-def narrowed(new: Any, updates: Any, params: Any) -> Any:
-    """Return updates in the wider of the precisions of their gradients and parameters."""
-    if not alike(new, updates):
-        # updates that come in pairs, as the parameters of a lookahead, have the dtypes of those
-        return jax.tree.map(_narrow, new, params, params) if alike(new, params) else new
+def narrow(new: Any, updates: Any, params: Any) -> Any:
+    """Return each update in the wider of the dtypes of its gradient and parameter."""
+    if not same_structure(new, updates):
+        # updates for the pairs of parameters of a lookahead have the dtypes of the parameters
+        return (
+            jax.tree.map(_narrow_leaf, new, params, params) if same_structure(new, params) else new
+        )
     if params is not None:
         try:
-            return jax.tree.map(_narrow, new, updates, params, is_leaf=is_none)
-        except (TypeError, ValueError):  # parameters of another structure, which are not used
+            return jax.tree.map(_narrow_leaf, new, updates, params, is_leaf=is_none)
+        except (TypeError, ValueError):  # unused parameters may have another structure
             pass
-    return jax.tree.map(_narrow, new, updates, updates)
+    return jax.tree.map(_narrow_leaf, new, updates, updates)
 
 
-def alike(new: Any, old: Any) -> bool:
-    """Return whether two trees have one structure."""
+def same_structure(new: Any, old: Any) -> bool:
+    """Return whether two trees have the same structure."""
     return jax.tree.structure(new) == jax.tree.structure(old)
 
 
-def _narrow(new: Any, gradient: Any, param: Any) -> Any:
+def _narrow_leaf(new: Any, gradient: Any, param: Any) -> Any:
     if new is None:
         return None
     dtype = getattr(new, "dtype", None)
@@ -82,5 +84,6 @@ def _narrow(new: Any, gradient: Any, param: Any) -> Any:
     dtypes = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact)]
     if not dtypes:
         return new
-    dtype = jnp.finfo(functools.reduce(jnp.promote_types, dtypes)).dtype  # the real one
+    # the real dtype, also for complex leaves
+    dtype = jnp.finfo(functools.reduce(jnp.promote_types, dtypes)).dtype
     return jnp.asarray(new, jnp.result_type(dtype, 1j) if jnp.iscomplexobj(new) else dtype)

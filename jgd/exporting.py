@@ -10,9 +10,9 @@
     updates, state = step(tx, params, state)
 
 The file holds the structure of the arguments: names of factories and of state classes, and plain
-values. Reading it runs nothing that it names: a factory is looked up among those that `as_pytree`
-has decorated, a state class among those of the states that an `init` has returned. So a process
-makes the optimizer and its state before it reads the file.
+values. Reading a file runs no code from it: a factory is looked up among the factories decorated
+with `as_pytree`, a state class among the classes of the states that `init` has returned. A process
+must therefore create the optimizer and its state before it reads the file.
 """
 
 import contextlib
@@ -31,14 +31,14 @@ __all__ = ["register_factory", "register_states", "register_value"]
 
 _PLAIN = (type(None), bool, int, float, str)
 
-# Reading a file finds what stands here, and nothing else. A later factory replaces its namesake.
+# Names in a file are looked up only here. A factory replaces an earlier one of the same name.
 _factories: dict[tuple[str, ...], Spec] = {}
 _defaults: dict[str, Any] = {}
 _states: set[type] = set()
 
 
 def register_factory(spec: Spec) -> None:
-    """Register a factory by its name, and defaults that are functions or transformations."""
+    """Register a factory by its name, and those of its defaults that are not plain values."""
     _factories[_name_of(spec)] = spec
     for name, parameter in spec.signature.parameters.items():
         if type(parameter.default) not in (*_PLAIN, tuple, type):
@@ -46,7 +46,7 @@ def register_factory(spec: Spec) -> None:
 
 
 def register_value(kind: type) -> None:
-    """Register a class of values, whose structure is the factory."""
+    """Register a class of values. The structure of a value is its factory."""
     jax.export.register_pytree_node_serialization(
         kind,
         serialized_name=f"jgd.{kind.__name__}",
@@ -56,7 +56,7 @@ def register_value(kind: type) -> None:
 
 
 def register_states(state: Any) -> None:
-    """Register the classes of the named tuples in a state, those of optax and of users too."""
+    """Register the classes of the named tuples in a state, also those of optax and of users."""
     for kind in _named_tuples(state):
         if kind not in _states:
             _states.add(kind)
@@ -65,7 +65,7 @@ def register_states(state: Any) -> None:
 
 
 def _named_tuples(tree: Any) -> set[type]:
-    """Return the classes of the named tuples that a tree is made of."""
+    """Return the classes of the named tuples in a tree."""
     kinds = set[type]()
 
     def visit(node: Any) -> bool:
@@ -85,7 +85,7 @@ def _path_of(thing: Any) -> str:
 
 
 def _name_of(spec: Spec) -> tuple[str, ...]:
-    """Return the name of a factory, and what `as_pytree` was told about its parameters."""
+    """Return the path of a factory and the arguments `structure` and `numbers` of `as_pytree`."""
     return _path_of(spec.factory), *sorted(spec.structure), "", *sorted(spec.numbers)
 
 
@@ -93,8 +93,8 @@ def _find(blob: bytes) -> Spec:
     name = tuple(json.loads(blob))
     if name not in _factories:
         raise ValueError(
-            f"jax.export: {name[0]} must be decorated with jgd.as_pytree before the file is read,"
-            " got no such factory. Make the optimizer first"
+            f"jax.export: the file needs the factory {name[0]}, which is not registered. Create"
+            " the optimizer before you deserialize the file"
         )
     return _factories[name]
 
@@ -103,7 +103,7 @@ def _find(blob: bytes) -> Spec:
 
 
 def _encode(label: str, value: Any) -> Any:
-    """Return structure as JSON: containers and dtypes as one-entry objects."""
+    """Return structure as JSON: tuples, dicts and dtypes become objects with one entry."""
     several = lambda items: [_encode(label, item) for item in items]
     if type(value) in _PLAIN:
         return value
@@ -120,7 +120,7 @@ def _encode(label: str, value: Any) -> Any:
             return {"default": name}
     raise TypeError(
         f"{label} must be made by a factory of jgd or be plain (None, bool, number, string, dtype,"
-        f" tuple, list, dict) for jax.export, got {brief(value)}. Otherwise make the optimizer"
+        f" tuple, list, dict) for jax.export, got {brief(value)}. You can also create the optimizer"
         " inside the exported function"
     )
 

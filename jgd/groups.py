@@ -1,8 +1,8 @@
-"""Other treatment for other parameters: groups, learning rates by path, learning rates by width.
+"""Groups of parameters: optimizers by path, learning rates by path, learning rates by width.
 
-A pattern is a glob over the path of a parameter, its keys joined by slashes: "*/bias" is every
-bias, at the top as well, "embed/*" all below embed, "layers/0/*" all of the first layer. The
-`value` that ends the paths of flax nnx does not count.
+A pattern is a glob over the path of a parameter, whose keys are joined by slashes: "*/bias" matches
+every bias, also at the top level, "embed/*" all parameters below embed, "layers/0/*" those of the
+first layer. The `value` at the end of a path of flax nnx is ignored.
 """
 
 import fnmatch
@@ -26,91 +26,97 @@ _REST = "//the rest"  # no path begins with two slashes
 
 
 def paths(tree: Any) -> tuple[list[str], Any]:
-    """The path of each leaf, None among them, and the structure."""
+    """Return the path of each leaf, with None as a leaf, and the structure."""
     pairs, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
     name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
     return [name(path).removesuffix("/value") for path, _ in pairs], structure
 
 
 def _matches(name: str, pattern: str) -> bool:
-    at_the_top = pattern.startswith("*/") and fnmatch.fnmatchcase(name, pattern[2:])
-    return at_the_top or fnmatch.fnmatchcase(name, pattern)
+    at_top_level = pattern.startswith("*/") and fnmatch.fnmatchcase(name, pattern[2:])
+    return at_top_level or fnmatch.fnmatchcase(name, pattern)
 
 
 def _labels(tree: Any, patterns: list[str]) -> Any:
-    """For each leaf the first pattern that matches its path."""
+    """Return, for each leaf, the first pattern that matches its path."""
     names, structure = paths(tree)
-    found = [next((p for p in patterns if _matches(name, p)), _REST) for name in names]
+    labels = [next((p for p in patterns if _matches(name, p)), _REST) for name in names]
     for pattern in patterns if names else []:
-        if pattern not in found:
-            taken = any(_matches(name, pattern) for name in names)
+        if pattern not in labels:
+            shadowed = any(_matches(name, pattern) for name in names)
             known = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-            why = "earlier patterns take all" if taken else f"there are: {known}"
-            raise TreeError(f"no parameter matches {pattern!r}; {why}")
-    return structure.unflatten(found)
+            reason = (
+                "earlier patterns match its parameters first"
+                if shadowed
+                else f"the parameters are {known}"
+            )
+            raise TreeError(f"no parameter matches {pattern!r}; {reason}")
+    return structure.unflatten(labels)
 
 
 def matching(tree: Any, pattern: str) -> list[bool]:
-    """For each leaf whether its path matches; raises TreeError if none does."""
+    """Return, for each leaf, whether its path matches. Raises TreeError if none does."""
     return [label == pattern for label in jax.tree.leaves(_labels(tree, [pattern]))]
 
 
 @as_pytree
 def param_groups(default: GradientTransformation, groups: Links) -> GradientTransformation:
-    """An optimizer for each group of parameters, chosen by their paths.
+    """Update each group of parameters with its own optimizer, chosen by path.
 
         param_groups(adamw(1e-3), {"*/bias": adam(1e-3), "embed/*": set_to_zero()})
 
     Args:
       default: the optimizer of parameters that no pattern matches.
-      groups: the optimizer of the parameters whose path matches a pattern; the first that matches
-        counts. `set_to_zero()` freezes a group and keeps no memory for it.
+      groups: pattern -> optimizer of the parameters whose path matches. The first pattern that
+        matches counts. `set_to_zero()` freezes a group without any memory for it.
 
     State: `optax.PartitionState`, with the state of each group under its pattern.
     Raises: ValueError in `init` and `update` for a pattern that matches no parameter.
-    Differs from: `optax.partition`, whose labels are a tree. Rules that look at the whole tree,
-      such as clipping by the global norm, see one group each.
+    Differs from: `optax.partition`, whose labels are a tree. As there, a rule over the whole tree,
+      such as clipping by the global norm, sees only its own group.
     """
     labels = lambda tree: _labels(tree, list(groups))
     return partition({_REST: default, **groups}, labels)
 
 
 def scale_by_path(factors: Mapping[str, Any]) -> GradientTransformation:
-    """u = factor g, with the factor of the first pattern that matches the path, 1 if none does.
+    """u = factor g, with the factor of the first pattern that matches the path, else 1.
 
         chain(adamw(1e-3), scale_by_path({"embed/*": 0.1, "*/bias": 2.0}))
 
     Args:
-      factors: a number or a schedule for each pattern.
+      factors: pattern -> number or schedule.
 
     State: `optax.PartitionState` without memories.
     Raises: ValueError in `init` and `update` for a pattern that matches no parameter.
-    Differs from: `param_groups`, of which it is the short form for learning rates.
+    Differs from: `param_groups`; this is its short form for learning rates.
     """
     if not isinstance(factors, Mapping):
-        raise TypeError(f"scale_by_path: factors must be a dict of patterns, got {factors!r}")
+        raise TypeError(
+            f"scale_by_path: factors must be a dict from patterns to factors, got {factors!r}"
+        )
     return param_groups(identity(), {pattern: scale(f) for pattern, f in factors.items()})
 
 
 def scale_by_width(
     base: Any, *, rule: Literal["adam", "sgd"] = "adam", output_axis: int = -1
 ) -> GradientTransformation:
-    """Learning rates by width (muP), so that the best rate of a narrow net is that of a wide one.
+    """Scale updates by layer width (muP): the best learning rate carries over to wider nets.
 
         u = g fan_in(base) / fan_in,  and for "sgd" times fan_out / fan_out(base)
 
     Args:
-      base: the parameters of the net at the width where the rate was found, or their shapes: a tree
+      base: the parameters of the net at the width where the rate was tuned, or their shapes: a tree
         of arrays or `jax.ShapeDtypeStruct`s with the same paths.
-      rule: "adam" (default) for updates whose size does not follow the gradient's, "sgd" for those
-        that are proportional to it.
-      output_axis: the axis of an array that counts its outputs, -1 (default) for kernels of flax, 0
-        for those of equinox and PyTorch; all others count its inputs, and vectors have one input.
-        Where outputs have several axes (heads of attention), say the factor by `scale_by_path`.
+      rule: "adam" (default) for updates whose size does not depend on the size of the gradient,
+        "sgd" for updates that are proportional to it.
+      output_axis: the axis over the outputs of an array: -1 (default) for kernels of flax, 0 for
+        those of equinox and PyTorch. All other axes are inputs, and a vector has one input. If the
+        outputs have several axes (attention heads), set the factor with `scale_by_path`.
 
     State: `EmptyState`.
-    Raises: ValueError in `update` for a parameter that `base` lacks, or has with other axes.
-    Differs from: `scale_by_path`, whose factors are yours. The other half of muP is the
+    Raises: ValueError in `update` for a parameter that `base` lacks, or has with another rank.
+    Differs from: `scale_by_path`, whose factors you choose. The other half of muP is the
       initialisation: variance 1 / fan_in, and 1 / fan_in^2 (or zeros) for the last layer.
     Source: Yang et al. 2022, tables 3 and 8, arXiv:2203.03466.
     """
@@ -124,7 +130,7 @@ def scale_by_width(
 def _scale_by_width(
     base: Structure, *, rule: Literal["adam", "sgd"], output_axis: Structure
 ) -> GradientTransformation:
-    then = dict(base)
+    base_shapes = dict(base)
 
     def fans(shape: tuple[int, ...]) -> tuple[int, int]:
         outputs = shape[output_axis] if shape else 1
@@ -133,12 +139,13 @@ def _scale_by_width(
     def scaled(name: str, g: Any) -> Any:
         if g is None:
             return None
-        if name not in then or len(then[name]) != g.ndim:
+        shape = base_shapes.get(name)
+        if shape is None or len(shape) != g.ndim:
             raise TreeError(
-                f"the parameter {name} of shape {g.shape} is not in base, or has other"
-                f" axes there: {then.get(name)}"
+                f"base must have the parameter {name} with as many axes as shape {g.shape}, got"
+                f" {'no such parameter' if shape is None else f'shape {shape}'}"
             )
-        (inputs, outputs), (base_inputs, base_outputs) = fans(g.shape), fans(then[name])
+        (inputs, outputs), (base_inputs, base_outputs) = fans(g.shape), fans(shape)
         growth = outputs / base_outputs if rule == "sgd" else 1.0
         return g * (growth * base_inputs / inputs)
 

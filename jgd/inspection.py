@@ -1,6 +1,6 @@
-"""Optimizers at the step of a state: each schedule replaced by its value.
+"""Optimizers at the step of a state: each schedule is replaced by its value.
 
-jgd.now(tx, state).learning_rate     # what is my learning rate now?
+jgd.now(tx, state).learning_rate     # the learning rate of the next update
 """
 
 from collections.abc import Iterator
@@ -22,33 +22,33 @@ __all__ = ["now"]
 def now(tx: Transformation, state: optax.OptState) -> Any:
     """Return the optimizer with its schedules evaluated at the step of its state.
 
-        jgd.now(tx, state).learning_rate     # what is my learning rate now?
-        jax.vmap(jgd.now)(lanes, states)     # and those of a batch of optimizers
+        jgd.now(tx, state).learning_rate     # the learning rate of the next update
+        jax.vmap(jgd.now)(lanes, states)     # the same for a batch of optimizers
 
-    An optimizer inside another one has a step of its own: inside `accumulate`, for example, it
-    counts updates, not gradients. Schedules that are not arguments stay as they are: those inside
-    links of optax, and those that the body of a factory creates.
+    An optimizer inside another one has its own step: inside `accumulate`, for example, it counts
+    updates, not gradients. Schedules that are not arguments are not evaluated: schedules inside
+    links of optax, and schedules that the body of a factory creates.
 
     Args:
       tx: an optimizer of jgd.
-      state: its state. The step is that of the next update, 0 in a state that `init` returned. Only
-        the learning rates of `schedule_free` and its kin start at 1, as their averages read them.
+      state: its state. The step is the step of the next update, 0 in a state from `init`. Only the
+        schedule of a learning rate of `schedule_free` and its variants starts at step 1.
 
     Returns: an optimizer of the same factory, with numbers in place of schedules.
-    Raises: TypeError if `tx` is not an optimizer of jgd, TreeError if the state is not that of it.
+    Raises: TypeError if `tx` is not an optimizer of jgd, TreeError if `state` is not its state.
     """
     if not isinstance(tx, Transformation):
         raise TypeError(f"now: tx must be an optimizer of jgd, got {tx!r}")
     at_step = _at_step(tx, state, False)
     if at_step is None:
-        raise TreeError(f"state must be that of {tx!r}, got {type(state).__name__}", "now")
+        raise TreeError(f"state must be a state of {tx!r}, got {type(state).__name__}", "now")
     return at_step
 
 
 def _at_step(tx: Any, state: Any, layered: bool) -> Any:
-    """Return a link with its schedules evaluated, or None if the state is not that of the link.
+    """Return a link with its schedules evaluated, or None if `state` is not a state of the link.
 
-    With `layered` the arrays of the state have a leading axis of layers, as below `per_layer`.
+    With `layered`, the arrays of the state have a leading axis over layers, as in `per_layer`.
     """
     if not _follows_schedules(tx):
         return tx
@@ -58,12 +58,12 @@ def _at_step(tx: Any, state: Any, layered: bool) -> Any:
         if not isinstance(state, SteppedState | ScheduledState):
             return None
         step, state = state
-    lazy_step = getattr(state, "step_count", None)  # of `schedule_free`
+    lazy_step = getattr(state, "step_count", None)  # as in `schedule_free`
     if spec.own and lazy_step is None and any(_is_lazy(*pair) for pair in _arguments(tx)):
         return None
-    below = layered or spec == spec_of(per_layer)
-    pairs = zip([link for _, link in _links(tx)], _places(tx, state), strict=True)
-    links = [_search(link, place, below) for link, place in pairs]
+    in_layers = layered or spec == spec_of(per_layer)
+    pairs = zip([link for _, link in _links(tx)], _state_parts(tx, state), strict=True)
+    links = [_search(link, part, in_layers) for link, part in pairs]
     if any(link is None for link in links):
         return None
 
@@ -87,17 +87,17 @@ def _at_step(tx: Any, state: Any, layered: bool) -> Any:
 
 
 def _search(link: Any, state: Any, layered: bool) -> Any:
-    """Return a link at its step, by the first node of a state that is the state of the link."""
+    """Return a link with its schedules evaluated, at the first node that is a state of the link."""
     at_step = _at_step(link, state, layered)
     for node in _children(state) if at_step is None else ():
         at_step = _search(link, node, layered) if at_step is None else at_step
     return at_step
 
 
-def _places(tx: Transformation, state: Any) -> list[Any]:
-    """Return for each link of `tx` the part of its state that holds the state of the link."""
+def _state_parts(tx: Transformation, state: Any) -> list[Any]:
+    """Return, for each link of `tx`, the part of the state that holds the state of the link."""
     names = [name for name, _ in _links(tx)]
-    if any(names):  # of `param_groups`: the link without a name has the parameters that are left
+    if any(names):  # `param_groups`: the link without a name updates the remaining parameters
         groups = getattr(state, "inner_states", {})
         rest = next((key for key in groups if key not in names), None)
         return [groups.get(rest if name is None else name) for name in names]
@@ -116,7 +116,7 @@ def _arguments(tx: Transformation) -> Iterator[tuple[Kind, Any]]:
 
 
 def _links(tx: Transformation) -> list[tuple[str | None, Any]]:
-    """Return the links in the arguments of an optimizer, with their names where they have some."""
+    """Return the links in the arguments of an optimizer as (name or None, link)."""
     links: list[tuple[str | None, Any]] = []
     for kind, arg in _arguments(tx):
         if isinstance(kind, LinksKind):

@@ -19,13 +19,13 @@ __all__ = ["lane", "stack"]
 
 
 def stack(settings: Sequence[Any]) -> Any:
-    """Return settings of one structure as lanes: each leaf with a leading axis of `len(settings)`.
+    """Return settings as lanes of one batch: each leaf has a leading axis of `len(settings)`.
 
     Args:
-      settings: optimizers (or any pytrees of numbers) that differ in their numbers only.
+      settings: optimizers (or any pytrees of numbers) that differ only in their numbers.
 
     Raises:
-      ValueError: if there are none, or their structures differ: those are groups, not lanes.
+      ValueError: if the list is empty, or the structures differ: such settings are groups.
     """
     if not isinstance(settings, list | tuple) or isinstance(settings, optax.GradientTransformation):
         refuse("stack: settings", "a list of settings", settings)
@@ -37,10 +37,10 @@ def stack(settings: Sequence[Any]) -> Any:
     for index, structure in enumerate(structures):
         if structure != structures[0]:
             raise ValueError(
-                f"stack: setting {index} has another structure than setting 0, got"
-                f" {brief(settings[index])} beside {brief(settings[0])}. Sweep it as a group of its"
-                " own, or lift links of optax with jgd.as_pytree, so that their numbers are leaves,"
-                " and give all settings the same function objects"
+                f"stack: settings must have one structure, got {brief(settings[0])} as setting 0,"
+                f" {brief(settings[index])} as setting {index}. Sweep them as two groups, or lift"
+                " links of optax with jgd.as_pytree, so that their numbers are leaves, and pass the"
+                " same function objects to all settings"
             )
     for number in zip(*map(jax.tree.leaves, settings), strict=True):
         if len(shapes := {np.shape(x) for x in number}) > 1:
@@ -49,7 +49,7 @@ def stack(settings: Sequence[Any]) -> Any:
 
 
 def check_numbers(function: str, setting: Any, what: str = "a setting") -> None:
-    """Raise TypeError for leaves that are no numbers: functions, as in an optimizer of optax."""
+    """Raise TypeError for leaves that are not numbers, such as functions of optax optimizers."""
     hides = lambda x: any(map(callable, jax.tree.leaves(x)))
     if hides(setting):
         of_optax = lambda x: isinstance(x, optax.GradientTransformation) and hides(x)
@@ -72,7 +72,7 @@ def check_numbers(function: str, setting: Any, what: str = "a setting") -> None:
 
 
 def length(function: str, lanes: Any) -> int:
-    """Return the number of lanes in a batch. Raises ValueError for one setting, or unlike ones."""
+    """Return the number of lanes in a batch. Raises ValueError if it has no common leading axis."""
     check_numbers(function, lanes)
     sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(lanes)}
     if len(sizes) != 1 or () in sizes:
@@ -86,7 +86,7 @@ def length(function: str, lanes: Any) -> int:
 
 def lane(lanes: Any, index: int) -> Any:
     """Return lane `index` of a batch: each leaf without its leading axis. Inverts `stack`."""
-    lanes_in, index = length("lane", lanes), admit("lane: index", index, int)
-    if not -lanes_in <= index < lanes_in:
-        raise IndexError(f"lane {index} of {lanes_in} lanes")
+    count, index = length("lane", lanes), admit("lane: index", index, int)
+    if not -count <= index < count:
+        raise IndexError(f"lane: index must be in [{-count}, {count - 1}], got {index}")
     return jax.tree.map(lambda x: x[index], lanes)

@@ -1,8 +1,8 @@
-"""Optimizers of jgd inside flax nnx: the numbers are Variables, so a new rate does not retrace.
+"""Optimizers of jgd in flax nnx: their numbers are Variables, so a new rate does not retrace.
 
 optimizer = jgd.nnx.Optimizer(model, jgd.adam(1e-3), wrt=nnx.Param)
 optimizer.update(model, grads)                              # inside nnx.jit, as in flax
-optimizer.tx = optimizer.tx._replace(learning_rate=1e-4)    # the same compiled program
+optimizer.tx = optimizer.tx._replace(learning_rate=1e-4)    # does not retrace
 """
 
 from typing import Any
@@ -24,24 +24,24 @@ class Number(nnx.OptState):
 
 
 class Optimizer(nnx.Optimizer[Any]):
-    """`flax.nnx.Optimizer` whose optimizer holds its numbers as Variables.
+    """A `flax.nnx.Optimizer` that holds the numbers of its optimizer as Variables.
 
         result = jgd.sweep(task, jgd.grid(jgd.adam, learning_rate=rates), steps)
         optimizer = jgd.nnx.Optimizer(model, result.best, wrt=nnx.Param)
 
-    `nnx.state`, `nnx.split` and checkpoints hold the numbers under `numbers`, as `Number`, which is
-    an `nnx.OptState`.
+    `nnx.state`, `nnx.split` and checkpoints contain the numbers under `numbers`, as `Number`, a
+    subclass of `nnx.OptState`.
 
     Args:
       model: a module of flax.
-      tx: an optimizer of jgd, with floats or arrays as numbers, a setting that holds one, or the
-        best of a sweep. Its state begins anew.
-      wrt: which Variables are trained, as in flax.
+      tx: an optimizer of jgd with floats or arrays as numbers, a setting that contains one, or the
+        best of a sweep. The state of the optimizer is initialized.
+      wrt: filter for the trained Variables, as in flax.
       options: other arguments of `flax.nnx.Optimizer`.
 
-    Raises: TypeError for an optimizer that is not a pytree of its numbers, such as one of optax.
+    Raises: TypeError for an optimizer that is not a pytree of its numbers, such as optax's.
     Differs from: `flax.nnx.Optimizer`, which holds the optimizer as structure: it refuses arrays as
-      numbers, and another learning rate compiles `nnx.jit` again.
+      numbers, and `nnx.jit` retraces for another learning rate.
     """
 
     def __init__(self, model: Any, tx: Any, *, wrt: Any, **options: Any) -> None:
@@ -51,7 +51,7 @@ class Optimizer(nnx.Optimizer[Any]):
 
     @property
     def tx(self) -> optax.GradientTransformationExtraArgs:
-        """The optimizer, with arrays as numbers. Assign another one to change the numbers."""
+        """The optimizer, with arrays as numbers. Assign another optimizer to change them."""
         return jax.tree.map(lambda number: number[...], self.numbers, is_leaf=_is_number)
 
     def __setattr__(self, name: str, value: Any) -> None:

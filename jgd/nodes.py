@@ -1,7 +1,7 @@
-"""Nodes of the stored form of a call: structure that has no leaves, and links by name.
+"""Pytree nodes of the stored form of a call: `Static` for structure, `Named` for links by name.
 
-jax.tree.leaves(Static("float32"))      # []: compared and hashed by value
-Named(["body", "head"], [adam, sgd])    # keeps its order, where JAX sorts the keys of a dict
+jax.tree.leaves(Static("float32"))      # []: the value is compared and hashed instead
+Named(["body", "head"], [adam, sgd])    # keeps this order; JAX sorts the keys of a dict
 """
 
 import contextlib
@@ -18,9 +18,9 @@ __all__ = ["Named", "Static", "brief", "is_entry", "is_schedule", "show", "unwra
 
 
 class Static:
-    """A node without leaves: structure, compared and hashed by value (dtypes, masks, arrays).
+    """A node without leaves: structure (dtypes, masks, arrays), compared and hashed by value.
 
-    `label` names the argument in errors, such as "adamw: mask". It has no part in comparisons.
+    `label` names the argument in errors, such as "adamw: mask". Comparisons ignore it.
     """
 
     __slots__ = ("key", "label", "value")
@@ -57,7 +57,8 @@ jax.tree_util.register_pytree_node(Static, _flatten_static, _unflatten_static)
 
 
 def _static_key(value: Any) -> Any:
-    # The tag keeps keys of different kinds apart; older treedefs raise when compared with others.
+    # The tag keeps keys of different kinds apart: treedefs of older jax raise when compared with
+    # other types.
     if isinstance(value, np.ndarray | jax.Array) and not isinstance(value, jax.core.Tracer):
         if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
             with jax.ensure_compile_time_eval():  # the values of a key are known inside jit too
@@ -74,7 +75,7 @@ def _static_key(value: Any) -> Any:
 
 
 class Named(Mapping[str, Any]):
-    """Links by name: a mapping that keeps its order where JAX would sort a dict by its keys."""
+    """Links by name: a mapping that keeps its order, whereas JAX sorts a dict by its keys."""
 
     __slots__ = ("links", "names")
 
@@ -107,7 +108,7 @@ jax.tree_util.register_pytree_with_keys(Named, _flatten_named_with_keys, Named, 
 
 
 def unwrap(arg: Any) -> Any:
-    """Return the value of a `Static`, and anything else as it is."""
+    """Return the value of a `Static`, and any other argument unchanged."""
     return arg.value if isinstance(arg, Static) else arg
 
 
@@ -123,7 +124,7 @@ def is_entry(arg: Any) -> bool:
 
 
 def show(arg: Any) -> str:
-    """Return the repr of the stored form of an argument: numbers as Python writes them."""
+    """Return the repr of the stored form of an argument, with numbers as Python floats."""
     if isinstance(arg, jax.core.Tracer | np.ndarray | jax.Array | np.generic):
         if isinstance(arg, jax.core.Tracer) or arg.ndim > 0:
             return f"{arg.dtype}[{','.join(map(str, arg.shape))}]"
@@ -138,7 +139,7 @@ def show(arg: Any) -> str:
 
 
 def brief(value: Any) -> str:
-    """Return how an error names a value: on one line, and not at length."""
+    """Return the repr of a value for an error: one line of at most 120 characters."""
     if isinstance(value, optax.GradientTransformation):
         text = repr(Static(value) if any(map(callable, jax.tree.leaves(value))) else value)
     elif callable(value) and hasattr(value, "__name__"):
@@ -151,11 +152,17 @@ def brief(value: Any) -> str:
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
-NUMERIC = (float, int, np.number, np.ndarray, jax.Array)  # bool is an int: tested before
+NUMERIC = (
+    float,
+    int,
+    np.number,
+    np.ndarray,
+    jax.Array,
+)  # bool is an int: test for it first
 
 
 def is_number(value: Any) -> bool:
-    """Return whether `value` is a real number or an array of them: no bool, nothing complex."""
+    """Return whether `value` is a real number or an array of real numbers; False for bools."""
     if isinstance(value, bool | np.bool_ | complex | np.complexfloating):
         return False
     if isinstance(value, np.ndarray | jax.Array):
@@ -163,25 +170,25 @@ def is_number(value: Any) -> bool:
     return isinstance(value, NUMERIC)
 
 
-def held_by(
+def captured_by(
     function: Callable[..., Any], depth: int = 4, is_leaf: Callable[[Any], bool] | None = None
 ) -> Iterator[Any]:
-    """Yield the leaves of what a closure or a method holds, and of what the closures in it hold."""
+    """Yield the leaves that a closure or a method captures, and those of closures among them."""
     functions, known = {id(function): function}, dict[int, Any]()
     for _ in range(depth + 1):
-        known |= functions  # kept alive, so that no id is reused
-        leaves = [leaf for f in functions.values() for leaf in _held(f, is_leaf)]
+        known |= functions  # keeps them alive, so that no id is reused
+        leaves = [leaf for f in functions.values() for leaf in _captured(f, is_leaf)]
         yield from leaves
         functions = {id(x): x for x in leaves if callable(x) and id(x) not in known}
 
 
-def _held(function: Callable[..., Any], is_leaf: Callable[[Any], bool] | None) -> Iterator[Any]:
-    held = list(getattr(getattr(function, "__self__", None), "__dict__", {}).values())
+def _captured(function: Callable[..., Any], is_leaf: Callable[[Any], bool] | None) -> Iterator[Any]:
+    captured = list(getattr(getattr(function, "__self__", None), "__dict__", {}).values())
     for cell in getattr(function, "__closure__", None) or ():
-        with contextlib.suppress(ValueError):  # a name that is not bound yet
-            held.append(cell.cell_contents)
-    for value in held:
+        with contextlib.suppress(ValueError):  # the variable is not bound yet
+            captured.append(cell.cell_contents)
+    for value in captured:
         try:
             yield from jax.tree.leaves(value, is_leaf)
-        except (TypeError, ValueError):  # a dict whose keys have no order
+        except (TypeError, ValueError):  # JAX cannot sort the keys of a dict
             yield value

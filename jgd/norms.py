@@ -1,4 +1,4 @@
-"""Transformations that look at an array as a whole: its norm, or the mean of its gradient."""
+"""Transformations that depend on a whole array: its norm, or the mean of its gradient."""
 
 from typing import Any
 
@@ -28,12 +28,12 @@ def norm(x: Any) -> Any:
 
 @formula
 def rms_norm(x: Any) -> Any:
-    """Return the root mean square of all entries, with derivative 0 at 0; 0 for no entries."""
+    """Return the root mean square of all entries, with derivative 0 at 0; 0 for an empty x."""
     return safe_sqrt(jnp.sum(abs_square(x)) / max(x.size, 1))
 
 
 def _by_params(f: Any) -> GradientTransformation:
-    """Return the transformation without memory of `f(g, p)` on each leaf."""
+    """Return the stateless transformation of each leaf by `f(g, p)`."""
     return stateless(lambda updates, params: leafwise(f, updates, with_params(params)))
 
 
@@ -42,8 +42,8 @@ def centralize(*, output_axis: Structure = 0) -> GradientTransformation:
     """u = g - mean(g) over all axes but one, where there are two or more: gradient centralisation.
 
     Args:
-      output_axis: the axis that counts the outputs of a layer: 0 (default, as optax's and PyTorch's
-        layout), or -1 for kernels of flax, so that the weights into each output keep their sum.
+      output_axis: the axis over the outputs of a layer: 0 (default, the layout of optax and
+        PyTorch), or -1 for kernels of flax. The weights into each output keep their sum.
 
     State: `EmptyState`.
     Source: Yong et al. 2020, equation 1, arXiv:2004.01461.
@@ -51,7 +51,7 @@ def centralize(*, output_axis: Structure = 0) -> GradientTransformation:
 
     def centred(g: Any) -> Any:
         if not -g.ndim <= output_axis < g.ndim:
-            raise TreeError(f"centralize: output_axis {output_axis} of an array of {g.ndim} axes")
+            raise TreeError(f"output_axis must be in [{-g.ndim}, {g.ndim - 1}], got {output_axis}")
         axes = tuple(axis for axis in range(g.ndim) if axis != output_axis % g.ndim)
         return g - g.mean(axes, keepdims=True)
 
@@ -65,13 +65,13 @@ def scale_by_trust_ratio(
     """u = g trust_coefficient ||p|| / (||g|| + eps) for each leaf, and g where a norm is 0.
 
     Args:
-      min_norm: at least 0; norms below it count as it.
+      min_norm: at least 0; smaller norms are replaced by it.
       trust_coefficient: any number, 1 by default.
       eps: at least 0, added to the norm of g.
 
     State: `EmptyState`.
     Raises: ValueError in `update` if no parameters are given.
-    Differs from: `optax.clip_by_block_rms`, which only shortens.
+    Differs from: `optax.clip_by_block_rms`, which never increases an update.
     Source: You, Gitman & Ginsburg 2017, algorithm 1, arXiv:1708.03888.
     """
 

@@ -1,20 +1,20 @@
-"""One trick carries jgd: a call of a factory becomes a pytree of its numbers.
+"""`as_pytree`: a call of a factory returns a pytree of its numbers.
 
-`as_pytree` turns an ordinary factory (numbers and structure in, `init` and `update` out) into one
-whose result still is a `GradientTransformationExtraArgs` and is a pytree as well: its leaves are
-the numbers of the call, everything else is structure.
+A factory takes numbers and structure and returns `init` and `update`. Decorated with `as_pytree`,
+it returns a `GradientTransformationExtraArgs` that is a pytree as well: its leaves are the numbers
+of the call, and all other arguments are structure.
 
     tx = adam(1e-3)                             # adam(learning_rate=0.001, b1=0.9, ...)
     jax.tree.leaves(tx)                         # [0.001, 0.9, 0.999, 1e-08, 0.0]
-    jax.jit(step)(tx, params, state)            # another learning rate: the same program
+    jax.jit(step)(tx, params, state)            # another learning rate does not retrace
     jax.vmap(adam)(jnp.logspace(-4, -1, 64))    # 64 optimizers: each leaf has a lane axis
     jax.grad(final_loss)(tx)                    # hypergradients, shaped like the optimizer
 
-Schedules are values in the same way, callables that are pytrees of their numbers, and any number
-of an optimizer may be one. So are monitors, pairs `(init, update)` over a metric.
+Schedules are callables that are pytrees of their numbers, and any number of an optimizer may be a
+schedule. Monitors, pairs `(init, update)` over a metric, are pytrees of their numbers as well.
 
-The trick applies once, where a user calls `update` (`jgd.door`). Behind that door the bodies of
-jgd's own factories call one another as plain functions, and what they return are plain pairs.
+Numbers, schedules and dtypes are converted once, where a user calls `update` (`jgd.door`). The
+bodies of jgd's own factories call one another as plain functions, which return plain pairs.
 """
 
 import collections.abc
@@ -30,15 +30,15 @@ import numpy as np
 import optax
 
 from jgd.arguments import (
-    How,
     NumberKind,
     NumbersKind,
+    Resolver,
     StructureKind,
     concrete_scalar,
     exact_scalar,
     scalar,
 )
-from jgd.calls import NEEDS_A_VALUE, NONE, Spec, extended, name_structure, plainly, running
+from jgd.calls import NEEDS_A_VALUE, NO_BODY, Spec, extended, name_structure, plainly, running
 from jgd.door import Call, ScheduledState, SteppedState
 from jgd.exporting import register_factory, register_value
 from jgd.nodes import brief, show, unwrap
@@ -61,13 +61,13 @@ P = ParamSpec("P")
 
 
 class _Value:
-    """What transformations, schedules and monitors share as values of a call."""
+    """Base class of transformations, schedules and monitors: the value of a factory call."""
 
     _call: Call
 
     @classmethod
     def of_call(cls, spec: Spec, args: Iterable[Any]) -> Self:
-        """Return the value of a call in its stored form. JAX unflattens with it: no checks."""
+        """Return the value of a call from its stored form. JAX unflattens with it, so unchecked."""
         raise NotImplementedError
 
     def __eq__(self, other: object) -> bool:
@@ -92,7 +92,7 @@ class _Value:
             object.__setattr__(self, name, value)
             return
         raise AttributeError(
-            f"{self._call.spec.name} is immutable: use tx._replace({name}=...) for another number"
+            f"{self._call.spec.name} is immutable. Use tx._replace({name}=...) to change a number"
         )
 
     def __repr__(self) -> str:
@@ -128,10 +128,11 @@ class _Value:
 
 
 class Transformation(_Value, optax.GradientTransformationExtraArgs):
-    """A gradient transformation that is a pytree of its numbers: what jgd's factories return.
+    """A gradient transformation that is a pytree of its numbers. jgd's factories return it.
 
-    An ordinary `(init, update)` pair to optax. Its arguments are attributes (`tx.learning_rate`),
-    `tx._replace(learning_rate=...)` is the same optimizer with other numbers.
+    It is an ordinary `(init, update)` pair for optax. Its arguments are attributes
+    (`tx.learning_rate`), and `tx._replace(learning_rate=...)` returns the same optimizer with other
+    numbers.
     """
 
     @classmethod
@@ -142,14 +143,14 @@ class Transformation(_Value, optax.GradientTransformationExtraArgs):
         return self
 
     def _replace(self, **changes: Any) -> Any:
-        if changes and {"init", "update"}.issuperset(changes):  # no longer a call of the factory
+        if changes and {"init", "update"}.issuperset(changes):  # no call of the factory
             pair = optax.GradientTransformationExtraArgs(self.init, self.update)
             return pair._replace(**changes)
         return self._replaced(changes)
 
 
 class Schedule(_Value):
-    """A function of the step that is a pytree of its numbers: what jgd's schedules return."""
+    """A function of the step that is a pytree of its numbers. jgd's schedules return it."""
 
     @classmethod
     def of_call(cls, spec: Spec, args: Iterable[Any]) -> Self:
@@ -158,14 +159,14 @@ class Schedule(_Value):
         return self
 
     def __call__(self, step: Any) -> jax.Array:
-        """Return the value at a step: an integer, a traced one, or an array of steps."""
+        """Return the value at `step`: an integer, a traced integer, or an array of steps."""
         spec, args = self._call.spec, self._call.args
         try:
             with np.errstate(all="ignore"):
                 with plainly(spec.own):
-                    schedule = spec.body(args, How(concrete_scalar if spec.own else scalar))
+                    schedule = spec.body(args, Resolver(concrete_scalar if spec.own else scalar))
                 value = schedule(step)
-            # a user's function may return NumPy's float64 for NumPy's scalars
+            # given NumPy scalars, a user's function inside may return NumPy's float64
             return jnp.asarray(value, float) if spec.own else value
         except NEEDS_A_VALUE as error:
             name_structure(error, spec, args, lambda schedule: schedule(step))
@@ -176,14 +177,14 @@ class Schedule(_Value):
 
 
 class MonitorPair(NamedTuple):
-    """A pair that decides from one number after another, such as a loss."""
+    """A pair `(init, update)` that makes a decision for each value of a metric, such as a loss."""
 
-    init: Callable[..., Any]  # what to start from, such as a learning rate -> state
+    init: Callable[..., Any]  # initial values, such as a learning rate -> state
     update: Callable[[Any, Any], tuple[Any, Any]]  # (metric, state) -> (decision, state)
 
 
 class Monitor(_Value, MonitorPair):
-    """A pair over a metric that is a pytree of its numbers: what jgd's callbacks return."""
+    """A `MonitorPair` that is a pytree of its numbers. Factories in `jgd.stopping` return it."""
 
     @classmethod
     def of_call(cls, spec: Spec, args: Iterable[Any]) -> Self:
@@ -191,12 +192,12 @@ class Monitor(_Value, MonitorPair):
         label = lambda name: f"{spec.name}: {name}"
 
         def pair() -> MonitorPair:
-            # outside jit decimals keep their digits until they are compared
-            return spec.body(call.args, How(exact_scalar))
+            # outside jit, numbers stay float64 until they are compared
+            return spec.body(call.args, Resolver(exact_scalar))
 
         def init(*start: Any, **named: Any) -> Any:
             named = {name: scalar(label(name), x) for name, x in named.items()}
-            return pair().init(*(scalar(label("the start"), x) for x in start), **named)
+            return pair().init(*(scalar(label("initial value"), x) for x in start), **named)
 
         def update(metric: Any, state: Any) -> tuple[Any, Any]:
             metric = np.float64(metric) if isinstance(metric, float | int | np.number) else metric
@@ -214,7 +215,7 @@ class Monitor(_Value, MonitorPair):
 
 
 def call_of(value: Any) -> Call:
-    """Return the factory and the arguments behind a value."""
+    """Return the `Call`, the factory and its stored arguments, of a value."""
     return value._call
 
 
@@ -261,7 +262,7 @@ def as_pytree(
     check: Callable[[Any], None] | None = None,
     widen: bool = True,
 ) -> Any:
-    """Make the results of a factory pytrees of their numbers.
+    """Make the values that a factory returns pytrees of their numbers.
 
         lion = jgd.as_pytree(optax.lion)
         jax.vmap(lion)(jnp.logspace(-5, -2, 32))                     # 32 lanes of optax's Lion
@@ -269,38 +270,37 @@ def as_pytree(
 
     Args:
       factory: a function that returns an optax transformation, a pair `(init, update)`, a
-        schedule (a function of the step) or, annotated as such, a `MonitorPair`.
-        Which of its parameters are numbers is read from their annotations (jgd's own kinds, or
-        optax's), their defaults and positions: bools, strings, dtypes, masks, random keys, required
-        functions and everything after `*` are structure, what else comes before `*` are numbers.
-      structure: names of parameters that are structure all the same, for example an int that
-        decides about shapes, or a number on which the factory branches in Python.
-      numbers: names of parameters after `*` that are numbers all the same.
-      check: called with each value in the user's call; raises for arguments that do not go
-        together. Numbers may be traced there.
-      widen: False hands parameters to the factory as they are, for a wrapper that needs their
-        dtype; the gradients are float32 all the same.
+        schedule (a function of the step) or, with that return annotation, a `MonitorPair`.
+        The annotations of its parameters (jgd's or optax's types), their defaults and positions
+        decide which are numbers: bools, strings, dtypes, masks, random keys, required functions
+        and all parameters after `*` are structure, all others before `*` are numbers.
+      structure: names of parameters before `*` that are structure, for example an int that
+        determines a shape, or a number on which the factory branches in Python.
+      numbers: names of parameters after `*` that are numbers.
+      check: a function that is called with each new value and raises if its arguments do not fit
+        together. Its numbers may be traced.
+      widen: False passes parameters to the factory in their own dtypes, for a wrapper that needs
+        them; gradients are float32 in either case.
 
     Returns:
-      A function with the signature and docstring of `factory`. Called, it gives a `Transformation`,
-      a `Schedule` or a `Monitor`. Python and NumPy scalars are kept as `np.float64`, arrays and
+      A function with the signature and docstring of `factory`. It returns a `Transformation`, a
+      `Schedule` or a `Monitor`. Python and NumPy scalars are stored as `np.float64`, arrays and
       tracers as float32; inside `init` and `update` each is a float32 scalar (all float64 under
-      x64). Step counts given as integers become floats as well, exact up to 2^24. 16-bit and
-      integer leaves of updates and parameters are handed to the factory as float32, and the updates
-      come back in the wider of the precisions of gradients and parameters. A number of a
-      transformation may be a schedule: then the state carries one step counter. Inside the body of
-      `factory`, calls of jgd's factories return values as everywhere else. Programs of `jax.export`
-      take them as arguments (`jgd.exporting`).
+      x64). Integer step counts become floats as well, exact up to 2^24. The factory receives 16-bit
+      and integer leaves of updates and parameters as float32, and the returned updates have the
+      wider of the dtypes of gradient and parameter. A number of a transformation may be a schedule:
+      the state then carries one step counter. Calls of jgd's factories inside the body of `factory`
+      return values too. Programs of `jax.export` accept the values as arguments (`jgd.exporting`).
 
     Raises:
-      TypeError: in the call, for an argument of another kind (`adam("0.1")`, `adam(True)`,
-        `adam(optax.sgd(0.1))`); in `init` and `update`, for a number that has an axis, or one that
-        the factory branches on.
-      ValueError: in the call, for a concrete number out of its range; in `update`, where trees or
-        shapes do not match (`TreeError`, which names the optimizer and the leaf's path).
+      TypeError: in the call, for an argument of the wrong type (`adam("0.1")`, `adam(True)`,
+        `adam(optax.sgd(0.1))`); in `init` and `update`, for a number that is not a scalar, or on
+        which the factory branches in Python.
+      ValueError: in the call, for a concrete number out of its range; in `update`, for trees or
+        shapes that do not match (`TreeError`, which names the optimizer and the leaf's path).
 
     Differs from: `optax.inject_hyperparams`, which keeps the numbers in the state. Note that
-    `optax.chain` hides the leaves of what it holds; `jgd.chain` keeps them.
+    `optax.chain` hides the numbers of its links; in `jgd.chain` they stay leaves.
     """
     if factory is None:
         options = dict[str, Any](structure=structure, numbers=numbers, check=check, widen=widen)
@@ -315,7 +315,7 @@ def as_pytree(
             result = factory(*args, **kwargs)
             return extended(result) if isinstance(result, tuple) else result
         admitted = spec.bind(args, kwargs)
-        if running.get() is NONE:
+        if running.get() is NO_BODY:
             spec.check_call(admitted)
         if not value_class:
             value_class.append(_class_of(spec, admitted))
@@ -332,7 +332,7 @@ def as_pytree(
 
 
 def _has_schedule(spec: Spec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Return whether a number of the call follows a schedule, and needs a count of its own."""
+    """Return whether a number of the call is a schedule, which needs a step counter."""
     named = [*zip(spec.names, args, strict=False), *kwargs.items()]
     return any(
         callable(arg) and isinstance(kind := spec.kinds[name], NumberKind) and not kind.lazy
@@ -341,17 +341,17 @@ def _has_schedule(spec: Spec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _check_body(value: Any) -> None:
-    """Run the checks in the body of a schedule or monitor, in the user's call."""
+    """Run the body of a schedule or monitor once, so that its checks raise in the user's call."""
     call: Call = value._call
     if call.scheduled and not any(isinstance(kind, NumbersKind) for kind in call.scheduled):
         what = type(value).__name__.lower()
-        raise TypeError(f"{call.spec.name}: a number of a {what} cannot be a schedule itself")
+        raise TypeError(f"{call.spec.name}: numbers of a {what} must be constant, got a schedule")
     if not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(call.args)):
-        call.spec.body(call.args, How(lambda label, number: number))
+        call.spec.body(call.args, Resolver(lambda label, number: number))
 
 
 def _class_of(spec: Spec, args: tuple[Any, ...]) -> type[Any]:
-    """Return the class of a factory's values: by its annotation, or by a trial."""
+    """Return the class of a factory's values, read from its annotation or from a trial call."""
     if isinstance(spec.returns, type) and issubclass(spec.returns, optax.GradientTransformation):
         return Transformation
     if spec.returns is MonitorPair:
@@ -362,7 +362,7 @@ def _class_of(spec: Spec, args: tuple[Any, ...]) -> type[Any]:
     number = lambda label, x: scalar(label, first(x))
     try:
         with plainly(own=False):
-            result = spec.body(args, How(number, step=jnp.zeros([], jnp.int32)))
+            result = spec.body(args, Resolver(number, step=jnp.zeros([], jnp.int32)))
     except NEEDS_A_VALUE as error:
         name_structure(error, spec, args, lambda result: result)
         raise

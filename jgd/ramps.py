@@ -1,4 +1,4 @@
-"""The pieces of schedules: ramps, ratios and powers that are safe at 0 and may be traced.
+"""Building blocks of schedules: ramps, ratios and powers, safe at 0, with traced arguments.
 
 1 - ramp(step, begin=10, length=5)     # 1 up to step 10, 0 from step 15 on
 """
@@ -17,18 +17,18 @@ def as_float(step: Any) -> jax.Array:
 
 
 def safe_ratio(x: Any, length: Any) -> Any:
-    """Return x / length, and 0 for a length of 0 or less, where optax holds the initial value."""
+    """Return x / length, and 0 if length <= 0, for which optax returns the initial value."""
     positive = length > 0
     return jnp.where(positive, x / jnp.where(positive, length, 1), 0)
 
 
 def ramp(step: Any, begin: Any, length: Any) -> Any:
-    """Return 0 up to `begin`, 1 from `begin + length` on, and a straight line between."""
+    """Return 0 up to `begin`, 1 from `begin + length` on, and a straight line in between."""
     return jnp.clip(safe_ratio(as_float(step) - begin, length), 0, 1)
 
 
 def whole_ratio(x: Any, length: Any) -> Any:
-    """Return floor(x / length), exact at multiples, where compilers multiply by the inverse."""
+    """Return floor(x / length), exact at multiples even if XLA multiplies by 1 / length."""
     quotient = jnp.floor(safe_ratio(x, length))
     rest = x - quotient * length
     return quotient + jnp.where(rest >= length, 1.0, 0.0) - jnp.where(rest < 0, 1.0, 0.0)

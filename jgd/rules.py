@@ -1,9 +1,9 @@
 """`per_leaf`: a formula on one array, lifted over the tree.
 
-Where a paper's formula uses a variable twice, or looks at the parameters, it is not forced into a
-composition: it stands as a function of one gradient and its memories. Famous instances are Lion,
-whose average is read with one decay and written with another, and Rprop, whose step sizes follow
-the signs of the gradient.
+If a paper's formula uses a variable twice, or depends on the parameters, it is written as a
+function of one gradient and its memories instead of a composition. Examples are Lion, which reads
+its average with one decay and writes it with another, and Rprop, whose step sizes follow the signs
+of the gradient.
 """
 
 import functools
@@ -33,15 +33,15 @@ def per_leaf(rule: Callable[..., Any], record: type, **start: Callable[[Any], An
         lion = per_leaf(rule, LionState)  # class LionState(NamedTuple): mu: Any
 
     Args:
-      rule: takes, by the names of its parameters: `g`, the gradient; `p`, the parameter; `t`, the
-        number of this step as a float, from 1; any field of `record`, the memory of that name. It
-        returns the update and the new memories in the order of `record`.
-      record: the named tuple of the state. A field `count` counts the steps, each other field is a
+      rule: a function whose parameters are, by name: `g`, the gradient; `p`, the parameter; `t`,
+        the number of this step as a float, from 1; any field of `record`, the memory of that name.
+        It returns the update, and the new memories in the order of `record`.
+      record: the named tuple of the state. A field `count` counts the steps. Each other field is a
         memory: a tree with one array, or a small tree of arrays, for each parameter.
-      start: for each memory, its value before the first step as a function of the parameter; zeros
-        like it by default.
+      start: for each memory, a function from the parameter to its initial value; zeros like the
+        parameter by default.
 
-    Differs from: the basic transformations, which compose; a rule is for what does not come apart.
+    Differs from: the basic transformations, which compose; a rule is for formulas that do not.
     """
     fields: tuple[str, ...] = getattr(record, "_fields")  # noqa: B009
     memories = [field for field in fields if field != "count"]
@@ -91,20 +91,23 @@ def _parameters_of(rule: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def _checked(value: Any, start: Callable[[Any], Any] | None, g: Any) -> Any:
-    """Return what a memory holds for one leaf, or None where its shapes do not fit the gradient."""
+    """Return the memory of one leaf, or None if its shapes are not the shapes of its start."""
     if start is None:
         return value if getattr(value, "shape", None) == g.shape else None
     expected = jax.eval_shape(start, g)
-    held = jax.tree.leaves(value)
-    if [jnp.shape(x) for x in held] != [x.shape for x in jax.tree.leaves(expected)]:
+    leaves = jax.tree.leaves(value)
+    if [jnp.shape(x) for x in leaves] != [x.shape for x in jax.tree.leaves(expected)]:
         return None
-    return jax.tree.unflatten(jax.tree.structure(expected), held)  # flax has its own containers
+    return jax.tree.unflatten(jax.tree.structure(expected), leaves)  # flax has its own containers
 
 
 def real(x: Any) -> Any:
-    """Return x. Raises TreeError if it is complex, where numbers need an order."""
+    """Return x. Raises TreeError if it is complex, for rules that compare numbers."""
     if jnp.iscomplexobj(x):
-        raise TreeError("is for real parameters: wrap it in optax.contrib.split_real_and_imaginary")
+        raise TreeError(
+            "updates must be real, got complex ones. Wrap the optimizer in"
+            " optax.contrib.split_real_and_imaginary"
+        )
     return x
 
 
@@ -120,7 +123,7 @@ def difference(*, name: str = "last") -> GradientTransformation:
     """u = g - the gradient of the step before, and 0 at the first step.
 
     Args:
-      name: of the memory, for `named`.
+      name: the name of the memory, for `named`.
 
     State: `DifferenceState(count, last)`, one tree like the parameters.
     Source: Xie et al. 2022, algorithm 1 (Adan), arXiv:2208.06677.

@@ -1,10 +1,10 @@
-"""Parameters that are sharded over a mesh: what a rule gathers, and where its memories lie.
+"""Parameters sharded over a mesh: rules on gathered arrays, and the sharding of states.
 
-    u, sums = gathered(rule, g, sums)          # rule sees whole arrays, u is sharded like g
-    state = placed(tx.init(params), params)    # a memory is sharded like its parameter
+    u, sums = gathered(rule, g, sums)          # rule receives whole arrays, u is sharded like g
+    state = shard_like_params(state, params)   # a memory is sharded like its parameter
 
-JAX derives the sharding of sums and of elementwise formulas. It does not for products and
-decompositions of matrices on explicit axes, nor for `jnp.zeros_like` on auto axes inside jit.
+JAX derives the sharding of sums and of elementwise formulas. It does not derive the sharding of
+matrix products and decompositions on explicit axes, or of `jnp.zeros_like` on auto axes inside jit.
 """
 
 from collections.abc import Callable
@@ -17,19 +17,20 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 try:
     from jax.experimental.shard_alike import shard_alike
-except ImportError:  # an experimental module: without it JAX decides where memories are
+except ImportError:  # an experimental module: without it JAX chooses the sharding of memories
 
     def shard_alike(x: Any, y: Any) -> tuple[Any, Any]:
         return x, y
 
 
-__all__ = ["gathered", "placed", "sharded_like", "whole"]
+__all__ = ["gathered", "shard_like_params", "sharded_like", "whole"]
 
 
 def whole(x: Any) -> Any:
-    """Return `x`, gathered on every device where it is sharded over explicit axes.
+    """Return `x`, gathered on every device if it is sharded over explicit axes.
 
-    It takes the memory of the whole array there. On auto axes the compiler decides what to gather.
+    Every device then needs memory for the whole array. On auto axes, the compiler decides what to
+    gather.
     """
     sharding = jax.typeof(x).sharding
     if not any(sharding.spec):
@@ -38,16 +39,16 @@ def whole(x: Any) -> Any:
 
 
 def sharded_like(new: Any, old: Any) -> Any:
-    """Return `new`, computed from whole arrays, in the sharding of `old` over explicit axes."""
+    """Return `new`, computed from whole arrays, with the explicit sharding of `old`."""
     sharding = jax.typeof(old).sharding
     return jax.sharding.reshard(new, sharding) if any(sharding.spec) else new
 
 
 def gathered(f: Callable[..., Any], *args: Any) -> Any:
-    """Return `f(*args)` on whole arrays, with each result sharded like the argument in its place.
+    """Return `f(*args)` on whole arrays, with result i sharded like argument i.
 
     Args:
-      f: returns a tuple, whose trees have the structures of the first arguments.
+      f: a function that returns a tuple of trees, with the structures of the first arguments.
       args: trees of arrays.
     """
     results = f(*jax.tree.map(whole, args))
@@ -55,20 +56,20 @@ def gathered(f: Callable[..., Any], *args: Any) -> Any:
     return tuple(jax.tree.map(sharded_like, new, old) for new, old in pairs)
 
 
-def placed(state: Any, params: Any) -> Any:
-    """Return a new state, traced on auto axes, with memories sharded like their parameters.
+def shard_like_params(state: Any, params: Any) -> Any:
+    """Return a new state with memories sharded like their parameters.
 
-    The parameter of a memory is the one whose path ends the path of the memory, if it has its
-    shape. Elsewhere zeros follow the array that they are like, and this is `state`.
+    A memory belongs to the parameter of its shape whose path is the end of the memory's path. Only
+    states traced on auto axes change: elsewhere, zeros already have the sharding of the parameter.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     traced = {path: p for path, p in leaves if isinstance(p, jax.core.Tracer) and p.ndim}
 
-    def beside(path: Any, memory: Any) -> Any:
+    def place(path: Any, memory: Any) -> Any:
         ends = (path[start:] for start in range(len(path) + 1))
         p: Any = next((traced[end] for end in ends if end in traced), None)
         if p is None or p.shape != jnp.shape(memory) or any(jax.typeof(p).sharding.spec):
             return memory
         return shard_alike(p, memory)[1]
 
-    return jax.tree_util.tree_map_with_path(beside, state) if traced else state
+    return jax.tree_util.tree_map_with_path(place, state) if traced else state

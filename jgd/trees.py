@@ -1,4 +1,4 @@
-"""Walks over the leaves of updates, states and parameters, and the errors where they do not match.
+"""Loops over the leaves of updates, states and parameters, and errors if trees do not match.
 
 leafwise(lambda g, m: m + g, updates, momentum)      # one formula on every leaf
 """
@@ -24,7 +24,7 @@ class TreeError(ValueError):
 
 
 class StateError(TreeError):
-    """Raised when a state is not of the type that its optimizer has."""
+    """Raised when a state is not of the type that the optimizer expects."""
 
 
 def leafwise(
@@ -34,17 +34,19 @@ def leafwise(
     numbers: tuple[Any, ...] = (),
     keep: bool = False,
 ) -> Any:
-    """Return `f(g, *others, *numbers)` for each leaf g of `updates` and the leaves in its place.
+    """Return `f(g, *others, *numbers)` for each leaf g of `updates` and its leaves in `trees`.
 
     Args:
-      f: a formula on one array. `numbers` are passed to it as they are, so that it can be a
-        function of the module that JAX traces once for each shape (`jgd.arithmetic.formula`).
-      updates: a tree. Where it is None the result is None or, with `keep`, the leaf of the first
-        of `trees`, so that a memory outlives a step without a gradient.
-      trees: trees with the leaves of `updates`, or with a small tree in the place of each.
+      f: a formula on one array.
+      updates: a tree. Where it is None, the result is None.
+      trees: trees with the same leaves as `updates`.
+      numbers: further arguments of `f`, so that `f` can be a module-level function that JAX traces
+        once for each shape (`jgd.arithmetic.formula`).
+      keep: where `updates` is None, return the leaf of the first of `trees` instead, so that a
+        memory survives a step without a gradient.
 
     Raises:
-      TreeError: if a tree has other leaves than `updates`, or a leaf another shape.
+      TreeError: if a tree has other leaves than `updates`, or a leaf has another shape.
     """
     leaves, structure, columns = aligned(updates, *trees)
     results: list[Any] = []
@@ -60,9 +62,9 @@ def leafwise(
 
 
 def aligned(updates: optax.Updates, *trees: Any) -> tuple[list[Any], Any, list[list[Any]]]:
-    """Return the leaves of `updates`, its structure, and what each of `trees` has in their places.
+    """Return the leaves and structure of `updates`, and the nodes of each tree at these leaves.
 
-    Raises: TreeError if a tree has other leaves.
+    Raises: TreeError if a tree does not have these leaves.
     """
     leaves, structure = jax.tree.flatten(updates, is_leaf=is_none)
     try:
@@ -72,22 +74,22 @@ def aligned(updates: optax.Updates, *trees: Any) -> tuple[list[Any], Any, list[l
 
 
 def misfit(updates: optax.Updates, index: int, other: Any) -> TreeError:
-    """Return the error for leaf `index` of `updates`, beside which `other` has the wrong shape."""
+    """Return the error for leaf `index` of `updates` if `other` does not have its shape."""
     path, g = jax.tree_util.tree_leaves_with_path(updates, is_leaf=is_none)[index]
     shape = lambda x: getattr(x, "shape", x)
     return TreeError(
-        f"the update at {path_name(path)} has shape {jnp.shape(g)}, but state or params have"
-        f" {jax.tree.map(shape, other)} there"
+        f"state or params at {path_name(path)} must have shape {jnp.shape(g)}, as the update has,"
+        f" got {jax.tree.map(shape, other)}"
     )
 
 
 def path_name(path: Any) -> str:
-    """Return a path of a leaf as it is written in Python, such as `['w'][0]`."""
+    """Return the path of a leaf in Python notation, such as `['w'][0]`."""
     return jax.tree_util.keystr(path) or "the root"
 
 
 def is_none(x: Any) -> bool:
-    """Return whether `x` is None, to take it for a leaf."""
+    """Return whether `x` is None, as an `is_leaf` for trees with None."""
     return x is None
 
 
@@ -95,26 +97,26 @@ def _first_difference(updates: optax.Updates, trees: Iterable[Any]) -> str:
     def paths(tree: Any) -> list[Any]:
         return [p for p, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_none)]
 
-    here = paths(updates)
-    for there in map(paths, trees):  # a memory may have leaves below one of the updates
-        for path in here:
-            if not any(other[: len(path)] == path for other in there):
-                return f"the updates have a leaf at {path_name(path)} that state or params lack"
-        for other in there:
-            if not any(other[: len(path)] == path for path in here):
-                return f"the updates lack the leaf at {path_name(other)} that state or params have"
-    return "the updates are another kind of tree than state or params"
+    update_paths = paths(updates)
+    for tree_paths in map(paths, trees):  # a memory may have a tree in place of a leaf
+        for path in update_paths:
+            if not any(other[: len(path)] == path for other in tree_paths):
+                return f"state and params must have a leaf at {path_name(path)}, as the updates do"
+        for other in tree_paths:
+            if not any(other[: len(path)] == path for path in update_paths):
+                return f"updates must have a leaf at {path_name(other)}, as state or params do"
+    return "updates, state and params must have the same structure, got other containers"
 
 
 def check_state(state: Any, expected: type[State]) -> State:
-    """Return `state`. Raises TreeError if it is not of the type `expected`."""
+    """Return `state`. Raises TreeError if its type is not `expected`."""
     if not isinstance(state, expected):
-        raise other_state(f"a state of type {_type_name(expected)}", state)
+        raise wrong_state(f"a state of type {_type_name(expected)}", state)
     return state
 
 
-def other_state(expected: str, state: Any) -> StateError:
-    """Return the error for a state that is not what `expected` says."""
+def wrong_state(expected: str, state: Any) -> StateError:
+    """Return the error `expected ..., got ...` for a state."""
     count = f" of {len(state)}" if type(state) is tuple else ""
     return StateError(f"expected {expected}, got {_type_name(type(state))}{count}")
 
@@ -124,23 +126,23 @@ def _type_name(kind: type) -> str:
 
 
 def only(function: str, state: optax.OptState, kind: type[State]) -> State:
-    """Return the one state of a kind in a nest of states. Raises ValueError for none or several."""
-    is_one = lambda node: isinstance(node, kind)
-    found = [node for node in jax.tree.leaves(state, is_leaf=is_one) if is_one(node)]
-    if len(found) != 1:
-        raise ValueError(f"{function}: state must hold one {kind.__name__}, got {len(found)}")
-    return found[0]
+    """Return the one state of type `kind` in a nested state. Raises ValueError for 0 or several."""
+    is_kind = lambda node: isinstance(node, kind)
+    states = [node for node in jax.tree.leaves(state, is_leaf=is_kind) if is_kind(node)]
+    if len(states) != 1:
+        raise ValueError(f"{function}: state must hold one {kind.__name__}, got {len(states)}")
+    return states[0]
 
 
 def with_params(params: optax.Params | None) -> Any:
-    """Return `params`. Raises TreeError if there are none."""
+    """Return `params`. Raises TreeError if it is None."""
     if params is None:
-        raise TreeError("needs the parameters: call update(updates, state, params)")
+        raise TreeError("params must be given, got None. Call update(updates, state, params)")
     return params
 
 
 def like(new: Any, old: Any) -> Any:
-    """Return `new` with the dtypes of `old`: `cond` and `scan` want a state as it came."""
+    """Return `new` with the dtypes of `old`: `cond` and `scan` require them."""
     return jax.tree.map(_like_leaf, new, old)
 
 

@@ -1,8 +1,8 @@
-"""Wrappers of whole optimizers: `wrapper(inner, numbers)` is an optimizer again.
+"""Wrappers of whole optimizers: `wrapper(inner, numbers)` is an optimizer itself.
 
     jgd.accumulate(jgd.cautious(jgd.adamw(1e-3)), every=4)
 
-Wrappers compose with one another, and their numbers are leaves beside those of what they wrap.
+Wrappers compose with one another. Their numbers and those of the inner optimizer are leaves.
 """
 
 from typing import Any, NamedTuple
@@ -41,7 +41,7 @@ class AccumulateState(NamedTuple):
     """State of `accumulate`."""
 
     micro_step: jax.Array  # int32 scalar: gradients since the last step
-    average: Any  # like the parameters, at least float32: the mean of those gradients
+    average: Any  # like the parameters, at least float32: the mean of these gradients
     inner: Any
 
 
@@ -58,35 +58,35 @@ def _accumulate(inner: GradientTransformation, every: Period) -> GradientTransfo
         step = increment(step)
         average = leafwise(lambda g, a: a + (g - a) / step, updates, average, keep=True)
         mean = leafwise(lambda _, a: a, updates, average)
-        # outside of `cond`, where zeros like a concrete array lose its sharding
-        zeros, still = (jax.tree.map(jnp.zeros_like, tree) for tree in (average, mean))
+        # outside `cond`, inside which zeros like a concrete array lose its sharding
+        zeros, no_update = (jax.tree.map(jnp.zeros_like, tree) for tree in (average, mean))
 
-        def go() -> Any:
+        def step_inner() -> Any:
             new_updates, new_inner = tx.update(mean, inner_state, params, **extra)
             new = AccumulateState(jnp.zeros_like(step), zeros, new_inner)
             return like(new_updates, mean), like(new, state)
 
         def wait() -> Any:
-            return still, like(AccumulateState(step, average, inner_state), state)
+            return no_update, like(AccumulateState(step, average, inner_state), state)
 
-        return jax.lax.cond(step >= every, go, wait)
+        return jax.lax.cond(step >= every, step_inner, wait)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def accumulate(inner: GradientTransformation, every: Any) -> GradientTransformation:
-    """One step of `inner` with the mean of `every` gradients; between them the updates are 0.
+    """Step `inner` with the mean of `every` gradients; in between, the updates are 0.
 
         a <- a + (g - a) / n at gradient n            u = inner(a) at n = every, and n <- 0; else 0
 
     Args:
-      inner: the optimizer. It and its schedules see one call for `every` gradients.
-      every: at least 1, gradients to a step; also traced, so that it can differ between lanes. A
-        plain 1 gives `inner` itself, without a memory. A schedule of it counts gradients.
+      inner: the optimizer. It and its schedules step once for `every` gradients.
+      every: at least 1, the number of gradients in a step. It may be traced, so that it can differ
+        between lanes. The number 1 returns `inner` itself. A schedule for it counts gradients.
 
     State: `AccumulateState(micro_step, average, inner)`, one tree and one scalar more than `inner`.
     Differs from: `optax.MultiSteps`, whose number of steps is a Python integer or a function, and
-      which keeps its tree for 1 as well. Under `jax.vmap`, `inner` computes at every call.
+      which stores a mean also for 1. Under `jax.vmap`, `inner` computes at every call.
     """
     accumulating = _accumulate(inner, every)
     one = isinstance(every, int | float | np.number) and every == 1
@@ -101,16 +101,16 @@ setattr(accumulate, "__jgd_spec__", spec_of(_accumulate))  # noqa: B010 (no such
 
 @as_pytree
 def cautious(inner: GradientTransformation) -> GradientTransformation:
-    """Masks the parts of `inner`'s update that would increase the loss to first order.
+    """Mask the parts of `inner`'s update that would increase the loss to first order.
 
         k = 1 where inner(g) g < 0, else 0            u = inner(g) k / max(mean(k), 1e-3)
 
     Args:
-      inner: an optimizer that descends. Chain decoupled weight decay after it, as the paper does:
-        `chain(cautious(adam(rate)), add_decayed_weights(-rate * decay))`.
+      inner: an optimizer whose updates descend. Chain decoupled weight decay after it, as in the
+        paper: `chain(cautious(adam(rate)), add_decayed_weights(-rate * decay))`.
 
     State: that of `inner`.
-    Source: Liang et al. 2024, algorithm 1, arXiv:2411.16085; the mean is over each leaf.
+    Source: Liang et al. 2024, algorithm 1, arXiv:2411.16085, with one mean for each leaf.
     """
     tx = optax.with_extra_args_support(inner)
 
@@ -127,20 +127,20 @@ def cautious(inner: GradientTransformation) -> GradientTransformation:
 
 @as_pytree
 def per_layer(inner: GradientTransformation) -> GradientTransformation:
-    """An optimizer for each layer of a stack, for parameters scanned over their layers.
+    """Apply an optimizer to each layer of a stack of parameters, as used with `jax.lax.scan`.
 
         u[k] = inner(g[k]) for each k of the leading axis, which all leaves share
 
-    Rules that look at a whole array, such as the norms of `lamb` and `lars` or the matrices of
-    `muon`, else take the stack for one layer; elementwise ones are the same either way.
+    Without it, a rule that depends on a whole array, such as the norms of `lamb` and `lars` or the
+    matrices of `muon`, treats the stack as one layer. Elementwise rules give the same either way.
 
     Args:
-      inner: any optimizer; it is given the stack alone, as by
+      inner: any optimizer. All its parameters must be stacked; select them by `param_groups`:
         `param_groups(adamw(rate), {"layers/*": per_layer(lamb(rate))})`.
 
     State: that of `inner`, each array with the leading axis. An explicit mesh must not shard this
-      axis: neither `jax.vmap` nor `jax.lax.scan` maps over a sharded one.
-    Differs from: lanes, whose numbers differ; here all layers have the same.
+      axis, since neither `jax.vmap` nor `jax.lax.scan` maps over a sharded axis.
+    Differs from: lanes, which have different numbers; all layers have the same numbers.
     """
     tx = optax.with_extra_args_support(inner)
 
@@ -159,7 +159,7 @@ class LookaheadState(NamedTuple):
 
     fast_state: Any
     steps_since_sync: jax.Array  # int32 scalar
-    slow: Any  # like the parameters; None where the caller keeps them in `optax.LookaheadParams`
+    slow: Any  # like the parameters; None if the caller stores them in `optax.LookaheadParams`
 
 
 @as_pytree
@@ -169,23 +169,23 @@ def lookahead(
     slow_step_size: Fraction,
     reset_state: bool = False,
 ) -> GradientTransformation:
-    """k steps forward, one step back: every `sync_period` steps, return part of the way.
+    """Lookahead: every `sync_period` steps, go back to slow weights that move part of the way.
 
         fast <- fast + u_fast            every sync_period steps:
         slow <- slow + slow_step_size (fast - slow)            fast <- slow
 
     Args:
-      fast_optimizer: the optimizer of the parameters.
-      sync_period: at least 1, its steps between two of the slow parameters; 5 in the paper.
-      slow_step_size: in [0, 1], how much of the way the slow parameters go; 0.5 in the paper.
-      reset_state: True starts `fast_optimizer` anew after each synchronisation.
+      fast_optimizer: the optimizer of the fast parameters.
+      sync_period: at least 1, fast steps for each step of the slow parameters; 5 in the paper.
+      slow_step_size: in [0, 1], the step size of the slow parameters; 0.5 in the paper.
+      reset_state: True initializes the state of `fast_optimizer` after each synchronisation.
 
     State: `LookaheadState(fast_state, steps_since_sync, slow)`, one tree and one scalar more. If
-      the parameters come as `optax.LookaheadParams(fast, slow)`, so do the updates, and `slow` in
-      the state is None.
+      the parameters are `optax.LookaheadParams(fast, slow)`, so are the updates, and `slow` in the
+      state is None.
     Raises: ValueError in `update` if no parameters are given.
-    Differs from: optax, which takes `LookaheadParams` only, and whose period cannot be traced;
-      `average_params`, which does not touch the training.
+    Differs from: optax, which accepts only `LookaheadParams`, and whose period cannot be traced;
+      `average_params`, which does not change the training.
     Source: Zhang et al. 2019, algorithm 1, arXiv:1907.08610.
     """
     tx = optax.with_extra_args_support(fast_optimizer)
@@ -197,11 +197,14 @@ def lookahead(
         return LookaheadState(tx.init(fast), jnp.zeros([], jnp.int32), slow)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        inner, steps, kept = check_state(state, LookaheadState)
-        own = kept is not None
+        inner, steps, own_slow = check_state(state, LookaheadState)
+        own = own_slow is not None
         if not own and not isinstance(params, optax.LookaheadParams):
-            raise TreeError("needs parameters as in init: optax.LookaheadParams(fast, slow)")
-        fast, slow = (with_params(params), kept) if own else (params.fast, params.slow)
+            raise TreeError(
+                "params must be optax.LookaheadParams(fast, slow), as in init, got"
+                f" {type(params).__name__}"
+            )
+        fast, slow = (with_params(params), own_slow) if own else (params.fast, params.slow)
         steps_ahead, inner = tx.update(updates, inner, fast, **extra)
         sync = steps + 1 >= sync_period
         gap = leafwise(lambda u, f, s: f + u - s, steps_ahead, fast, slow)
@@ -213,8 +216,8 @@ def lookahead(
             inner = jax.tree.map(lambda old, new: jnp.where(sync, new, old), inner, fresh)
         steps = jnp.where(sync, 0, increment(steps))
         if own:
-            kept = leafwise(lambda d, s: s + d, along, slow, keep=True)
-            return new_updates, like(LookaheadState(inner, steps, kept), state)
+            slow = leafwise(lambda d, s: s + d, along, slow, keep=True)
+            return new_updates, like(LookaheadState(inner, steps, slow), state)
         pair = optax.LookaheadParams(fast=new_updates, slow=along)
         return pair, like(LookaheadState(inner, steps, None), state)
 
@@ -234,18 +237,18 @@ class AverageParamsState(NamedTuple):
 def average_params(
     inner: GradientTransformation, decay: Fraction = 0.999
 ) -> GradientTransformation:
-    """Maintains an average of the parameters without changing the training.
+    """Maintain an average of the parameters without changing the training.
 
         p' = p + inner(g)            a <- a + (1 - decay) / (1 - decay^t) (p' - a)
 
     Args:
       inner: the optimizer.
-      decay: in [0, 1], of the average, whose start has no bias; 0.999 by default. 1 is the plain
-        mean of all parameters so far (Polyak and Ruppert). May be a schedule.
+      decay: in [0, 1], the decay of the average, which is corrected for its bias; 0.999 by default.
+        1 is the plain mean of all parameters so far (Polyak and Ruppert). May be a schedule.
 
     State: `AverageParamsState(steps, log_decay, average, inner)`, one tree and two scalars more
-      than `inner`; `averaged_params(state)` has the average, in float32 for 16-bit parameters.
-      Before the first step it is the parameters themselves.
+      than `inner`. `averaged_params(state)` returns the average, in float32 for 16-bit parameters.
+      Before the first step, the average is a copy of the parameters.
     Raises: ValueError in `update` if no parameters are given.
     Differs from: `ema`, which averages updates; `schedule_free`, which trains at the average.
     Source: Polyak & Juditsky 1992; Kingma & Ba 2015, section 7.2.
@@ -274,9 +277,9 @@ def average_params(
 
 
 def averaged_params(state: Any) -> Any:
-    """The average that `average_params` keeps, from any optimizer state that holds one.
+    """Return the average of `average_params` from any optimizer state that contains one.
 
-    Raises: ValueError if the state holds none, or several.
+    Raises: ValueError if the state contains no `AverageParamsState`, or several.
     """
     return only("averaged_params", state, AverageParamsState).average
 
@@ -289,24 +292,24 @@ def schedule_free(
     weight_lr_power: NonNegative = 2.0,
     state_dtype: DTypeLike | None = None,
 ) -> GradientTransformation:
-    """Schedule-free: the base optimizer moves z, gradients are taken between z and its average x.
+    """Schedule-free: the base optimizer moves z; gradients are taken between z and its average x.
 
         z <- z + base(g)            w = max(learning_rate so far)^weight_lr_power, c = w / sum(w)
         x <- (1 - c) x + c z            u = (1 - b1) z + b1 x - p
 
     Args:
       base_optimizer: an optimizer without momentum, with the same learning rate.
-      learning_rate: what the average is weighted by. A schedule is read from step 1 on.
-      b1: in (0, 1), how near to x the gradients are taken; 0.9 by default.
-      weight_lr_power: at least 0; 2 by default.
-      state_dtype: of z; None: float32 for 16-bit parameters, else theirs.
+      learning_rate: the learning rate that weights the average. A schedule starts at step 1.
+      b1: in (0, 1), the weight of x in the point where gradients are taken; 0.9 by default.
+      weight_lr_power: at least 0, the power of the learning rate in the weights; 2 by default.
+      state_dtype: the dtype of z; None: float32 for 16-bit parameters, else their dtype.
 
     State: `optax.contrib.ScheduleFreeState(b1, weight_sum, step_count, max_lr,
-      base_optimizer_state, z)`, one
-      tree and four scalars beside those of the base. The parameters are those of the gradients;
-      evaluate at x: `schedule_free_eval_params(state, params)`.
+      base_optimizer_state, z)`, one tree and four scalars more than the base optimizer. The
+      parameters are the point where gradients are taken; evaluate the model at x, which is
+      `schedule_free_eval_params(state, params)`.
     Raises: ValueError in `update` if no parameters are given.
-    Differs from: `average_params`, whose gradients do not see the average.
+    Differs from: `average_params`, whose gradients do not depend on the average.
     Source: Defazio et al. 2024, algorithm 1, arXiv:2405.15682.
     """
     tx = optax.with_extra_args_support(base_optimizer)
@@ -331,7 +334,7 @@ def schedule_free(
         c = quotient(weight, weight_sum)
         steps, base = tx.update(updates, base, with_params(params), **extra)
 
-        # (1 - b1) z + b1 x - p with the terms that cancel left out
+        # (1 - b1) z + b1 x - p without the terms that cancel
         rule = lambda u, p, z: complement(b1) * u + c * (b1 * u + z - p)
         new_updates = leafwise(rule, steps, params, z)
         z = leafwise(lambda u, z: z + u, steps, z, keep=True)
@@ -343,14 +346,14 @@ def schedule_free(
 
 
 def schedule_free_eval_params(state: Any, params: Any) -> Any:
-    """The average x of `schedule_free`, where its model is to be evaluated.
+    """Return the average x of `schedule_free`, at which the model is evaluated.
 
     Args:
-      state: any optimizer state that holds one `ScheduleFreeState`.
-      params: the parameters that are trained.
+      state: any optimizer state that contains one `ScheduleFreeState`.
+      params: the trained parameters.
 
-    Raises: ValueError if the state holds none, or several.
+    Raises: ValueError if the state contains no `ScheduleFreeState`, or several.
     """
-    found = only("schedule_free_eval_params", state, optax.contrib.ScheduleFreeState)
-    x = lambda p, z: (p - (1 - found.b1) * z) / found.b1  # as p = (1 - b1) z + b1 x
-    return jax.tree.map(lambda p, z: x(p, z).astype(p.dtype), params, found.z)
+    free = only("schedule_free_eval_params", state, optax.contrib.ScheduleFreeState)
+    x = lambda p, z: (p - (1 - free.b1) * z) / free.b1  # as p = (1 - b1) z + b1 x
+    return jax.tree.map(lambda p, z: x(p, z).astype(p.dtype), params, free.z)

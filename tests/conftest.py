@@ -7,15 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Compilation of small programs takes most of the time of the tests. These flags make it three times
-# faster and the programs slower. Subprocesses inherit them. `XLA_FLAGS= pytest` tests without them.
+# Most of the test time is compilation of small programs. These flags make compilation three times
+# faster and programs slower. Subprocesses inherit them. `XLA_FLAGS= pytest` runs without them.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
     "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
     "--xla_cpu_prefer_vector_width=128",
 )
-os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # programs lower faster without
+os.environ.setdefault(
+    "JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0"
+)  # without tracebacks, lowering is faster
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from table import Row, losses
 
-# The same few examples each time: how long a run takes, and what it finds, is no matter of luck.
+# Each run uses the same few examples, so that its duration and its results do not vary.
 settings.register_profile(
     "few",
     max_examples=20,
@@ -41,15 +43,15 @@ settings.load_profile("few")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Most of the time is compilation, much of it of the same programs: keep them."""
+    """Cache compiled programs between runs, since compilation takes most of the time."""
     if getattr(config, "cache", None) is not None:
         jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("programs")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-# Start these first, the longest at the top, so that no core waits for one of them at the end.
-MINUTES = (
+# The longest tests, in this order, start first, so that no core waits for one of them at the end.
+LONGEST = (
     "in_optax_place",
     ".ipynb",
     "default_job",
@@ -59,12 +61,12 @@ MINUTES = (
 )
 
 
-# Slow tests of large tables, of which `pytest -m slow` runs one case of so many (0: none), in turn.
-# `TESTS=all pytest -m slow` runs all cases, as the workflow does every week.
+# Slow tests with many cases: `pytest -m slow` runs one of every n cases (0: none).
+# `TESTS=all pytest -m slow` runs all cases, as the weekly workflow does.
 SAMPLED = {
-    "test_a_fault_at_each_operation_on_files": 0,  # every 17th operation is a test by default
-    "test_an_extension_that_dies_goes_on": 0,  # every 41st
-    "3-a-thousand-settings-at-once.ipynb": 0,  # two minutes; the tests of sweeps are default
+    "test_a_fault_at_each_operation_on_files": 0,  # a default test runs every 17th operation
+    "test_an_extension_that_dies_goes_on": 0,  # a default test runs every 41st operation
+    "3-a-thousand-settings-at-once.ipynb": 0,  # two minutes; default tests cover sweeps
     "test_derivatives_of_training_in_both_modes": 4,
     "test_equals_its_peer_in_float64": 3,
     "test_every_number_is_a_lane_and_differentiable": 4,
@@ -73,19 +75,19 @@ SAMPLED = {
 }
 
 
-def _in_sample(item: pytest.Item, seen: dict[str, int]) -> bool:
+def _in_sample(item: pytest.Item, counts: dict[str, int]) -> bool:
     name = item.name.partition("[")[0]
     if name not in SAMPLED or item.get_closest_marker("slow") is None:
         return True
-    seen[name] = seen.get(name, -1) + 1
-    return SAMPLED[name] > 0 and seen[name] % SAMPLED[name] == 0
+    counts[name] = counts.get(name, -1) + 1
+    return SAMPLED[name] > 0 and counts[name] % SAMPLED[name] == 0
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark notebooks as slow, sort by duration, and give the tests of a row to one worker.
+    """Mark notebooks as slow, sort by duration, and run the tests of a row in one worker.
 
-    Tests of a row share programs, which one worker compiles once.
+    Tests of a row share programs, so one worker compiles each program once.
     """
     for item in items:
         row = getattr(item, "callspec", None) and item.callspec.params.get("row")
@@ -94,12 +96,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.path.suffix == ".ipynb":
             item.add_marker(pytest.mark.slow)
     if os.environ.get("TESTS") != "all":
-        seen: dict[str, int] = {}
-        sample = [_in_sample(item, seen) for item in items]
+        counts: dict[str, int] = {}
+        sample = [_in_sample(item, counts) for item in items]
         left_out = [item for item, chosen in zip(items, sample, strict=True) if not chosen]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item, chosen in zip(items, sample, strict=True) if chosen]
-    order = lambda item: next(i for i, name in enumerate((*MINUTES, "")) if name in item.nodeid)
+    order = lambda item: next(i for i, name in enumerate((*LONGEST, "")) if name in item.nodeid)
     items.sort(key=order)
 
 
@@ -135,13 +137,13 @@ def stacked(trees: list[Any], dtype: Any) -> Any:
 
 
 def run(tx: Any, gradients: Any, params: Any, compiler_options: Any = None) -> Any:
-    """All updates of a transformation over stacked gradients, each added to the parameters."""
+    """Return all updates of a transformation over stacked gradients, applied one by one."""
     tx = optax.with_extra_args_support(tx)
     values = jnp.asarray(losses(len(jax.tree.leaves(gradients)[0])))
 
-    def step(carry: Any, seen: Any) -> Any:
+    def step(carry: Any, inputs: Any) -> Any:
         params, state = carry
-        gradient, value = seen
+        gradient, value = inputs
         updates, state = tx.update(gradient, state, params, value=value)
         return (optax.apply_updates(params, updates), state), updates
 

@@ -19,8 +19,8 @@ import optax
 import optax.contrib
 from jax.extend.core import Primitive
 
-FRAMES = 9  # at most, from `tx.update` to the arithmetic
-FRAMES_OF = {"muon": 13}  # optax's own has 11: groups of leaves, then matrices, then their norm
+FRAMES = 9  # the limit from `tx.update` to the arithmetic
+FRAMES_OF = {"muon": 13}  # optax's has 11: groups of leaves, then matrices, then their norm
 # Relative to optax. An average that is exact for decimals has five equations, optax's has three.
 BOUNDS = {"equations": 2.0, "bytes": 1.1, "kernels": 1.15}
 
@@ -129,7 +129,7 @@ def bytes_accessed(compiled: jax.stages.Compiled) -> float:
     return compiled.cost_analysis()["bytes accessed"]  # type: ignore[index]
 
 
-# These either do no work or are counted by the computations they run.
+# These do no work, or the computations that they run are counted.
 _NOT_KERNELS = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "call"}
 _NOT_KERNELS |= {"while", "conditional"}
 
@@ -160,7 +160,7 @@ def counts(traced: jax.stages.Traced, compiled: jax.stages.Compiled) -> dict[str
 
 
 def frames(tx: Any, params: Any, package: ModuleType) -> int:
-    """Return the most stack frames of `package` below which one update binds a primitive.
+    """Return the most stack frames of `package` above a primitive that one update binds.
 
     Clears jax's caches, since the bodies of cached functions would not run. Python 3.12 inlines
     comprehensions, so their frames in 3.11 do not count.

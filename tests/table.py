@@ -1,4 +1,4 @@
-"""A row per optimizer: ours, the oracle, the peer and the numbers; every test takes all rows."""
+"""One row for each case of an optimizer: jgd's factory, its oracle, its peer and its numbers."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ import jgd
 import jgd.optimizers
 
 SHAPES = {"scalar": (), "matrix": (6, 4), "kernel": (2, 3, 4, 5)}
-# for rules that look at the axes, or at the whole tree
+# for rules that depend on the axes or on the whole tree
 ALL_RANKS = {
     "scalar": (),
     "vector": (5,),
@@ -20,12 +20,12 @@ ALL_RANKS = {
     "cube": (3, 2, 4),
     "kernel": (2, 3, 4, 5),
 }
-# SOAP's bases are arbitrary where a gradient has no rank along an axis: leaves with full rank
+# SOAP's bases are arbitrary for rank-deficient gradients, so all leaves have full rank
 FULL_RANK = {"vector": (5,), "matrix": (4, 4), "cube": (3, 2, 4), "kernel": (2, 3, 4, 5)}
 
 
-# For `jax.jit` where two programs must round alike: at level 0, XLA does not contract a product and
-# a sum to one operation, as it does for users.
+# For `jax.jit` where two programs must round in the same way: at level 0, XLA does not contract a
+# product and a sum to one operation, as it does for users.
 CONTRACTED = {"xla_backend_optimization_level": 1}
 
 
@@ -33,13 +33,13 @@ class Row(NamedTuple):
     label: str
     ours: Callable[..., Any]
     oracle: Callable[..., Any]
-    peer: Callable[..., Any] | None  # None: optax has no such rule, or another one
+    peer: Callable[..., Any] | None  # None: optax has no such rule, or a different one
     arguments: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
-    peer32: float = 2e-5  # how far from the peer in float32, and in float64
+    peer32: float = 2e-5  # tolerance relative to the peer in float32, then in float64
     peer64: float = 1e-9
-    rounding: float = 2e-6  # between programs that compute the same in another order
-    contracted: bool = False  # compiled as for users, since small differences grow
+    rounding: float = 2e-6  # tolerance between programs that compute in different orders
+    contracted: bool = False  # compile as for users, since rounding errors grow
 
     @property
     def name(self) -> str:
@@ -47,7 +47,7 @@ class Row(NamedTuple):
 
     @property
     def rate(self) -> str:
-        """The first argument, the one that is varied."""
+        """The name of the first argument, which tests vary."""
         return next(iter(self.arguments))
 
     @property
@@ -75,11 +75,11 @@ def _row(
 ) -> Row:
     first = next(iter(arguments))
     shown = ", ".join(f"{k}={v}" for k, v in arguments.items() if k != first)
-    found = _optax(name) if peer == "optax" else peer
+    peer = _optax(name) if peer == "optax" else peer
     label = f"{name}({shown})"
     ours, oracle = getattr(jgd, name), getattr(oracles, name)
     limits = peer32, peer64, rounding
-    return Row(label, ours, oracle, found, arguments, shapes, *limits, contracted)
+    return Row(label, ours, oracle, peer, arguments, shapes, *limits, contracted)
 
 
 def _heavy_ball(learning_rate: float, momentum: float = 0.9) -> Any:
@@ -91,7 +91,7 @@ def _look_ahead(learning_rate: float, momentum: float = 0.9) -> Any:
 
 
 def _independent(learning_rate: float, weight_decay: float, **_: Any) -> Any:
-    """AdamW's decay off the rate, which optax spells as an order of its links."""
+    """Return AdamW with a decay that does not depend on the rate: in optax, an order of links."""
     return optax.chain(optax.adam(learning_rate), optax.add_decayed_weights(-weight_decay))
 
 
@@ -141,7 +141,7 @@ ROWS = [
     _row("fromage", learning_rate=0.01),
     _row("sm3", None, ALL_RANKS, learning_rate=0.1),
     _row("sm3", shapes={k: v for k, v in ALL_RANKS.items() if v}, learning_rate=0.1, momentum=0.5),
-    # optax computes 1 - t^-decay_rate in float32 whatever the dtype
+    # optax computes 1 - t^-decay_rate in float32 for every dtype
     _row(
         "adafactor",
         shapes=ALL_RANKS,
@@ -195,7 +195,7 @@ ROWS = [
     _row("dog", shapes=ALL_RANKS, learning_rate=0.5, init_step=("learning_rate", 0.01)),
     _row("dowg", shapes=ALL_RANKS, learning_rate=1.0, init_estim_sq_dist=1e-3),
     _row("dadapt_adamw", shapes=ALL_RANKS, learning_rate=1.0, weight_decay=0.01),
-    # the estimate rests on p0 - p, which is 1e-6 at first: both are 3e-2 from the paper there
+    # the estimate depends on p0 - p, which is 1e-6 at first: both are then 3e-2 from the paper
     _row(
         "prodigy",
         shapes=ALL_RANKS,
@@ -226,13 +226,15 @@ ROWS = [
     ),
 ]
 LABELS = [row.label for row in ROWS]
-FIRST = list({row.name: row for row in reversed(ROWS)}.values())[::-1]  # one of each optimizer
+FIRST = list({row.name: row for row in reversed(ROWS)}.values())[
+    ::-1
+]  # the first row of each optimizer
 
 
 def own_optimizers() -> list[str]:
-    """Every public optimizer whose math is jgd's."""
-    rooms = [room for room in jgd.optimizers.families if room is not jgd.optimizers.lifted]
-    names = [name for room in rooms for name in room.__all__]
+    """Return the names of the public optimizers whose math is jgd's."""
+    families = [f for f in jgd.optimizers.families if f is not jgd.optimizers.lifted]
+    names = [name for family in families for name in family.__all__]
     return [name for name in names if not name.startswith("scale_by_")]
 
 
@@ -244,7 +246,7 @@ def parameters(shapes: dict[str, tuple[int, ...]] = SHAPES, seed: int = 0) -> di
 def noisy_gradients(
     steps: int, shapes: dict[str, tuple[int, ...]] = SHAPES, seed: int = 1
 ) -> list[dict[str, np.ndarray]]:
-    """Gradients over several orders of magnitude, with exact zeros among them."""
+    """Return gradients over several orders of magnitude, some of them exactly zero."""
     rng = np.random.default_rng(seed)
 
     def draw(shape: tuple[int, ...]) -> np.ndarray:
@@ -255,7 +257,7 @@ def noisy_gradients(
 
 
 def losses(steps: int, seed: int = 2) -> np.ndarray:
-    """A falling, noisy loss, for the rules that read it."""
+    """Return a falling, noisy loss, for the rules that use its value."""
     noise = np.random.default_rng(seed).uniform(0.5, 1.5, size=steps)
     return np.exp(-np.arange(steps) / steps) * noise
 
@@ -263,7 +265,7 @@ def losses(steps: int, seed: int = 2) -> np.ndarray:
 def oracle_updates(
     row: Row, gradients: list[dict[str, np.ndarray]], params: dict[str, np.ndarray]
 ) -> list[dict[str, np.ndarray]]:
-    """The oracle's updates, each added to the parameters before the next."""
+    """Return the updates of the oracle, each added to the parameters before the next one."""
     updates = []
     values = losses(len(gradients)) if getattr(row.oracle, "needs_value", False) else None
     rules = {name: row.oracle(**row.arguments) for name in ([""] if row.whole_tree else params)}

@@ -1,7 +1,8 @@
-"""Other people's code with jgd in optax's place: each test is an example to copy.
+"""jgd replaces optax in code of other libraries: each test is an example to copy.
 
-optax's wrappers, flax, equinox, orbax, the parameters of a pretrained model, a transformer scanned
-over its layers, `jax.shard_map`, and reinforcement learning with an optimizer in every lane.
+The examples are optax's wrappers, flax, equinox, orbax, the parameters of a pretrained model, a
+transformer scanned over its layers, `jax.shard_map`, and reinforcement learning with one optimizer
+per lane.
 """
 
 import inspect
@@ -33,7 +34,7 @@ ONLY_W, NAMES = {"w": True, "b": False}, {"w": "matrix", "b": "rest"}
 EARLY = lambda step, **_: step < 2
 STEPPED = optax.WrappedSchedule(optax.constant_schedule(0.8))
 
-WRAPPERS = {  # every function of optax whose first argument is a transformation, or makes one
+WRAPPERS = {  # each function of optax whose first argument is a transformation or its factory
     "MultiSteps": lambda f, r: optax.MultiSteps(f(r), 2).gradient_transformation(),
     "apply_if_finite": lambda f, r: optax.apply_if_finite(f(r), 3),
     "chain": lambda f, r: optax.chain(optax.clip_by_global_norm(1.0), f(r)),
@@ -55,7 +56,7 @@ WRAPPERS = {  # every function of optax whose first argument is a transformation
     "split_real_and_imaginary": lambda f, r: contrib.split_real_and_imaginary(f(r)),
     "with_extra_args_support": lambda f, r: optax.with_extra_args_support(f(r)),
 }
-CHAINED = {  # what optax has to stand before or behind an optimizer in a chain
+CHAINED = {  # transformations of optax before or after an optimizer in a chain
     "adaptive_grad_clip": lambda tx: (optax.adaptive_grad_clip(0.1), tx),
     "add_noise": lambda tx: (optax.add_noise(0.1, 0.5, jax.random.key(0)), tx),
     "apply_every": lambda tx: (tx, optax.apply_every(2)),
@@ -71,32 +72,32 @@ CHAINED = {  # what optax has to stand before or behind an optimizer in a chain
 
 
 def _updates(tx, params, steps=4):
-    """The updates of a few steps, of some gradients and losses."""
-    tx, state, seen = optax.with_extra_args_support(tx), tx.init(params), []
+    """Return the updates of a few steps for fixed gradients and losses."""
+    tx, state, all_updates = optax.with_extra_args_support(tx), tx.init(params), []
     plain = params.fast if isinstance(params, optax.LookaheadParams) else params
     for step in range(steps):
         gradient = jax.tree.map(lambda p, k=step: jnp.cos(3 * p + k), plain)
         value = {} if isinstance(state, contrib.SAMState) else {"value": 1.0}
         updates, state = tx.update(gradient, state, params, **value)
         params = optax.apply_updates(params, updates)
-        seen.append(updates)
-    return seen
+        all_updates.append(updates)
+    return all_updates
 
 
-def test_no_wrapper_of_optax_is_forgotten():
-    found = set()
+def test_every_wrapper_of_optax_is_tested():
+    names = set()
     for name, function in [*vars(optax).items(), *vars(contrib).items()]:
         if inspect.isfunction(function) or function is optax.MultiSteps:
             first, *_ = [*inspect.signature(function).parameters.values(), None]
             if "GradientTransformation" in str(first) and not name.startswith("_"):
-                found.add(name)
-    assert found == {*WRAPPERS}
+                names.add(name)
+    assert names == {*WRAPPERS}
 
 
 @pytest.mark.filterwarnings("ignore:inject_stateful_hyperparams is deprecated")
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_in_every_wrapper_of_optax(name):
-    """The numbers of optax's own adamw, with a schedule, and with lanes built inside a vmap."""
+    """With a schedule, and in lanes built inside a vmap, updates equal those of optax's adamw."""
     params = PARAMS
     if name == "lookahead":
         params = optax.LookaheadParams.init_synced(PARAMS)
@@ -105,20 +106,20 @@ def test_in_every_wrapper_of_optax(name):
     ours = lambda rate: WRAPPERS[name](jgd.adamw, jgd.linear_schedule(rate, 0.01, 4))
     theirs = WRAPPERS[name](optax.adamw, optax.linear_schedule(0.1, 0.01, 4))
     lanes = jax.vmap(lambda rate: _updates(ours(rate), params))
-    found, expected = jax.jit(lambda r: (lanes(r), _updates(theirs, params)))(RATES)
-    chex.assert_trees_all_close(jgd.lane(found, 1), expected, rtol=1e-4, atol=1e-6)
+    actual, expected = jax.jit(lambda r: (lanes(r), _updates(theirs, params)))(RATES)
+    chex.assert_trees_all_close(jgd.lane(actual, 1), expected, rtol=1e-4, atol=1e-6)
     with pytest.raises(AssertionError):
-        chex.assert_trees_all_close(jgd.lane(found, 0), expected, rtol=1e-4, atol=1e-6)
+        chex.assert_trees_all_close(jgd.lane(actual, 0), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", CHAINED)
 def test_chained_with_links_of_optax(name):
-    """`jgd.chain` takes them as they are, and its number stays a leaf: a jit argument."""
+    """`jgd.chain` accepts links of optax, and the learning rate stays a leaf: a jit argument."""
     ours = jgd.chain(*CHAINED[name](jgd.adamw(0.1)))
     theirs = optax.chain(*CHAINED[name](optax.adamw(0.1)))
     assert 0.1 in jax.tree.leaves(ours)
-    found, expected = jax.jit(lambda tx: (_updates(tx, PARAMS), _updates(theirs, PARAMS)))(ours)
-    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-6)
+    actual, expected = jax.jit(lambda tx: (_updates(tx, PARAMS), _updates(theirs, PARAMS)))(ours)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-6)
 
 
 # --- flax ------------------------------------------------------------------------------------
@@ -132,7 +133,7 @@ def _squares(model):
 
 
 def test_nnx_optimizer():
-    """In `nnx.jit` equal optimizers share a program; a train function takes lanes of rates."""
+    """In `nnx.jit`, equal optimizers share a program; `jax.vmap` trains lanes of rates."""
 
     @nnx.jit
     @chex.assert_max_traces(n=2)
@@ -156,7 +157,7 @@ def test_nnx_optimizer():
 
 
 class SweptState(train_state.TrainState):
-    """flax's TrainState with the optimizer among its leaves."""
+    """A TrainState of flax with the numbers of the optimizer among its leaves."""
 
     tx: Any = flax.struct.field(pytree_node=True)
 
@@ -171,7 +172,7 @@ def _flax_step(state):
 
 
 def test_flax_train_state():
-    """`tx` is static: a trace for each rate. As a node: one for all, and lanes."""
+    """A static `tx` is traced once per rate; `tx` as a node is traced once, and has lanes."""
 
     def train(kind, step, rate):
         params = {"w": jnp.zeros((3, 1)), "b": jnp.zeros(1)}
@@ -198,7 +199,7 @@ def test_flax_train_state():
 
 
 def test_equinox():
-    """An optimizer goes through filters like a model: one program, partition, lanes of both."""
+    """Filters treat an optimizer like a model: one program for all rates, and lanes of both."""
     model = eqx.nn.MLP(3, 1, 8, 1, key=jax.random.key(0))
 
     @eqx.filter_jit
@@ -213,7 +214,7 @@ def test_equinox():
         return eqx.combine(params, rest)
 
     chex.clear_trace_counter()
-    clip = optax.clip_by_global_norm(1.0)  # made once: optax's links are compared by identity
+    clip = optax.clip_by_global_norm(1.0)  # created once, since links of optax compare by identity
     adamw = lambda rate: jgd.chain(clip, jgd.adamw(rate))
     alone = [train(adamw(rate), model) for rate in (0.01, 0.1)]
     chex.clear_trace_counter()
@@ -228,7 +229,7 @@ def test_equinox():
 
 
 def test_orbax(tmp_path):
-    """Structure from code, numbers from disk: a run that was cut goes on as if it had not been."""
+    """A restored run, with structure from code and numbers from disk, continues as if never cut."""
     build = lambda rate: jgd.param_groups(
         jgd.adamw(jgd.cosine_decay_schedule(rate, 6)), {"b": jgd.momentum(rate)}
     )
@@ -246,7 +247,7 @@ def test_orbax(tmp_path):
     half = step(step(step(start(0.3))))
     with ocp.CheckpointManager(tmp_path) as manager:
         manager.save(3, args=ocp.args.StandardSave(half))
-    with ocp.CheckpointManager(tmp_path) as manager:  # another process, which knows no rate
+    with ocp.CheckpointManager(tmp_path) as manager:  # a new process does not know the rate
         template = jax.eval_shape(lambda: step(start(0.0)))
         restored = manager.restore(3, args=ocp.args.StandardRestore(template))
     assert restored["tx"] == half["tx"] == jax.tree.map(jnp.float32, build(0.3))
@@ -262,7 +263,7 @@ LAYER = {
     "attention": {"self": {"query": DENSE, "key": DENSE, "value": DENSE}, "output": DENSE},
     "output": {"dense": DENSE, "LayerNorm": NORM},
 }
-PRETRAINED = {  # as the parameters of a FlaxPreTrainedModel: dicts, with layers by number
+PRETRAINED = {  # as in a FlaxPreTrainedModel: dicts, with numbered layers
     "embeddings": {"word_embeddings": {"embedding": jnp.ones((9, 4))}, "LayerNorm": NORM},
     "encoder": {"layer": {"0": LAYER, "1": LAYER}},
     "pooler": {"dense": DENSE},
@@ -271,7 +272,7 @@ PRETRAINED = {  # as the parameters of a FlaxPreTrainedModel: dicts, with layers
 
 @pytest.mark.slow
 def test_weight_decay_of_a_pretrained_model():
-    """No decay for biases and LayerNorm: by globs over paths or, as in optax, by a mask."""
+    """Globs over paths exclude biases and LayerNorm from the decay, as a mask does in optax."""
     no_decay = jgd.adamw(1e-2, weight_decay=0.0)
     ours = jgd.param_groups(
         jgd.adamw(1e-2, weight_decay=0.1), {"*/LayerNorm/*": no_decay, "*/bias": no_decay}
@@ -279,14 +280,14 @@ def test_weight_decay_of_a_pretrained_model():
 
     def decays(params):
         paths = traverse_util.flatten_dict(params)
-        kept = {path: path[-1] != "bias" and "LayerNorm" not in path for path in paths}
-        return traverse_util.unflatten_dict(kept)
+        mask = {path: path[-1] != "bias" and "LayerNorm" not in path for path in paths}
+        return traverse_util.unflatten_dict(mask)
 
     masked = jgd.adamw(1e-2, weight_decay=0.1, mask=decays)
     theirs = optax.adamw(1e-2, weight_decay=0.1, mask=decays)
     together = jax.jit(lambda *txs: [_updates(tx, PRETRAINED) for tx in (*txs, theirs)])
-    *found, expected = together(ours, masked)
-    for updates in found:
+    *actual, expected = together(ours, masked)
+    for updates in actual:
         chex.assert_trees_all_close(updates, expected, rtol=1e-4, atol=1e-6)
     query = expected[0]["encoder"]["layer"]["0"]["attention"]["self"]["query"]
     np.testing.assert_allclose(query["kernel"][0] - query["bias"], -1e-2 * 0.1, rtol=1e-3)
@@ -335,7 +336,7 @@ SCANNED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("tx", SCANNED.values(), ids=SCANNED)
 def test_scanned_transformer(tx):
-    """Stacked layers train; Muon is told the axes of its matrices, LAMB goes layer by layer."""
+    """Stacked layers train: Muon with the axes of its matrices, LAMB with `per_layer`."""
     starts = jax.random.randint(jax.random.key(1), (16, 1), 0, TOKENS)
     tokens = (starts + 3 * jnp.arange(9)) % TOKENS  # counting in threes
 
@@ -354,24 +355,24 @@ def test_scanned_transformer(tx):
 
 
 @pytest.mark.slow
-def test_what_stacking_means():
-    """Elementwise rules do not see it; LAMB takes the stack for one layer, Muon for no matrix."""
+def test_rules_on_stacked_layers():
+    """Elementwise rules ignore the stack; LAMB treats it as one layer, Muon not as matrices."""
     w = jax.random.normal(jax.random.key(0), (LAYERS, 4, 4))
     params = {"w": w * jnp.arange(1, 4)[:, None, None]}
     apart = {str(k): params["w"][k] for k in range(LAYERS)}
 
     def agrees(stacked, alone):
         together = _updates(stacked, params)[-1]["w"]
-        wanted = jnp.stack([*_updates(alone, apart)[-1].values()])
-        return np.allclose(together, wanted, rtol=1e-4, atol=1e-6)
+        expected = jnp.stack([*_updates(alone, apart)[-1].values()])
+        return np.allclose(together, expected, rtol=1e-4, atol=1e-6)
 
     adamw, lamb, muon = jgd.adamw(0.1), jgd.lamb(0.1), jgd.muon(0.1)
-    told = jgd.muon(0.1, muon_weight_dimension_numbers=_matrices)
+    with_axes = jgd.muon(0.1, muon_weight_dimension_numbers=_matrices)
     assert agrees(adamw, adamw)
     assert not agrees(lamb, lamb)
     assert not agrees(muon, muon)
     assert agrees(jgd.per_layer(lamb), lamb)
-    assert agrees(told, muon)
+    assert agrees(with_axes, muon)
     assert jax.tree.leaves(jgd.per_layer(lamb)) == jax.tree.leaves(lamb)
 
 
@@ -416,9 +417,10 @@ print("lamb in jit:", *updated(jgd.lamb(0.1), "jit"))
 
 @pytest.mark.slow
 def test_shard_map():
-    """State sharded like the parameters: no communication, the numbers of one device.
+    """With states sharded like the parameters, updates equal those of one device.
 
-    A rule with norms, such as LAMB, takes each shard for a layer; under `jit` it does not.
+    Elementwise rules do not communicate. A rule with norms, such as LAMB, treats each shard as a
+    layer in `shard_map`, but not under `jit`.
     """
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
@@ -434,7 +436,7 @@ def test_shard_map():
 # --- reinforcement learning ----------------------------------------------------------------------
 
 
-PLACES = 6  # a corridor; the reward is at its right end, from where one starts anew
+PLACES = 6  # a corridor; the reward is at its right end, which ends the episode
 
 
 def _start(key):
@@ -448,7 +450,7 @@ def _move(key, place, action):
 
 
 def make_train(config):
-    """As in PureJaxRL, but for the optimizer, which is an argument of what is returned."""
+    """Return a train function as in PureJaxRL, except that the optimizer is an argument."""
     actors, discount = config["actors"], config["discount"]
 
     def train(tx, key):
@@ -459,8 +461,8 @@ def make_train(config):
             after, rewards = jax.vmap(_move)(jax.random.split(move, actors), places, actions)
             return (params, after, key), (places, actions, rewards)
 
-        def loss(params, seen, last):
-            places, actions, rewards = seen
+        def loss(params, transitions, last):
+            places, actions, rewards = transitions
             back = lambda later, now: (now + discount * (1 - now) * later,) * 2
             _, returns = jax.lax.scan(back, params["values"][last], rewards, reverse=True)
             advantage = jax.lax.stop_gradient(returns) - params["values"][places]
@@ -470,9 +472,9 @@ def make_train(config):
         def update(carry, _):
             state, places, key = carry
             start = (state.params, places, key)
-            (_, places, key), seen = jax.lax.scan(act, start, None, config["horizon"])
-            state = state.apply_gradients(grads=jax.grad(loss)(state.params, seen, places))
-            return (state, places, key), seen[2].mean()
+            (_, places, key), transitions = jax.lax.scan(act, start, None, config["horizon"])
+            state = state.apply_gradients(grads=jax.grad(loss)(state.params, transitions, places))
+            return (state, places, key), transitions[2].mean()
 
         params = {"logits": jnp.zeros((PLACES, 2)), "values": jnp.zeros(PLACES)}
         state = SweptState.create(apply_fn=None, params=params, tx=tx)
@@ -486,7 +488,7 @@ def make_train(config):
 
 @pytest.mark.slow
 def test_reinforcement_learning_in_lanes():
-    """Rates by seeds in one program; the best rate learns, the smallest hardly."""
+    """All rates and seeds run in one program; the best rate learns, the smallest hardly."""
     train = make_train(dict(actors=8, horizon=16, updates=60, discount=0.9))
     rates, keys = jnp.array([1e-4, 1e-1]), jax.random.split(jax.random.key(0), 3)
     chex.clear_trace_counter()

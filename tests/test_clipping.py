@@ -211,7 +211,7 @@ def test_what_is_refused():
     chex.assert_shape(adaptive(deep, axis=(0, 1))[0], deep.shape)
     with pytest.raises(jgd.TreeError, match="axis must be in every leaf, got 2 for an array of 2"):
         adaptive(jnp.ones((2, 2)), axis=2)
-    with pytest.raises(jgd.TreeError, match="needs the parameters"):
+    with pytest.raises(jgd.TreeError, match="params must be given, got None"):
         jgd.adaptive_grad_clip(0.1).update(deep, optax.EmptyState())
 
 

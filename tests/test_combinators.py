@@ -1,4 +1,4 @@
-"""Combinators: shared memories against memories of their own, and what `named` refuses."""
+"""Combinators: a shared memory equals separate memories, and `named` refuses invalid records."""
 
 import ast
 import re
@@ -68,9 +68,9 @@ def _stddev():
 
 
 def _pairs():
-    """Return for each factory that shares memories the recipe, and one in which nothing is shared.
+    """Return, for each factory that shares memories, its recipe and a version without sharing.
 
-    The states of the second are plain tuples: each transformation has a memory of its own.
+    The states of the second are plain tuples: each transformation has its own memory.
     """
     ema, rms, root, square = jgd.ema(B1), jgd.rms(B2, EPS), jgd.root(EPS), jgd.square()
     divide, chain, identity = jgd.divide, jgd.chain, jgd.identity()
@@ -179,8 +179,8 @@ def test_every_declared_sharing_has_a_case():
     assert declared == {label.split()[0] for label in _pairs()}
 
 
-def test_a_shared_memory_is_that_of_each_transformation():
-    """Ten steps of random gradients by the recipe, and with a memory for each transformation."""
+def test_a_shared_memory_equals_separate_memories():
+    """Ten steps with random gradients are equal with and without sharing."""
     gradients = _gradients()
 
     @jax.jit
@@ -216,11 +216,11 @@ def test_a_shared_memory_is_stepped_once():
     chex.assert_trees_all_equal(updates, jnp.full(2, 0.5))
     chex.assert_trees_all_equal(state, RunningSumState(ones))
     both.update(ones, both.init(ones))
-    assert len(calls) == 3  # without `named` each has its own
+    assert len(calls) == 3  # without `named`, each transformation has its own memory
 
 
 def _integer_additions(tx):
-    """The additions to integers, among all equations of an update."""
+    """Return the number of integer additions in an update."""
 
     def count(jaxpr):
         inner = [j for eqn in jaxpr.eqns for j in jax.extend.core.jaxprs_in_params(eqn.params)]
@@ -233,7 +233,7 @@ def _integer_additions(tx):
 def test_a_shared_count_is_counted_once():
     apart = jgd.divide(jgd.ema(B1), jgd.rms(B2))
     assert (_integer_additions(jgd.scale_by_adam()), _integer_additions(apart)) == (1, 2)
-    # the power t + 1 of the look ahead is one more
+    # the power t + 1 of the look-ahead is one more addition
     apart = _look_ahead(B1, 1 - B1)
     assert (_integer_additions(jgd.nesterov_ema(B1)), _integer_additions(apart)) == (2, 3)
 
@@ -321,8 +321,8 @@ class _Backwards(NamedTuple):
     count: jax.Array
 
 
-def test_fields_follow_names_and_not_places():
-    """A field has the memory of its name, whatever the order of fields and of links."""
+def test_fields_follow_names_and_not_order():
+    """A field holds the memory of its name, for any order of fields and of links."""
     gradients = _gradients(2)
     first, second = jgd.lane(gradients, 0), jgd.lane(gradients, 1)
     mean = lambda b, x, y: b * (1 - b) * x + (1 - b) * y
@@ -338,7 +338,7 @@ def test_fields_follow_names_and_not_places():
             assert type(state) is record
             chex.assert_trees_all_close((state.mu, state.nu), (mu, nu), rtol=1e-5)
             chex.assert_trees_all_equal(state.count, jnp.int32(2))
-    # exchanged names exchange the fields, where anybody can read it
+    # exchanged names exchange the fields
     swapped = jgd.named(
         _adams_quotient("nu", "mu"), record=optax.ScaleByAdamState, shared=["count"]
     )
@@ -350,7 +350,7 @@ def test_fields_follow_names_and_not_places():
 # --- scheduled decays ------------------------------------------------------------------------
 
 
-def test_a_scheduled_decay_remembers_the_mean_of_its_logarithms():
+def test_the_state_of_a_scheduled_decay_has_the_mean_of_its_logarithms():
     gradients, tx = _gradients(6), jgd.scale_by_adam(B1, MOVING, EPS)
     step, state = jax.jit(tx.update), tx.init(PARAMS)
     straight, states = [], []
@@ -375,7 +375,7 @@ def test_a_scheduled_decay_remembers_the_mean_of_its_logarithms():
 
 
 def test_a_state_without_the_logarithms_is_refused():
-    """A memory of constant decays cannot go on under a schedule, and the other way round."""
+    """A state of a constant decay cannot continue under a schedule, nor the reverse."""
     constant, moving = jgd.ema(B1), jgd.ema(MOVING)
     with pytest.raises(ValueError, match=r"ema: expected .*, got optax.*EmaState"):
         moving.update(PARAMS, constant.init(PARAMS))

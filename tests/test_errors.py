@@ -1,4 +1,4 @@
-"""Errors at the door: one line that names the function and the argument, and says what to do."""
+"""Errors about arguments are one line, name the function and the argument, and say what to do."""
 
 import jax
 import jax.numpy as jnp
@@ -54,11 +54,11 @@ NUMBERS = {
         lambda: jgd.prodigy(0.1, betas=(_on_device(1.2), 0.9)),
         "prodigy: betas must be two numbers in [0, 1), got (1.2, 0.9)",
     ),
-    "several on a device": (
+    "several numbers on a device": (
         lambda: jgd.piecewise_constant(_on_device([20.0, 10.0]), [1.0, 0.1, 0.01]),
         "piecewise_constant: boundaries must be in rising order, got [20.0, 10.0]",
     ),
-    "a number of another one": (
+    "a number in _replace": (
         lambda: ADAM._replace(b1=2.0),
         "adam: b1 must be in [0, 1), got 2.0",
     ),
@@ -76,7 +76,7 @@ KINDS = {
         lambda: jgd.adam(0.1, epsilon=0.1),
         "adam: got an unexpected keyword argument 'epsilon'; did you mean eps?",
     ),
-    "a name that is like no other": (
+    "a name without a close match": (
         lambda: jgd.adam(0.1, zzz=0.1),
         "adam: got an unexpected keyword argument 'zzz'",
     ),
@@ -89,17 +89,17 @@ KINDS = {
         "adam: learning_rate must be a number or a schedule, got the function"
         " cosine_decay_schedule. Call it: cosine_decay_schedule(...)",
     ),
-    "one of optax": (
+    "a schedule of optax that was not called": (
         lambda: jgd.adam(optax.linear_schedule),
         "adam: learning_rate must be a number or a schedule, got the function linear_schedule."
         " Call it: linear_schedule(...)",
     ),
-    "one of another framework": (
+    "a schedule of torch that was not called": (
         lambda: jgd.sgd(jt.multi_step_lr),
         "sgd: learning_rate must be a number or a schedule, got the function multi_step_lr."
         " Call it: multi_step_lr(...)",
     ),
-    "one in a pair": (
+    "a schedule in a pair that was not called": (
         lambda: jgd.prodigy(betas=(jgd.exponential_decay, 0.9)),
         "prodigy: betas must be a number or a schedule, got the function exponential_decay."
         " Call it: exponential_decay(...)",
@@ -134,11 +134,11 @@ KINDS = {
         " jax.vmap",
     ),
 }
-CURE = (
+HINT = (
     ", which hides its numbers in functions. Lift a factory of optax with jgd.as_pytree, as in"
     " jgd.as_pytree(optax.lion)(1e-4), and use jgd.chain in place of optax.chain"
 )
-HIDES = "a setting must be a pytree of numbers, got <chain>" + CURE
+HIDES = "a setting must be a pytree of numbers, got <chain>" + HINT
 FUNCTIONS = {
     "stack": (lambda: jgd.stack([HIDDEN, HIDDEN]), f"stack: {HIDES}"),
     "lane": (lambda: jgd.lane(HIDDEN, 0), f"lane: {HIDES}"),
@@ -148,7 +148,7 @@ FUNCTIONS = {
     "grid": (lambda: jgd.grid(optax.adam, learning_rate=[0.1, 0.2]), f"adam: {HIDES}"),
     "a bare function": (
         lambda: jgd.stack([{"rate": jnp.sin}]),
-        f"stack: a setting must be a pytree of numbers, got the function sin{CURE}",
+        f"stack: a setting must be a pytree of numbers, got the function sin{HINT}",
     ),
 }
 ALL = NUMBERS | KINDS | FUNCTIONS
@@ -166,8 +166,8 @@ def test_the_message_in_the_call(name):
     assert _message(call) == message
 
 
-def test_a_schedule_may_come_from_no_module():
-    """As what `exec` defines in a namespace of its own."""
+def test_a_schedule_may_have_no_module():
+    """A function that `exec` defines in its own namespace has no module."""
     names = {}
     exec("def fall(step): return 0.1 - 0.01 * step", names)
     assert names["fall"].__module__ is None
@@ -175,7 +175,7 @@ def test_a_schedule_may_come_from_no_module():
 
 
 def test_arrays_on_a_device_are_checked_without_waiting(monkeypatch):
-    """Only if their values are there, and only in the user's call."""
+    """They are checked only if their values are ready, and only in the user's call."""
     bad = _on_device(1.5)
     monkeypatch.setattr(type(bad), "is_ready", lambda self: False)
     assert jgd.adam(0.1, b1=bad).b1 == 1.5
@@ -199,7 +199,7 @@ LEAVES = {
 
 
 @pytest.mark.parametrize("name", LEAVES)
-def test_leaves_that_are_no_arrays_are_named(name):
+def test_leaves_that_are_not_arrays_are_named(name):
     leaf, shown = LEAVES[name]
     bad = {"w": jnp.ones(3), "b": {"c": leaf}}
     tx = jgd.adamw(0.1)
@@ -223,7 +223,7 @@ IN_CLOSURES = {
     "adamw": (optax.adamw, "<chain>"),
     "wrappers": (lambda r: optax.chain(optax.masked(optax.adamw(r), True)), "<chain>"),
     "a schedule": (lambda r: optax.sgd(optax.linear_schedule(r, 0.0, 3)), "<chain>"),
-    "one of ours": (lambda r: optax.chain(jgd.adam(r)), "<chain>"),
+    "an optimizer of jgd": (lambda r: optax.chain(jgd.adam(r)), "<chain>"),
 }
 LINKED = {
     "chain: links": lambda link: jgd.chain(optax.clip(1.0), link),
@@ -236,7 +236,7 @@ LINKED = {
 @pytest.mark.parametrize("where", LINKED)
 @pytest.mark.parametrize("name", IN_CLOSURES)
 def test_traced_numbers_in_closures_are_refused(name, where, transform):
-    """They would leak out of the transformation, and fail far from here."""
+    """They would leak out of the transformation, and fail in another place."""
     make, shown = IN_CLOSURES[name]
     message = (
         f"{where} must not hold traced numbers in closures, got {shown}. Lift its factory with"
@@ -247,7 +247,7 @@ def test_traced_numbers_in_closures_are_refused(name, where, transform):
 
 
 def test_inside_the_body_of_a_factory_closures_may_hold_traced_numbers():
-    """They live as long as the pair, and do not leak."""
+    """They do not leak, since they live only as long as the pair."""
 
     @jgd.as_pytree
     def decayed(rate, decay=0.1):
@@ -304,9 +304,9 @@ def test_numbers_that_are_branched_on_are_named(factory):
         lambda: jax.vmap(lambda rate: update(factory(rate, power=rate)))(jnp.ones(2)),
     ):
         assert _message(call, TypeError) == message
-    mended = jgd.as_pytree(factory.__wrapped__, structure=["power"])
-    assert jax.tree.leaves(mended(0.1)) == [0.1, 0.1]
-    jax.jit(update)(mended(0.1))
+    fixed = jgd.as_pytree(factory.__wrapped__, structure=["power"])
+    assert jax.tree.leaves(fixed(0.1)) == [0.1, 0.1]
+    jax.jit(update)(fixed(0.1))
 
 
 def test_numbers_that_a_schedule_branches_on_are_named():
@@ -316,8 +316,8 @@ def test_numbers_that_a_schedule_branches_on_are_named():
     assert message in _message(lambda: jax.vmap(lambda p: as_a_schedule(0.1, p)(3))(jnp.ones(2)))
 
 
-def test_other_errors_of_traced_values_stay_as_they_are():
-    """The factory branches on a gradient: no argument could mend that."""
+def test_other_errors_of_traced_values_do_not_change():
+    """The factory branches on a gradient, which no argument of `as_pytree` can fix."""
 
     @jgd.as_pytree
     def gated(rate):

@@ -1,4 +1,4 @@
-"""`jax.export` with an optimizer among the arguments: the file is read back to the same program."""
+"""`jax.export` writes and reads programs that have an optimizer among their arguments."""
 
 import subprocess
 import sys
@@ -69,12 +69,12 @@ STRUCTURES = [
 
 @pytest.mark.filterwarnings("ignore:`optimistic_adam` is deprecated")
 def test_the_structure_of_every_optimizer_and_of_its_state_is_read_back():
-    given = [(tx, jax.eval_shape(tx.init, PARAMS)) for tx in STRUCTURES]
-    given.append((jgd.stopping.early_stopping(patience=3), jgd.linear_schedule(1.0, 0.0, 9)))
-    program = _through_a_file(lambda *pairs: pairs, *given)
-    expected = jax.tree.structure((tuple(given), {}))
+    arguments = [(tx, jax.eval_shape(tx.init, PARAMS)) for tx in STRUCTURES]
+    arguments.append((jgd.stopping.early_stopping(patience=3), jgd.linear_schedule(1.0, 0.0, 9)))
+    program = _through_a_file(lambda *pairs: pairs, *arguments)
+    expected = jax.tree.structure((tuple(arguments), {}))
     assert program.in_tree == expected
-    assert program.out_tree == jax.tree.structure(tuple(given))
+    assert program.out_tree == jax.tree.structure(tuple(arguments))
 
 
 def test_a_step_is_the_same_program_for_another_learning_rate():
@@ -120,26 +120,25 @@ def test_another_process_reads_the_file(tmp_path):
         (jgd.noisy_sgd(0.1, key=jax.random.key(0)), "^noisy_sgd: key must be .* got Array"),
     ],
 )
-def test_structure_that_is_no_plain_value_is_named(tx, message):
+def test_structure_that_is_not_plain_is_named(tx, message):
     with pytest.raises(TypeError, match=message) as raised:
         _through_a_file(lambda tx: 1.0, tx)
     assert "\n" not in str(raised.value)
 
 
 def test_a_file_names_only_factories_that_are_decorated():
-    """It never imports what it names, nor looks further than what `as_pytree` was given."""
-
+    """Reading a file imports nothing and finds only factories decorated with `as_pytree`."""
     tx = jgd.as_pytree(_momentum)(0.1)
     blob = jax.export.export(jax.jit(lambda tx: 1.0))(tx).serialize()
     assert jax.export.deserialize(blob).in_tree == jax.tree.structure(((tx,), {}))
     assert blob.count(b"exporting._momentum") == 1
-    for other in (b"exporting._another_", b"exporting._through_"):  # none, and one undecorated
+    for other in (b"exporting._another_", b"exporting._through_"):  # missing, and undecorated
         forged = bytearray(blob.replace(b"exporting._momentum", other))
-        with pytest.raises(ValueError, match=f"{other.decode()} must be decorated with jgd"):
+        with pytest.raises(ValueError, match=f"{other.decode()}, which is not registered"):
             jax.export.deserialize(forged)
 
 
-def test_a_state_that_its_owner_registers_stays_his():
+def test_a_state_class_that_is_already_registered_keeps_its_name():
     class Mine(NamedTuple):
         x: jax.Array
 

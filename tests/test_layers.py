@@ -1,4 +1,4 @@
-"""Imports only point down, and `import jgd` costs what optax costs."""
+"""Imports only point down, and `import jgd` loads neither JAX nor an optional package."""
 
 import ast
 import subprocess
@@ -13,33 +13,33 @@ import jgd.transforms
 PACKAGE = Path(jgd.__file__).parent
 PAGE = PACKAGE.parent / "docs" / "contributing.md"
 
-# From bottom to top: a module may import those above it in this list. What several modules in a
-# row are for is said once. `python tests/test_layers.py` draws the picture in the docs anew.
+# From bottom to top: a module may import the modules before it in this list. One entry describes a
+# group of modules. `python tests/test_layers.py` writes the picture in the docs.
 LAYERS = [
     ("version", ""),
-    ("nodes", "structure without leaves"),
-    ("checks", "what plain arguments may be"),
-    ("arguments", "what the arguments of a factory may be"),
-    ("calls", "the calls of a factory, and the bodies that run"),
-    ("sharding", "parameters on a mesh: what is gathered, where memories lie"),
-    ("trees", "walks over leaves, and the errors where trees do not match"),
-    ("dtypes", "float32 at least inside, the precision of gradients or parameters outside"),
+    ("nodes", "pytree nodes: structure without leaves, links by name"),
+    ("checks", "checks of plain arguments"),
+    ("arguments", "the kinds of a factory's parameters"),
+    ("calls", "calls of a factory: from arguments to its body"),
+    ("sharding", "parameters on a mesh: gathered arrays, sharded states"),
+    ("trees", "loops over leaves, and errors if trees do not match"),
+    ("dtypes", "float32 at least inside, the dtypes of gradients or parameters outside"),
     ("exporting", "optimizers as arguments of `jax.export`"),
-    ("door", "where a user calls init and update: dtypes, schedules, errors"),
-    ("pytree", "the one trick: a call of a factory becomes a pytree of its numbers"),
+    ("door", "init and update as a user calls them: dtypes, schedules, errors"),
+    ("pytree", "as_pytree: a call of a factory becomes a pytree of its numbers"),
     ("lanes", "batches of optimizers"),
     ("arithmetic", "quotients, roots and averages: finite at 0, exact for decimals"),
     ("combinators", "chain, divide, add, subtract, with_nesterov, named"),
     ("transforms", "the basic transformations: averages, bias correction, roots, decay"),
     ("rules", "a formula on one array, lifted over the tree"),
-    ("norms", "transformations that look at a whole array"),
+    ("norms", "transformations that depend on a whole array"),
     ("clipping", "gradients with a bound on their norm"),
     ("linear_algebra", "functions of a matrix with finite derivatives"),
     ("ramps", ""),
     ("schedules", "step -> value; every argument may be traced"),
     ("wrappers", "wrappers of whole optimizers"),
     ("precision", "wrappers for 16-bit parameters"),
-    ("inspection", "what an optimizer does now"),
+    ("inspection", "schedules evaluated at the current step"),
     ("groups", "optimizers by path, rates by width"),
     ("stopping", "early stopping and plateaus: pairs over a metric"),
     ("regularization", "penalties, dropout, batch norm"),
@@ -72,7 +72,7 @@ LAYERS = [
     ("compat.torch", ""),
     ("compat.textbook", ""),
     ("compat.optax", ""),
-    ("compat", "keras, torch, textbook, optax: other conventions, states carried over"),
+    ("compat", "keras, torch, textbook, optax: other conventions, conversion of states"),
     ("catalog", "the optimizers by name, and their table"),
     ("diagnosis", "verdicts from the loss"),
     ("training", "Task, Run, train"),
@@ -109,7 +109,7 @@ LAYERS = [
     ("tuning.parsing", ""),
     ("tuning.commands", ""),
     ("tuning", "the host side of a sweep: plan, events, ledger, pool, engine, turns, folder"),
-    ("nnx", "flax's training object, with the numbers as data"),
+    ("nnx", "flax's nnx.Optimizer, with the numbers as Variables"),
     ("cli", "the command line"),
 ]
 ORDER = [name for name, _ in LAYERS]
@@ -126,7 +126,7 @@ EXTRAS = {
     "equinox",
 }
 
-# modules that only a command or a user who has the extra loads
+# modules that only a command, or a user with the extra, loads
 TERMINAL = ("nnx", "tuning.plots", "tuning.console", "tuning.tasks", "tuning.commands")
 
 
@@ -158,19 +158,19 @@ def _picture():
 
 
 def test_imports_point_down():
-    found = dict(_modules())
-    assert set(found) <= set(ORDER)
-    for name, tree in found.items():
+    modules = dict(_modules())
+    assert set(modules) <= set(ORDER)
+    for name, tree in modules.items():
         for imported, node in _imports(tree):
             if imported.startswith("jgd."):
                 below = imported.removeprefix("jgd.")
-                if below == name:  # a package gathers its modules
+                if below == name:  # a package imports its own modules
                     continue
                 assert ORDER.index(below) < ORDER.index(name), f"{name}:{node.lineno} {imported}"
 
 
-def test_extras_are_imported_where_they_are_used():
-    """Never at the top of a module that `import jgd` or `jgd --help` loads."""
+def test_extras_are_imported_only_where_they_are_used():
+    """No module that `import jgd` or `jgd --help` loads imports an extra at its top."""
     for name, tree in _modules():
         for node in tree.body:
             if not isinstance(node, ast.Import | ast.ImportFrom):
@@ -181,8 +181,10 @@ def test_extras_are_imported_where_they_are_used():
 
 
 def _loaded_by(program):
-    shown = "import sys; " + program + "; print(*sorted({m.split('.')[0] for m in sys.modules}))"
-    done = subprocess.run([sys.executable, "-c", shown], capture_output=True, text=True, check=True)
+    source = "import sys; " + program + "; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    done = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, check=True
+    )
     return set(done.stdout.split())
 
 
@@ -192,11 +194,11 @@ def test_import_jgd_loads_nothing_and_no_extra():
     assert not (_loaded_by(everything) - _loaded_by("import optax")) & EXTRAS
 
 
-def test_the_picture_in_the_docs_is_that_of_the_layers():
+def test_the_picture_in_the_docs_shows_the_layers():
     assert f"```\n{_picture()}\n```" in PAGE.read_text()
 
 
-def test_public_names_are_those_of_their_modules():
+def test_public_names_belong_to_their_modules():
     for name in jgd.__all__:
         assert getattr(jgd, name) is not None
         assert name in dir(jgd)

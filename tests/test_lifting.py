@@ -19,9 +19,9 @@ GRADIENTS = {
 
 def _same(ours, theirs):
     assert isinstance(ours, jgd.Transformation)
-    got, expected = run(ours, GRADIENTS, PARAMS), run(theirs, GRADIENTS, PARAMS)
-    chex.assert_trees_all_close(got, expected, rtol=2e-5, atol=2e-6)
-    chex.assert_trees_all_equal_shapes_and_dtypes(got, expected)
+    actual, expected = run(ours, GRADIENTS, PARAMS), run(theirs, GRADIENTS, PARAMS)
+    chex.assert_trees_all_close(actual, expected, rtol=2e-5, atol=2e-6)
+    chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
 
 
 SCHEDULES = {
@@ -32,7 +32,7 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
-def test_schedules_are_made_inside(kind):
+def test_schedules_in_the_body(kind):
     make = SCHEDULES[kind]
 
     @jgd.as_pytree
@@ -44,7 +44,7 @@ def test_schedules_are_made_inside(kind):
     assert isinstance(lanes, jgd.Transformation)
 
 
-def test_attributes_and_replace():
+def test_attributes_and_replace_in_the_body():
     @jgd.as_pytree
     def slowed(rate, factor=0.5):
         base = jgd.adamw(rate, b1=0.8)
@@ -55,7 +55,7 @@ def test_attributes_and_replace():
     np.testing.assert_allclose(jax.vmap(slowed)(jnp.ones(2)).rate, 1.0)
 
 
-def test_maps_over_leaves():
+def test_tree_map_over_numbers_in_the_body():
     @jgd.as_pytree
     def halved(rate, b1=0.8):
         base = jgd.adam(rate, b1, b2=0.9, eps=0.1)
@@ -65,32 +65,32 @@ def test_maps_over_leaves():
     _same(halved(0.2), optax.adam(0.1, b1=0.4, b2=0.45, eps=0.05))
 
 
-def test_wrappers_with_a_dtype():
+def test_wrappers_with_a_dtype_in_the_body():
     @jgd.as_pytree
-    def patient(rate):
+    def accumulated(rate):
         return jgd.accumulate(jgd.adam(rate, mu_dtype=jnp.bfloat16), 2)
 
-    _same(patient(0.1), jgd.accumulate(jgd.adam(0.1, mu_dtype=jnp.bfloat16), 2))
-    state = patient(0.1).init(PARAMS)
-    after = jax.jit(patient(0.1).update)(PARAMS, state, PARAMS)[1]
+    _same(accumulated(0.1), jgd.accumulate(jgd.adam(0.1, mu_dtype=jnp.bfloat16), 2))
+    state = accumulated(0.1).init(PARAMS)
+    after = jax.jit(accumulated(0.1).update)(PARAMS, state, PARAMS)[1]
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
     assert optax.tree.get(after, "mu")["w"].dtype == jnp.bfloat16
 
 
 def test_a_user_function_called_by_an_optimizer_sees_values():
-    """The function runs inside `update`, where jgd's own bodies have been plain."""
-    seen = []
+    """Factories called by a user's function inside `update` return values, not plain pairs."""
+    values = []
 
     def bound(step):
         tx = jgd.sgd(0.1)
-        seen.append(tx)
+        values.append(tx)
         return tx.learning_rate * (step + 1)
 
     for tx in (jgd.adopt(0.1, clip_value_fn=bound), jgd.adam(bound), jgd.chain(jgd.adam(bound))):
-        before = len(seen)
+        before = len(values)
         tx.update(PARAMS, tx.init(PARAMS), PARAMS)
-        assert len(seen) > before
-    assert all(isinstance(value, jgd.Transformation) for value in seen)
+        assert len(values) > before
+    assert all(isinstance(value, jgd.Transformation) for value in values)
     assert isinstance(jgd.sgd(jgd.linear_schedule(0.1, 0.0, 5)).learning_rate, jgd.Schedule)
 
 

@@ -1,6 +1,6 @@
-"""Every optimizer on sharded parameters, on meshes of eight devices that the CPU pretends to have.
+"""Every optimizer updates sharded parameters, on meshes of eight simulated CPU devices.
 
-`python tests/test_meshes.py KINDS NAME...` is the process of its own that has these devices.
+The tests run `python tests/test_meshes.py KINDS NAME...` in a process with these devices.
 """
 
 import functools
@@ -61,7 +61,7 @@ LAYERED = {
     for name in ("lamb", "muon", "shampoo", "galore")
 }
 MAKERS = OPTIMIZERS | WRAPPERS | LAYERED
-# XLA shards their matrices on an auto mesh, so that the second state is placed elsewhere
+# XLA shards their matrices on an auto mesh, so the second state has another sharding
 PLACED_BY_XLA = ("adafactor", "sm3", "shampoo", "soap", "galore", "lookahead", "average_params")
 PLACED_BY_XLA += ("schedule_free", "cautious", "param_groups", *LAYERED)
 
@@ -80,7 +80,7 @@ def _loss(params):
 
 
 def _programs(names):
-    """`init` and `update` of all optimizers in one program each."""
+    """Return `init` and `update` of all optimizers, one program each."""
     txs = {name: optax.with_extra_args_support(MAKERS[name]()) for name in names}
 
     def init(params):
@@ -101,19 +101,20 @@ def _programs(names):
 def _assert_sharded_like_parameters(states, shardings, exactly):
     """Return the optimizers that have memories with the path and the shape of a parameter.
 
-    Assert that these are sharded like it, or at least take no more of a device.
+    Assert that such memories are sharded like the parameter or, if not `exactly`, into shards of at
+    most its size.
     """
-    seen = set()
+    names = set()
     for path, memory in jax.tree_util.tree_leaves_with_path(states):
         name, leaf = path[0].key, getattr(path[-1], "key", None)
         shape, _ = _specs(name).get(leaf, (None, None))
         if memory.shape == shape:
-            seen.add(name)
+            names.add(name)
             own, parameter = memory.sharding, shardings[name][leaf]
             part = lambda sharding, shape=shape: math.prod(sharding.shard_shape(shape))
             assert part(own) <= part(parameter), (path, own)
             assert not exactly or own.is_equivalent_to(parameter, memory.ndim), (path, own)
-    return seen
+    return names
 
 
 def _steps(names):
@@ -131,7 +132,7 @@ def _unsharded(names):
 
 
 def _check(kind, names, expected, calls, compiled):
-    """Assert that each optimizer does as `expected` and compiles in its first `calls` at most."""
+    """Assert that updates equal `expected` and that only the first `calls` compile."""
     shape, axes = ((8,), ("data",)) if kind == "one" else ((4, 2), ("data", "model"))
     auto = kind == "auto"
     types = (AxisType.Auto if auto else AxisType.Explicit,) * len(axes)
@@ -151,7 +152,9 @@ def _check(kind, names, expected, calls, compiled):
             gradients = jax.device_put(gradients, shardings)
             compiled.clear()
             updates, states, params = update(gradients, states, params)
-            assert compiled or step, "no event of a compilation: has it another name?"
+            assert compiled or step, (
+                "expected a compilation event, got none. Was the event renamed?"
+            )
             assert not compiled or step < calls, f"compiled again at step {step}"
             for path, u in jax.tree_util.tree_leaves_with_path(updates):
                 name, leaf = path[0].key, path[1].key
@@ -185,7 +188,7 @@ def _run(kinds, *names):
     environment = {**cached_environment(), "JAX_PLATFORMS": "cpu"}
     environment["XLA_FLAGS"] += (
         " --xla_force_host_platform_device_count=8"
-        # eight devices wait for each other on busy cores
+        # on busy cores, eight devices wait for each other
         " --xla_cpu_collective_call_terminate_timeout_seconds=300"
     )
     environment["PYTHONPATH"] = str(Path(jgd.__file__).parents[1])
@@ -196,7 +199,7 @@ def _run(kinds, *names):
 
 
 def test_accumulate_keeps_shardings_without_jit():
-    """An axis of one device is in the types as well."""
+    """Types contain the sharding even over an axis of one device."""
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Explicit,))
     with (getattr(jax, "set_mesh", None) or jax.sharding.use_mesh)(mesh):
         params = {"w": jax.device_put(jnp.ones((4, 2)), NamedSharding(mesh, P("data")))}

@@ -1,4 +1,4 @@
-"""Models of flax and equinox as tasks, in a few lines each; and a training that is no task."""
+"""Models of flax and equinox as tasks in a few lines each, and a training that is not a task."""
 
 import contextlib
 
@@ -25,10 +25,10 @@ def _metrics(logits, labels=Y):
     return {"accuracy": (logits.argmax(-1) == labels).mean(), "loss": losses.mean()}
 
 
-def _learned(task, lanes=LANES, **options):
+def _swept(task, lanes=LANES, **options):
     result = jgd.sweep(task, lanes, 60, seeds=2, **options)
     assert result.rows[0]["accuracy"] > 0.9
-    assert len({row["loss"] for row in result.rows}) == 4  # no two lanes alike
+    assert len({row["loss"] for row in result.rows}) == 4  # all lanes differ
     return result
 
 
@@ -41,7 +41,7 @@ def test_flax_linen():
         batch=BATCHES,
         evaluate=lambda params: _metrics(model.apply(params, X)),
     )
-    best = _learned(task).best
+    best = _swept(task).best
     assert model.apply(best.params, X[:3]).shape == (3, 2)
 
 
@@ -62,7 +62,7 @@ def test_flax_nnx_with_batch_norm_and_dropout():
     graph, *_ = split(nnx.eval_shape(lambda: _Nnx(nnx.Rngs(0))))
 
     def loss(params, rest, batch, key, setting):
-        model = nnx.merge(graph, params, rest, copy=True)  # statistics are written to
+        model = nnx.merge(graph, params, rest, copy=True)  # the call changes its statistics
         metrics = _metrics(model(batch[0], nnx.Rngs(dropout=key)), batch[1])
         return metrics.pop("loss"), (metrics, split(model)[2])
 
@@ -74,11 +74,11 @@ def test_flax_nnx_with_batch_norm_and_dropout():
     task = jgd.Task(
         init=lambda key: split(_Nnx(nnx.Rngs(key)))[1:], loss=loss, batch=BATCHES, evaluate=evaluate
     )
-    best = _learned(task).best
+    best = _swept(task).best
     model = nnx.merge(graph, best.state.params, best.state.model_state)
     model.eval()
     assert model(X[:3]).shape == (3, 2)
-    assert not np.allclose(model.norm.mean[...], 0)  # the statistics were carried along
+    assert not np.allclose(model.norm.mean[...], 0)  # training updated the statistics
 
 
 @pytest.mark.slow
@@ -92,12 +92,12 @@ def test_equinox():
         batch=BATCHES,
         evaluate=lambda params: _metrics(logits(params, X)),
     )
-    best = _learned(task).best
+    best = _swept(task).best
     assert eqx.combine(best.params, static)(X[0]).shape == (2,)
 
 
-def test_an_own_pair_has_lanes_stopping_halving_and_resume(tmp_path):
-    """A bandit: no data, no gradient of a loss, its own random keys."""
+def test_a_custom_run_has_lanes_stopping_halving_and_resume(tmp_path):
+    """A bandit, without data or a loss function, sweeps like a task."""
     means = jnp.array([0.1, 0.5, 0.9])
 
     def init(tx, key):
@@ -106,8 +106,8 @@ def test_an_own_pair_has_lanes_stopping_halving_and_resume(tmp_path):
 
     def update(tx, state, batch):
         logits, memory, key = state
-        key, now, noise = jax.random.split(key, 3)
-        arm = jax.random.categorical(now, logits)
+        key, choice, noise = jax.random.split(key, 3)
+        arm = jax.random.categorical(choice, logits)
         reward = means[arm] + 0.1 * jax.random.normal(noise)
         grads = jax.grad(lambda x: -reward * jax.nn.log_softmax(x)[arm])(logits)
         updates, memory = tx.update(grads, memory, logits)
@@ -120,11 +120,11 @@ def test_an_own_pair_has_lanes_stopping_halving_and_resume(tmp_path):
     lanes = jgd.grid(jgd.adam, learning_rate=np.geomspace(1e-4, 0.3, 16))
     options = dict(seeds=3, metric="value", mode="max", stop=6, width=8)
     halving = jgd.successive_halving(2, 50)
-    seen = []
+    reports = []
 
     def crash(plan, report):
-        seen.append(report)
-        if len(seen) == 20:
+        reports.append(report)
+        if len(reports) == 20:
             raise RuntimeError
 
     with contextlib.suppress(RuntimeError):
@@ -137,4 +137,4 @@ def test_an_own_pair_has_lanes_stopping_halving_and_resume(tmp_path):
     assert {row["ended"] for row in whole.rows} >= {"cut"}
     logits, _, key = whole.best.state
     assert logits.argmax() == 2
-    jax.random.normal(key)  # a key as before
+    jax.random.normal(key)  # still a random key

@@ -1,4 +1,4 @@
-"""At home in flax: `jgd.nnx.Optimizer` holds the numbers of an optimizer as data."""
+"""`jgd.nnx.Optimizer` holds the numbers of an optimizer as Variables of flax."""
 
 import copy
 
@@ -34,7 +34,7 @@ def _step(model, optimizer):
 
 
 def _compiled():
-    """A training step that fails if it is traced more than once."""
+    """Return a training step that fails if it is traced more than once."""
     chex.clear_trace_counter()
     return nnx.jit(chex.assert_max_traces(_step, n=1))
 
@@ -52,7 +52,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_it_trains_as_flax_does(name):
+def test_training_equals_the_optimizer_of_flax(name):
     tx = OPTIMIZERS[name]
     ours, optimizer = _both(tx)
     theirs = _model()
@@ -96,7 +96,7 @@ def test_the_numbers_can_be_changed():
 
 
 def test_flax_refuses_arrays_and_retraces():
-    """The claims of the docstring: what the class is for."""
+    """The limits of flax's own class are those that the docstring of `Optimizer` states."""
     with pytest.raises(ValueError, match="data"):
         nnx.Optimizer(_model(), jgd.lane(LANES, 0), wrt=nnx.Param)
     step = _compiled()
@@ -123,7 +123,7 @@ def test_a_batch_of_optimizers():
     np.testing.assert_allclose(moved[:, 0, 0], [0.1, 0.2], rtol=1e-4)
 
 
-def test_state_split_and_merge_see_the_numbers():
+def test_state_split_and_merge_include_the_numbers():
     _, optimizer = _both(jgd.chain(jgd.scale(2.0), jgd.adam(0.1)))
     numbers = nnx.state(optimizer, jgd.nnx.Number)
     assert len(jax.tree.leaves(numbers)) == 6
@@ -136,7 +136,7 @@ def test_state_split_and_merge_see_the_numbers():
         assert twin.tx == optimizer.tx
 
 
-def test_checkpoints_hold_the_numbers(tmp_path):
+def test_checkpoints_contain_the_numbers(tmp_path):
     model, optimizer = _both(jgd.adam(jgd.cosine_decay_schedule(0.1, 10)))
     _step(model, optimizer)
     with ocp.StandardCheckpointer() as checkpointer:

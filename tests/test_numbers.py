@@ -1,6 +1,6 @@
-"""Every numeric argument of every public factory: a lane, and differentiable.
+"""Every numeric argument of every public factory can differ between lanes and has a derivative.
 
-The factories and their arguments are found from the signatures, none is left out by name.
+The factories and their arguments are read from the signatures, so none can be forgotten.
 """
 
 import inspect
@@ -14,7 +14,7 @@ import jgd
 import jgd.optimizers
 from jgd.calls import Spec
 
-# An argument of any factory is given the number of its name, chosen away from kinks.
+# argument name -> its number in every factory, away from kinks
 NUMBERS = {
     "adam_b1": 0.85,
     "adam_b2": 0.96,
@@ -120,7 +120,7 @@ STRUCTURE = {
     "base_optimizer": jgd.momentum(0.1),
     "default": jgd.momentum(0.1),
     "direction": jgd.ema(0.8),
-    "dtype_momentum": jnp.float64,  # has a default, float32, which rounds the differences
+    "dtype_momentum": jnp.float64,  # the default, float32, would round the differences
     "fast_optimizer": jgd.momentum(0.1),
     "first": jgd.ema(0.8),
     "groups": {"w": jgd.adam(0.1), "s": jgd.set_to_zero()},
@@ -132,7 +132,7 @@ STRUCTURE = {
 }
 STEPS = 8
 SHAPES = {"w": (3, 2), "dark": (2, 3), "s": ()}
-MATRICES = ("scale_by_muon",)  # which take no other leaves
+MATRICES = ("scale_by_muon",)  # accept only matrices
 LIFTED = set(jgd.optimizers.lifted.__all__)
 
 
@@ -143,12 +143,12 @@ def _factories():
             yield name
 
 
-# One of each kind. The numbers of all others take minutes to compile.
+# One factory of each kind: all others take minutes to compile.
 QUICK = {"adamw", "cautious", "chain", "cosine_decay_schedule", "ema", "muon", "prodigy", "sgd"}
 
 
 def _marked(name):
-    """Mark the numbers of a factory as slow, but for one factory of each kind."""
+    """Mark a factory as slow if it is not in `QUICK`."""
     return pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK))
 
 
@@ -160,7 +160,7 @@ FACTORIES = [*_factories()]
 
 
 def _settings(spec):
-    """All numeric arguments at once, and structure where it has no default."""
+    """Return all numeric arguments, and the structure that has no default."""
     arguments = {name: NUMBERS[name] for name in _numeric(spec)}
     for name, parameter in spec.signature.parameters.items():
         required = parameter.default is inspect.Parameter.empty or name == "dtype_momentum"
@@ -172,7 +172,7 @@ def _settings(spec):
 
 
 def _total(value, names=SHAPES):
-    """A scalar that everything a value does goes into."""
+    """Return a scalar that depends on all outputs of a value."""
     if not isinstance(value, tuple):
         weights = jnp.sin(1.0 + jnp.arange(2 * STEPS))
         return jnp.sum(weights * jax.vmap(value)(jnp.arange(2 * STEPS)))
@@ -180,7 +180,7 @@ def _total(value, names=SHAPES):
     draw = lambda n: {name: rng.normal(size=(n, *SHAPES[name])) for name in names}
     params, gradients = jax.tree.map(jnp.asarray, (jgd.lane(draw(1), 0), draw(STEPS)))
     for tree in (params, gradients):
-        if "dark" in names:  # pixels that are always black
+        if "dark" in names:  # an input that is always 0
             tree["dark"] = jnp.zeros_like(tree["dark"])
     extra = {"obj_fn": lambda p: sum(jnp.sum(jnp.cos(x)) for x in jax.tree.leaves(p))}
 
@@ -189,8 +189,8 @@ def _total(value, names=SHAPES):
         index, gradient = indexed
         loss = jnp.exp(-0.1 * index)
         updates, state = value.update(gradient, state, params, value=loss, **extra)
-        seen = sum(jnp.sum(jnp.sin((index + 1) * u)) for u in jax.tree.leaves(updates))
-        return (jax.tree.map(jnp.add, params, updates), state), seen
+        total = sum(jnp.sum(jnp.sin((index + 1) * u)) for u in jax.tree.leaves(updates))
+        return (jax.tree.map(jnp.add, params, updates), state), total
 
     start = params, value.init(params)
     return jnp.sum(jax.lax.scan(step, start, (jnp.arange(STEPS), gradients))[1])
@@ -216,11 +216,11 @@ def test_every_number_is_a_lane_and_differentiable(name, float64):
 
     point = np.array([float(leaves[i][1]) for i in numeric])
     n, step = len(point), 1e-6 * np.abs(point)
-    # a lane with each number moved far, for lane = solo, and a little, for the differences
+    # per number, one lane with a large change (lane = solo) and two for the central difference
     moves = np.concatenate([-0.07 * np.diag(np.abs(point)), np.diag(step), -np.diag(step)])
     together = np.asarray(jax.jit(jax.vmap(total))(point + moves))
-    lifted = name in LIFTED  # whose derivatives are optax's affair
-    # one program for the values alone and for the gradient, since a second one costs a compilation
+    lifted = name in LIFTED  # optax computes its derivatives
+    # one program for values and gradient, since a second one costs a compilation
     alone = jax.jit((lambda x: (total(x), None)) if lifted else jax.value_and_grad(total))
     solo = [alone(lane)[0] for lane in (point + moves)[:n]]
     np.testing.assert_allclose(together[:n], solo, rtol=1e-9, err_msg=str(labels))
@@ -234,13 +234,13 @@ def test_every_number_is_a_lane_and_differentiable(name, float64):
 
 
 def test_schedules_of_schedules_are_differentiable(float64):
-    """Their numbers are those of the schedules they hold."""
+    """The numbers of a joined schedule are the numbers of its schedules."""
     value = jgd.join_schedules(NUMBERS["schedules"], NUMBERS["boundaries"])
     gradients = jax.tree.leaves(jax.grad(_total)(value))
     assert len(gradients) > 2
     assert np.isfinite(gradients).all()
 
 
-def test_the_enumeration_sees_them_all():
+def test_the_enumeration_finds_all_factories():
     assert len(FACTORIES) >= 120
     assert sum(len(_numeric(getattr(jgd, n).__jgd_spec__)) for n in FACTORIES) >= 380

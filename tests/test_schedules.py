@@ -278,7 +278,7 @@ def test_bad_arguments_are_named():
         jgd.warmup_cosine_decay_schedule(0.0, 1.0, 100, 100)
     with pytest.raises(ValueError, match="at least one cycle"):
         jgd.sgdr_schedule([])
-    with pytest.raises(TypeError, match="a number of a schedule cannot be a schedule itself"):
+    with pytest.raises(TypeError, match="numbers of a schedule must be constant, got a schedule"):
         jgd.linear_schedule(jgd.constant_schedule(1.0), 0.0, 10)
 
 
