@@ -206,10 +206,10 @@ def test_what_is_refused():
                 getattr(jgd, name.partition(":")[0])(bad)
     deep = jnp.ones([2] * 6)
     adaptive = lambda p, **options: jgd.adaptive_grad_clip(0.1, **options).update(p, None, p)
-    with pytest.raises(jgd.TreeError, match="axis must be given for an array of 6 axes"):
+    with pytest.raises(jgd.TreeError, match=r"axis must be given for a leaf with .* got 6"):
         adaptive(deep)
     chex.assert_shape(adaptive(deep, axis=(0, 1))[0], deep.shape)
-    with pytest.raises(jgd.TreeError, match="axis must be in every leaf, got 2 for an array of 2"):
+    with pytest.raises(jgd.TreeError, match="axis must exist in every leaf, got 2 for a leaf"):
         adaptive(jnp.ones((2, 2)), axis=2)
     with pytest.raises(jgd.TreeError, match="needs the parameters"):
         jgd.adaptive_grad_clip(0.1).update(deep, optax.EmptyState())

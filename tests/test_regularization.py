@@ -638,18 +638,18 @@ def test_batch_norm_refuses():
         with pytest.raises(ValueError, match=r"^batch_norm: " + message):
             batch_norm(**{name: wrong})
     for axis in (2, -3, (0, -2), (1, 1)):
-        with pytest.raises(ValueError, match=r"^batch_norm: axis must be different axes.*\(4, 3\)"):
+        with pytest.raises(ValueError, match=r"^batch_norm: axis must be distinct axes.*\(4, 3\)"):
             batch_norm(axis).init(x)
     norm = batch_norm()
     params, state = norm.init(x)
     for y, given in ((jnp.ones((4, 5)), params), (x, {"scale": params["scale"]}), (x, {})):
         with pytest.raises(
-            ValueError, match=r"needs params \['scale', 'bias'\], got params .*\(3,\)"
+            ValueError, match=r"params \['scale', 'bias'\] and state must .*got params .*\(3,\)"
         ):
             norm.apply(given, state, y, training=True)
     with pytest.raises(ValueError, match=r"^batch_norm: training must be one of"):
         jax.jit(lambda on: norm.apply(params, state, x, training=on))(True)
-    with pytest.raises(ValueError, match=r"needs 2 values or more in each channel, got 1"):
+    with pytest.raises(ValueError, match=r"x must have at least 2 values per channel.*, got 1"):
         batch_norm(convention="torch").apply(params, state, x[:1], training=True)
     norm.apply(params, state, x[:1], training=True)  # as Keras
 

@@ -264,11 +264,11 @@ def test_arrays_in_place_of_a_dict():
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match=r"cosine_decay_schedule: decay_steps must be above 0"):
         jgd.cosine_decay_schedule(1.0, 0)
-    with pytest.raises(ValueError, match="2 boundaries need 3 values, got 2"):
+    with pytest.raises(ValueError, match="values must have length 3 for 2 boundaries, got 2"):
         jgd.piecewise_constant([1, 2], [1.0, 2.0])
     with pytest.raises(ValueError, match="boundaries must be in rising order"):
         jgd.piecewise_constant([20, 10], [1.0, 0.1, 0.01])
-    with pytest.raises(ValueError, match="2 schedules need 1 boundaries, got 2"):
+    with pytest.raises(ValueError, match="boundaries must have length 1 for 2 schedules, got 2"):
         jgd.join_schedules([jnp.sin, jnp.cos], [1, 2])
     with pytest.raises(ValueError, match="'linear' or 'cosine', got 'cubic'"):
         jgd.piecewise_interpolate_schedule("cubic", 1.0)

@@ -382,7 +382,7 @@ def test_reduce_on_plateau_in_a_chain():
         assert updates["w"].dtype == jnp.bfloat16
         seen.append(float(updates["w"][0]))
     assert seen == [-1, -0.5, -0.25, -0.25]
-    with pytest.raises(TypeError, match="reduce_on_plateau: needs the metric"):
+    with pytest.raises(TypeError, match="reduce_on_plateau: value must be the metric, got None"):
         tx.update(params, state, params)
     for refused in (dict(factor=1.0), dict(rtol=2.0), dict(atol=-1.0), dict(patience=0)):
         with pytest.raises(ValueError, match="reduce_on_plateau: "):
