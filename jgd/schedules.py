@@ -111,7 +111,7 @@ def polynomial_schedule(
 def _polynomial(init: Any, end: Any, power: Any, length: Any, begin: Any, step: Any) -> Any:
     begin, step = jnp.maximum(begin, 0), as_float(step)
     passed = safe_ratio(step - begin, length)
-    # The second half counts from the end, so that the end is exact: powers below 1 are steep there.
+    # The second half counts from the end, which is then exact: powers below 1 are steep at the end.
     left = safe_ratio(begin + length - step, length)
     rest = jnp.clip(jnp.where(passed < 0.5, 1 - passed, left), 0, 1)
     return end + (init - end) * safe_power(rest, power)

@@ -200,8 +200,8 @@ def supervised(task: Task) -> Run:
             fixed = (batch,)
             loss, grads = jax.value_and_grad(loss_of)(params, batch)
 
-        # Optax's line searches reject extra arguments that `value_fn` does not name. Optimizers
-        # compute in float32, but the model in the dtypes of its parameters.
+        # Optax's line searches reject extra arguments that `value_fn` does not name. The cast is
+        # needed since optimizers compute in float32, but the model in its parameters' dtypes.
         def value_fn(at: optax.Params, grad_fn: Any = None, obj_fn: Any = None) -> jax.Array:
             result = loss_of(like(at, params), *fixed)
             return result[0] if full else result

@@ -118,9 +118,9 @@ def square() -> GradientTransformation:
     """u = g^2, |g|^2 for complex leaves. State: `EmptyState`.
 
     The square overflows where |g| is above 1.8e19 (float32), and its average or sum stays infinite.
-    An optimizer that divides by the root then takes steps of 0 from there on, as in optax: for this
-    entry, or for the whole array or tree if it divides by a norm or a matrix. To prevent this, clip
-    gradients (`clip`) or skip such steps (`skip_nonfinite`).
+    An optimizer that divides by the root then takes steps of 0 for this entry, as in optax, or for
+    the whole array or tree if it divides by a norm or a matrix. To prevent this, clip gradients
+    (`clip`) or skip such steps (`skip_nonfinite`).
     """
     return pointwise(_square)
 

@@ -54,7 +54,7 @@ def ftrl(
     State: `FtrlState(sum_of_squares, linear)`, two trees.
     Raises: ValueError in `update` if no parameters are given.
     Differs from: `adagrad`, which updates the parameters instead of computing them from the sums:
-      FTRL overwrites the initial parameters; those whose gradient is always 0 jump to 0 at once.
+      FTRL overwrites the initial parameters, and sets parameters without any gradient to 0.
     Source: McMahan et al. 2013, algorithm 1, doi:10.1145/2487575.2488200; defaults as in Keras.
     """
 

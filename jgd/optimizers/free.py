@@ -89,7 +89,8 @@ def scale_by_polyak(
 ) -> GradientTransformation:
     """u = g min((value - f_min) / (||g||^2 + eps), max_learning_rate): see `polyak_sgd`.
 
-    State: `EmptyState`. Raises: TypeError in `update` if no `value` is given.
+    State: `EmptyState`.
+    Raises: TypeError in `update` if no `value` is given.
     Source: Loizou et al. 2021, equation 4, arXiv:2002.10542.
     """
 
