@@ -1,11 +1,11 @@
-"""Clipping: shortens gradients that exceed a bound. The bound is a leaf.
+"""Clipping: scales down gradients that exceed a bound. The bound is a leaf.
 
     jgd.chain(jgd.clip_by_global_norm(1.0), jgd.adamw(1e-3))
     jax.vmap(jgd.clip_by_global_norm)(jnp.array([0.5, 1.0, jnp.inf]))     # inf: off
 
-Each clips the norm of a block: all leaves, one leaf, a unit, or an entry. The largest entry divides
-the others before they are squared, so that squares neither overflow nor all vanish, and derivatives
-are finite where all gradients are 0.
+Each function clips the norm of a block: all leaves, one leaf, a unit (such as one row), or one
+entry. Entries are divided by the largest one before they are squared, so that squares do not
+overflow or underflow, and derivatives are finite where all gradients are 0.
 """
 
 import functools
@@ -43,7 +43,7 @@ _over_axes = functools.partial(jax.jit, inline=True, static_argnames="axis")
 
 @_over_axes
 def _peak(g: Any, axis: Any) -> Any:
-    # a constant to derivatives: the norm does not depend on what its entries are divided by
+    # No gradient is needed: the norm does not depend on the number that divides its entries.
     size = jnp.abs(jax.lax.stop_gradient(g))
     return jnp.max(size, axis, keepdims=axis is not None, initial=jnp.finfo(size.dtype).tiny)
 
@@ -56,16 +56,16 @@ def _squares(g: Any, inverse: Any, axis: Any) -> Any:
 @formula
 def _bounded(inverse: Any, rest: Any, limit: Any, unit: Any) -> tuple[Any, Any]:
     within = (rest / inverse <= limit * unit) | (limit == jnp.inf)  # NaN: False, so it propagates
-    # all are 1 within the bound, since a `where` around the result would leave NaN derivatives
+    # Within the bound all inputs are 1: a `where` around the result would give NaN derivatives.
     inverse, rest, limit, unit = (jnp.where(within, 1, x) for x in (inverse, rest, limit, unit))
     return inverse, limit * unit / rest
 
 
 class Norm(NamedTuple):
-    """Norm `rest / inverse` of a block. Neither factor overflows or vanishes."""
+    """Norm `rest / inverse` of a block. Neither factor overflows or underflows."""
 
     inverse: Any  # about 1 / the largest modulus, rounded to a power of two within the range
-    rest: Any  # the norm of the entries times `inverse`; not finite where an entry is not
+    rest: Any  # the norm of the entries times `inverse`; not finite if an entry is not finite
 
     @classmethod
     def of(cls, arrays: Sequence[Any], axis: Any = None) -> "Norm":
@@ -83,27 +83,27 @@ class Norm(NamedTuple):
         return Norm(self.inverse, self.rest + eps * self.inverse)
 
     def bounded(self, limit: Any, unit: Any = 1.0) -> tuple[Any, Any]:
-        """Return the scale of a block whose norm may be `limit` units at most; inf: any."""
+        """Return the factors that scale a block to a norm of at most `limit` units; inf: any."""
         return _bounded(*self, limit, unit)
 
     def set_to(self, length: Any) -> tuple[Any, Any]:
-        """Return the scale that gives the block the norm `length`, and leaves 0 at 0."""
+        """Return the factors that scale the block to the norm `length`; a block of 0 stays 0."""
         return self.inverse, quotient(length, self.rest)
 
 
 @formula
 def scaled(g: Any, inverse: Any, factor: Any) -> Any:
-    """Return g times two factors, whose product may be out of range."""
+    """Return g times two factors; the product of the factors alone may be out of range."""
     return g * inverse * factor
 
 
 def block(g: Any, limit: Any, unit: Any = 1.0, axis: Any = None) -> Any:
-    """Return one leaf, or each slice along `axis`, with a norm of at most `limit` units."""
+    """Scale one leaf, or each slice along `axis`, to a norm of at most `limit` units."""
     return scaled(g, *Norm.of([g], axis).bounded(limit, unit))
 
 
 def together(scale_of: Callable[[Norm], tuple[Any, Any]]) -> Plain:
-    """Return the transformation that scales all leaves as one block, by a function of its norm."""
+    """Return the transformation that scales all leaves as one block, by `scale_of` its norm."""
 
     def transformed(updates: Any, _: Any) -> Any:
         scale = scale_of(Norm.of(jax.tree.leaves(updates)))
@@ -117,7 +117,7 @@ def together(scale_of: Callable[[Norm], tuple[Any, Any]]) -> Plain:
 
 @formula
 def entries(g: Any, limit: Any) -> Any:
-    """Return one leaf with entries whose modulus is at most `limit`."""
+    """Clip the entries of one leaf to a modulus of at most `limit`."""
     if jnp.iscomplexobj(g):
         return block(g, limit, axis=())  # an entry is a slice along no axis
     return jnp.clip(g, -limit, limit)
@@ -133,11 +133,11 @@ def clip(max_delta: NonNegative) -> GradientTransformation:
     """u = min(max(g, -max_delta), max_delta) for each entry.
 
     Args:
-      max_delta: at least 0, the largest |u|; inf is off. May be a schedule.
+      max_delta: the largest |u|, at least 0; inf turns clipping off. May be a schedule.
 
     State: `EmptyState`.
-    Differs from: `optax.clip`, which refuses complex leaves. Here the modulus is clipped, and the
-      direction stays.
+    Differs from: `optax.clip`, which rejects complex leaves. jgd clips their modulus and keeps
+      their phase.
     """
     return pointwise(entries, max_delta)
 
@@ -147,12 +147,13 @@ def clip_by_global_norm(max_norm: NonNegative) -> GradientTransformation:
     """u = g min(1, max_norm / N), for N the norm of all gradients together.
 
     Args:
-      max_norm: at least 0, the largest norm of all updates together; inf is off. May be a schedule.
+      max_norm: the largest norm of all updates together, at least 0; inf turns clipping off. May be
+        a schedule.
 
     State: `EmptyState`.
-    Differs from: `optax.clip_by_global_norm`, which gives 0 where the square of a gradient
-      overflows, NaN for gradients and a bound of 0, and NaN derivatives for gradients of 0. As
-      there, an infinite gradient gives NaN in its place and 0 elsewhere, a NaN gives NaN in all.
+    Differs from: `optax.clip_by_global_norm`, which returns 0 where the square of a gradient
+      overflows, NaN if gradients and bound are 0, and NaN derivatives where gradients are 0. As in
+      optax, an infinite entry becomes NaN and all others 0; one NaN makes every update NaN.
     Source: Pascanu, Mikolov & Bengio 2013, algorithm 1, arXiv:1211.5063.
     """
     return together(lambda norm: norm.bounded(max_norm))
@@ -163,7 +164,7 @@ def clip_by_block_rms(threshold: NonNegative) -> GradientTransformation:
     """u = g min(1, threshold / rms(g)) for each leaf: the update clipping of Adafactor.
 
     Args:
-      threshold: at least 0, the largest root mean square of a leaf; inf is off.
+      threshold: the largest root mean square of a leaf, at least 0; inf turns clipping off.
 
     State: `EmptyState`.
     Differs from: `optax.clip_by_block_rms`, in the cases of `clip_by_global_norm`.
@@ -178,11 +179,11 @@ def _unit_axes(x: Any, axis: Any) -> tuple[int, ...]:
         if sum(n != 1 for n in x.shape) < 2:
             return tuple(range(x.ndim))
         if x.ndim > 5:
-            raise TreeError(f"axis must be given for an array of {x.ndim} axes")
+            raise TreeError(f"axis must be given for a leaf with more than 5 axes, got {x.ndim}")
         return tuple(range({2: 1, 3: 1, 4: 3, 5: 4}[x.ndim]))
     axes = tuple(axis) if isinstance(axis, Sequence) else (axis,)
     if not all(-x.ndim <= a < x.ndim for a in axes):
-        raise TreeError(f"axis must be in every leaf, got {axis} for an array of {x.ndim} axes")
+        raise TreeError(f"axis must exist in every leaf, got {axis} for a leaf with {x.ndim} axes")
     return axes
 
 
@@ -190,20 +191,20 @@ def _unit_axes(x: Any, axis: Any) -> tuple[int, ...]:
 def adaptive_grad_clip(
     clipping: NonNegative, eps: NonNegative = 1e-3, axis: Structure = None
 ) -> GradientTransformation:
-    """u = g min(1, clipping max(||p||, eps) / ||g||) for each unit: AGC.
+    """u = g min(1, clipping max(||p||, eps) / ||g||) for each unit: adaptive gradient clipping.
 
     Args:
-      clipping: at least 0, the largest norm of an update relative to that of its parameters; inf is
-        off.
-      eps: at least 0, 1e-3 by default; smaller norms of parameters count as it.
-      axis: the axis or axes along which the entries of a unit lie. None (default): all axes of
-        scalars and vectors, the first axis of leaves with 2 or 3 axes, all but the last of leaves
-        with 4 or 5, so that a unit is an output in the layout of flax.
+      clipping: the largest ratio of the norm of an update to the norm of its parameters, at least
+        0; inf turns clipping off.
+      eps: the least norm of parameters, at least 0; 1e-3 by default.
+      axis: the axis or axes that the norm of a unit sums over. None (default): all axes of scalars
+        and vectors, the first axis of leaves with 2 or 3 axes, all but the last axis of leaves with
+        4 or 5, so that a unit holds the weights of one output in the layout of flax.
 
     State: `EmptyState`.
-    Raises: ValueError in `update` if no parameters are given, and for an `axis` that a leaf lacks.
-    Differs from: `optax.adaptive_grad_clip`, in the cases of `clip_by_global_norm`, and where a
-      gradient whose norm is below 1e-6 is clipped: optax makes it shorter than the bound.
+    Raises: ValueError in `update` if no parameters are given or a leaf has no such `axis`.
+    Differs from: `optax.adaptive_grad_clip` in the cases of `clip_by_global_norm`, and where a
+      gradient with a norm below 1e-6 is clipped: optax scales it further than to the bound.
     Source: Brock et al. 2021, equation 3, arXiv:2102.06171.
     """
 
@@ -223,7 +224,7 @@ def normalize_by_update_norm(
 
     Args:
       scale_factor: any number, or a schedule; 1 by default.
-      eps: at least 0, 1e-6 by default.
+      eps: at least 0; 1e-6 by default.
 
     State: `EmptyState`.
     Differs from: `optax.normalize_by_update_norm`, in the cases of `clip_by_global_norm`.
@@ -236,27 +237,28 @@ def normalize() -> GradientTransformation:
     """u = g / N, for N the norm of all gradients together, and 0 where N is 0.
 
     State: `EmptyState`.
-    Differs from: `optax.contrib.normalize`, which gives NaN for gradients of 0, and 0 where their
-      squares overflow.
+    Differs from: `optax.contrib.normalize`, which returns NaN for gradients of 0, and 0 where the
+      square of a gradient overflows.
     """
     return normalize_by_update_norm(eps=0.0)
 
 
 @as_pytree
 def zero_nans() -> GradientTransformation:
-    """u = g, and 0 where g is NaN; the state says which leaves had one.
+    """u = g, and 0 where g is NaN; the state records which leaves had a NaN.
 
-    State: `optax.ZeroNansState(found_nan)`, a bool for each leaf, of its last gradient.
-    Differs from: `clip` and the other transformations here, which leave a NaN visible.
+    State: `optax.ZeroNansState(found_nan)`, a bool for each leaf: whether its last gradient had a
+      NaN.
+    Differs from: `clip` and the other clipping transformations, which propagate NaN.
     """
 
-    def found(updates: Any, old: Any) -> Any:
-        leaves, structure, (before,) = aligned(updates, old)
-        pairs = zip(leaves, before, strict=True)
+    def has_nan(updates: Any, old: Any) -> Any:
+        leaves, structure, (old_flags,) = aligned(updates, old)
+        pairs = zip(leaves, old_flags, strict=True)
         return structure.unflatten([x if g is None else jnp.isnan(g).any() for g, x in pairs])
 
     def step(updates: Any, slots: Slots, _: Any) -> Any:
-        slots.step("found_nan", lambda old: found(updates, old))
+        slots.step("found_nan", lambda old: has_nan(updates, old))
         return leafwise(lambda g: jnp.where(jnp.isnan(g), 0, g), updates)
 
     flags = Slot("found_nan", lambda params: jax.tree.map(lambda p: jnp.zeros([], bool), params))

@@ -1,43 +1,53 @@
-"""What the textbooks teach a reader to see in a loss curve, as a rule with stated thresholds.
+"""Verdicts on loss curves: a rule with stated thresholds for what textbooks describe in words.
 
-Too small: still falling at the end, or not far below the start. Good: fell, and lies still.
-Oscillating: jumps about its trend, or is not getting where its steps promise. Diverged: ended above
-where it began, or climbed back from where it had been.
+A learning rate is "too small" if the loss is still falling at the end, or is not far below its
+start; "good" if the loss fell and then stays level; "oscillating" if the loss jumps about its
+trend, or falls much less than its steps predict; "diverged" if the loss ends above its start, or
+climbed back from a minimum.
 
-For gradient descent on a w^2 / 2 over T = 20 to 200 steps, a rate below 0.02 / a comes out too
-small, 0.3 / a to 1 / a good, 2 / a and more oscillating or diverged. Between 1 / a and 2 / a the
-*parameter* jumps from side to side while the loss falls: good as long as the loss arrives,
+For gradient descent on a w^2 / 2 over T = 20 to 200 steps, a rate below 0.02 / a is too small,
+0.3 / a to 1 / a is good, and 2 / a or more is oscillating or diverged. Between 1 / a and 2 / a the
+*parameter* jumps from side to side while the loss falls: this is good while the loss converges, and
 oscillating near 2 / a, where it hardly does.
 
-A lane that ended after T steps, for whatever reason, is judged by these T steps. `early`, `middle`
-and `late` are the mean losses of the first T / 10 steps, of those before half-time and of the last;
-fall = first - late. `low` is the lowest mean of a twentieth, and `start` the lower one of the first
-two, or `first` if that is more. From the second half: `swing` is the standard deviation about its
-straight line, and `calm` the smaller one of its two halves, which a single spike leaves alone;
-`jump` is the mean of |loss - loss before|, and `stride` the mean of |g . u|, the change of the loss
-which a step promises to first order. `level` is the fall, or half of |first| if that is more, and
-`error` 3 swing sqrt(2 / (T / 10)), three standard errors of the difference of two windows.
-The first rule that holds:
+A lane that ended after T steps, for whatever reason, is judged by these T steps. The statistics:
 
-  diverged     the loss was not finite; or late - max(first, early) > 0.1 |first|, and more than
-               error or than |first| and |early|; or late - low is more than half of first - low,
-               than 0.1 |first| and than 3 swing: it climbed back; or it rose above start and late
-               by more than |first|, 3 |late| and 20 calm, and start - late < |start| / 2; if
-               jump < |late| / 2, this start is first
-  too small    early - late < max(0.01 |early|, error) and stride <= 0.02 swing: nothing but noise
-  oscillating  swing > 0.1 level, and stride >= jump / 2: the steps did it, not the batches;
-               or a fall under |first| / 4, though the strides of the second half add up to 20 times
-               that, and to 0.2 |first|: they lead nowhere;
-               or still falling, but stride > 0.02 level and 5 times what the loss falls per step
+  first        the loss at step 0
+  early        mean loss of the first T / 10 steps
+  middle       mean loss of the T / 10 steps before step T / 2
+  late         mean loss of the last T / 10 steps; fall = first - late
+  low          lowest of the 20 mean losses over T / 20 steps
+  start        lower of the first two of these means, or first if that is larger
+  swing        standard deviation of the second half about its regression line
+  calm         the smaller swing of the two halves of the second half; one spike does not change it
+  jump         mean of |loss - previous loss| in the second half
+  stride       mean of |g . u| in the second half, the change of the loss to first order
+  level        the fall, or |first| / 2 if that is larger
+  error        3 swing sqrt(2 / (T / 10)): three standard errors of the difference of two means of
+               T / 10 losses
+
+The verdict is that of the first rule that holds:
+
+  diverged     the loss was not finite;
+               or late - max(first, early) > 0.1 |first|, and more than error or than both |first|
+               and |early|;
+               or late - low exceeds half of first - low, 0.1 |first| and 3 swing: it climbed back;
+               or the greatest loss exceeds start and late by more than |first|, 3 |late| and 20
+               calm, and start - late < |start| / 2; if jump < |late| / 2, first replaces start
+  too small    early - late < max(0.01 |early|, error) and stride <= 0.02 swing: only noise
+  oscillating  swing > 0.1 level and stride >= jump / 2: because of the steps, not of the batches;
+               or fall < |first| / 4, while the strides of the second half add up to more than 20
+               times the fall and more than 0.2 |first|: the steps cancel each other;
+               or still falling, with stride > 0.02 level and > 5 times the fall per step
   too small    still falling: middle - late > 0.015 fall, and more than error or than a fifth of
                the fall; or fall < |first| / 5
   good         otherwise
 
-The noise of small batches is in the loss as well: where nothing is known of the strides, it counts
-as swing.
+The noise of small batches also changes the loss. If the strides are unknown, it counts as swing.
 
-A lane keeps no curve: it adds up its losses over about fifty intervals, short at first. A window is
-made of the intervals that overlap it; those of the rungs and of the last step fit exactly.
+A lane does not store its curve: it sums its losses over about fifty intervals, which are short at
+first. A window consists of the intervals that overlap it. For lanes that end at a rung or at the
+last step, the windows are exact.
 """
 
 from collections.abc import Callable, Sequence
@@ -69,25 +79,25 @@ INTERVALS = 48
 class Interval(NamedTuple):
     """Sums over the steps of an interval."""
 
-    loss: Any
-    square: Any  # of x = (loss - first) / |first|
-    jump: Any  # |loss - last|
-    stride: Any  # |g . u|
+    loss: Any  # sum of the losses
+    square: Any  # sum of x^2, for x = (loss - first) / |first|
+    jump: Any  # sum of |loss - previous loss|
+    stride: Any  # sum of |g . u|
 
 
 class LossSums(NamedTuple):
     """The training loss of a lane so far: float32 scalars (float64 under x64)."""
 
     first: Any  # the loss at step 0
-    last: Any  # the loss one step ago
-    greatest: Any
-    finite: Any  # bool: whether all losses were
-    open: Interval  # the interval that is not closed yet
-    closed: Interval  # a trailing axis of all intervals
+    last: Any  # the loss of the previous step
+    greatest: Any  # the greatest loss so far
+    finite: Any  # bool: whether all losses were finite
+    open: Interval  # the current interval
+    closed: Interval  # all intervals, along a trailing axis
 
 
 class LossStatistics(NamedTuple):
-    """Statistics of all losses of a lane, which `verdict` reads: see the head of this module."""
+    """Statistics of all losses of a lane, for `verdict`; the module docstring defines them."""
 
     first: Any
     greatest: Any
@@ -104,7 +114,7 @@ class LossStatistics(NamedTuple):
 
     @property
     def final_loss(self) -> np.ndarray:
-        """The mean loss of the last tenth of the steps; NaN where the loss was not finite."""
+        """The mean loss of the last tenth of the steps; NaN if a loss was not finite."""
         return np.where(self.finite, self.late, np.nan)
 
 
@@ -115,8 +125,8 @@ def interval_ends(rounds: Sequence[int]) -> np.ndarray:
     """Return the steps at which intervals end, in rising order.
 
     Args:
-      rounds: steps at which lanes often end, the last one of all at the end: their windows are
-        made of whole intervals.
+      rounds: steps at which lanes may end, in rising order, such as rungs and the last step. Their
+        windows consist of whole intervals.
     """
     cuts = [(r // 10, r // 2 - r // 10, r // 2, r - r // 4, r - r // 10, r) for r in rounds]
     ends = np.unique([*np.geomspace(1, rounds[-1], INTERVALS).astype(int), *np.ravel(cuts)])
@@ -140,9 +150,10 @@ def observe(sums: LossSums, loss: Any, stride: Any, step: Any) -> LossSums:
     """Return the sums with one more loss.
 
     Args:
+      sums: the sums so far.
       loss: scalar, at the parameters before the step.
-      stride: scalar |g . u|, or NaN where nothing is known of it.
-      step: its number, from 0.
+      stride: scalar |g . u|, or NaN if it is unknown.
+      step: index of the step, from 0.
     """
     loss, stride = jnp.asarray(loss, float), jnp.asarray(stride, float)
     first = jnp.where(step == 0, loss, sums.first)
@@ -159,7 +170,7 @@ def observe(sums: LossSums, loss: Any, stride: Any, step: Any) -> LossSums:
 
 
 def close_interval(sums: LossSums, index: Any) -> LossSums:
-    """Return the sums with those of the open interval added to interval `index`."""
+    """Return the sums with the open interval added to the closed interval `index`."""
     add = lambda all, x: jax.lax.dynamic_update_index_in_dim(all, all[index] + x, index, 0)
     closed = jax.tree.map(add, sums.closed, sums.open)
     return sums._replace(open=jax.tree.map(jnp.zeros_like, sums.open), closed=closed)
@@ -169,16 +180,17 @@ def _scale(first: Any) -> Any:
     return abs(first) + (first == 0)
 
 
-# --- on the host, when a lane ended ----------------------------------------------------------
+# --- on the host, after a lane ended ---------------------------------------------------------
 
 
 @np.errstate(all="ignore")
 def statistics(sums: LossSums, ends: np.ndarray, steps: int) -> LossStatistics:
-    """Return the statistics of lanes that ended after this many steps.
+    """Return the statistics of lanes that ended after `steps` steps.
 
     Args:
-      sums: on the host; any leading axes.
-      ends: what `interval_ends` returned.
+      sums: NumPy arrays with any leading axes.
+      ends: the result of `interval_ends`.
+      steps: number of steps.
     """
     first, greatest = (np.asarray(x, np.float64) for x in (sums.first, sums.greatest))
     closed = Interval(*(np.asarray(x, np.float64) for x in sums.closed))
@@ -196,14 +208,14 @@ def statistics(sums: LossSums, ends: np.ndarray, steps: int) -> LossStatistics:
         x = (closed.loss[..., inside] / n - first[..., None]) / _scale(first)[..., None]
         spread = (n * time**2).sum()
         slope = (n * time * x).sum(-1) / spread if spread else 0.0
-        of_line = slope**2 * (spread + (n * (n**2 - 1) / 12).sum()) / n.sum()
-        variance = mean(closed.square, low, high) - ((n * x).sum(-1) / n.sum()) ** 2 - of_line
+        line = slope**2 * (spread + (n * (n**2 - 1) / 12).sum()) / n.sum()
+        variance = mean(closed.square, low, high) - ((n * x).sum(-1) / n.sum()) ** 2 - line
         return np.sqrt(np.maximum(variance, 0)) * _scale(first)
 
-    # the sums are of single precision, and the journal is half as long
+    # The sums have single precision, and seven digits make the journal half as long.
     rounded = np.vectorize(lambda x: float(f"{x:.7g}"), otypes=[float])
     twentieths = [mean(closed.loss, steps * k / 20, steps * (k + 1) / 20) for k in range(20)]
-    seen = LossStatistics(
+    result = LossStatistics(
         first=first,
         greatest=greatest,
         finite=np.asarray(sums.finite),
@@ -217,18 +229,18 @@ def statistics(sums: LossSums, ends: np.ndarray, steps: int) -> LossStatistics:
         jump=mean(closed.jump, half),
         stride=mean(closed.stride, half),
     )
-    return seen._make(map(rounded, seen))._replace(finite=seen.finite)
+    return result._make(map(rounded, result))._replace(finite=result.finite)
 
 
 @np.errstate(all="ignore")
 def verdict(seen: LossStatistics, steps: Any) -> np.ndarray:
-    """Return the verdict on each lane, by the rule at the head of this module.
+    """Return the verdict on each lane, by the rule in the module docstring.
 
     Args:
-      seen: statistics, scalars or arrays of lanes.
-      steps: number of losses, at least 4: of all lanes, or an array with one for each.
+      seen: the statistics of a lane, or arrays with one entry per lane.
+      steps: number of losses, at least 4: one number for all lanes, or an array with one per lane.
 
-    Returns: an array of strings out of `VERDICTS`, of the shape of the statistics.
+    Returns: an array of strings from `VERDICTS`, with the shape of the statistics.
     """
     s = seen._make(np.asarray(x, np.float64) for x in seen)
     half, window = np.asarray(steps) // 2, np.maximum(np.asarray(steps) // 10, 1)
@@ -236,16 +248,16 @@ def verdict(seen: LossStatistics, steps: Any) -> np.ndarray:
     size, fall, still = np.abs(s.first), s.first - s.late, s.middle - s.late
     level, error = np.maximum(fall, size / 2), 3 * s.swing * np.sqrt(2 / window)
 
-    # comparisons with NaN are false: each is written so that an unknown stride accuses the steps
-    reach = np.minimum(error, np.maximum(size, np.abs(s.early)))
-    rose = ~(s.late - np.maximum(s.first, s.early) <= np.maximum(0.1 * size, reach))
-    deep = np.maximum(np.maximum((s.first - s.low) / 2, 0.1 * size), 3 * s.swing)
-    usual = np.maximum(np.maximum(size, 3 * np.abs(s.late)), 20 * s.calm)
-    noisy = s.jump >= np.abs(s.late) / 2  # the first loss may be small by luck
+    # Comparisons with NaN are false: with `~`, an unknown stride attributes a swing to the steps.
+    margin = np.minimum(error, np.maximum(size, np.abs(s.early)))
+    rose = ~(s.late - np.maximum(s.first, s.early) <= np.maximum(0.1 * size, margin))
+    climb = np.maximum(np.maximum((s.first - s.low) / 2, 0.1 * size), 3 * s.swing)
+    height = np.maximum(np.maximum(size, 3 * np.abs(s.late)), 20 * s.calm)
+    noisy = s.jump >= np.abs(s.late) / 2  # then the first loss may be small by chance
     start = np.where(noisy, s.start, s.first)
-    far = s.greatest - np.maximum(start, s.late) > usual
-    blew_up = far & (start - s.late < np.abs(start) / 2)
-    diverged = (s.finite == 0) | rose | (s.late - s.low > deep) | blew_up
+    peaked = s.greatest - np.maximum(start, s.late) > height
+    blew_up = peaked & (start - s.late < np.abs(start) / 2)
+    diverged = (s.finite == 0) | rose | (s.late - s.low > climb) | blew_up
     small = s.early - s.late < np.maximum(0.01 * np.abs(s.early), error)
     noise = small & (s.stride <= 0.02 * s.swing)
     falling = still > np.maximum(0.015 * fall, np.minimum(error, 0.2 * fall))
@@ -260,9 +272,12 @@ def verdict(seen: LossStatistics, steps: Any) -> np.ndarray:
 
 @np.errstate(all="ignore")
 def of_curve(losses: Sequence[float] | np.ndarray, strides: Any = None) -> LossStatistics:
-    """Return the statistics of a whole curve, (steps,) or (steps, lanes); strides like the losses.
+    """Return the statistics of a whole curve of losses.
 
-    Without strides every swing counts as caused by the steps, not by the batches.
+    Args:
+      losses: an array (steps,) or (steps, lanes).
+      strides: |g . u| at each step, in the shape of the losses. None: unknown; `verdict` then
+        attributes every swing to the steps and not to the batches.
     """
     curve = np.asarray(losses, np.float64)
     stride = np.full_like(curve, np.nan) if strides is None else np.asarray(strides, np.float64)
@@ -280,21 +295,22 @@ def of_curve(losses: Sequence[float] | np.ndarray, strides: Any = None) -> LossS
 def sharpness(
     loss: Callable[[Any], Any], params: Any, key: jax.Array, iterations: int = 20
 ) -> jax.Array:
-    """The largest eigenvalue of the loss's Hessian, by size.
+    """Return the eigenvalue of the Hessian of the loss with the largest absolute value.
 
         v <- H v / ||H v||        sharpness = <v, H v>
 
-    Gradient descent is stable along that direction below 2 / learning_rate, with momentum b below
-    2 (1 + b) / learning_rate.
+    Gradient descent is stable along the eigenvector if the sharpness is below 2 / learning_rate,
+    or with momentum b below 2 (1 + b) / learning_rate.
 
     Args:
       loss: params -> scalar.
-      key: of the direction to begin with.
-      iterations: of the power method, each one gradient and its derivative. The error falls with
-        the ratio of the two largest eigenvalues to the power of twice as many.
+      params: the parameters at which the Hessian is taken.
+      key: random key of the initial direction.
+      iterations: number of steps of the power method, each a gradient and its derivative. The error
+        is proportional to (l2 / l1)^(2 iterations), for the two largest eigenvalues l1 and l2.
 
-    Returns: a scalar, NaN where the Hessian is not finite.
-    Source: Cohen et al. 2021, arXiv:2103.00065, who show that training moves to the edge.
+    Returns: a scalar; NaN if the Hessian is not finite.
+    Source: Cohen et al. 2021, arXiv:2103.00065, where training approaches the edge of stability.
     """
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(key, len(leaves))

@@ -1,14 +1,14 @@
-"""Wrappers for 16-bit parameters: steps below their rounding, and gradients out of range.
+"""Wrappers for 16-bit parameters: for steps smaller than rounding and gradients out of range.
 
-    jgd.compensated(jgd.adamw(1e-3))                      # one 16-bit tree: what rounding loses
-    jgd.master_weights(jgd.adamw(1e-3))                   # a float32 copy of the parameters
-    jgd.stochastic_rounding(jgd.adamw(1e-3), key)         # no memory: rounds up or down at random
+    jgd.compensated(jgd.adamw(1e-3))                      # stores rounding errors, a 16-bit tree
+    jgd.master_weights(jgd.adamw(1e-3))                   # stores a float32 copy of the parameters
+    jgd.stochastic_rounding(jgd.adamw(1e-3), key)         # rounds up or down at random, no tree
     jgd.loss_scaled(jgd.master_weights(jgd.adamw(1e-3)))  # keeps float16 gradients in range
     jgd.skip_nonfinite(jgd.adamw(1e-3))                   # skips steps with NaN or infinity
 
-bfloat16 has 8 significant bits: 1 - 1e-3 rounds to 1, so that a thousand such steps move nothing.
-The first three wrappers return the update that the parameters receive. Put what changes updates,
-such as `scale_by_path`, inside them: `compensated(chain(adamw(1e-3), scale(0.5)))`.
+bfloat16 has 8 significant bits: 1 - 1e-3 rounds to 1, so that a thousand such steps change nothing.
+The first three wrappers return exactly the change of the parameters. Transformations that change
+updates, such as `scale`, belong inside the wrapper: `compensated(chain(adamw(1e-3), scale(0.5)))`.
 """
 
 import functools
@@ -37,16 +37,16 @@ __all__ = [
 ]
 
 
-# --- steps below the rounding of the parameters ----------------------------------------------
+# --- steps smaller than rounding -------------------------------------------------------------
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _rounded(x: Any, noise: Any, dtype: Any) -> Any:
     """Return x rounded to the values of a 16-bit `dtype`, in the dtype of x, with derivative 1.
 
-    XLA may compute a 16-bit sum in float32 and drop its rounding; it keeps this arithmetic. With
-    `noise`, uniform in [0, 1), x is rounded up or down at random so that the mean is x; without, to
-    nearest.
+    XLA may compute a 16-bit sum in float32 and skip its rounding, but does not change this
+    arithmetic. Without `noise`, x is rounded to nearest. With `noise`, uniform in [0, 1), x is
+    rounded up or down at random so that its mean is x.
     """
     info = jnp.finfo(dtype)
     lowest = max(int(info.minexp) - info.nmant, -126)  # XLA may flush lower powers of 2 to 0
@@ -64,7 +64,7 @@ def _(dtype: Any, primals: Any, tangents: Any) -> tuple[Any, Any]:
 
 
 def _pairs(f: Callable[..., tuple[Any, Any]], updates: Any, *trees: Any) -> tuple[Any, Any]:
-    """Return both trees of the pairs `f(u, *others)`; leaves may be None. See `leafwise`."""
+    """Return the trees of first and second results of `f(u, *others)`, as `leafwise` for one."""
     leaves, structure, columns = aligned(updates, *trees)
     pairs: list[tuple[Any, Any]] = []
     for index, (u, *others) in enumerate(zip(leaves, *columns, strict=True)):
@@ -77,24 +77,24 @@ def _pairs(f: Callable[..., tuple[Any, Any]], updates: Any, *trees: Any) -> tupl
 class CompensatedState(NamedTuple):
     """State of `compensated`."""
 
-    lost: Any  # like the parameters of 16 bits; None for others
+    lost: Any  # like the 16-bit parameters; None for other parameters
     inner: Any
 
 
 @as_pytree(widen=False)
 def compensated(inner: GradientTransformation) -> GradientTransformation:
-    """Kahan summation: adds what rounding the parameters loses of a step to the next step.
+    """Kahan summation: adds the rounding error of each step of the parameters to the next step.
 
         y = inner(g) + lost            u = y, rounded to 16 bits
         p' = p + u, rounded to 16 bits            lost <- y - (p' - p)
 
     Args:
-      inner: the optimizer. It sees the parameters in float32.
+      inner: the optimizer. It receives the parameters in float32.
 
     State: `CompensatedState(lost, inner)`, one 16-bit tree more than `inner`. Parameters that do
-      not have 16 bits need no memory, and their updates are those of `inner`.
+      not have 16 bits need no memory and receive the updates of `inner`.
     Raises: ValueError in `update` if no parameters are given.
-    Differs from: `master_weights`, whose float32 copy takes twice the memory and is more exact.
+    Differs from: `master_weights`, whose float32 copy takes twice as much memory and is more exact.
     Source: Kahan 1965, doi:10.1145/363707.363723; Zamirai et al. 2020, section 4.2,
       arXiv:2010.06192.
     """
@@ -125,25 +125,25 @@ def compensated(inner: GradientTransformation) -> GradientTransformation:
 class MasterWeightsState(NamedTuple):
     """State of `master_weights`."""
 
-    master: Any  # like the parameters of 16 bits, in float32; None for others
+    master: Any  # like the 16-bit parameters, in float32; None for other parameters
     inner: Any
 
 
 @as_pytree(widen=False)
 def master_weights(inner: GradientTransformation) -> GradientTransformation:
-    """Master weights: trains a float32 copy of the parameters, which follow it rounded.
+    """Master weights: trains a float32 copy of the parameters and rounds it to the parameters.
 
         m <- m + inner(g)            u = m, rounded to 16 bits, - p
 
-    Where a parameter is not its rounded copy, for example after `lookahead` or a loaded checkpoint,
-    the copy starts anew from the parameter. 16-bit gradients give 16-bit updates: a step longer
-    than its parameter may then miss the rounded copy, and the copy starts anew.
+    Where a parameter does not equal its rounded copy, for example after `lookahead` or after
+    loading a checkpoint, the copy is reset to the parameter. This also happens with 16-bit
+    gradients, whose updates have 16 bits, if a step is larger than its parameter.
 
     Args:
-      inner: the optimizer. Its parameters are the copy.
+      inner: the optimizer. It receives the copy as its parameters.
 
     State: `MasterWeightsState(master, inner)`, one float32 tree more than `inner`. Parameters that
-      do not have 16 bits need no memory, and their updates are those of `inner`.
+      do not have 16 bits need no memory and receive the updates of `inner`.
     Raises: ValueError in `update` if no parameters are given.
     Differs from: `compensated`, whose memory has 16 bits.
     Source: Micikevicius et al. 2018, section 3.1, arXiv:1710.03740.
@@ -153,8 +153,8 @@ def master_weights(inner: GradientTransformation) -> GradientTransformation:
     def current(p: Any, master: Any) -> tuple[Any, Any]:
         if p is None or master is None:
             return p, master
-        own = _rounded(master, None, jnp.result_type(p)) == p
-        master = jnp.where(own, master, p)
+        unchanged = _rounded(master, None, jnp.result_type(p)) == p
+        master = jnp.where(unchanged, master, p)
         return master, master
 
     def step(u: Any, master: Any, p: Any) -> tuple[Any, Any]:
@@ -170,8 +170,8 @@ def master_weights(inner: GradientTransformation) -> GradientTransformation:
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         master, inner_state = check_state(state, MasterWeightsState)
-        seen, master = _pairs(current, with_params(params), master)
-        updates, inner_state = tx.update(updates, inner_state, seen, **extra)
+        inner_params, master = _pairs(current, with_params(params), master)
+        updates, inner_state = tx.update(updates, inner_state, inner_params, **extra)
         updates, master = _pairs(step, updates, master, params)
         return updates, MasterWeightsState(master, inner_state)
 
@@ -181,45 +181,45 @@ def master_weights(inner: GradientTransformation) -> GradientTransformation:
 class StochasticRoundingState(NamedTuple):
     """State of `stochastic_rounding`."""
 
-    key: jax.Array  # random key of the steps to come
+    key: jax.Array  # random key for the following steps
     inner: Any
 
 
 @as_pytree(widen=False)
 def stochastic_rounding(inner: GradientTransformation, key: Key) -> GradientTransformation:
-    """Stochastic rounding: rounds p + inner(g) up or down at random, so that the mean is right.
+    """Stochastic rounding: rounds p + inner(g) up or down at random, with the right mean.
 
         u = r - p            r: the neighbour below or above y = p + inner(g),
                              above with probability (y - below) / (above - below)
 
     Args:
-      inner: the optimizer. It sees the parameters in float32.
+      inner: the optimizer. It receives the parameters in float32.
       key: a random key or an int. Lanes, seeds of a sweep and layers of `per_layer` share it unless
-        `jax.vmap` maps over it. Give each group of `param_groups` a key of its own.
+        `jax.vmap` maps over it. Give each group of `param_groups` its own key.
 
     State: `StochasticRoundingState(key, inner)`, one random key more than `inner`. Parameters that
-      do not have 16 bits get the updates of `inner`.
+      do not have 16 bits receive the updates of `inner`.
     Raises: ValueError in `update` if no parameters are given.
-    Differs from: `compensated` and `master_weights`, which need a tree and no randomness.
+    Differs from: `compensated` and `master_weights`, which store a tree and are deterministic.
     Source: Gupta et al. 2015, section 3, arXiv:1502.02551.
     """
     tx = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> Any:
-        # a buffer of its own, which a training step may donate
+        # `fold_in` copies the key into a new buffer, which a training step may donate.
         return StochasticRoundingState(jax.random.fold_in(_typed(key), 0), tx.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         next_key, inner_state = check_state(state, StochasticRoundingState)
         updates, inner_state = tx.update(updates, inner_state, with_params(params), **extra)
-        next_key, now = jax.random.split(next_key)
-        places = itertools.count()
+        next_key, step_key = jax.random.split(next_key)
+        indices = itertools.count()
 
         def step(u: Any, p: Any) -> Any:
-            place = next(places)
+            index = next(indices)
             if not has_16_bits(p):
                 return u
-            noise = jax.random.uniform(jax.random.fold_in(now, place), u.shape, u.dtype)
+            noise = jax.random.uniform(jax.random.fold_in(step_key, index), u.shape, u.dtype)
             return _rounded(p + u, noise, jnp.result_type(p)) - p
 
         return leafwise(step, updates, params), StochasticRoundingState(next_key, inner_state)
@@ -228,7 +228,7 @@ def stochastic_rounding(inner: GradientTransformation, key: Key) -> GradientTran
 
 
 def _typed(key: Any) -> Any:
-    """Return a random key for a key of any kind, or for an int."""
+    """Return a typed random key for a typed key, a raw key or an int."""
     if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key
     return jax.random.wrap_key_data(key) if jnp.ndim(key) else jax.random.key(key)
@@ -238,7 +238,7 @@ def _typed(key: Any) -> Any:
 
 
 def _is_finite(tree: Any) -> jax.Array:
-    """Return whether all values of a tree are finite."""
+    """Return whether all values in a tree are finite."""
     return jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
 
 
@@ -250,7 +250,7 @@ class LossScaleState(NamedTuple):
     """State of `loss_scaled`."""
 
     scale: jax.Array  # float32 scalar: the factor of the loss
-    steps: jax.Array  # int32 scalar: finite gradients since the scale changed
+    steps: jax.Array  # int32 scalar: number of finite gradients since the scale last changed
     inner: Any
 
 
@@ -258,12 +258,12 @@ class LossScaleState(NamedTuple):
 def loss_scaled(
     inner: GradientTransformation, initial: Positive = 2.0**15, period: Period = 2000
 ) -> GradientTransformation:
-    """Loss scaling: divides gradients by the factor of the loss, and adapts it to their range.
+    """Loss scaling: divides gradients by the scale of the loss, which adapts to their range.
 
         g finite:  u = inner(g / scale); scale <- 2 scale after `period` in a row
         else:      u = 0, inner does not see g, scale <- scale / 2
 
-    Multiply the loss by the scale before its gradient is taken:
+    Multiply the loss by the scale before you take its gradient:
 
         tx = jgd.loss_scaled(jgd.adam(1e-3))
         state = tx.init(params)
@@ -271,14 +271,15 @@ def loss_scaled(
 
     Args:
       inner: the optimizer.
-      initial: above 0, the first scale; 2^15 by default.
-      period: at least 1, finite gradients in a row after which the scale doubles; 2,000 by default.
+      initial: initial scale, above 0; 2^15 by default.
+      period: number of consecutive finite gradients after which the scale doubles, at least 1;
+        2,000 by default.
 
     State: `LossScaleState(scale, steps, inner)`, two scalars more than `inner`. The scale stays
       between 2^-126 and 2^126 in float32.
-    Differs from: `skip_nonfinite`, which leaves the loss as it is.
-    Source: Micikevicius et al. 2018, section 3.2, arXiv:1710.03740; counts as Keras's
-      LossScaleOptimizer.
+    Differs from: `skip_nonfinite`, which does not scale the loss.
+    Source: Micikevicius et al. 2018, section 3.2, arXiv:1710.03740; counts steps as
+      `keras.optimizers.LossScaleOptimizer` does.
     """
     tx = optax.with_extra_args_support(inner)
 
@@ -289,7 +290,7 @@ def loss_scaled(
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         scale, steps, inner_state = check_state(state, LossScaleState)
         finite = _is_finite(updates)
-        # zeros instead of infinity, whose derivatives would be NaN although the step is not taken
+        # Infinity would give NaN derivatives even though the step is skipped, so use zeros.
         unscaled = leafwise(lambda g: jnp.where(finite, g, 0) / scale, updates)
         updates, moved = tx.update(unscaled, inner_state, params, **extra)
         grown = steps + 1 >= period
@@ -306,40 +307,41 @@ def loss_scaled(
 
 
 def loss_scale(state: Any) -> Any:
-    """Return the factor of the loss from any optimizer state that holds one of `loss_scaled`.
+    """Return the scale of the loss from an optimizer state that contains a `LossScaleState`.
 
-    Raises: ValueError if the state holds none, or several.
+    Raises: ValueError if the state contains none, or several.
     """
     return only("loss_scale", state, LossScaleState).scale
 
 
 @as_pytree
 def skip_nonfinite(inner: GradientTransformation) -> GradientTransformation:
-    """Skips each step of `inner` that holds NaN or infinity.
+    """Skip each step of `inner` that would bring NaN or infinity into updates or state.
 
         u = inner(g), or 0 with the state unchanged if a gradient, an update, or a value of the
         state that was finite before is not finite
 
+    Under `jax.vmap` each lane skips its own steps.
+
     Args:
-      inner: the optimizer. Its schedules count the steps that are taken.
+      inner: the optimizer. Its schedules do not count skipped steps.
 
     State: `optax.ApplyIfFiniteState(notfinite_count, last_finite, total_notfinite, inner_state)`,
-      three scalars more than `inner`: skipped steps in a row, whether the last step was taken,
-      skipped steps in all.
-    Differs from: `optax.apply_if_finite`, which looks at the gradients alone and gives up after a
-      number of skipped steps; here `notfinite_count` tells when to stop. Under `jax.vmap` each
-      lane skips by itself.
+      three scalars more than `inner`: the number of consecutive skipped steps, whether the last
+      step was taken, and the total number of skipped steps.
+    Differs from: `optax.apply_if_finite`, which checks only the gradients, and applies a nonfinite
+      step after a number of skipped steps. Read `notfinite_count` to decide when to stop.
     """
     tx = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> Any:
-        none = lambda: jnp.zeros([], jnp.int32)
-        return optax.ApplyIfFiniteState(none(), jnp.array(True), none(), tx.init(params))
+        zero = lambda: jnp.zeros([], jnp.int32)
+        return optax.ApplyIfFiniteState(zero(), jnp.array(True), zero(), tx.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         in_a_row, _, in_all, inner_state = check_state(state, optax.ApplyIfFiniteState)
         finite = _is_finite(updates)
-        # zeros instead of NaN, whose derivatives would be NaN although the step is not taken
+        # NaN would give NaN derivatives even though the step is skipped, so use zeros.
         updates = leafwise(lambda g: jnp.where(finite, g, 0), updates)
         updates, moved = tx.update(updates, inner_state, params, **extra)
         inexact = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.inexact)  # x may be a float

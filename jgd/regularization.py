@@ -1,12 +1,13 @@
-"""Regularisation as pure functions: penalties, dropout and batch norm, every number a lane.
+"""Regularisation as pure functions: penalties, dropout and batch norm, with numbers that sweep.
 
-A penalty is a term of the loss, or the same thing as a link of the optimizer:
+A penalty is a term of the loss or, with the same effect, a link of the optimizer:
 
     params = {"kernel": jnp.array([[3.0, -4.0]]), "bias": jnp.array([5.0])}
-    l2(params, 0.01, only="*/kernel")                       # 0.25 = 0.01 (9 + 16): no one half
-    chain(add_l2(0.01, only="*/kernel"), adam(1e-3))        # g + 2 0.01 p, the gradient of that
+    l2(params, 0.01, only="*/kernel")                       # 0.25 = 0.01 (9 + 16)
+    chain(add_l2(0.01, only="*/kernel"), adam(1e-3))        # adds the gradient of that, 2 0.01 p
 
-Strengths, rates and momenta may be traced, so that they live in the setting and are swept:
+Strengths, rates and momenta may be traced, so that a setting can contain them and a sweep can vary
+them:
 
     def init(key):
         norm, state = batch_norm().init((2,))
@@ -67,30 +68,30 @@ Pattern = str | Sequence[str]
 
 
 def _number(function: str, name: str, value: Any, hint: Any = NonNegative) -> jax.Array:
-    """A number as a scalar, refused if it is concrete and outside the range of its annotation."""
+    """Return a number as a scalar. Raises if it is concrete and out of the range of `hint`."""
     (kind,) = hint.__metadata__
     if not is_number(value):
         raise TypeError(f"{function}: {name} must be a number {kind.description}, got {value!r}")
     number = scalar(f"{function}: {name}", value)
-    # as a float: inside jit a comparison of concrete arrays is traced
+    # Compare as a float: inside jit a comparison of concrete arrays is traced.
     if not isinstance(value, jax.core.Tracer) and not kind.check(float(value)):
         raise ValueError(f"{function}: {name} must be {kind.description}, got {float(value)!r}")
     return number
 
 
 def _choice(function: str, name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    """Refuse what is none of the choices; a traced bool is none."""
+    """Raise ValueError unless `value` is one of the choices; a traced bool is not."""
     if not isinstance(value, str | bool | np.bool_) or value not in choices:
         raise ValueError(f"{function}: {name} must be one of {choices}, got {value!r}")
 
 
 def _wide(x: Any) -> jax.Array:
-    """At least float32: what sums over an array need."""
+    """Return x in at least float32, for sums over an array."""
     return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
 
 
 def _absolute(x: jax.Array) -> jax.Array:
-    """|x|, with derivative sign(x): that of jnp.abs is 1 at 0."""
+    """Return |x|, with derivative sign(x); the derivative of jnp.abs is 1 at 0."""
     return (x * jnp.conj(jnp.sign(x))).real
 
 
@@ -98,16 +99,16 @@ def _absolute(x: jax.Array) -> jax.Array:
 
 
 def _chosen(function: str, params: Any, only: Pattern) -> list[jax.Array]:
-    """The leaves whose path matches one of the patterns, at least float32."""
+    """Return the leaves whose path matches one of the patterns, in at least float32."""
     patterns = (only,) if isinstance(only, str) else only
     if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
-        raise TypeError(f"{function}: only must be a pattern or several, got {only!r}")
-    try:  # one by one: a leaf may match several
-        found = [matching(params, pattern) for pattern in patterns]
+        raise TypeError(f"{function}: only must be a pattern or several patterns, got {only!r}")
+    try:  # one pattern at a time: a leaf may match several
+        matches = [matching(params, pattern) for pattern in patterns]
     except TreeError as error:
         raise TreeError(error.detail, function) from None
     leaves = jax.tree.leaves(params, is_leaf=lambda x: x is None)
-    chosen = map(any, zip(*found, strict=True))
+    chosen = map(any, zip(*matches, strict=True))
     return [_wide(x) for x, yes in zip(leaves, chosen, strict=True) if yes and x is not None]
 
 
@@ -117,15 +118,15 @@ def _total(strength: jax.Array, terms: Sequence[jax.Array]) -> jax.Array:
 
 
 def l1(params: Any, strength: Any = 0.01, *, only: Pattern = "*") -> jax.Array:
-    """strength sum |x|, over all entries of the parameters that match.
+    """Return strength sum |x|, over all entries of the parameters that match `only`.
 
     Its gradient is strength sign(x), 0 at 0.
 
     Args:
       params: a pytree of arrays.
       strength: at least 0, 0.01 by default. May be traced.
-      only: a glob over paths such as "*/kernel", or several: which leaves count, "*" (all) by
-        default. The language is that of `param_groups`.
+      only: a glob over paths such as "*/kernel", or several globs, which select leaves as in
+        `param_groups`; "*" (all) by default.
 
     Returns: a scalar in the precision of the parameters, at least float32.
     Raises: ValueError for a pattern that matches no parameter, or a strength below 0.
@@ -136,12 +137,12 @@ def l1(params: Any, strength: Any = 0.01, *, only: Pattern = "*") -> jax.Array:
 
 
 def l2(params: Any, strength: Any = 0.01, *, only: Pattern = "*") -> jax.Array:
-    """strength sum x^2, over all entries of the parameters that match. There is no one half.
+    """Return strength sum x^2, without a factor 1/2, over the parameters that match `only`.
 
-    Its gradient is 2 strength x: the factor of two stays. So the `weight_decay` d of torch's
-    optimizers, or `add_decayed_weights(d)` before the optimizer, is a strength of d / 2.
+    Its gradient is 2 strength x. So `weight_decay=d` in PyTorch's optimizers, or
+    `add_decayed_weights(d)` before the optimizer, is a strength of d / 2.
 
-    Args, returns, raises: as `l1`.
+    Args, returns, raises: as in `l1`.
     Differs from: decoupled weight decay (`adamw`, and `weight_decay` in Keras), which never enters
       the gradient.
     Source: Hoerl & Kennard 1970; `keras.regularizers.L2`.
@@ -151,14 +152,14 @@ def l2(params: Any, strength: Any = 0.01, *, only: Pattern = "*") -> jax.Array:
 
 
 def l1_l2(params: Any, l1: Any = 0.0, l2: Any = 0.0, *, only: Pattern = "*") -> jax.Array:
-    """l1 sum |x| + l2 sum x^2: the elastic net, with gradient l1 sign(x) + 2 l2 x.
+    """Return the elastic net l1 sum |x| + l2 sum x^2, with gradient l1 sign(x) + 2 l2 x.
 
     Args:
       params, only: as in `l1`.
       l1, l2: at least 0; both 0 by default. May be traced.
 
-    Returns, raises: as `l1`.
-    Source: Zou & Hastie 2005, without their one half; `keras.regularizers.L1L2`.
+    Returns, raises: as in `l1`.
+    Source: Zou & Hastie 2005, without the factor 1/2; `keras.regularizers.L1L2`.
     """
     one, two = _number("l1_l2", "l1", l1), _number("l1_l2", "l2", l2)
     leaves = _chosen("l1_l2", params, only)
@@ -175,18 +176,18 @@ def orthogonal(
     mode: Literal["rows", "columns"] = "rows",
     only: Pattern = "*",
 ) -> jax.Array:
-    """factor times the mean |cosine| over the pairs of rows, summed over the matrices that match.
+    """Return factor times the mean |cosine| over all pairs of rows, summed over the matrices.
 
         factor sum_(i<j) |x_i . x_j| / (|x_i| |x_j|) / (n (n - 1) / 2)
 
-    A row of zeros is at right angles to all others; one row alone has no pairs, and no penalty.
+    The cosine with a row of zeros is 0. A matrix with one row has no pairs and no penalty.
 
     Args:
-      params, only: as in `l1`; leaves that are no matrices do not count.
+      params, only: as in `l1`; leaves that are not matrices are ignored.
       factor: at least 0, 0.01 by default. May be traced.
-      mode: "rows" (default) or "columns".
+      mode: "rows" (default), or "columns" for the cosines of columns.
 
-    Returns, raises: as `l1`; ValueError too if no matrix matches.
+    Returns, raises: as in `l1`; also ValueError if no matrix matches.
     Source: `keras.regularizers.OrthogonalRegularizer`.
     """
     factor = _number("orthogonal", "factor", factor)
@@ -199,41 +200,41 @@ def orthogonal(
 
 
 def _mean_cosine(rows: jax.Array) -> jax.Array:
-    """The mean |cosine| over the pairs of rows, with derivative 0 in a row of zeros."""
+    """Return the mean |cosine| over all pairs of rows, with derivative 0 in a row of zeros."""
     n = len(rows)
     unit = quotient(rows, safe_sqrt(jnp.sum(abs_square(rows), 1, keepdims=True)))
     cosines = jnp.matmul(unit, unit.conj().T, precision="highest")
-    # every pair is there twice, and n (n - 1) is twice their number
-    others = 1 - jnp.eye(n, dtype=rows.real.dtype)
-    return jnp.sum(_absolute(cosines) * others) / max(n * (n - 1), 1)
+    # The sum contains every pair twice, and n (n - 1) is twice the number of pairs.
+    off_diagonal = 1 - jnp.eye(n, dtype=rows.real.dtype)
+    return jnp.sum(_absolute(cosines) * off_diagonal) / max(n * (n - 1), 1)
 
 
 def _add_gradient(penalty: Callable[[Any], jax.Array]) -> GradientTransformation:
-    slope = jax.grad(penalty)
-    return stateless(lambda updates, params: leafwise(jnp.add, updates, slope(with_params(params))))
+    grad = jax.grad(penalty)
+    return stateless(lambda updates, params: leafwise(jnp.add, updates, grad(with_params(params))))
 
 
 @as_pytree
 def add_l1(strength: NonNegative = 0.01, *, only: Pattern = "*") -> GradientTransformation:
-    """u = g + strength sign(p): the gradient of a loss with `l1`.
+    """u = g + strength sign(p): adds the gradient of `l1`.
 
     Args:
       strength: at least 0, 0.01 by default. May be a schedule.
-      only: a glob over paths such as "*/kernel", or several; "*" (all) by default.
+      only: a glob over paths such as "*/kernel", or several globs; "*" (all) by default.
 
     State: `EmptyState`, with a step counter around it for a schedule.
-    Raises: ValueError in `update` without parameters, or for a pattern that matches none of them.
+    Raises: ValueError in `update` if no parameters are given or a pattern matches none of them.
     """
     return _add_gradient(lambda params: l1(params, strength, only=only))
 
 
 @as_pytree
 def add_l2(strength: NonNegative = 0.01, *, only: Pattern = "*") -> GradientTransformation:
-    """u = g + 2 strength p: the gradient of a loss with `l2`.
+    """u = g + 2 strength p: adds the gradient of `l2`.
 
-    Args, state, raises: as `add_l1`.
-    Differs from: `add_decayed_weights(d)`, u = g + d p, which has no factor of two: d is twice the
-      strength. After the optimizer in a chain it is decoupled weight decay, no gradient of a loss.
+    Args, state, raises: as in `add_l1`.
+    Differs from: `add_decayed_weights(d)`, u = g + d p, which has no factor 2, so that d is twice
+      the strength. After the optimizer in a chain, this is decoupled weight decay instead.
     """
     return _add_gradient(lambda params: l2(params, strength, only=only))
 
@@ -242,13 +243,13 @@ def add_l2(strength: NonNegative = 0.01, *, only: Pattern = "*") -> GradientTran
 def add_l1_l2(
     l1: NonNegative = 0.0, l2: NonNegative = 0.0, *, only: Pattern = "*"
 ) -> GradientTransformation:
-    """u = g + l1 sign(p) + 2 l2 p: the gradient of a loss with `l1_l2`.
+    """u = g + l1 sign(p) + 2 l2 p: adds the gradient of `l1_l2`.
 
     Args:
       l1, l2: at least 0, both 0 by default. May be schedules.
       only: as in `add_l1`.
 
-    State, raises: as `add_l1`.
+    State, raises: as in `add_l1`.
     """
     return _add_gradient(lambda params: l1_l2(params, l1, l2, only=only))
 
@@ -260,11 +261,12 @@ def add_orthogonal(
     mode: Literal["rows", "columns"] = "rows",
     only: Pattern = "*",
 ) -> GradientTransformation:
-    """u = g + the gradient of `orthogonal`, which turns rows away from each other.
+    """u = g + the gradient of `orthogonal`, which rotates rows towards orthogonal directions.
 
-    It leaves their lengths alone. Args: as `orthogonal`; factor may be a schedule.
+    To first order, the gradient does not change the lengths of the rows.
 
-    State, raises: as `add_l1`; ValueError too if no matrix matches.
+    Args: as in `orthogonal`; `factor` may be a schedule.
+    State, raises: as in `add_l1`; also ValueError if no matrix matches.
     """
     return _add_gradient(lambda params: orthogonal(params, factor, mode=mode, only=only))
 
@@ -273,20 +275,20 @@ def add_orthogonal(
 
 
 def dropout(key: jax.Array, x: Any, rate: Any, *, training: bool) -> jax.Array:
-    """Each entry is 0 with probability rate, else x / (1 - rate): the mean stays x.
+    """Set each entry to 0 with probability rate, and to x / (1 - rate) otherwise.
 
-    In inference, x. A rate of 0 gives x exactly, 1 gives zeros.
+    The expected value is x. In inference, return x. A rate of 0 gives x exactly, 1 gives zeros.
 
     Args:
-      key: of the mask; one key gives one mask, and masks of higher rates are within it.
+      key: random key of the mask. For one key, a higher rate drops the same entries and more.
       x: an array of any shape.
-      rate: in [0, 1]. May be traced and swept. The derivative in it, finite everywhere, is that of
-        the scale alone: the mask has none.
-      training: True or False. Where it is traced, `rate * training` with True is the same.
+      rate: in [0, 1]. May be traced and swept. The derivative with respect to the rate is that of
+        the scale only, and finite everywhere.
+      training: True or False. If it is traced, pass `rate * training` as the rate, and True.
 
     Returns: an array like x; integers become floats.
     Raises: ValueError for a concrete rate outside [0, 1].
-    Differs from: flax's, whose rate cannot be traced.
+    Differs from: `flax.linen.Dropout`, whose rate cannot be traced.
     Source: Srivastava et al. 2014, JMLR 15, inverted, as in Keras and PyTorch.
     """
     rate = _number("dropout", "rate", rate, Fraction)
@@ -296,9 +298,9 @@ def dropout(key: jax.Array, x: Any, rate: Any, *, training: bool) -> jax.Array:
     dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else wide.dtype
     if not training:
         return x.astype(dtype)
-    kept = 1 - rate.astype(wide.real.dtype)
-    mask = jax.random.bernoulli(key, kept, x.shape)
-    return quotient(jnp.where(mask, wide, 0), kept).astype(dtype)
+    keep_rate = 1 - rate.astype(wide.real.dtype)
+    mask = jax.random.bernoulli(key, keep_rate, x.shape)
+    return quotient(jnp.where(mask, wide, 0), keep_rate).astype(dtype)
 
 
 # --- batch norm ------------------------------------------------------------------------------
@@ -307,18 +309,18 @@ def dropout(key: jax.Array, x: Any, rate: Any, *, training: bool) -> jax.Array:
 class BatchNormState(NamedTuple):
     """Running statistics of `batch_norm`."""
 
-    mean: jax.Array  # of the shape of the channels, at least float32
-    variance: jax.Array  # the same
-    count: jax.Array  # int32 scalar: batches so far
+    mean: jax.Array  # one value per channel, at least float32
+    variance: jax.Array  # one value per channel, at least float32
+    count: jax.Array  # int32 scalar: number of training batches so far
 
 
 class BatchNorm(NamedTuple):
-    """What `batch_norm` gives: two pure functions."""
+    """A batch norm layer as two pure functions."""
 
     init: Callable[[Any], tuple[dict[str, jax.Array], BatchNormState]]
-    """An input or its shape -> (params, state)."""
+    """Input, or its shape -> (params, state)."""
     apply: Callable[..., tuple[jax.Array, BatchNormState]]
-    """(params, state, x, *, training) -> (y, the new state)."""
+    """(params, state, x, *, training) -> (y, new state)."""
 
 
 def batch_norm(
@@ -330,12 +332,12 @@ def batch_norm(
     center: bool = True,
     scale: bool = True,
 ) -> BatchNorm:
-    """Batch normalisation: each channel with mean 0 and variance 1 over the batch.
+    """Batch normalisation: gives each channel mean 0 and variance 1 over the batch.
 
         y = gamma (x - m) / sqrt(v + eps) + beta
 
-    In training m and v are the mean and the mean squared deviation of the batch, and the running
-    statistics move; in inference they are the running ones, which stay.
+    In training, m and v are the mean and the mean squared deviation of the batch, and the running
+    statistics are updated. In inference, m and v are the running statistics.
 
         "keras":  running <- momentum running + (1 - momentum) batch
         "torch":  running <- (1 - momentum) running + momentum batch,  with v n / (n - 1) for v
@@ -344,21 +346,22 @@ def batch_norm(
     those of `keras.layers.BatchNormalization()`.
 
     Args:
-      axis: the axis of the channels, or several: what has statistics of its own. The last by
-        default, 1 in PyTorch; () takes the statistics of the whole array.
-      momentum: in [0, 1], 0.99 by default: what the old statistics keep ("keras") or the new ones
-        get ("torch"). None: the plain mean over all batches so far. May be traced.
-      eps: at least 0, 1e-3 by default. May be traced; with 0 a constant channel gives 0.
-      convention: "keras" (default) or "torch", of the running statistics alone.
-      center: False leaves out beta. scale: False leaves out gamma.
+      axis: the channel axis, or several axes; every other axis is averaged over. The last axis by
+        default, 1 in PyTorch; () averages over the whole array.
+      momentum: in [0, 1], 0.99 by default: the weight of the old statistics ("keras") or of the new
+        ones ("torch"). None: the plain mean over all batches so far. May be traced.
+      eps: at least 0, 1e-3 by default. May be traced; with 0, a constant channel gives 0.
+      convention: "keras" (default) or "torch"; affects the running statistics only.
+      center: False leaves out beta.
+      scale: False leaves out gamma.
 
     Returns: `BatchNorm(init, apply)`.
-      init(x): params {"scale": gamma = 1, "bias": beta = 0} and state, for an input or its shape,
-        of which only the channels count. Neither depends on a number.
+      init(x): params {"scale": gamma = 1, "bias": beta = 0} and state, for an input or its shape.
+        Only the sizes of the channel axes matter.
       apply(params, state, x, training=...): y in the dtype of x, and the new state. Sums are at
         least float32.
-    Raises: ValueError for numbers out of range, axes that x does not have, other channels than the
-      state's, and in training for n = 1 value in a channel under "torch".
+    Raises: ValueError for numbers out of range, axes that x does not have, channels that do not
+      match the state, and in training under "torch" for n = 1 value per channel.
     Source: Ioffe & Szegedy 2015, algorithm 1, arXiv:1502.03167.
     """
     weight = None if momentum is None else _number("batch_norm", "momentum", momentum, Fraction)
@@ -370,12 +373,12 @@ def batch_norm(
     starts = {**({"scale": jnp.ones} if scale else {}), **({"bias": jnp.zeros} if center else {})}
 
     def split(shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shape of the channels, and the other axes."""
+        """Return the sizes of the channel axes, and the other axes."""
         n = len(shape)
         own = {a % n for a in axes if -n <= a < n}
         if len(own) != len(axes):
             raise ValueError(
-                f"batch_norm: axis must be different axes of x, got {axis} for shape {tuple(shape)}"
+                f"batch_norm: axis must be distinct axes of x, got {axis} for shape {tuple(shape)}"
             )
         return tuple(shape[a] for a in sorted(own)), tuple(a for a in range(n) if a not in own)
 
@@ -386,21 +389,21 @@ def batch_norm(
         mean, variance = jnp.zeros(channels, dtype), jnp.ones(channels, dtype)
         return params, BatchNormState(mean, variance, jnp.zeros([], jnp.int32))
 
-    def moved(state: BatchNormState, mean: Any, variance: Any, n: int) -> BatchNormState:
+    def updated(state: BatchNormState, mean: Any, variance: Any, n: int) -> BatchNormState:
         count = increment(state.count)
         if weight is None:
-            new = 1 / count.astype(variance.dtype)
+            new_weight = 1 / count.astype(variance.dtype)
         else:
-            new = weight if convention == "torch" else complement(weight)
+            new_weight = weight if convention == "torch" else complement(weight)
         if convention == "torch":
             if n < 2:
                 raise ValueError(
-                    "batch_norm: the unbiased variance of convention 'torch' needs 2 values or more"
-                    f" in each channel, got {n}"
+                    "batch_norm: x must have at least 2 values per channel for convention='torch',"
+                    f" got {n}"
                 )
             variance = variance * (n / (n - 1))
-        towards = lambda was, now: average(now, was, new).astype(was.dtype)
-        return BatchNormState(towards(state.mean, mean), towards(state.variance, variance), count)
+        moved = lambda old, batch: average(batch, old, new_weight).astype(old.dtype)
+        return BatchNormState(moved(state.mean, mean), moved(state.variance, variance), count)
 
     def apply(
         params: dict[str, jax.Array], state: BatchNormState, x: Any, *, training: bool
@@ -411,24 +414,24 @@ def batch_norm(
         shapes = {name: jnp.shape(p) for name, p in params.items()}
         if shapes != dict.fromkeys(starts, channels) or state.mean.shape != channels:
             raise ValueError(
-                f"batch_norm: x of shape {x.shape} has channels {channels} and needs params"
-                f" {list(starts)}, got params {shapes} and a state of {state.mean.shape}"
+                f"batch_norm: params {list(starts)} and state must have the shape {channels} of the"
+                f" channels of x, got params {shapes} and a state of shape {state.mean.shape}"
             )
-        spread = lambda statistic: jnp.expand_dims(statistic, others)
+        expand = lambda statistic: jnp.expand_dims(statistic, others)
         wide = _wide(x)
         mean = wide.mean(others) if training else state.mean
-        centred = wide - spread(mean)
-        if training:  # the mean of the rounding errors of a large mean
-            rest = centred.mean(others)
-            mean, centred = mean + rest, centred - spread(rest)
+        centred = wide - expand(mean)
+        if training:  # subtract the mean again: a large mean has a rounding error
+            error = centred.mean(others)
+            mean, centred = mean + error, centred - expand(error)
         variance = abs_square(centred).mean(others) if training else state.variance
-        y = centred * spread(quotient(jnp.ones_like(variance), safe_sqrt(variance + eps)))
+        y = centred * expand(quotient(jnp.ones_like(variance), safe_sqrt(variance + eps)))
         if scale:
-            y = y * spread(params["scale"])
+            y = y * expand(params["scale"])
         if center:
-            y = y + spread(params["bias"])
+            y = y + expand(params["bias"])
         if training:
-            state = moved(state, mean, variance, math.prod(x.shape[a] for a in others))
+            state = updated(state, mean, variance, math.prod(x.shape[a] for a in others))
         dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else wide.dtype
         return y.astype(dtype), state
 

@@ -6,9 +6,9 @@
     jax.vmap(lambda peak, steps: adam(cosine_decay_schedule(peak, steps)))(peaks, steps)
 
 Steps count from 0, which is the first update. A step may be an integer, a tracer or an array of
-steps; the value is float32 (float64 under x64). Every number may be traced and swept, step counts
-and boundaries included: nothing here branches on a number. Where optax has a schedule, the one of
-that name takes the same call and gives the same values.
+steps; the value is float32 (float64 under x64). Every number may be traced and swept, including
+step counts and boundaries: no schedule branches on a number. Where optax has a schedule of the same
+name, jgd's takes the same call and returns the same values.
 """
 
 import functools
@@ -53,8 +53,8 @@ __all__ = [
 ]
 
 
-def _boundaries_and_scales(pairs: Any) -> tuple[jax.Array, jax.Array]:
-    """Two arrays, from optax's dict or from a pair of sequences."""
+def _boundaries_and_scales(function: str, pairs: Any) -> tuple[jax.Array, jax.Array]:
+    """Return two arrays, from optax's dict or from a pair of sequences."""
     if pairs is None:
         pairs = {}
     if isinstance(pairs, dict):
@@ -62,16 +62,19 @@ def _boundaries_and_scales(pairs: Any) -> tuple[jax.Array, jax.Array]:
         return as_vector([as_float(b) for b in ordered]), as_vector([pairs[b] for b in ordered])
     boundaries, scales = map(as_vector, pairs)
     if boundaries.shape != scales.shape:
-        raise ValueError(f"{boundaries.size} boundaries need as many scales, got {scales.size}")
+        raise ValueError(
+            f"{function}: boundaries_and_scales must have as many scales as boundaries, got"
+            f" {boundaries.size} boundaries and {scales.size} scales"
+        )
     return boundaries, scales
 
 
-# --- one formula each ------------------------------------------------------------------------
+# --- single formulas -------------------------------------------------------------------------
 
 
 @as_pytree
 def constant_schedule(value: Number) -> Schedule:
-    """value, at every step.
+    """Constant: the same value at every step.
 
     Args:
       value: any number.
@@ -89,14 +92,14 @@ def polynomial_schedule(
 ) -> Schedule:
     """end_value + (init_value - end_value) (1 - x)^power, with x from 0 to 1.
 
-    x = (step - transition_begin) / transition_steps, clipped to [0, 1]: `init_value` up to
-    `transition_begin`, `end_value` from `transition_begin + transition_steps` on.
+    x = (step - transition_begin) / transition_steps, clipped to [0, 1]. The value is `init_value`
+    up to `transition_begin`, and `end_value` from `transition_begin + transition_steps` on.
 
     Args:
       init_value, end_value: any numbers.
       power: at least 0; 1 is linear.
-      transition_steps: length of the ramp; 0 or less holds `init_value` for ever.
-      transition_begin: where the ramp starts; less than 0 counts as 0.
+      transition_steps: length of the ramp; if 0 or less, the value is always `init_value`.
+      transition_begin: the step at which the ramp starts; negative values are treated as 0.
     """
 
     return functools.partial(
@@ -108,7 +111,7 @@ def polynomial_schedule(
 def _polynomial(init: Any, end: Any, power: Any, length: Any, begin: Any, step: Any) -> Any:
     begin, step = jnp.maximum(begin, 0), as_float(step)
     passed = safe_ratio(step - begin, length)
-    # the second half is counted from the end, which is exact then too: roots are steep there
+    # The second half counts from the end, which is then exact: powers below 1 are steep at the end.
     left = safe_ratio(begin + length - step, length)
     rest = jnp.clip(jnp.where(passed < 0.5, 1 - passed, left), 0, 1)
     return end + (init - end) * safe_power(rest, power)
@@ -118,7 +121,7 @@ def _polynomial(init: Any, end: Any, power: Any, length: Any, begin: Any, step: 
 def linear_schedule(
     init_value: Number, end_value: Number, transition_steps: Number, transition_begin: Number = 0
 ) -> Schedule:
-    """A straight line from init_value to end_value: `polynomial_schedule` of power 1."""
+    """Linear ramp from init_value to end_value: `polynomial_schedule` with power 1."""
     return polynomial_schedule(init_value, end_value, 1.0, transition_steps, transition_begin)
 
 
@@ -135,13 +138,14 @@ def exponential_decay(
 
     Args:
       init_value: the value up to `transition_begin`.
-      transition_steps: the steps in which the value is multiplied once; 0 or less holds
-        `init_value` for ever.
-      decay_rate: at least 0; 0 holds `init_value` for ever, as in optax.
-      transition_begin: where the decay starts; less than 0 counts as 0.
-      staircase: True floors the exponent: a step down at each multiple of `transition_steps`, which
-        has the lower value already.
-      end_value: where the decay stops, a lower bound for rates below 1, an upper bound above.
+      transition_steps: number of steps after which the value has been multiplied by `decay_rate`;
+        if 0 or less, the value is always `init_value`.
+      decay_rate: at least 0; if 0, the value is always `init_value`, as in optax.
+      transition_begin: the step at which the decay starts; negative values are treated as 0.
+      staircase: True floors the exponent, so that the value changes at multiples of
+        `transition_steps`; at a multiple the new value applies.
+      end_value: bound of the value, from below for rates below 1 and from above for larger rates.
+        None (default): no bound.
     """
 
     def value(step: Any) -> Any:
@@ -170,13 +174,13 @@ def inverse_time_decay(
     *,
     staircase: bool = False,
 ) -> Schedule:
-    """init_value / (1 + decay_rate step / transition_steps): the textbooks' 1/t.
+    """init_value / (1 + decay_rate step / transition_steps): decay as 1/t.
 
     Args:
       init_value: the value at step 0.
-      transition_steps: above 0; after that many steps the denominator has grown by `decay_rate`.
+      transition_steps: above 0; number of steps in which the denominator grows by `decay_rate`.
       decay_rate: at least 0; 0 is constant.
-      staircase: True floors step / transition_steps; a multiple has the lower value already.
+      staircase: True floors step / transition_steps; at a multiple the new value applies.
     """
     floor = whole_ratio if staircase else safe_ratio
     return lambda step: init_value / (1 + decay_rate * floor(as_float(step), transition_steps))
@@ -186,11 +190,12 @@ def inverse_time_decay(
 def inverse_sqrt_decay(peak_value: Number, warmup_steps: NonNegative = 1.0) -> Schedule:
     """peak_value min((step + 1) / w, sqrt(w / (step + 1))), for w = max(warmup_steps, 1).
 
-    The transformer's schedule: a straight line to `peak_value` at step w - 1, then 1 / sqrt.
+    The schedule of the Transformer: a linear ramp to `peak_value` at step w - 1, then a decay as
+    1 / sqrt(step + 1).
 
     Args:
       peak_value: the highest value.
-      warmup_steps: at least 0; up to 1 there is no warmup, and `peak_value` comes at step 0.
+      warmup_steps: at least 0; up to 1, there is no warmup and step 0 has `peak_value`.
 
     Source: Vaswani et al. 2017, equation 3, with the peak d_model^-0.5 warmup_steps^-0.5.
     """
@@ -208,12 +213,12 @@ def cosine_decay_schedule(
 ) -> Schedule:
     """init_value ((1 - alpha) ((1 + cos(pi x)) / 2)^exponent + alpha), x from 0 to 1.
 
-    x = step / decay_steps, at most 1: `init_value` at step 0, `alpha init_value` from
-    `decay_steps` on.
+    x = step / decay_steps, at most 1. The value is `init_value` at step 0 and `alpha init_value`
+    from `decay_steps` on.
 
     Args:
       init_value: any number.
-      decay_steps: above 0.
+      decay_steps: length of the decay, above 0.
       alpha: the fraction of `init_value` at the end; 0 by default.
       exponent: at least 0; 1 by default.
 
@@ -230,26 +235,27 @@ def _cosine(init: Any, length: Any, alpha: Any, exponent: Any, step: Any) -> Any
     return init * ((1 - alpha) * safe_power(cosine, exponent) + alpha)
 
 
-# --- pieces joined ---------------------------------------------------------------------------
+# --- piecewise schedules ---------------------------------------------------------------------
 
 
 @as_pytree
 def piecewise_constant(boundaries: Boundaries, values: Numbers) -> Schedule:
-    """values[i], for the number i of boundaries at or below the step: the textbook's staircase.
+    """values[i], for the number i of boundaries at or below the step: a step function.
 
     Args:
-      boundaries: n steps in rising order, a sequence or an array; at one the new value holds.
+      boundaries: n steps in rising order, a sequence or an array. At a boundary the new value
+        applies.
       values: n + 1 numbers.
 
-    Raises: ValueError in the call of the schedule if the lengths do not fit.
-    Differs from: `piecewise_constant_schedule`, which multiplies; Keras, where the old value still
-      holds at a boundary.
+    Raises: ValueError when the schedule is called if the lengths do not match.
+    Differs from: `piecewise_constant_schedule`, which multiplies by scales; Keras, where the old
+      value applies at a boundary.
     """
     edges, levels = as_vector(boundaries), as_vector(values)
     if levels.shape != (edges.size + 1,):
         raise ValueError(
-            f"piecewise_constant: {edges.size} boundaries need {edges.size + 1} values, got"
-            f" {levels.size}"
+            f"piecewise_constant: values must have length {edges.size + 1} for {edges.size}"
+            f" boundaries, got {levels.size}"
         )
     return lambda step: levels[jnp.searchsorted(edges, as_float(step), side="right")]
 
@@ -262,13 +268,14 @@ def piecewise_constant_schedule(
 
     Args:
       init_value: the value before the first boundary.
-      boundaries_and_scales: optax's dict of boundaries and scales, or a pair (boundaries, scales)
-        of sequences or arrays in rising order: keys of a dict cannot be traced, arrays can. None:
-        constant.
+      boundaries_and_scales: a dict {boundary: scale} as in optax, or a pair (boundaries, scales) of
+        sequences or arrays with boundaries in rising order. Boundaries in a dict cannot be traced.
+        None (default): constant.
 
     Differs from: `piecewise_constant`, which takes the values themselves.
     """
-    edges, scales = _boundaries_and_scales(boundaries_and_scales)
+    function = "piecewise_constant_schedule"
+    edges, scales = _boundaries_and_scales(function, boundaries_and_scales)
     levels = init_value * jnp.concatenate([jnp.ones([1]), jnp.cumprod(scales)])
     return lambda step: levels[jnp.searchsorted(edges, as_float(step), side="right")]
 
@@ -279,13 +286,13 @@ def piecewise_interpolate_schedule(
     init_value: Number,
     boundaries_and_scales: BoundariesAndScales | None = None,
 ) -> Schedule:
-    """Lines or cosines between init_value and its successive products with the scales.
+    """Linear or cosine interpolation between init_value and its successive products with scales.
 
     Args:
       interpolate_type: "linear" or "cosine".
       init_value: the value at step 0.
-      boundaries_and_scales: as in `piecewise_constant_schedule`; at a boundary the product is
-        reached, after the last it holds.
+      boundaries_and_scales: as in `piecewise_constant_schedule`. At a boundary the value is the
+        product up to its scale; after the last boundary the value is constant.
 
     Raises: ValueError for another `interpolate_type`.
     """
@@ -294,7 +301,8 @@ def piecewise_interpolate_schedule(
             "piecewise_interpolate_schedule: interpolate_type must be 'linear' or 'cosine', got"
             f" {interpolate_type!r}"
         )
-    edges, scales = _boundaries_and_scales(boundaries_and_scales)
+    function = "piecewise_interpolate_schedule"
+    edges, scales = _boundaries_and_scales(function, boundaries_and_scales)
     knots = jnp.concatenate([jnp.zeros([1]), edges])
     levels = init_value * jnp.concatenate([jnp.ones([1]), jnp.cumprod(scales)])
     last = edges.size
@@ -320,13 +328,13 @@ def linear_onecycle_schedule(
     div_factor: Positive = 25.0,
     final_div_factor: Positive = 1e4,
 ) -> Schedule:
-    """Three lines: up to the peak, down to where it began, and on down to almost nothing.
+    """One-cycle: three linear ramps, up to the peak, down to the initial value, and to nearly 0.
 
-    peak / div_factor at step 0, peak at floor(pct_start n), peak / div_factor at floor(pct_final n)
-    and peak / (div_factor final_div_factor) from n = transition_steps on.
+    The value is peak / div_factor at step 0, peak at floor(pct_start n), peak / div_factor at
+    floor(pct_final n), and peak / (div_factor final_div_factor) from n = transition_steps on.
 
     Args:
-      transition_steps: above 0.
+      transition_steps: length of the cycle, above 0.
       peak_value: the highest value.
       pct_start, pct_final: fractions of `transition_steps`, in rising order.
       div_factor, final_div_factor: above 0.
@@ -347,11 +355,12 @@ def cosine_onecycle_schedule(
     div_factor: Positive = 25.0,
     final_div_factor: Positive = 1e4,
 ) -> Schedule:
-    """Two cosines: up to the peak and down to almost nothing.
+    """One-cycle with cosines: one ramp up to the peak and one down to nearly 0.
 
-    peak / div_factor at step 0, peak at floor(pct_start n), peak / (div_factor final_div_factor)
-    from n = transition_steps on. Args: as `linear_onecycle_schedule`.
+    The value is peak / div_factor at step 0, peak at floor(pct_start n), and
+    peak / (div_factor final_div_factor) from n = transition_steps on.
 
+    Args: as in `linear_onecycle_schedule`.
     Source: Smith & Topin 2017, arXiv:1708.07120.
     """
     knots = [jnp.floor(pct_start * transition_steps), transition_steps]
@@ -364,25 +373,25 @@ def join_schedules(schedules: Numbers, boundaries: Boundaries) -> Schedule:
     """schedules[i](step - boundaries[i-1]), for the number i of boundaries at or below the step.
 
     Args:
-      schedules: n + 1 callables, each counting from its own 0.
-      boundaries: n steps in rising order. At a boundary the next schedule holds.
+      schedules: n + 1 callables; the steps of each count from the boundary before it.
+      boundaries: n steps in rising order. At a boundary the next schedule applies.
 
-    Raises: ValueError in the call of the schedule if the lengths do not fit.
+    Raises: ValueError when the schedule is called if the lengths do not match.
     """
     if len(schedules) != len(boundaries) + 1:
         raise ValueError(
-            f"join_schedules: {len(schedules)} schedules need {len(schedules) - 1} boundaries, got"
-            f" {len(boundaries)}"
+            f"join_schedules: boundaries must have length {len(schedules) - 1} for"
+            f" {len(schedules)} schedules, got {len(boundaries)}"
         )
 
     def value(step: Any) -> Any:
         now, kind = as_float(step), jnp.result_type(step)
-        # whole steps stay integers for a function that indexes with them
-        whole = jnp.issubdtype(kind, jnp.integer)
-        like_step = lambda own: own.astype(kind) if whole else own
+        # Integer steps stay integers, for a schedule that indexes with them.
+        is_integer = jnp.issubdtype(kind, jnp.integer)
+        like_step = lambda own: own.astype(kind) if is_integer else own
         result = schedules[0](step)
         for index, schedule in enumerate(schedules[1:]):
-            # a schedule is asked about its own steps only
+            # Before its boundary, a schedule is evaluated at its step 0.
             after = now >= boundaries[index]
             own = jnp.where(after, now - boundaries[index], 0)
             result = jnp.where(after, schedule(like_step(own)), result)
@@ -395,7 +404,7 @@ def join_schedules(schedules: Numbers, boundaries: Boundaries) -> Schedule:
 def warmup_constant_schedule(
     init_value: Number, peak_value: Number, warmup_steps: Number
 ) -> Schedule:
-    """A line from init_value to peak_value at step warmup_steps, which then holds."""
+    """Linear ramp from init_value to peak_value at step warmup_steps, then constant."""
     return linear_schedule(init_value, peak_value, warmup_steps)
 
 
@@ -408,15 +417,15 @@ def warmup_cosine_decay_schedule(
     end_value: Number = 0.0,
     exponent: NonNegative = 1.0,
 ) -> Schedule:
-    """A line from init_value up to peak_value, then a cosine down to end_value.
+    """Linear ramp from init_value up to peak_value, then a cosine decay down to end_value.
 
-    The peak is at step `warmup_steps`, `end_value` from `decay_steps` on.
+    The value is `peak_value` at step `warmup_steps` and `end_value` from `decay_steps` on.
 
     Args:
       init_value, peak_value, end_value: any numbers.
       warmup_steps: at least 0.
-      decay_steps: the length of the whole, warmup included (Keras excludes it).
-      exponent: at least 0, of the cosine; 1 by default.
+      decay_steps: total length, including the warmup (Keras excludes the warmup).
+      exponent: exponent of the cosine, at least 0; 1 by default.
 
     Source: Loshchilov & Hutter 2017, arXiv:1608.03983.
     """
@@ -438,9 +447,9 @@ def warmup_exponential_decay_schedule(
     staircase: bool = False,
     end_value: Number | None = None,
 ) -> Schedule:
-    """A line from init_value to peak_value at step warmup_steps, then `exponential_decay`.
+    """Linear ramp from init_value to peak_value at step warmup_steps, then `exponential_decay`.
 
-    Args: as `exponential_decay`, whose steps count from the peak.
+    Args: as in `exponential_decay`, whose steps count from the peak.
     """
     rise = linear_schedule(init_value, peak_value, warmup_steps)
     decay = exponential_decay(
@@ -458,10 +467,10 @@ def warmup_stable_decay_schedule(
     decay_steps: Count,
     end_value: Number = 0.0,
 ) -> Schedule:
-    """A line up to peak_value, peak_value for stable_steps, a line down to end_value.
+    """Linear ramp up to peak_value, constant for stable_steps, linear ramp down to end_value.
 
-    The peak holds from step `warmup_steps` to `warmup_steps + stable_steps`; `end_value` holds
-    from `warmup_steps + stable_steps + decay_steps` on.
+    The value is `peak_value` from step `warmup_steps` to `warmup_steps + stable_steps`, and
+    `end_value` from `warmup_steps + stable_steps + decay_steps` on.
 
     Source: Hu et al. 2024 (WSD), arXiv:2404.06395.
     """
@@ -475,12 +484,13 @@ def sgdr_schedule(cosine_kwargs: Numbers) -> Schedule:
     """Warm restarts: one `warmup_cosine_decay_schedule` after another.
 
     Args:
-      cosine_kwargs: a sequence of dicts, the arguments of each cycle; `decay_steps` is its length.
+      cosine_kwargs: a sequence of dicts with the arguments of each cycle; `decay_steps` is the
+        length of the cycle.
 
     Source: Loshchilov & Hutter 2017, arXiv:1608.03983.
     """
     if not cosine_kwargs:
-        raise ValueError("sgdr_schedule: needs at least one cycle")
+        raise ValueError("sgdr_schedule: cosine_kwargs must have at least one cycle, got none")
     ends = jnp.cumsum(as_vector([cycle["decay_steps"] for cycle in cosine_kwargs]))
     cycles = [warmup_cosine_decay_schedule(**cycle) for cycle in cosine_kwargs]
     return join_schedules(cycles, ends[:-1])

@@ -1,13 +1,13 @@
 """Training runs as pure pairs, and the supervised task behind most of them.
 
-A run is to training what a transformation is to updates:
+A run consists of pure functions, as a gradient transformation does:
 
     init(setting, key) -> state             update(setting, state, batch) -> (state, metrics)
     evaluate(setting, state) -> metrics
 
-The setting is any pytree of numbers: an optimizer, or a tuple or dict of one and other numbers
-(a dropout rate, the strength of a penalty). The sweep's driver knows nothing but such runs; a
-`Task` is the adapter for supervised learning, and `train` runs one setting alone.
+The setting is any pytree of numbers: an optimizer, or a tuple or dict of one optimizer and other
+numbers (a dropout rate, the strength of a penalty). A sweep trains any run; `supervised` makes a
+run of a `Task`, and `train` trains one setting alone.
 """
 
 import functools
@@ -42,8 +42,9 @@ __all__ = [
 class Task(NamedTuple):
     """Supervised learning, as four functions.
 
-    Callables that hold arrays should be pytrees of them (`jax.tree_util.Partial(f, data)`, or what
-    `minibatches` gives): then the data are arguments of the compiled program, not constants in it.
+    A callable that contains arrays should be a pytree (`jax.tree_util.Partial(f, data)`, or the
+    result of `minibatches`), so that the data are arguments of the compiled program and not
+    constants.
     """
 
     init: Callable[..., Any]
@@ -52,43 +53,45 @@ class Task(NamedTuple):
     """(params, batch) -> loss; or the full form (params, model_state, batch, key, setting) ->
     (loss, (metrics, model_state)), for batch norm, dropout and settings beyond the optimizer."""
     batch: Callable[..., Any]
-    """step -> batch, the same for every setting; `minibatches` makes one, `stream` another."""
+    """step -> batch, the same for every setting, for example from `minibatches` or `stream`."""
     evaluate: Callable[..., Any]
     """params -> dict of scalars, on held-out data; may take (params, model_state) or
     (params, model_state, setting)."""
 
 
 class Run(NamedTuple):
-    """A training run: all that the driver of a sweep knows. Any training can be one.
+    """A training run as pure functions, for any kind of training.
 
         run = jgd.Run(init, update, evaluate, batch)
         result = jgd.sweep(run, settings, steps=1000)
 
-    All four are pure; the state is any pytree of arrays, random keys among them: an environment in
-    place of data, two networks, a population.
+    The state is any pytree of arrays and random keys, so that a run can also train on an
+    environment in place of data, or train two networks or a population.
     """
 
     init: Callable[..., Any]
-    """(setting, key) -> state; with `begin`, (setting, key, what it returned) -> state."""
+    """(setting, key) -> state; with `begin`, (setting, key, result of `begin`) -> state."""
     update: Callable[[Any, Any, Any], tuple[Any, dict[str, Any]]]
-    """(setting, state, batch) -> (state, metrics): a dict with the scalar "loss"; where it has
-    "stride", |g . u|, the verdict can tell steps that are too long from batches that are noisy."""
+    """(setting, state, batch) -> (state, metrics). The metrics are a dict with the scalar "loss".
+    If it also has "stride", |g . u|, the verdict can distinguish steps that are too long from noisy
+    batches."""
     evaluate: Callable[[Any, Any], dict[str, Any]]
-    """(setting, state) -> dict of scalars, at each report."""
+    """(setting, state) -> dict of scalars, called at each report."""
     batch: Callable[..., Any]
-    """step -> batch, or (step, seed=None) -> batch where seeds may have an order of their own."""
+    """step -> batch, or (step, seed=None) -> batch if each seed may have its own order."""
     begin: Callable[[jax.Array], Any] | None = None
-    """Optional: key -> what all settings of a seed begin with, such as parameters: made once."""
+    """Optional: key -> the initial values that all settings of a seed share, such as parameters. It
+    is called once per seed."""
     verdict: bool = True
-    """Whether the loss says how a run went. False, as for the loss of a policy gradient: the table
-    of a sweep then has no verdicts."""
+    """Whether the loss curve can be judged. If False, for example for a policy gradient, the table
+    of a sweep has no verdicts."""
 
 
 def check_task(function: str, task: Any, *kinds: type[Any]) -> None:
-    """Raise TypeError unless `task` is of one of these classes, and its fields are functions."""
+    """Raise TypeError unless `task` is of one of these classes and its fields are functions."""
     if not isinstance(task, kinds):
-        cure = ". Call it" if callable(task) else ""
-        refuse(f"{function}: task", " or ".join(f"a jgd.{k.__name__}" for k in kinds), task, cure)
+        hint = ". Call it" if callable(task) else ""
+        refuse(f"{function}: task", " or ".join(f"a jgd.{k.__name__}" for k in kinds), task, hint)
     for name, field in task._asdict().items():
         if name == "verdict":
             admit(f"{function}: verdict of the run", field, bool)
@@ -97,7 +100,7 @@ def check_task(function: str, task: Any, *kinds: type[Any]) -> None:
 
 
 def start(run: Run, setting: Any, key: jax.Array) -> Any:
-    """The state that a run begins with."""
+    """Return the initial state of a run."""
     return run.init(setting, key, *(() if run.begin is None else (run.begin(key),)))
 
 
@@ -106,8 +109,8 @@ class TrainState(NamedTuple):
 
     params: Any
     opt_state: Any
-    model_state: Any  # None in the short form
-    key: Any  # split at each step; None in the short form
+    model_state: Any  # None if the loss has the short form
+    key: Any  # split at each step; None if the loss has the short form
 
 
 def _is_transformation(x: Any) -> bool:
@@ -115,13 +118,13 @@ def _is_transformation(x: Any) -> bool:
 
 
 def optimizer_of(setting: Any) -> optax.GradientTransformationExtraArgs:
-    """The one optimizer in a setting."""
+    """Return the one optimizer in a setting."""
     nodes = jax.tree.leaves(setting, is_leaf=_is_transformation)
     found = [node for node in nodes if _is_transformation(node)]
     if len(found) != 1:
         raise TypeError(
-            f"a setting must hold exactly one optimizer, got {len(found)}. A sweep takes a dict for"
-            " batches of settings by name"
+            f"a setting must hold exactly one optimizer, got {len(found)}. For several optimizers,"
+            " pass `sweep` a dict with one batch of settings per name"
         )
     return optax.with_extra_args_support(found[0])
 
@@ -131,21 +134,21 @@ def _is_pair(x: Any) -> bool:
 
 
 def _arity(f: Callable[..., Any]) -> int:
-    """How many positional arguments a function takes without help."""
+    """Return the number of positional arguments of a function that have no default."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(f).parameters.values()
     return sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters)
 
 
 def supervised(task: Task) -> Run:
-    """Return the training run of a task: mini-batch gradients into the setting's optimizer.
+    """Return the training run of a task, which updates by mini-batch gradients.
 
-    The optimizer's `update` is given the extra arguments `value` and `grad`, and the functions of
-    the parameters `value_fn`, `grad_fn` and `obj_fn` (that is `value_fn`), in which batch, key and
-    model state are those of the step. Line searches, `sophia` and `momo` need some of them; a
-    function that is not called costs nothing.
+    The `update` of the setting's optimizer receives the extra arguments `value`, `grad`,
+    `value_fn`, `grad_fn` and `obj_fn`. The last three are functions of the parameters with the
+    batch, key and model state of the step; `obj_fn` is `value_fn`. Line searches, `sophia` and
+    `momo` need some of these. A function that is not called costs nothing.
 
-    Raises: TypeError if `task` is no `Task`, or `loss` takes neither 2 nor 5 arguments.
+    Raises: TypeError if `task` is not a `Task`, or `loss` takes neither 2 nor 5 arguments.
     """
     check_task("supervised", task, Task)
     arity = _arity(task.loss)
@@ -154,32 +157,32 @@ def supervised(task: Task) -> Run:
             "loss must take (params, batch) or (params, model_state, batch, key, setting), got a"
             f" function of {arity} arguments"
         )
-    full, seen = arity == 5, min(max(_arity(task.evaluate), 1), 3)
+    full, evaluate_arity = arity == 5, min(max(_arity(task.evaluate), 1), 3)
 
     def loss_of(*arguments: Any) -> Any:
-        found = task.loss(*arguments)
-        if full and not (_is_pair(found) and _is_pair(found[1])):
-            refuse("loss", "a function that returns (loss, (metrics, model_state))", found)
-        loss = found[0] if full else found
+        result = task.loss(*arguments)
+        if full and not (_is_pair(result) and _is_pair(result[1])):
+            refuse("loss", "a function that returns (loss, (metrics, model_state))", result)
+        loss = result[0] if full else result
         if not is_number(loss) or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
             refuse("loss", "a function that returns a real scalar", loss)
         if shape := jnp.shape(loss):
             raise TypeError(
                 f"loss must return a scalar, got an array of shape {shape}. Take its mean"
             )
-        return found
+        return result
 
     def begin(key: jax.Array) -> Any:
         return task.init(jax.random.split(key)[0])
 
-    def init(setting: Any, key: jax.Array, made: Any) -> TrainState:
+    def init(setting: Any, key: jax.Array, initial: Any) -> TrainState:
         step_key = jax.random.split(key)[1]
-        if full and not _is_pair(made):
-            refuse("init", "a function that returns (params, model_state)", made)
-        params, model_state = made if full else (made, None)
+        if full and not _is_pair(initial):
+            refuse("init", "a function that returns (params, model_state)", initial)
+        params, model_state = initial if full else (initial, None)
         for leaf in jax.tree.leaves(params):
             if not jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.inexact):
-                refuse("init", "a function that returns parameters of floats", leaf)
+                refuse("init", "a function that returns floating-point parameters", leaf)
         opt_state = optimizer_of(setting).init(params)
         return TrainState(params, opt_state, model_state, step_key if full else None)
 
@@ -188,8 +191,8 @@ def supervised(task: Task) -> Run:
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         params, opt_state, model_state, key = state
         if full:
-            key, now = jax.random.split(key)
-            fixed = (model_state, batch, now, setting)
+            key, loss_key = jax.random.split(key)
+            fixed = (model_state, batch, loss_key, setting)
             value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
             (loss, (metrics, model_state)), grads = value_and_grad(params, *fixed)
         else:
@@ -197,8 +200,8 @@ def supervised(task: Task) -> Run:
             fixed = (batch,)
             loss, grads = jax.value_and_grad(loss_of)(params, batch)
 
-        # Optax's line searches refuse extra arguments that `value_fn` does not name. Optimizers
-        # compute in float32, the model in the dtypes of its parameters.
+        # Optax's line searches reject extra arguments that `value_fn` does not name. The cast is
+        # needed since optimizers compute in float32, but the model in its parameters' dtypes.
         def value_fn(at: optax.Params, grad_fn: Any = None, obj_fn: Any = None) -> jax.Array:
             result = loss_of(like(at, params), *fixed)
             return result[0] if full else result
@@ -210,7 +213,7 @@ def supervised(task: Task) -> Run:
         updates, opt_state = optimizer_of(setting).update(
             grads, opt_state, params, value=loss, grad=grads, **functions
         )
-        # sums of products: cheaper than dots where lanes are batched
+        # Sums of products are cheaper than dot products where lanes are batched.
         products = jax.tree.map(lambda g, u: jnp.sum(jnp.real(jnp.conj(g) * u)), grads, updates)
         stride = jnp.abs(jax.tree.reduce(jnp.add, products))
         params = optax.apply_updates(params, updates)
@@ -218,19 +221,20 @@ def supervised(task: Task) -> Run:
         return state, {**metrics, "loss": loss, "stride": stride}
 
     def evaluate(setting: Any, state: TrainState) -> dict[str, Any]:
-        return task.evaluate(*(state.params, state.model_state, setting)[:seen])
+        return task.evaluate(*(state.params, state.model_state, setting)[:evaluate_arity])
 
     return Run(init, update, evaluate, task.batch, begin)
 
 
 def with_sharpness(task: Task, batch: Any = None, iterations: int = 20) -> Run:
-    """The training run of a task that also reports the "sharpness" of its training loss.
+    """Return the training run of a task that also reports the "sharpness" of its training loss.
 
-    It costs as much as `2 * iterations` steps at each report. `jgd.tuning.plots.plot_sharpness`
-    draws it against 2 / learning_rate, the edge beyond which gradient descent oscillates.
+    Each report costs as much as `2 * iterations` steps. `jgd.tuning.plots.plot_sharpness` plots the
+    sharpness against 2 / learning_rate, the edge beyond which gradient descent oscillates.
 
     Args:
-      batch: what the loss is taken on; None: the task's first batch.
+      task: a `Task`.
+      batch: the batch on which the loss is taken. None (default): the task's first batch.
       iterations: see `jgd.diagnosis.sharpness`.
     """
     check_task("with_sharpness", task, Task)
@@ -244,8 +248,8 @@ def with_sharpness(task: Task, batch: Any = None, iterations: int = 20) -> Run:
                 return task.loss(params, state.model_state, batch, state.key, setting)[0]
             return task.loss(params, batch)
 
-        found = sharpness(loss, state.params, jax.random.key(0), iterations)
-        return {**run.evaluate(setting, state), "sharpness": found}
+        eigenvalue = sharpness(loss, state.params, jax.random.key(0), iterations)
+        return {**run.evaluate(setting, state), "sharpness": eigenvalue}
 
     return run._replace(evaluate=evaluate)
 
@@ -254,19 +258,19 @@ def with_sharpness(task: Task, batch: Any = None, iterations: int = 20) -> Run:
 
 
 def minibatches(data: Any, batch_size: int | None, key: jax.Array) -> Callable[[Any], Any]:
-    """step -> batch: the examples in a new order each epoch.
+    """Return a function step -> batch, which visits the examples in a new order in each epoch.
 
     Args:
       data: a pytree of arrays whose leading axis counts the n examples.
-      batch_size: None is full batch, every example in its place at every step; 1 is one example.
-        An epoch has floor(n / batch_size) steps: the examples left over sit out that epoch, other
-        ones in the next.
-      key: of the orders, one permutation per epoch.
+      batch_size: number of examples per batch. None: every batch is all data in the given order.
+        An epoch has floor(n / batch_size) steps. It leaves out the remaining examples, which differ
+        from epoch to epoch.
+      key: random key of the orders, one permutation per epoch.
 
-    Returns: a callable pytree, whose leaves are the data and the key: passed to a compiled function
-      the data are an argument, not a constant. With a batch size it may be called as
-      (step, seed=seed): each seed, an int, has orders of its own.
-    Raises: ValueError for arrays of unlike lengths, or a batch size outside 1 to n.
+    Returns: a callable pytree whose leaves are the data and the key, so that the data are an
+      argument of a compiled function and not a constant. With a batch size it also accepts
+      (step, seed=seed); each int seed has its own orders.
+    Raises: ValueError for arrays of different lengths, or a batch size outside 1 to n.
     """
     check_numbers("minibatches", data, "data")
     sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(data)}
@@ -294,15 +298,16 @@ class _Minibatch(NamedTuple):
 
     def __call__(self, data: Any, key: jax.Array, step: Any, seed: Any = None) -> Any:
         if seed is not None:
-            key = jax.random.split(jax.random.fold_in(key, seed))[1]  # apart from the epochs' keys
+            # The split makes the key of a seed differ from the keys of the epochs.
+            key = jax.random.split(jax.random.fold_in(key, seed))[1]
         examples = len(jax.tree.leaves(data)[0])
-        epoch, place = jnp.divmod(step, examples // self.batch_size)
+        epoch, index = jnp.divmod(step, examples // self.batch_size)
         order = jax.random.permutation(jax.random.fold_in(key, epoch), examples)
-        chosen = jax.lax.dynamic_slice_in_dim(order, place * self.batch_size, self.batch_size)
+        chosen = jax.lax.dynamic_slice_in_dim(order, index * self.batch_size, self.batch_size)
         return jax.tree.map(lambda x: x[chosen], data)
 
 
-# --- one setting alone -----------------------------------------------------------------------
+# --- training of one setting -----------------------------------------------------------------
 
 
 def train(
@@ -312,17 +317,18 @@ def train(
 
     Args:
       task: a `Task`, or any `Run`.
-      setting: an optimizer, or a pytree of one and other numbers. Other numbers do not compile
-        again, and `jax.vmap` over the setting trains a batch.
-      steps: how many, at least 1.
-      key: of the initial parameters and, in the full form of the loss, of dropout and the like.
+      setting: an optimizer, or a pytree of one optimizer and other numbers. New values of the
+        numbers do not compile again, and `jax.vmap` over the setting trains a batch.
+      steps: number of steps, at least 1.
+      key: random key of the initial parameters and, if the loss has the full form, of each step.
 
     Returns:
-      The trained parameters (the final state, for a `Run` that is no task), and the history: a
-      dict of arrays over the steps, with the training loss under "loss" and all that the loss
-      reports. `train(supervised(task), ...)` gives the whole state of a task instead, with the
-      statistics of its batch norms and the memory of its optimizer.
-    Raises: ValueError for no steps, TypeError for an optimizer that is no pytree of its numbers.
+      The trained parameters (for a `Run`, the final state) and the history, a dict of arrays over
+      the steps with the training loss under "loss" and the other metrics of the loss.
+      `train(supervised(task), ...)` returns the whole state of a task, including the model state
+      and the optimizer state.
+    Raises: ValueError for steps below 1, TypeError for an optimizer that is not a pytree of its
+      numbers.
     """
     check_task("train", task, Task, Run)
     check_numbers("train", setting)
@@ -333,12 +339,13 @@ def train(
 
 
 def _as_arguments(task: Any) -> Any:
-    """A task as a jit argument: its callable pytrees keep their leaves, functions are structure."""
-    hide = lambda f: Static(f) if jax.tree_util.all_leaves([f]) else f
-    return type(task)(*map(hide, task))
+    """Return a task as a jit argument: callable pytrees keep their leaves, functions are static."""
+    as_static = lambda f: Static(f) if jax.tree_util.all_leaves([f]) else f
+    return type(task)(*map(as_static, task))
 
 
 def from_arguments(task: Any) -> Any:
+    """Return the task of a result of `_as_arguments`."""
     return type(task)(*(f.value if isinstance(f, Static) else f for f in task))
 
 

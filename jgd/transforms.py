@@ -1,15 +1,15 @@
 """The basic transformations: pointwise functions, memories, bias correction, weight decay.
 
-Each is a formula on one array, lifted over the tree. Memories have nouns for names
-(`moving_average`, `running_max`), effects have verbs (`scale`, `square`). An adaptive optimizer is
-a direction over a magnitude, and with these the classical family reads like its formulas:
+Each is a formula on one array, mapped over the leaves of a tree. Transformations with memory have
+nouns as names (`moving_average`, `running_max`), those without memory have verbs (`scale`,
+`square`). An adaptive optimizer is a direction divided by a magnitude, written like its formula:
 
     Nesterov   chain(with_nesterov(scale_by_momentum(b)), scale_by_learning_rate(lr))
     AdaGrad    divide(identity(), chain(square(), running_sum(start), root(eps_root=eps)))
     Adam       divide(ema(b1), rms(b2, eps))
 
-Where optax has a public name, the function of that name takes the same call and gives the same
-numbers. What optax makes NaN is finite here: the square root has derivative 0 at 0, and 0 / 0 is 0.
+Where optax has a public function of the same name, jgd's takes the same call and returns the same
+numbers, except that the square root has derivative 0 at 0 and 0 / 0 is 0, where optax returns NaN.
 """
 
 from collections.abc import Callable
@@ -78,7 +78,7 @@ __all__ = [
 
 
 def pointwise(f: Callable[..., Any], *numbers: Any) -> Plain:
-    """Return the transformation without memory of `f(g, *numbers)` on each leaf g."""
+    """Return the stateless transformation that applies `f(g, *numbers)` to each leaf g."""
     return stateless(lambda updates, _: leafwise(f, updates, numbers=numbers))
 
 
@@ -118,9 +118,9 @@ def square() -> GradientTransformation:
     """u = g^2, |g|^2 for complex leaves. State: `EmptyState`.
 
     The square overflows where |g| is above 1.8e19 (float32), and its average or sum stays infinite.
-    An optimizer that divides by the root then takes steps of 0, as optax's do: for that entry, or
-    for the whole array or tree if it divides by a norm or a matrix of it. Clip gradients (`clip`),
-    or skip such steps (`skip_nonfinite`).
+    An optimizer that divides by the root then takes steps of 0 for this entry, as in optax, or for
+    the whole array or tree if it divides by a norm or a matrix. To prevent this, clip gradients
+    (`clip`) or skip such steps (`skip_nonfinite`).
     """
     return pointwise(_square)
 
@@ -133,20 +133,22 @@ def sign() -> GradientTransformation:
 
 @as_pytree
 def scale_by_sign() -> GradientTransformation:
-    """u = sign(g): optax's name of `sign`. State: `EmptyState`."""
+    """u = sign(g): optax's name for `sign`. State: `EmptyState`."""
     return sign()
 
 
 @as_pytree
 def root(eps: NonNegative = 0.0, eps_root: NonNegative = 0.0) -> GradientTransformation:
-    """u = sqrt(v + eps_root) + eps: both places where papers and frameworks put epsilon.
+    """u = sqrt(v + eps_root) + eps, with an epsilon in each place where papers put one.
+
+    Where v is 0, or negative by rounding, the root is so small that `divide` treats it as 0, and
+    its derivative is 0.
 
     Args:
       eps: at least 0, added outside the root.
-      eps_root: at least 0, added inside.
+      eps_root: at least 0, added inside the root.
 
-    State: `EmptyState`. Where v is 0, or by rounding below, the root is so small that `divide`
-    takes it for 0, and its derivative is 0.
+    State: `EmptyState`.
     """
     return pointwise(_root, eps, eps_root)
 
@@ -166,7 +168,7 @@ def scale(step_size: Number) -> GradientTransformation:
 
 @as_pytree
 def scale_by_schedule(step_size_fn: Number) -> GradientTransformation:
-    """u = step_size_fn(t) g, with t = 0 at the first update: optax's name of `scale` by a schedule.
+    """u = step_size_fn(t) g, with t = 0 at the first update: optax's name for a scheduled `scale`.
 
     State: `ScheduledState`, whose `count` is t.
     """
@@ -177,10 +179,10 @@ def scale_by_schedule(step_size_fn: Number) -> GradientTransformation:
 def scale_by_learning_rate(
     learning_rate: Number | None = None, *, flip_sign: bool = True
 ) -> GradientTransformation:
-    """u = -learning_rate g: the last link of a descent.
+    """u = -learning_rate g: the last link of an optimizer that descends.
 
     Args:
-      learning_rate: any number, or a schedule. None leaves the updates as they are, without a flip.
+      learning_rate: any number, or a schedule. None (default): u = g, also with `flip_sign`.
       flip_sign: False keeps the sign: u = learning_rate g.
 
     State: `EmptyState`, with a step counter around it for a schedule.
@@ -203,15 +205,15 @@ def add_decayed_weights(
 ) -> GradientTransformation:
     """u = g + weight_decay p, for parameters p.
 
-    Before the adaptive part of a chain this is L2 regularisation, after it decoupled weight decay.
+    Before the adaptive part of a chain this is L2 regularisation; after it, decoupled weight decay.
 
     Args:
       weight_decay: any number, or a schedule; 0 by default.
       mask: a tree of bools like the parameters (or a prefix), or a function from parameters to
-        one; only leaves marked True decay. None: all do.
+        one; only leaves marked True decay. None (default): all do.
 
-    State: `EmptyState`, or `optax.MaskedState` around it where there is a mask; with a step counter
-    around it for a schedule.
+    State: `EmptyState`, inside an `optax.MaskedState` if there is a mask; with a step counter
+      around it for a schedule.
     Raises: ValueError in `update` if no parameters are given.
     """
     decay = _add_params(weight_decay)
@@ -222,13 +224,13 @@ def add_decayed_weights(
 def add_noise(
     eta: NonNegative, gamma: Number, key: Key = None, *, seed: int | None = None
 ) -> GradientTransformation:
-    """u = g + N(0, eta / t^gamma): normal noise that falls with the step t, from 1.
+    """u = g + N(0, eta / t^gamma): normal noise whose variance decays with the step t, from 1.
 
     Args:
-      eta: at least 0, the variance at the first step.
-      gamma: any number, how fast it falls.
-      key: a random key or an int; None (default) is 0. Lanes share it.
-      seed: optax's older name of key.
+      eta: the variance at the first step, at least 0.
+      gamma: exponent of the decay, any number.
+      key: a random key or an int; None (default) is 0. Lanes share the noise.
+      seed: optax's older name for `key`.
 
     State: `optax.AddNoiseState(count, rng_key)`, no tree.
     Source: Neelakantan et al. 2015, equation 1, arXiv:1511.06807.
@@ -242,19 +244,19 @@ def add_noise(
 class MovingAverageState(NamedTuple):
     """State of `moving_average`."""
 
-    average: optax.Updates  # like the parameters, at least float32
+    average: optax.Updates  # the average a; like the parameters, at least float32
 
 
 class RunningSumState(NamedTuple):
     """State of `running_sum`."""
 
-    total: optax.Updates  # like the parameters, at least float32
+    total: optax.Updates  # the sum s; like the parameters, at least float32
 
 
 class RunningMaxState(NamedTuple):
     """State of `running_max` and `decayed_max`."""
 
-    maximum: optax.Updates  # like the parameters, at least float32
+    maximum: optax.Updates  # the maximum x; like the parameters, at least float32
 
 
 def memory(
@@ -265,19 +267,19 @@ def memory(
     start: Any = 0.0,
     dtype: DTypeLike | None = None,
 ) -> Plain:
-    """Return the transformation m <- f(g, m, *numbers), u = m, for m that starts as `start`."""
+    """Return the transformation m <- f(g, m, *numbers), u = m, where m starts at `start`."""
 
-    kind = None if dtype is None else jax.dtypes.canonicalize_dtype(dtype)
+    stored = None if dtype is None else jax.dtypes.canonicalize_dtype(dtype)
 
-    def first(params: Any) -> Any:
-        return jax.tree.map(lambda p: jnp.full_like(p, start, dtype=kind), params)
+    def initial(params: Any) -> Any:
+        return jax.tree.map(lambda p: jnp.full_like(p, start, dtype=stored), params)
 
     def step(updates: Any, slots: Slots, _: Any) -> Any:
-        if name not in slots.new:  # a shared memory is stepped once
+        if name not in slots.new:  # a shared memory is stepped once per update
             slots.new[name] = leafwise(f, updates, slots.old[name], numbers=numbers, keep=True)
         return present(updates, slots.new[name])
 
-    return remembering([step], [Slot(name, first)], record, {record._fields[0]: name})
+    return remembering([step], [Slot(name, initial)], record, {record._fields[0]: name})
 
 
 @formula
@@ -307,13 +309,13 @@ def scale_by_momentum(
     """v <- decay v + g, and u = v.
 
     Args:
-      decay: in [0, 1]; the textbooks' momentum, usually 0.9. May be a schedule.
-      accumulator_dtype: of the memory; None: float32 for 16-bit parameters, else theirs.
-      name: of the memory, for `named`.
+      decay: the momentum, in [0, 1], usually 0.9. May be a schedule.
+      accumulator_dtype: dtype of v. None: float32 for 16-bit parameters, otherwise their dtype.
+      name: name of the memory, for `named`.
 
-    State: `optax.TraceState(trace)`, one tree like the parameters, from 0.
-    Differs from: `moving_average`, whose gradients enter with weight 1 - decay, so that its steps
-      are 1 - decay times as long; from `trace` in name only.
+    State: `optax.TraceState(trace)`, one tree like the parameters; v starts at 0.
+    Differs from: `moving_average`, where gradients enter with weight 1 - decay, so that its steps
+      are 1 - decay times as long.
     Source: Polyak 1964.
     """
     return memory(optax.TraceState, _accumulate, decay, name=name, dtype=accumulator_dtype)
@@ -323,9 +325,11 @@ def scale_by_momentum(
 def trace(
     decay: Fraction, nesterov: bool = False, accumulator_dtype: DTypeLike | None = None
 ) -> GradientTransformation:
-    """v <- decay v + g, and u = v, or u = g + decay v with `nesterov`: optax's momentum.
+    """v <- decay v + g, and u = v, or u = g + decay v with `nesterov`.
 
-    Args, State: as `scale_by_momentum`.
+    Optax's name for `scale_by_momentum`, with its arguments.
+
+    Args, State: as in `scale_by_momentum`.
     """
     momentum = scale_by_momentum(decay, accumulator_dtype=accumulator_dtype)
     return with_nesterov(momentum) if nesterov else momentum
@@ -343,12 +347,12 @@ def moving_average(
 
     Args:
       decay: in [0, 1]. May be a schedule.
-      start: what a is before the first step; 0 by default.
-      accumulator_dtype: of the memory; None: float32 for 16-bit parameters, else theirs.
-      name: of the memory, for `named`.
+      start: initial value of a; 0 by default.
+      accumulator_dtype: dtype of a. None: float32 for 16-bit parameters, otherwise their dtype.
+      name: name of the memory, for `named`.
 
     State: `MovingAverageState(average)`, one tree like the parameters.
-    Differs from: `ema`, which corrects the bias of the start at 0.
+    Differs from: `ema`, which corrects the bias towards the initial value 0.
     """
     weight = complement(decay)
     record, dtype = MovingAverageState, accumulator_dtype
@@ -360,8 +364,8 @@ def running_sum(start: NonNegative = 0.0, *, name: str = "total") -> GradientTra
     """s <- s + g, and u = s.
 
     Args:
-      start: at least 0, what s is before the first step.
-      name: of the memory, for `named`.
+      start: initial value of s, at least 0; 0 by default.
+      name: name of the memory, for `named`.
 
     State: `RunningSumState(total)`, one tree like the parameters.
     """
@@ -370,7 +374,7 @@ def running_sum(start: NonNegative = 0.0, *, name: str = "total") -> GradientTra
 
 @as_pytree
 def running_max(*, name: str = "maximum") -> GradientTransformation:
-    """x <- max(x, g), from 0, and u = x. State: `RunningMaxState(maximum)`, one tree."""
+    """x <- max(x, g), and u = x; x starts at 0. State: `RunningMaxState(maximum)`, one tree."""
     return memory(RunningMaxState, _larger, name=name)
 
 
@@ -378,12 +382,12 @@ def running_max(*, name: str = "maximum") -> GradientTransformation:
 def decayed_max(
     decay: Fraction, eps: NonNegative = 0.0, *, name: str = "maximum"
 ) -> GradientTransformation:
-    """x <- max(decay x, |g| + eps), from 0, and u = x.
+    """x <- max(decay x, |g| + eps), and u = x; x starts at 0.
 
     Args:
       decay: in [0, 1]. May be a schedule.
       eps: at least 0; keeps x away from 0.
-      name: of the memory, for `named`.
+      name: name of the memory, for `named`.
 
     State: `RunningMaxState(maximum)`, one tree like the parameters.
     """
@@ -396,7 +400,7 @@ def decayed_max(
 class BiasCorrectionState(NamedTuple):
     """State of `bias_correction`."""
 
-    count: jax.Array  # int32 scalar: steps so far
+    count: jax.Array  # int32 scalar: number of steps so far
 
 
 def count_slot() -> Slot:
@@ -405,7 +409,7 @@ def count_slot() -> Slot:
 
 
 def decay_slots(*names: str) -> list[Slot]:
-    """Return the memories that correct averages of these names: none for constant decays."""
+    """Return the memories for the bias correction of these averages: none for constant decays."""
     start = lambda _: jnp.zeros([], float)
     return [Slot(f"log_{n}", start, of_schedule=True) for n in names] if decays_move() else []
 
@@ -413,17 +417,17 @@ def decay_slots(*names: str) -> list[Slot]:
 def bias_weight(
     slots: Slots, decay: Any, of: str, *, ahead: bool = False, count: Any = None
 ) -> jax.Array:
-    """Return 1 - decay^t, by which an average that started at 0 is too small.
+    """Return 1 - decay^t, the factor by which an average that started at 0 is too small.
 
-    For a decay that follows a schedule the power is the product of all decays so far. The mean of
-    their logarithms is kept for it, since it stays exact where the decay does not move.
+    For a decay that follows a schedule, the product of all decays so far replaces decay^t. The
+    memory holds the mean of their logarithms, which is exact while the decay does not change.
 
     Args:
       slots: the memories of this update.
       decay: the decay of this step.
       of: the name of the average.
-      ahead: True takes t + 1 for t.
-      count: t; None: the memory `count`.
+      ahead: True replaces t by t + 1.
+      count: t. None (default): the memory `count`.
     """
     if count is None:
         count = slots.step("count", increment)
@@ -444,24 +448,24 @@ def _over(g: Any, weight: Any) -> Any:
 def bias_correction(
     decay: Decay, *, ahead: bool = False, of: str = "decay"
 ) -> GradientTransformation:
-    """u = g / (1 - decay^t), with t = 1 at the first step: undoes the start at 0 of an average.
+    """u = g / (1 - decay^t), with t = 1 at the first step: corrects an average that started at 0.
 
-    For a schedule the power is the product of the decays so far: the average of a constant gradient
-    comes out constant.
+    For a schedule, the product of the decays so far replaces decay^t, so that the corrected average
+    of a constant gradient is this gradient.
 
     Args:
-      decay: in [0, 1), that of the average. May be a schedule; a number that changes between steps
-        without one is taken as if it had been so from the start.
-      ahead: True takes the power t + 1, as Nesterov's look ahead does.
-      of: the name of the average, for `named`. The memory of the steps is named "count".
+      decay: the decay of the average, in [0, 1). May be a schedule. A number that is replaced
+        between steps is treated as the decay of all steps so far.
+      ahead: True uses the power t + 1, for Nesterov's look ahead.
+      of: the name of the average, for `named`. The step counter is named "count".
 
-    State: `BiasCorrectionState(count)`, a scalar; under a schedule one more, see
+    State: `BiasCorrectionState(count)`, a scalar; under a schedule one more scalar, in a
       `ScheduledDecayState`.
     """
 
     def step(updates: Any, slots: Slots, _: Any) -> Any:
         weight = bias_weight(slots, decay, of, ahead=ahead)
-        weight = jnp.where(weight > 0, weight, 1)  # 0 for a decay of 1, whose average stays 0
+        weight = jnp.where(weight > 0, weight, 1)  # 0 for a decay of 1: the average is 0 too
         return leafwise(_over, updates, numbers=(weight,))
 
     slots = [count_slot(), *decay_slots(of)]
@@ -469,7 +473,7 @@ def bias_correction(
 
 
 def _count_only() -> Plain:
-    """Return a transformation that counts the steps and does not change the updates."""
+    """Return the transformation u = g, which counts the steps."""
 
     def step(updates: Any, slots: Slots, _: Any) -> Any:
         slots.step("count", increment)
@@ -491,12 +495,12 @@ def ema(
     Args:
       decay: in [0, 1). May be a schedule.
       debias: False gives u = a.
-      accumulator_dtype: of the memory; None: float32 for 16-bit parameters, else theirs.
-      name: of the memory, for `named`.
+      accumulator_dtype: dtype of a. None: float32 for 16-bit parameters, otherwise their dtype.
+      name: name of the memory, for `named`.
 
     State: `optax.EmaState(count, ema)`, one tree like the parameters and a scalar.
-    Differs from: `moving_average`, which does not count; `optax.ema` under a schedule, where the
-      correction there takes the last decay for all.
+    Differs from: `moving_average`, which has no bias correction and does not count the steps;
+      `optax.ema` under a schedule, whose correction uses the current decay for all steps.
     """
     average = moving_average(decay, accumulator_dtype=accumulator_dtype, name=name)
     correction = bias_correction(decay, of=name) if debias else _count_only()
@@ -509,8 +513,10 @@ def nesterov_ema(
 ) -> GradientTransformation:
     """a <- decay a + (1 - decay) g, and u = decay a / c_(t+1) + (1 - decay) g / c_t.
 
-    The direction of NAdam, with c_t = 1 - decay^t. Args and state: as `ema`.
-    Differs from: `with_nesterov(ema(decay))`, which corrects both terms alike.
+    This is the direction of NAdam, with c_t = 1 - decay^t.
+
+    Args, State: as in `ema`.
+    Differs from: `with_nesterov(ema(decay))`, which divides both terms by the same number.
     Source: Dozat 2016, algorithm 2, with one decay for all steps.
     """
     average = chain(
@@ -530,13 +536,13 @@ def rms(
 ) -> GradientTransformation:
     """v <- decay v + (1 - decay) g^2, and u = sqrt(v / (1 - decay^t) + eps_root) + eps.
 
-    The magnitude of Adam. `square` says what happens where g^2 overflows.
+    This is the magnitude of Adam. `square` says what happens where g^2 overflows.
 
     Args:
       decay: in [0, 1). May be a schedule.
       eps, eps_root: at least 0, as in `root`.
-      name: of the memory, for `named`.
+      name: name of the memory, for `named`.
 
-    State: that of the chain square, `ema`, root.
+    State: the state of `chain(square(), ema(decay), root(eps, eps_root))`.
     """
     return chain(square(), ema(decay, name=name), root(eps, eps_root))

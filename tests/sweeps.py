@@ -1,15 +1,15 @@
-"""A sweep in parts: planned, and its events one by one."""
+"""Helpers that prepare a sweep without starting it, and that yield its events."""
 
 from jgd.tuning.sweep import TrainingArguments, prepare
 
 
 def planned(task, settings, steps, **options):
-    """A sweep that has not started."""
+    """Return a sweep that has not started."""
     return prepare(TrainingArguments(task, settings, steps, **options))
 
 
 def events(prepared):
-    """Run a sweep; yield its events as `iter_sweep` does."""
+    """Run a prepared sweep, and yield its events as `iter_sweep` does."""
     sweep = prepared.sweep
     while sweep.start():
         yield from sweep.take()

@@ -172,7 +172,7 @@ BATCHES = itertools.cycle([(X, Y)])
 TASKS = [
     *(({name: 0}, f"{name} of the task must be a function") for name in LINE._fields),
     ({"batch": (X, Y)}, "batch of the task must be a function"),
-    ({"init": lambda key: {"w": jnp.zeros(2, int), "b": 0}}, "init must be .* of floats, got"),
+    ({"init": lambda key: {"w": jnp.zeros(2, int), "b": 0}}, "init must be .* floating-point"),
     ({"loss": _full}, r"init must be .* returns \(params, model_state\), got"),
     ({"loss": lambda p: 0.0}, "loss must take .* got a function of 1 arguments"),
     ({"loss": lambda p, b: b[0] @ p["w"]}, r"loss must return a scalar, got .* shape \(4,\)"),

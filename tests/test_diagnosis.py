@@ -1,4 +1,4 @@
-"""The verdict on gradient descent of a w^2 / 2, and on planted noisy curves."""
+"""Verdicts on gradient descent of a w^2 / 2, on synthetic noisy curves, and on lanes of sweeps."""
 
 import io
 
@@ -15,7 +15,7 @@ from jgd.tuning.events import decode, encode
 
 
 def _descent(rate, curvature, steps):
-    """Losses and strides of full-batch descent of curvature w^2 / 2 from w = 1."""
+    """Return losses and strides of gradient descent on curvature w^2 / 2 from w = 1."""
     w, losses, strides = np.float32(1), [], []
     with np.errstate(all="ignore"):
         for _ in range(steps):
@@ -40,21 +40,21 @@ def test_rates_on_a_parabola(curvature, steps):
     rates = (*too_small, *good, *too_large, 1.3, 1.99)
     curves = [_descent(rate / curvature, curvature, steps) for rate in rates]
     losses, strides = (np.stack(each, axis=1) for each in zip(*curves, strict=True))
-    of = dict(zip(rates, _verdict(losses, strides), strict=True))  # a rate per lane
+    verdicts = dict(zip(rates, _verdict(losses, strides), strict=True))
     for rate in too_small:
-        assert of[rate] == "too small", rate
+        assert verdicts[rate] == "too small", rate
     for rate in good:
-        assert of[rate] == "good", rate
+        assert verdicts[rate] == "good", rate
     for rate in too_large:
-        assert of[rate] in ("oscillating", "diverged"), rate
-    assert of[10.0] == "diverged"
-    # between 1/a and 2/a the parameter jumps over the valley while the loss falls
-    assert of[1.3] == "good"
-    assert of[1.99] == "oscillating"
+        assert verdicts[rate] in ("oscillating", "diverged"), rate
+    assert verdicts[10.0] == "diverged"
+    # Between 1/a and 2/a the parameter jumps across the minimum while the loss falls.
+    assert verdicts[1.3] == "good"
+    assert verdicts[1.99] == "oscillating"
 
 
-def _planted(kind, rng, steps=400):
-    """A curve of a kind, with noise of up to a twentieth of where it starts."""
+def _synthetic(kind, rng, steps=400):
+    """Return a curve of a kind, with noise of up to a twentieth of its start."""
     t = np.arange(steps) / steps
     start, floor = rng.uniform(0.5, 5.0), rng.uniform(0.0, 0.3)
     noise = start * rng.uniform(0.0, 0.05) * rng.normal(size=steps)
@@ -71,17 +71,17 @@ def _planted(kind, rng, steps=400):
     return curve + noise
 
 
-def test_planted_noisy_curves():
-    """200 of them, without anything known of the steps: at least 95 per cent are right."""
+def test_synthetic_noisy_curves():
+    """At least 95 per cent of 200 verdicts are right, without any strides."""
     rng = np.random.default_rng(0)
     kinds = [diagnosis.VERDICTS[i % 4] for i in range(200)]
-    curves = np.stack([_planted(kind, rng) for kind in kinds], axis=1)
-    found = _verdict(curves)
-    right = found == np.array(kinds)
-    assert right.mean() >= 0.95, [(k, f) for k, f in zip(kinds, found, strict=True) if k != f]
+    curves = np.stack([_synthetic(kind, rng) for kind in kinds], axis=1)
+    verdicts = _verdict(curves)
+    right = verdicts == np.array(kinds)
+    assert right.mean() >= 0.95, [(k, v) for k, v in zip(kinds, verdicts, strict=True) if k != v]
 
 
-def test_what_never_came_back_has_diverged():
+def test_a_loss_that_does_not_recover_has_diverged():
     steps = np.arange(300)
     spike = np.where(steps == 3, 50.0, np.where(steps < 3, 2.3, 2.25))
     assert _verdict(spike) == "diverged"
@@ -93,7 +93,7 @@ def test_what_never_came_back_has_diverged():
 
 
 def _spiked(steps, at):
-    """A loss that learns from chance on, jumps to 20 and is at chance from then on."""
+    """Return a loss that falls from chance level, jumps to 20 and then stays at chance level."""
     t = np.arange(steps) / steps
     return np.select(
         [np.arange(steps) == int(at * steps), t < at], [20.0, 2.3 * np.exp(-t / at)], 2.3
@@ -102,7 +102,7 @@ def _spiked(steps, at):
 
 @pytest.mark.parametrize("steps", [20, 100, 1000, 5000])
 @pytest.mark.parametrize("noise", [0.0, 0.02])
-def test_what_came_undone_has_diverged_and_a_high_plateau_is_too_small(steps, noise):
+def test_a_loss_that_climbs_back_has_diverged_and_a_high_plateau_is_too_small(steps, noise):
     t = np.arange(steps) / steps
     noisy = lambda curve: curve + noise * np.random.default_rng(0).normal(size=steps)
     fell = 0.05 ** (2 * t)  # to a twentieth at half-time
@@ -117,7 +117,7 @@ def test_what_came_undone_has_diverged_and_a_high_plateau_is_too_small(steps, no
 
 
 def test_noise_of_single_examples_has_not_diverged():
-    """Where the first loss is small by luck, and the greatest many times the mean."""
+    """The first loss may be small by chance, and the greatest many times the mean."""
     rng, t = np.random.default_rng(1), np.arange(2000) / 2000
     noise = rng.chisquare(1, (2000, 200)) * (0.1 + np.exp(-20 * t))[:, None]
     verdicts = _verdict(noise, np.full_like(noise, 1e-4))
@@ -125,7 +125,7 @@ def test_noise_of_single_examples_has_not_diverged():
 
 
 def _along(curves):
-    """A run whose loss at step k is the k-th of its setting's numbers."""
+    """Return a run whose loss at step k is number k of its setting, and a setting per curve."""
     run = jgd.Run(
         init=lambda setting, key: jnp.int32(0),
         update=lambda setting, state, batch: (state + 1, {"loss": setting[state]}),
@@ -144,48 +144,49 @@ ENDS = {
 
 @pytest.mark.parametrize("ended", ENDS)
 def test_a_lane_that_ended_early_is_judged_by_its_own_steps(ended, tmp_path):
-    """At an eighth, at a quarter, anywhere: as a training of that many steps would be."""
+    """A lane that ended at any step has the verdict of a training with that many steps."""
     t = np.arange(100) / 100
-    planted = {
+    curves = {
         "good": np.exp(-50 * t),
         "too small": np.exp(-0.5 * t),
         "oscillating": 1 + 0.5 * (-1.0) ** np.arange(100),
         "diverged": np.where(t < 0.5, 0.05 ** (2 * t), 0.05 ** (2 - 2 * t)),
     }
-    planted |= {f"{kind} 2": 3 * curve for kind, curve in planted.items()}
-    curves = [np.concatenate([c, np.full(700, c[-1])]) for c in planted.values()]
-    if ended != "cut":  # there it ended after 120 or 400 steps
-        curves = [np.repeat(c, 4)[3:] for c in curves]
-    run, settings = _along(curves)
+    curves |= {f"{kind} 2": 3 * curve for kind, curve in curves.items()}
+    kinds = list(curves)
+    losses = [np.concatenate([c, np.full(700, c[-1])]) for c in curves.values()]
+    if ended != "cut":  # these lanes end after 120 or 400 steps
+        losses = [np.repeat(c, 4)[3:] for c in losses]
+    run, settings = _along(losses)
     result = jgd.sweep(run, settings, 800, folder=tmp_path / "run", **ENDS[ended])
     assert ended in {row["ended"] for row in result.rows}
     for row in result.rows:
-        curve = curves[row["setting"]][: row["at"]]
-        assert row["verdict"] == _verdict(curve), (list(planted)[row["setting"]], row)
+        curve = losses[row["setting"]][: row["at"]]
+        assert row["verdict"] == _verdict(curve), (kinds[row["setting"]], row)
         if row["ended"] == "cut" and row["at"] == 100:
-            assert list(planted)[row["setting"]].startswith(row["verdict"])
+            assert kinds[row["setting"]].startswith(row["verdict"])
     assert len({row["verdict"] for row in result.rows}) > 1
     lines = (tmp_path / "run" / "journal.jsonl").read_text().splitlines()
-    read = [decode(line, result.plan) for line in lines]
-    assert [encode(event) for event in read] == lines
+    events = [decode(line, result.plan) for line in lines]
+    assert [encode(event) for event in events] == lines
     again = jgd.sweep(run, settings, 800, folder=tmp_path / "run", resume=True, **ENDS[ended])
     assert repr(again.rows) == repr(result.rows)
 
 
-def test_a_run_may_say_that_its_loss_is_no_verdict():
+def test_a_run_may_have_no_verdicts():
     run, settings = _along([np.ones(8), np.full(8, np.nan)])
-    for says in (True, False):
-        result = jgd.sweep(run._replace(verdict=says), settings, 8, report_every=4)
+    for verdict in (True, False):
+        result = jgd.sweep(run._replace(verdict=verdict), settings, 8, report_every=4)
         assert [row["verdict"] for row in result.rows] == (
-            ["too small", "diverged"] if says else ["", ""]
+            ["too small", "diverged"] if verdict else ["", ""]
         )
         terminal = Console(file=io.StringIO(), width=200)
         console.print_result(terminal, result, 2)
         for word in ("diverged", "oscil", "verdict"):
-            assert (word in terminal.file.getvalue()) == says
+            assert (word in terminal.file.getvalue()) == verdict
 
 
-def test_noise_of_the_batches_is_not_laid_at_the_door_of_tiny_steps():
+def test_noise_of_the_batches_is_not_attributed_to_tiny_steps():
     rng = np.random.default_rng(0)
     noisy = 2.3 + 0.4 * rng.normal(size=500) - 0.1 * np.arange(500) / 500
     assert _verdict(noisy, np.full(500, 1e-4)) == "too small"
@@ -193,7 +194,7 @@ def test_noise_of_the_batches_is_not_laid_at_the_door_of_tiny_steps():
 
 
 def _line_batch(batch_size, rates, steps, lanes=40):
-    """For each rate, verdicts on linear regression from mini-batches, one for each seed."""
+    """Return the verdicts on linear regression with mini-batches: for each rate, one per seed."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(400, 5)).astype(np.float32)
     y = (x @ rng.normal(size=5) + 0.5 * rng.normal(size=400)).astype(np.float32)
@@ -217,12 +218,12 @@ def test_verdicts_under_the_noise_of_batches(batch_size):
         (400, {3e-3: "too small"}),
         (2000, {1e-5: "too small", 3e-2: "good"}),
     ):
-        seen = _line_batch(batch_size, list(expected), steps)
-        for (rate, verdict), verdicts in zip(expected.items(), seen, strict=True):
+        by_rate = _line_batch(batch_size, list(expected), steps)
+        for (rate, verdict), verdicts in zip(expected.items(), by_rate, strict=True):
             assert verdicts.count(verdict) >= 38, (rate, steps, verdict, verdicts)
 
 
-def test_rising_has_diverged():
+def test_a_rising_loss_has_diverged():
     steps = np.arange(400) / 400
     for curve in (1 + 0.9 * steps, 4 - 1.7 * np.exp(-5 * steps), np.abs(1 - 2.8 * steps)):
         assert _verdict(curve) == "diverged"
@@ -230,11 +231,11 @@ def test_rising_has_diverged():
 
 def test_the_final_loss_of_a_square_is_not_negative():
     losses = np.float32(100.0) * 0.5 ** np.arange(400, dtype=np.float32)
-    seen = diagnosis.of_curve(losses)
-    np.testing.assert_allclose(seen.final_loss, losses[-40:].mean(), rtol=1e-5)
+    statistics = diagnosis.of_curve(losses)
+    np.testing.assert_allclose(statistics.final_loss, losses[-40:].mean(), rtol=1e-5)
 
 
-def test_lanes_do_not_see_each_other_and_jit_sees_no_numbers():
+def test_lanes_are_independent_and_sums_are_the_same_inside_jit():
     curves = np.stack([_descent(rate, 1.0, 50)[0] for rate in (0.01, 0.5, 3.0)], axis=1)
     together = _verdict(curves)
     assert [str(v) for v in together] == [str(_verdict(c)) for c in curves.T]
@@ -245,6 +246,6 @@ def test_lanes_do_not_see_each_other_and_jit_sees_no_numbers():
         sums = observe(sums, curves[step, 1], np.nan, step)
         if step + 1 == ends[index]:
             sums, index = close(sums, index), index + 1
-    seen, expected = diagnosis.statistics(sums, ends, 50), diagnosis.of_curve(curves[:, 1])
+    ours, expected = diagnosis.statistics(sums, ends, 50), diagnosis.of_curve(curves[:, 1])
     for name, value in expected._asdict().items():
-        np.testing.assert_allclose(getattr(seen, name), value, rtol=1e-4, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(getattr(ours, name), value, rtol=1e-4, atol=1e-6, err_msg=name)

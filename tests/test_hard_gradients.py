@@ -18,10 +18,11 @@ from table import FIRST, LABELS, ROWS
 import jgd
 import jgd.optimizers
 
-SHAPES = {"matrix": (4, 3), "vector": (3,), "other": (2,)}  # gradients of "other" are always usual
-STEPS, LATER, STRUCK = 5, 2, 1  # the entry of matrix and vector that has a NaN or a spike
+SHAPES = {"matrix": (4, 3), "vector": (3,), "other": (2,)}  # "other" always has normal gradients
+STEPS, LATER = 5, 2
+STRUCK = 1  # the entry of matrix and vector that has a NaN or a spike
 NAN = {"NaN at first": 0, "NaN later": LATER}
-# By default the first row of each optimizer, in the slow tests the others.
+# The first row of each optimizer runs by default, the others with the slow tests.
 every_row = pytest.mark.parametrize(
     "row",
     [
@@ -72,13 +73,16 @@ def _updates(tx, compiler_options=None):
 
 @functools.cache
 def _ours(label):
-    """Return the updates of a row, for two tests."""
+    """Return the updates of a row, cached for two tests."""
     row = ROWS[LABELS.index(label)]
     return _updates(row.ours(**row.arguments), row.compiler_options)
 
 
 def _assert_visible(updates, whole_tree, forgets=False):
-    """Assert that each update is NaN, or as without the NaN: never another number."""
+    """Assert that each update is NaN or equals the update without the NaN.
+
+    `whole_tree` allows NaN in "other"; `forgets` allows other numbers in the struck entry.
+    """
     for case, step in NAN.items():
         for name, usual in updates["usual"].items():
             u = updates[case][name].reshape(STEPS, -1)
@@ -94,7 +98,7 @@ def _assert_visible(updates, whole_tree, forgets=False):
 
 @every_row
 def test_a_nan_stays_visible(row):
-    # the step size of rprop shrinks where the sign of a gradient is NaN
+    # forgets: the step size of rprop shrinks where the sign of a gradient is NaN.
     _assert_visible(_ours(row.label), row.whole_tree, forgets=row.name == "rprop")
 
 
@@ -143,7 +147,7 @@ def _length(u, together):
 
 @every_row
 def test_no_step_is_worse_than_that_of_optax(row):
-    """Finite, and no longer than optax's where that is finite; else no longer than usual ones."""
+    """Steps are finite, and no longer than optax's, or than twice a normal step without a peer."""
     ours = _ours(row.label)
     rest = {case: u for case, u in ours.items() if case not in NAN}
     chex.assert_tree_all_finite(rest)
@@ -153,16 +157,16 @@ def test_no_step_is_worse_than_that_of_optax(row):
             assert max(np.abs(x).max() for x in u.values()) <= 2 * longest, case
         return
     theirs = _updates(row.peer(**row.arguments), row.compiler_options)
-    unseen = np.finfo(np.float32).eps  # of parameters near 1: rounded away when it is added
+    negligible = np.finfo(np.float32).eps  # rounded away when added to parameters near 1
     for case, u in rest.items():
         lengths = [_length(x, row.whole_tree) for x in (u, theirs[case])]
         for name, length in lengths[0].items():
-            limit = lengths[1][name] * (1 + row.peer32) + unseen
-            assert not (length > limit).any(), (case, name)  # False for optax's NaN
+            limit = lengths[1][name] * (1 + row.peer32) + negligible
+            assert not (length > limit).any(), (case, name)  # passes where optax has NaN
 
 
 def test_an_overflow_is_a_step_of_zero_without_jit():
-    """Compiled, a product may be part of a sum, and then not overflow by itself."""
+    """Without jit: a compiled product may be fused into a sum, and then does not overflow."""
     params, huge = {"w": jnp.ones(2)}, {"w": jnp.full(2, 1e30)}
     for tx in (jgd.rmsprop(0.1, centered=True), jgd.ftrl(0.1)):
         state = tx.init(params)
@@ -173,7 +177,7 @@ def test_an_overflow_is_a_step_of_zero_without_jit():
 
 
 def test_adopt_clips_a_quotient_that_overflows():
-    """Infinity is above every bound, so that it becomes the bound, as in optax."""
+    """An infinite quotient becomes the bound, as in optax."""
     gradients = jnp.float32([[0, 1], [1, 1], [3e38, np.inf], [1, 1]])
     ours, theirs = (
         jax.jit(lambda tx=tx: run(tx, {"w": gradients}, {"w": jnp.zeros(2)}))()

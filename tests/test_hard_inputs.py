@@ -1,6 +1,6 @@
-"""Every optimizer under hard inputs: leaves of all kinds, values at the edges, transformations.
+"""Every optimizer with hard inputs: leaves of all kinds, extreme values, transformations of JAX.
 
-The leaves of all kinds are one tree and the values are lanes, so that each row is few programs.
+One tree has leaves of all kinds and the values are lanes, so that each row compiles few programs.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ import jgd
 import jgd.optimizers
 from jgd.linear_algebra import eigenvectors, inverse_root, orthonormal
 
-# One of each kind is compiled by default. The others take a minute together.
+# One optimizer of each kind is compiled by default. The others take a minute together.
 QUICK = {"adafactor", "adamw", "lion", "momentum", "muon", "prodigy"}
 REAL_ONLY = ("ftrl", "rprop")
 LIFTED = [name for name in jgd.optimizers.lifted.__all__ if not name.startswith("scale_by_")]
@@ -42,7 +42,7 @@ def _objective(params):
     return sum(jnp.sum(jnp.abs(jnp.cos(x))) for x in jax.tree.leaves(params))
 
 
-EXTRA = {"value": 1.0, "obj_fn": _objective}  # for the rules that read the loss or its Hessian
+EXTRA = {"value": 1.0, "obj_fn": _objective}  # for rules that need the loss or its Hessian
 
 
 # --- leaves of all kinds ---------------------------------------------------------------------
@@ -66,7 +66,7 @@ class Pair(NamedTuple):
 
 
 def _kinds(seed, complex_leaves=True, none=True):
-    """A tree of leaves of all kinds, without integers: parameters and gradients are alike."""
+    """Return a tree with leaves of all kinds but integers, for parameters or gradients."""
     rng = np.random.default_rng(seed)
 
     def draw(dtype, *shape):
@@ -92,7 +92,7 @@ def _kinds(seed, complex_leaves=True, none=True):
 
 
 def _all_kinds(complex_leaves=True, none=True):
-    """Parameters and gradients; those of integers and bools are float0, integers or zeros."""
+    """Return parameters and gradients; gradients of integers and bools are float0 or integers."""
     params, gradients = (_kinds(seed, complex_leaves, none) for seed in (0, 1))
     params |= {"int": jnp.arange(3), "bool": jnp.array([True, False]), "int8": np.int8([3, -2])}
     gradients |= {
@@ -112,7 +112,7 @@ def _dtype_of_update(gradient):
 
 
 def _assert_update_fits(tx, params, gradients):
-    """Assert that one update keeps the kinds of leaves, and the state all of its own."""
+    """Assert that an update keeps the dtypes of gradients and state, and memories are wide."""
     state = jax.eval_shape(tx.init, params)
     step = lambda state: tx.update(gradients, state, params, **EXTRA)
     updates, after = jax.eval_shape(step, state)
@@ -135,12 +135,12 @@ def test_leaves_of_all_kinds_keep_their_shapes_and_dtypes(row, float64):
 @pytest.mark.filterwarnings("ignore:`optimistic_adam` is deprecated")
 @pytest.mark.parametrize("name", LIFTED)
 def test_leaves_of_lifted_optimizers_keep_their_shapes_and_dtypes(name):
-    """Real leaves with gradients: complex ones and None are optax's affair."""
+    """This covers real leaves with gradients; optax handles complex leaves and None."""
     _assert_update_fits(getattr(jgd, name)(0.1), *_all_kinds(complex_leaves=False, none=False))
 
 
 @pytest.mark.parametrize("row", [r for r in FIRST if r.name in REAL_ONLY], ids=REAL_ONLY)
-def test_rules_for_real_parameters_say_so(row):
+def test_rules_for_real_parameters_raise_for_complex_ones(row):
     tx, params = row.ours(**row.arguments), {"a": jnp.ones(2), "b": jnp.ones(2, jnp.complex64)}
     with pytest.raises(
         jgd.TreeError, match=f"^{row.name}: updates must be real, got complex"
@@ -151,7 +151,7 @@ def test_rules_for_real_parameters_say_so(row):
 
 @every_optimizer
 def test_trees_without_leaves(row):
-    """An empty container, a None, a masked node, an empty array: they come out as they are."""
+    """Empty containers, None, masked nodes and empty arrays keep their structure."""
     tx = row.ours(**row.arguments)
 
     def step(tree):
@@ -163,14 +163,15 @@ def test_trees_without_leaves(row):
 
 @every_optimizer_slow
 def test_leaves_of_all_kinds_are_updated_as_if_alone(row, float64):
-    """Or, in the rules that look at the whole tree, without an Inf or a NaN."""
+    """Rules with norms over the whole tree return finite updates."""
     tx = row.ours(**row.arguments)
     params, gradients = _all_kinds(row.name not in REAL_ONLY)
 
     def first(params, gradients):
         return tx.update(gradients, tx.init(params), params, **EXTRA)[0]
 
-    alone = not row.whole_tree and row.name != "noisy_sgd"  # whose noise is drawn leaf by leaf
+    # The noise of noisy_sgd differs between leaves.
+    alone = not row.whole_tree and row.name != "noisy_sgd"
     apart = lambda: [first({k: params[k]}, {k: gradients[k]}) for k in params if alone]
     together, separate = jax.jit(lambda: (first(params, gradients), apart()))()
     chex.assert_tree_all_finite(together)
@@ -178,20 +179,20 @@ def test_leaves_of_all_kinds_are_updated_as_if_alone(row, float64):
         chex.assert_trees_all_close(updates, {name: together[name]}, rtol=1e-6, atol=1e-12)
 
 
-# --- values at the edges ---------------------------------------------------------------------
+# --- extreme values --------------------------------------------------------------------------
 
 VALUES = jnp.array([0.0, 1e-42, 1e-30, 1.0, 1e30, jnp.inf, jnp.nan])
 
 
 def _small(value):
-    """Parameters, and gradients of one value but for a leaf of plain ones."""
+    """Return parameters, and gradients of which one leaf is filled with `value`."""
     params = {"w": jnp.linspace(-1.0, 1.0, 4).reshape(2, 2), "v": jnp.ones(2)}
     return params, {"w": jnp.full((2, 2), value), "v": jnp.array([0.5, -2.0])}
 
 
 @every_optimizer_slow
-def test_values_at_the_edges_are_the_same_in_every_transformation(row):
-    """Step by step, compiled or not, in a scan and in a lane beside other values."""
+def test_extreme_values_give_the_same_updates_in_every_transformation(row):
+    """Updates are the same step by step, compiled or not, and in lanes of a scan."""
     tx, steps = row.ours(**row.arguments), 3
     init = jax.jit(tx.init)
 
@@ -218,7 +219,7 @@ def test_values_at_the_edges_are_the_same_in_every_transformation(row):
 
 @every_optimizer_slow
 def test_counts_stay_at_the_largest_int32(row):
-    """After 2^31 - 1 steps the count stands, and the optimizer goes on."""
+    """After 2^31 - 1 steps the count stays constant, and updates are finite."""
     tx, top = row.ours(**row.arguments), np.iinfo(np.int32).max
     params, gradient = _small(0.3)
     is_count = lambda x: x.dtype == jnp.int32 and x.ndim == 0
@@ -237,12 +238,12 @@ def test_counts_stay_at_the_largest_int32(row):
 
 
 def _curved(params):
-    """A loss whose gradient moves with all leaves but `dark`, where it is always 0."""
+    """Return a loss whose gradient depends on "w", and is always 0 for "dark"."""
     return jnp.sum(jnp.cos(params["w"])) + 0.0 * jnp.sum(params["dark"])
 
 
 def _trained(tx, params, steps=3):
-    """The loss after a few steps, each with a gradient of its own and recomputed backwards."""
+    """Return the loss after a few steps, which the backward pass recomputes."""
 
     @jax.checkpoint
     def step(carry, _):
@@ -256,7 +257,7 @@ def _trained(tx, params, steps=3):
 
 
 def _away_from_kinks(row):
-    """Numbers for the arguments of a row, where the largest of two is one of them alone."""
+    """Return arguments of a row for which no maximum or minimum is at a tie."""
     spec = row.ours.__jgd_spec__
     wide = {"dtype_momentum": jnp.float64} if "dtype_momentum" in spec.names else {}
     return row.arguments | {name: NUMBERS[name] for name in spec.numeric()} | wide
@@ -264,7 +265,7 @@ def _away_from_kinks(row):
 
 @every_optimizer_slow
 def test_derivatives_of_training_in_both_modes(row, float64):
-    """By all numbers and parameters: forward = reverse, and the Hessian equals differences."""
+    """Forward and reverse derivatives agree, and the Hessian equals finite differences."""
     params = {"w": jnp.array([[0.3, -0.7], [1.1, 0.4], [0.2, -1.3]]), "dark": jnp.ones(2)}
     point = row.ours(**_away_from_kinks(row)), params
     rng = np.random.default_rng(0)
@@ -291,11 +292,11 @@ def test_derivatives_of_training_in_both_modes(row, float64):
 
 @pytest.mark.slow
 def test_second_derivatives_of_decompositions(float64):
-    """Forward and reverse, and in a scan, where JAX drops a derivative around a batching rule."""
+    """Both modes are right, also in a scan, where JAX drops derivatives of batching rules."""
     a = jnp.asarray(np.random.default_rng(0).normal(size=(3, 3)))
     functions = (
         lambda a: inverse_root(a @ a.T, 4),
-        lambda a: jnp.abs(eigenvectors(a @ a.T)),  # whose signs are arbitrary
+        lambda a: jnp.abs(eigenvectors(a @ a.T)),  # the signs of eigenvectors are arbitrary
         lambda a: orthonormal(a),
     )
     total = lambda a: sum(jnp.sum(jnp.sin(f(a))) for f in functions)
@@ -308,7 +309,7 @@ def test_second_derivatives_of_decompositions(float64):
 
 
 def test_jacobians_and_hessians_of_lanes(float64):
-    """Derivatives by the learning rates of a rule for whole arrays, on a stack of layers."""
+    """Derivatives by learning rates are right for `per_layer` on a stack of layers."""
     stack = {"w": jnp.array([[[0.3, -0.7]], [[1.1, 0.4]]]), "dark": jnp.ones((2, 2))}
 
     def by_layers(rate):
@@ -331,16 +332,16 @@ def test_jacobians_and_hessians_of_lanes(float64):
     chex.assert_trees_all_close(hessian, jnp.diag(ahead - behind) / (2 * shift), rtol=1e-6)
 
 
-# --- properties of trees and numbers that are drawn ------------------------------------------
+# --- properties of random trees and numbers --------------------------------------------------
 
-RULES = {  # compiled operation by operation, so that few kinds of leaves and rules suffice
+RULES = {  # few rules: without jit, each operation compiles for each kind of leaf
     "adam": lambda rate, decay: jgd.adam(rate, b2=decay),
     "adagrad": lambda rate, decay: jgd.adagrad(rate, initial_accumulator_value=0.0, eps=0.0),
     "lion": lambda rate, decay: jgd.lion(rate, b1=decay),
     "momentum": lambda rate, decay: jgd.momentum(rate, decay),
     "rmsprop": lambda rate, decay: jgd.rmsprop(rate, decay, eps=0.0),
 }
-QUOTIENTS = ("adagrad", "rmsprop")  # which have eps = 0 here
+QUOTIENTS = ("adagrad", "rmsprop")  # with eps = 0 in RULES
 
 rules = st.sampled_from(sorted(RULES))
 rates = st.floats(2**-12, 8.0, width=32)
@@ -365,25 +366,25 @@ trees = st.recursive(
 
 
 def _two_updates(tx, params, start=None):
-    """Two updates from a state, and the state after them."""
-    state, seen = tx.init(params) if start is None else start, []
+    """Return two updates from a state, and the state after them."""
+    state, results = tx.init(params) if start is None else start, []
     for factor in (1.0, -0.5):
         gradient = jax.tree.map(lambda p, c=factor: jnp.asarray(c * p, p.dtype), params)
         updates, state = tx.update(gradient, state, params)
-        seen.append(updates)
-    return seen, state
+        results.append(updates)
+    return results, state
 
 
 @given(rules, rates, decays, trees)
-def test_a_drawn_tree_is_its_leaves_compiled_or_not(name, rate, decay, params):
-    """Shapes are those of `eval_shape`, and a saved state continues as the live one does."""
+def test_a_random_tree_is_updated_as_its_leaves_compiled_or_not(name, rate, decay, params):
+    """Shapes are those of `eval_shape`, and a saved state continues like the live one."""
     tx = RULES[name](rate, decay)
     eager, state = _two_updates(tx, params)
     shapes = jax.eval_shape(lambda: _two_updates(tx, params))
     chex.assert_trees_all_equal_shapes_and_dtypes(shapes, (eager, state))
     chex.assert_trees_all_equal_shapes_and_dtypes(eager[0], params)
     compiled, _ = jax.jit(lambda: _two_updates(tx, params))()
-    rounding = dict(rtol=1e-2, atol=1e-6)  # 16-bit updates round to their last digit
+    rounding = dict(rtol=1e-2, atol=1e-6)  # 16-bit updates may differ in their last digit
     chex.assert_trees_all_close(eager, compiled, **rounding)
     structure = jax.tree.structure(params)
     for index, leaf in enumerate(jax.tree.leaves(params)):
@@ -395,8 +396,8 @@ def test_a_drawn_tree_is_its_leaves_compiled_or_not(name, rate, decay, params):
 
 @settings(max_examples=5)
 @given(rules, st.integers(1, 9), decays)
-def test_a_drawn_number_has_the_same_meaning_in_every_form(name, rate, decay):
-    """An int, a float, an array, a schedule, a lane."""
+def test_a_random_number_has_the_same_effect_in_every_form(name, rate, decay):
+    """The forms are an int, a float, an array, a schedule and a lane."""
     params = {"a": jnp.array([0.5, -2.0]), "b": jnp.float32(1.5)}
     expected = _two_updates(RULES[name](rate, decay), params)[0]
     forms = [float(rate), np.int8(rate), jnp.bfloat16(rate), jnp.int32(rate), lambda _: rate]
@@ -408,7 +409,7 @@ def test_a_drawn_number_has_the_same_meaning_in_every_form(name, rate, decay):
 
 
 @given(st.sampled_from(QUOTIENTS), rates, decays, st.floats(2**-20, 2**20, width=32), trees)
-def test_a_quotient_does_not_see_a_drawn_scale(name, rate, decay, scale, params):
+def test_a_quotient_does_not_depend_on_the_scale_of_gradients(name, rate, decay, scale, params):
     tx, state = RULES[name](rate, decay), None
     wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
     state = tx.init(wide)

@@ -1,4 +1,4 @@
-"""Every optimizer against its oracle, its peer and the properties that all of them share."""
+"""Every optimizer against its oracle and its peer, and the properties that all of them share."""
 
 import functools
 import inspect
@@ -13,7 +13,7 @@ import optax
 import pytest
 from absl.testing import parameterized
 from conftest import run, stacked
-from problems import PROBLEMS, REACHED, reached
+from problems import FINAL_LOSSES, PROBLEMS, final_loss
 from table import (
     FIRST,
     LABELS,
@@ -29,7 +29,7 @@ import jgd
 import jgd.optimizers
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=LABELS)
-# By default the first row of each optimizer, in the slow tests the others.
+# The first row of each optimizer runs by default, the others with the slow tests.
 every_row_slow = pytest.mark.parametrize(
     "row",
     [
@@ -48,25 +48,28 @@ def test_every_public_optimizer_has_a_row():
 
 
 def _relative(updates, truth):
-    """Return both with each step divided by its largest |truth|, idle steps by the usual one."""
+    """Return both trees with each step divided by its largest |truth|.
+
+    Steps whose truth is almost 0 are divided by the median of these sizes.
+    """
     updates, truth = jax.tree.map(lambda x: np.asarray(x, np.float64), (updates, truth))
     flat = [np.abs(x.reshape(len(x), -1)) for x in jax.tree.leaves(truth) if x.size]
     sizes = np.max([x.max(1) for x in flat], 0)
-    usual = np.median(sizes)
-    sizes = np.where(sizes > 1e-4 * usual, sizes, usual)
+    median = np.median(sizes)
+    sizes = np.where(sizes > 1e-4 * median, sizes, median)
     scaled = lambda x: x / sizes.reshape(-1, *[1] * (x.ndim - 1))
     return jax.tree.map(scaled, updates), jax.tree.map(scaled, truth)
 
 
 def _assert_close(updates, truth, limit):
-    """Assert that updates differ by at most `limit` times the largest update of their step."""
+    """Assert that updates differ by at most `limit` times the largest true update of the step."""
     chex.assert_trees_all_equal_shapes(updates, truth)
     chex.assert_tree_all_finite(truth)
     chex.assert_trees_all_close(*_relative(updates, truth), rtol=0, atol=limit)
 
 
 def _error(updates, truth):
-    """Return the root mean square of differences, relative to the largest update of their step."""
+    """Return the root mean square error, relative to the largest true update of each step."""
     gaps = jax.tree.map(lambda u, t: np.square(u - t).ravel(), *_relative(updates, truth))
     return np.sqrt(np.mean(np.concatenate(jax.tree.leaves(gaps))))
 
@@ -88,7 +91,7 @@ def test_equals_its_peer_over_200_steps(row):
 
 @functools.cache
 def _in_float64(label):
-    """The updates of a row, for two tests that compare with them."""
+    """Return the updates of a row in float64, cached for two tests."""
     row = ROWS[LABELS.index(label)]
     params, gradients = _both(row, 300, jnp.float64)
     return jax.tree.map(np.asarray, run(row.ours(**row.arguments), gradients, params))
@@ -112,7 +115,7 @@ def test_equals_the_paper_in_float64(row, float64):
 @pytest.mark.slow
 @peered
 def test_never_further_from_the_paper_than_optax_over_1000_steps(row):
-    """All three are given the decimals that a user types, and gradients that float32 can hold."""
+    """All three receive the decimals that a user types, and gradients that are exact in float32."""
     row = row._replace(arguments=_numbers(row))
     start = parameters(row.shapes), noisy_gradients(1000, row.shapes)
     params, gradients = jax.tree.map(lambda x: np.asarray(np.float32(x), np.float64), start)
@@ -120,12 +123,12 @@ def test_never_further_from_the_paper_than_optax_over_1000_steps(row):
     params, gradients = jgd.lane(stacked([params], jnp.float32), 0), stacked(gradients, jnp.float32)
     ours = _error(run(row.ours(**row.arguments), gradients, params), truth)
     theirs = _error(run(row.peer(**row.arguments), gradients, params), truth)
-    # 3 per cent where both lose the same digits in p - p0; eps where both are but rounded
+    # 3 per cent, where both lose the same digits in p - p0; 2 eps, where both only round.
     assert ours <= max(1.03 * theirs, 2 * np.finfo(np.float32).eps)
 
 
 def _numbers(row):
-    """The arguments of a row, defaults of numbers included."""
+    """Return the arguments of a row, including the defaults of numbers."""
     parameters = inspect.signature(row.oracle).parameters.values()
     defaults = {p.name: p.default for p in parameters if isinstance(p.default, float)}
     return {**defaults, **row.arguments}
@@ -134,11 +137,11 @@ def _numbers(row):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", own_optimizers())
 def test_reaches_what_it_reached(name, float64):
-    """On a badly scaled quadratic, Rosenbrock's valley and a logistic regression."""
+    """Each optimizer still reaches its recorded loss, within a factor of 2, on three problems."""
     factory = jgd.get(name)
     rate = next(iter(inspect.signature(factory).parameters))
-    for problem, (best, loss) in zip(PROBLEMS, REACHED[name], strict=True):
-        assert jax.jit(reached, static_argnums=1)(factory(**{rate: best}), problem) <= 2 * loss
+    for problem, (best, loss) in zip(PROBLEMS, FINAL_LOSSES[name], strict=True):
+        assert jax.jit(final_loss, static_argnums=1)(factory(**{rate: best}), problem) <= 2 * loss
 
 
 # --- properties ------------------------------------------------------------------------------
@@ -161,7 +164,7 @@ def _small_gradients(steps=5):
 
 @functools.cache
 def _program(label):
-    """The updates of a row as a function of the optimizer, for several tests."""
+    """Return a compiled function from an optimizer of a row to its updates, cached for tests."""
     options = ROWS[LABELS.index(label)].compiler_options
     params, gradients = _small_params(), _small_gradients()
     return jax.jit(lambda tx: run(tx, gradients, params), compiler_options=options)
@@ -172,7 +175,7 @@ def _alone(row):
 
 
 def _by_rate(row):
-    """The optimizer as a function of its first argument."""
+    """Return the optimizer of a row as a function of its learning rate."""
     rest = {k: v for k, v in row.arguments.items() if k != row.rate}
     return lambda rate: row.ours(**{row.rate: rate}, **rest)
 
@@ -219,7 +222,7 @@ def test_constant_schedule_is_the_number(row):
     number, *scheduled = jax.jit(updates, compiler_options=row.compiler_options)()
     for each in scheduled:
         chex.assert_trees_all_close(each, number, rtol=1e-6)
-    _assert_close(_alone(row), number, row.rounding)  # a program that takes any number
+    _assert_close(_alone(row), number, row.rounding)  # there the number is an argument of jit
 
 
 @every_optimizer
@@ -248,10 +251,10 @@ def test_state_keeps_its_dtypes_under_x64(row, float64):
 
 @every_optimizer
 def test_a_fresh_state_shares_no_buffers(row):
-    """It is donated to the training step together with the parameters."""
+    """A training step can donate the state together with the parameters."""
     params = {"w": jnp.ones((3, 3)), "b": jnp.ones(3)}
-    held = jax.tree.leaves((params, row.ours(**row.arguments).init(params)))
-    arrays = [x for x in held if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
+    leaves = jax.tree.leaves((params, row.ours(**row.arguments).init(params)))
+    arrays = [x for x in leaves if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
     assert len({x.unsafe_buffer_pointer() for x in arrays}) == len(arrays)
 
 
@@ -266,11 +269,11 @@ def test_a_float16_zero_gradient_gives_a_finite_step(row):
 
 
 @every_row_slow
-def test_a_tree_is_its_leaves(row):
-    """Or one long vector, for the rules that look at the whole tree."""
+def test_a_tree_is_updated_as_its_leaves(row):
+    """Rules with norms over the whole tree update it as one long vector."""
     params, gradients = _small_params(), _small_gradients()
     together = _alone(row)
-    if row.name == "noisy_sgd":  # whose noise is drawn leaf by leaf
+    if row.name == "noisy_sgd":  # the noise differs between leaves
         assert not np.allclose(together["w"], -row.arguments["learning_rate"] * gradients["w"])
     elif row.whole_tree:
         flat = lambda tree: jnp.concatenate([x.reshape(*x.shape[:1], -1) for x in tree], 1)
@@ -287,7 +290,7 @@ def test_a_tree_is_its_leaves(row):
 
 
 @every_optimizer
-def test_resume_is_the_straight_run(row):
+def test_a_saved_state_continues_as_the_uninterrupted_run(row):
     params, gradients = _small_params(), _small_gradients(6)
     tx = row.ours(**row.arguments)
     step = jax.jit(functools.partial(tx.update, value=0.7))
@@ -306,7 +309,7 @@ def test_resume_is_the_straight_run(row):
 
 @every_optimizer
 def test_odd_leaves(row):
-    """None, integer, empty, scalar and complex leaves, and gradients missing for a step."""
+    """Integer and complex leaves, and leaves without a gradient, keep their structure and dtype."""
     params = {"int": jnp.arange(3), "complex": jnp.ones(2, jnp.complex64), "gone": jnp.ones(2)}
     tx = row.ours(**row.arguments)
     state = tx.init(params)
@@ -329,12 +332,12 @@ def test_odd_leaves(row):
     optax.apply_updates(params, {**updates, "gone": jnp.zeros(2)})
 
 
-MEMORYLESS = ("sgd", "noisy_sgd", "sign_sgd", "polyak_sgd")  # nothing there that could misfit
+MEMORYLESS = ("sgd", "noisy_sgd", "sign_sgd", "polyak_sgd")  # no state that could mismatch
 WITH_MEMORY = [row for row in FIRST if row.name not in MEMORYLESS]
 
 
 @pytest.mark.parametrize("row", WITH_MEMORY, ids=[row.label for row in WITH_MEMORY])
-def test_misfits_name_the_optimizer_and_the_path(row):
+def test_errors_about_mismatched_trees_name_the_optimizer_and_the_path(row):
     tx = row.ours(**row.arguments)
     params = {"a": jnp.ones(2), "b": jnp.ones(3)}
     state = tx.init(params)
@@ -374,7 +377,7 @@ QUOTIENTS = {
 
 @pytest.mark.parametrize("scale", [1e-3, 50.0])
 def test_scale_of_the_gradient(scale):
-    """Quotients do not see it, the family of gradient descent follows it."""
+    """Scaling gradients does not change quotients, and scales the steps of gradient descent."""
     params, gradients = _small_params(), _small_gradients()
     scaled = jax.tree.map(lambda g: scale * g, gradients)
     for name, zeros in QUOTIENTS.items():
@@ -388,7 +391,7 @@ def test_scale_of_the_gradient(scale):
 
 @pytest.mark.slow
 class VariantsTest(chex.TestCase):
-    """The same numbers with and without jit, with and without a device."""
+    """Updates are the same with and without jit, with and without a device."""
 
     @chex.variants(with_jit=True, without_jit=True, with_device=True, without_device=True)
     @parameterized.named_parameters((row.name, row) for row in FIRST)
@@ -405,7 +408,7 @@ class VariantsTest(chex.TestCase):
             chex.assert_trees_all_close(updates, jgd.lane(expected, i), rtol=1e-5, atol=1e-7)
 
 
-def test_adam_holds_one_count_one_mu_one_nu():
+def test_the_state_of_adam_has_one_count_one_mu_and_one_nu():
     params = _small_params()
     for tx in (jgd.adam(0.1), jgd.adamw(0.1), jgd.nadam(0.1), jgd.amsgrad(0.1), jgd.adamax(0.1)):
         state = tx.init(params)
@@ -418,7 +421,7 @@ def test_adam_holds_one_count_one_mu_one_nu():
 
 
 def test_16_bit_parameters_do_not_round_the_numbers():
-    """b2 = 0.999 is 1 in bfloat16: a rounded decay would keep nu at 0."""
+    """b2 = 0.999 rounds to 1 in bfloat16, which would keep nu at 0."""
     params = {"w": jnp.ones(3, jnp.bfloat16)}
     tx = jgd.adam(0.1)
     _, state = tx.update(params, tx.init(params), params)
@@ -438,8 +441,8 @@ def test_float32_arrays_do_not_promote_under_x64(float64):
         chex.assert_trees_all_equal_dtypes(optax.tree.get(state, "nu"), params)
 
 
-def test_bias_correction_of_a_moving_decay():
-    """A constant gradient comes out constant, however the decay moves."""
+def test_bias_correction_of_a_scheduled_decay():
+    """The corrected average of a constant gradient is this gradient, for any schedule."""
     constant = {"w": jnp.full(2, 3.0)}
     for schedule in (jgd.linear_schedule(0.5, 0.99, 20), jgd.piecewise_constant([5], [0.0, 0.9])):
         tx = jgd.ema(schedule)
@@ -451,7 +454,10 @@ def test_bias_correction_of_a_moving_decay():
 
 @pytest.mark.parametrize("decay", [0.0, 0.3, 0.9, 0.999, 0.9999])
 def test_bias_correction_is_exact_to_rounding(decay):
-    """The closed form of the typed decimal, up to 20,000 steps: 0.999 in float32 is 1.3e-5 off."""
+    """Corrections equal the closed form of the typed decimal for 20,000 steps.
+
+    0.999 rounded to float32 would give an error of 1.3e-5.
+    """
     ones = jnp.ones([])
 
     def step(state, _):
@@ -465,8 +471,8 @@ def test_bias_correction_is_exact_to_rounding(decay):
     np.testing.assert_allclose(ours, exact, rtol=4e-7)
 
 
-def test_exponents_of_composition():
-    """The table of the design: recipes written out in the alphabet are the optimizers."""
+def test_compositions_of_basic_transformations_equal_optax():
+    """A composition of basic transformations equals the optimizer of optax with its formula."""
     b, b2, eps, rate = 0.9, 0.99, 1e-3, 0.1
     lr = jgd.scale_by_learning_rate(rate)
     square_sum = jgd.chain(jgd.square(), jgd.running_sum(0.1), jgd.root(eps_root=eps))
@@ -502,16 +508,16 @@ def test_zero_over_zero_is_zero_with_finite_derivatives():
 
 @pytest.mark.parametrize("size", [1e-8, 1e-19, 1e-25, 0.0])
 def test_hypergradients_are_finite_for_tiny_gradients(size):
-    """The square of a denominator leaves float32 long before the denominator does."""
+    """The square of a denominator overflows or underflows long before the denominator does."""
     tiny = {"w": jnp.full((4, 3), size)}
 
-    def total(tx):
-        state, params, seen = tx.init(tiny), tiny, 0.0
+    def scalar(tx):
+        state, params, total = tx.init(tiny), tiny, 0.0
         for _ in range(2):
             updates, state = tx.update(tiny, state, params)
             params = jax.tree.map(jnp.add, params, updates)
-            seen += jnp.sum(jnp.sin(updates["w"]))
-        return seen
+            total += jnp.sum(jnp.sin(updates["w"]))
+        return total
 
     for tx in (
         jgd.adam(0.1, eps=0.0),
@@ -522,10 +528,10 @@ def test_hypergradients_are_finite_for_tiny_gradients(size):
         jgd.shampoo(0.1, eps=0.0),
         jgd.lars(0.1),
     ):
-        chex.assert_tree_all_finite(jax.jit(jax.grad(total))(tx))
+        chex.assert_tree_all_finite(jax.jit(jax.grad(scalar))(tx))
 
 
-def test_typed_keys_are_structure_inside_jit_too():
+def test_a_typed_key_is_part_of_the_structure_inside_jit():
     params = {"w": jnp.ones(3)}
     tx = jgd.noisy_sgd(0.1, key=jax.random.key(7))
     updates, _ = jax.jit(tx.update)(params, jax.jit(tx.init)(params))
@@ -533,8 +539,8 @@ def test_typed_keys_are_structure_inside_jit_too():
     chex.assert_trees_all_close(updates, theirs.update(params, theirs.init(params))[0], rtol=1e-6)
 
 
-def test_a_broken_memory_stays_broken():
-    """NaN in the second moment must not come out as a plain gradient step."""
+def test_a_nan_in_the_state_stays_nan():
+    """A NaN in the second moment gives NaN updates, not plain gradient steps."""
     params = {"w": jnp.ones(2)}
     once, then = {"w": jnp.array([jnp.nan, 1.0])}, {"w": jnp.array([3.0, 3.0])}
     for tx in (jgd.rmsprop(0.1), jgd.rmsprop(0.1, eps_in_sqrt=False), jgd.adagrad(0.1)):

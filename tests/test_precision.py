@@ -1,4 +1,4 @@
-"""Steps below the rounding of 16-bit parameters, and steps that are not finite."""
+"""Steps smaller than the rounding of 16-bit parameters, and steps that are not finite."""
 
 import functools
 
@@ -26,7 +26,7 @@ WRAPPERS = {
 
 
 def descend(tx, params, gradients):
-    """The parameters and the state after a step for each of the stacked gradients."""
+    """Return the parameters and the state after one step per stacked gradient."""
 
     def step(carry, gradient):
         params, state = carry
@@ -37,7 +37,7 @@ def descend(tx, params, gradients):
 
 
 def compiled(f):
-    """As for users: XLA drops casts to 16 bits and back, contracts products and sums."""
+    """Return `f` compiled with XLA's defaults for users: it skips casts and fuses operations."""
     return jax.jit(f, compiler_options=CONTRACTED)
 
 
@@ -45,7 +45,7 @@ def compiled(f):
 
 
 def test_rounding_is_that_of_a_cast():
-    """Over the whole range: ties, float16's subnormal numbers, zeros, infinities and NaN."""
+    """Rounding equals a cast for ties, subnormal numbers, zeros, infinities and NaN."""
     rng = np.random.default_rng(0)
     wide = rng.normal(size=4000) * 2.0 ** rng.uniform(-30, 14, size=4000)
     ties = (rng.integers(-4000, 4000, 500) + 0.5) * 2.0 ** rng.integers(-24, 5, 500)
@@ -57,7 +57,7 @@ def test_rounding_is_that_of_a_cast():
 
 
 def test_stochastic_rounding_takes_a_neighbour_without_bias():
-    """Across a power of 2, of either sign, below float16's normal numbers; exact values stay."""
+    """This holds at powers of 2, for both signs and subnormal numbers; exact values stay."""
     n = 40_000
     for dtype in NARROW:
         unit = float(jnp.finfo(dtype).smallest_subnormal) if dtype == jnp.float16 else 2.0**-140
@@ -78,18 +78,18 @@ def test_stochastic_rounding_takes_a_neighbour_without_bias():
         np.testing.assert_array_equal(_rounded(still, noise, dtype), still)
 
 
-def test_rounding_has_the_derivative_of_its_argument():
+def test_rounding_has_derivative_1():
     x = jnp.float32([0.0, 1.001, -3.3, jnp.inf])
     for noise in (None, 0.4):
         total = lambda x, noise=noise: jnp.sum(2 * _rounded(x, noise, jnp.bfloat16))
         np.testing.assert_array_equal(jax.jit(jax.grad(total))(x), 2.0)
 
 
-# --- steps below the rounding of the parameters ----------------------------------------------
+# --- steps smaller than rounding -------------------------------------------------------------
 
 
 def test_a_thousand_small_steps():
-    """1 - 1e-3 is 1 in bfloat16. The wrappers arrive at 0, and leave float32 as it is."""
+    """1 - 1e-3 is 1 in bfloat16. The wrappers reach 0, and do not change float32 parameters."""
     start = {
         "bf16": jnp.ones(50, jnp.bfloat16),
         "f16": jnp.ones(50, jnp.float16),
@@ -110,14 +110,14 @@ def test_a_thousand_small_steps():
     for kind in ("bf16", "f16"):
         assert abs(mean["compensated"][kind]) < 1e-3
         assert abs(mean["master"][kind]) < 2e-5
-        assert 0 < abs(mean["stochastic"][kind]) < 0.02  # of 50 walks
+        assert 0 < abs(mean["stochastic"][kind]) < 0.02  # the mean of 50 random walks
     assert len({*np.asarray(ends["stochastic"]["bf16"], np.float32)}) > 10
     for end in ends.values():
         chex.assert_trees_all_equal(end["f32"], ends["plain"]["f32"])
 
 
-def test_what_rounding_loses_is_in_the_state():
-    """p + lost, and the copy, are the sum in float64 of steps of all sizes."""
+def test_the_state_holds_the_rounding_errors():
+    """p + lost, and the master copy, equal the float64 sum of steps of all sizes."""
     rng = np.random.default_rng(0)
     kinds = {f"{p}, {g}": (p, g) for p in NARROW for g in (p, jnp.float32)}
     start = {k: jnp.asarray(4 + 0.3 * rng.normal(size=99), p) for k, (p, _) in kinds.items()}
@@ -130,14 +130,14 @@ def test_what_rounding_loses_is_in_the_state():
     for name, p_0 in start.items():
         end = exactly(p_0) - exactly(gradients[name]).sum(0)
         assert np.abs(exactly(plain[name]) - end).max() > 0.02
-        # 300 roundings of `lost`, each far below one of the parameter
+        # `lost` was rounded 300 times, with much smaller errors than the parameter.
         np.testing.assert_allclose(exactly(p[name]) + exactly(lost[name]), end, atol=2e-3)
         np.testing.assert_allclose(master[name], end, atol=2e-5)
         chex.assert_trees_all_equal(q[name], master[name].astype(q[name].dtype))
         assert lost[name].dtype == p_0.dtype
 
 
-def test_the_copy_starts_anew_from_a_parameter_that_changed():
+def test_the_copy_is_reset_to_a_parameter_that_changed():
     tx = jgd.master_weights(jgd.sgd(1e-3))
     params = {"w": jnp.ones(2, jnp.bfloat16), "frozen": jnp.ones(2, jnp.bfloat16)}
     gradient = {"w": jnp.ones(2, jnp.bfloat16), "frozen": None}
@@ -175,7 +175,7 @@ def test_noise_differs_between_steps_leaves_and_keys():
 
 
 def test_memory_is_what_the_docstrings_state():
-    """One tree of 16 bits, one of float32, one key; none for other parameters."""
+    """The wrappers store a 16-bit tree, a float32 tree or a key, and nothing for other leaves."""
     leaves = {"w": jnp.ones((8, 3), jnp.bfloat16), "h": jnp.ones(5, jnp.float16)}
     others = {
         "f": jnp.ones(7),
@@ -189,12 +189,12 @@ def test_memory_is_what_the_docstrings_state():
     memory = lambda tx, params: (
         size(jax.eval_shape(tx.init, params)) - size(jax.eval_shape(inner.init, params))
     )
-    known = {"plain": (0, 0), "compensated": (0, 58), "master": (0, 116), "stochastic": (8, 8)}
+    expected = {"plain": (0, 0), "compensated": (0, 58), "master": (0, 116), "stochastic": (8, 8)}
     for narrow, params in enumerate((others, {**leaves, **others})):
         for name, wrap in WRAPPERS.items():
             tx = wrap(inner)
             state = jax.eval_shape(tx.init, params)
-            assert memory(tx, params) == known[name][narrow]
+            assert memory(tx, params) == expected[name][narrow]
             updates, after = jax.eval_shape(tx.update, params, state, params)
             chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
             inexact = {k: x for k, x in params.items() if k != "n"}
@@ -202,7 +202,7 @@ def test_memory_is_what_the_docstrings_state():
             chex.assert_trees_all_equal_shapes_and_dtypes(updates, inexact)
 
 
-# --- the door --------------------------------------------------------------------------------
+# --- wrappers inside other transformations ---------------------------------------------------
 
 ADAM = jgd.adam(1e-3)
 SUM = jgd.compensated(ADAM)
@@ -237,8 +237,8 @@ NESTS = {
 
 
 @pytest.mark.parametrize("name", NESTS)
-def test_a_nest_sees_the_dtype_of_the_parameters(name):
-    """Only `lost` has 16 bits: the memories of the wrappers around it stay float32."""
+def test_a_nested_wrapper_receives_the_dtype_of_the_parameters(name):
+    """Only `lost` has 16 bits: other memories stay float32."""
     tx = NESTS[name]
     for dtype in NARROW:
         params = {"w": jnp.ones((3, 2), dtype), "v": jnp.ones((3, 1), dtype)}
@@ -259,8 +259,8 @@ def test_a_nest_sees_the_dtype_of_the_parameters(name):
             )
 
 
-def test_a_wrapper_in_a_function_that_hides_it_raises():
-    """Float32 parameters would reach it there, and it would compensate nothing."""
+def test_a_wrapper_hidden_in_a_function_raises():
+    """The hidden wrapper would receive float32 parameters and compensate nothing."""
     partial = optax.GradientTransformation(
         functools.partial(lambda tx, *args: tx.init(*args), SUM),
         functools.partial(lambda tx, *args: tx.update(*args), SUM),
@@ -274,15 +274,15 @@ def test_a_wrapper_in_a_function_that_hides_it_raises():
     assert state[0].lost.dtype == updates.dtype == jnp.bfloat16
 
 
-def test_a_factory_may_hold_what_jax_cannot_sort():
-    """Its closures are searched for wrappers that need the dtypes of the parameters."""
+def test_a_factory_may_close_over_a_dict_that_jax_cannot_sort():
+    """jgd searches closures for wrappers that need the dtypes of the parameters."""
     odd = {1: 2.0, "a": 3.0}
     tx = jgd.as_pytree(lambda rate: optax.sgd(lambda step: rate * odd[1]))(0.1)
     assert tx.update(jnp.ones(2), tx.init(jnp.ones(2)))[0][0] == np.float32(-0.2)
 
 
 def test_updates_have_the_wider_precision():
-    """Float32 parameters with 16-bit gradients get float32 updates, whatever is frozen."""
+    """Float32 parameters with 16-bit gradients get float32 updates, with or without frozen ones."""
     wider = {
         ("bfloat16", "bfloat16"): "bfloat16",
         ("bfloat16", "float32"): "float32",
@@ -297,8 +297,8 @@ def test_updates_have_the_wider_precision():
     gradients, params = pick(0), pick(1)
     update = lambda *trees: jgd.scale(-0.1).update(trees[0], optax.EmptyState(), *trees[1:])[0]
     frozen = {**gradients, "frozen": None}
-    for given, beside in ((gradients, params), (frozen, {**params, "frozen": jnp.ones(3)})):
-        updates = jax.eval_shape(update, given, beside)
+    for grads, values in ((gradients, params), (frozen, {**params, "frozen": jnp.ones(3)})):
+        updates = jax.eval_shape(update, grads, values)
         for pair, dtype in wider.items():
             assert updates[str(pair)].dtype == dtype
     chex.assert_trees_all_equal_dtypes(jax.eval_shape(update, gradients), gradients)
@@ -307,8 +307,8 @@ def test_updates_have_the_wider_precision():
 # --- steps that are not finite ---------------------------------------------------------------
 
 
-def test_the_scale_of_the_loss_counts_as_keras():
-    """Keras itself stands beside it in `test_compat_optimizers.py`. Lanes count by themselves."""
+def test_loss_scaling_counts_steps_as_keras_does():
+    """Each lane has its own count. `test_compat_optimizers.py` compares with Keras itself."""
     bad = np.zeros((2, 12), bool)
     bad[0, [4, 5]] = bad[1, 9] = True
     tx = jgd.loss_scaled(jgd.master_weights(jgd.adam(0.1)), 8.0, 3)
@@ -332,13 +332,13 @@ def test_the_scale_of_the_loss_counts_as_keras():
     np.testing.assert_array_equal(steps[0], [1, 2, 0, 1, 0, 0, 1, 2, 0, 1, 2, 0])
     np.testing.assert_array_equal(optax.tree.get(state, "count"), [10, 11])
     np.testing.assert_array_equal((updates == 0).all(-1), bad)
-    np.testing.assert_allclose(updates[:, 0], -0.1, rtol=1e-2)  # of the gradient without its scale
+    np.testing.assert_allclose(updates[:, 0], -0.1, rtol=1e-2)  # Adam saw the unscaled gradient
     with pytest.raises(ValueError, match="loss_scale: state must hold one LossScaleState, got 0"):
         jgd.loss_scale(jgd.sgd(0.1).init(params))
 
 
-def test_the_scale_stays_a_number():
-    """It neither overflows in a long training nor vanishes in a long series of NaN."""
+def test_the_scale_stays_in_range():
+    """The scale does not overflow in a long training, nor vanish in a long series of NaN."""
     tx = jgd.loss_scaled(jgd.sgd(0.1), 1.0, 1)
     run = lambda g: jgd.loss_scale(descend(tx, jnp.ones(2), jnp.full((140, 2), g))[1])
     ends = jax.jit(jax.vmap(run))(jnp.array([0.0, jnp.nan]))
@@ -346,7 +346,7 @@ def test_the_scale_stays_a_number():
 
 
 def _never_better():
-    """A state that is infinite, as a best loss before the first one."""
+    """Return a transformation whose state is infinite, like a best loss before the first step."""
     return optax.GradientTransformation(lambda _: jnp.array(jnp.inf), lambda g, s, _=None: (g, s))
 
 
@@ -359,15 +359,15 @@ def _times_value():
 INNER = jgd.chain(_never_better(), jgd.adam(0.1), _times_value())
 
 
-def test_each_lane_skips_the_steps_that_are_not_finite():
-    """A gradient, a state that leaves the range, or an update; counted as by optax."""
+def test_each_lane_skips_its_nonfinite_steps():
+    """A nonfinite gradient, state or update skips the step; counts are those of optax."""
     gradients = np.tile(np.linspace(1, 2, 16, dtype=np.float32).reshape(8, 2), (4, 1, 1))
     values = np.ones((4, 8), np.float32)
     bad = np.zeros((4, 8), bool)
     bad[1, [2, 3]] = bad[2, 5:] = bad[3, 6] = True
-    told = np.where(bad[..., None], np.nan, gradients)  # what optax is told of all three
+    optax_gradients = np.where(bad[..., None], np.nan, gradients)  # optax skips only by gradients
     gradients[1, [2, 3], 0] = np.nan, -np.inf
-    gradients[2, 5:, 1] = 1e20  # whose square is infinite, the update 0
+    gradients[2, 5:, 1] = 1e20  # its square is infinite, and the update would be 0
     values[3, 6] = np.inf
 
     def run(tx, gradients, values):
@@ -384,7 +384,7 @@ def test_each_lane_skips_the_steps_that_are_not_finite():
     theirs = optax.apply_if_finite(INNER, 100)
     both = lambda: (
         lanes(jgd.skip_nonfinite(INNER), gradients, values),
-        lanes(theirs, told, np.ones_like(values)),
+        lanes(theirs, optax_gradients, np.ones_like(values)),
     )
     ours, expected = jax.jit(both)()
     chex.assert_trees_all_close(ours, expected, rtol=1e-6)
@@ -418,7 +418,7 @@ def test_a_skipped_step_has_finite_derivatives():
 
 
 def test_train_and_sweep_16_bit_parameters():
-    """Lanes of each wrapper in a sweep are the runs of `jgd.train`."""
+    """A lane of each wrapper in a sweep equals `jgd.train`."""
     x = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
     y = x @ np.float32([1, -2, 3])
 
@@ -452,7 +452,7 @@ def _transformer(key):
 
 
 def _loss(params, images, labels):
-    """Cross-entropy of the digits, whose 8 rows are the tokens, computed in float32."""
+    """Return the cross-entropy in float32 for digits whose 8 rows are the tokens."""
     p = jax.tree.map(lambda w: w.astype(jnp.float32), params)
     norm = lambda x: x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6)
     x = images @ p["rows"] + p["place"]
@@ -465,7 +465,7 @@ def _loss(params, images, labels):
 
 @pytest.mark.slow
 def test_a_transformer_in_16_bits():
-    """After 2,000 steps the loss is within 1 per cent of float32, but far off without a wrapper."""
+    """With a wrapper, the loss after 2,000 steps is within 1 per cent of that in float32."""
     images, labels = load_digits(return_X_y=True)
     images = jnp.asarray(images.reshape(-1, 8, 8) / 16 - 0.5, jnp.float32)
 
@@ -491,7 +491,7 @@ def test_a_transformer_in_16_bits():
         np.testing.assert_allclose(train(wrap(adamw), narrow), exact, rtol=0.01)
 
 
-def test_lanes_of_a_sweep_draw_by_their_own_raw_keys():
+def test_lanes_of_a_sweep_use_their_own_raw_keys():
     task = jgd.Task(
         init=lambda key: jnp.ones(4, jnp.bfloat16),
         loss=lambda w, batch: jnp.sum(w.astype(jnp.float32) ** 2),

@@ -1,4 +1,4 @@
-"""Penalties, dropout and batch norm: beside Keras and PyTorch, at their edges, and as lanes."""
+"""Penalties, dropout and batch norm against Keras and PyTorch, at edge cases, and as lanes."""
 
 import os
 import re
@@ -32,7 +32,7 @@ from jgd.regularization import (
 )
 
 RNG = np.random.default_rng(0)
-ONE, TWO = 2.0**-6, 2.0**-4  # Keras rounds strengths to float32, which leaves these as they are
+ONE, TWO = 2.0**-6, 2.0**-4  # exact in float32, to which Keras rounds strengths
 
 
 def _keras_in(dtype):
@@ -52,13 +52,13 @@ def _close(ours, theirs, rtol=1e-12):
 
 
 def _near(ours, theirs):
-    """Within float32 rounding of the largest entry, which is what Keras computes in."""
+    """Assert equality within 1e-6 of the largest entry: Keras computes in float32."""
     theirs = np.asarray(theirs)
     np.testing.assert_allclose(np.asarray(ours), theirs, rtol=0, atol=1e-6 * np.abs(theirs).max())
 
 
 def _same(ours, theirs):
-    """Bit for bit, in the same dtype."""
+    """Assert equality bit for bit, and of dtypes."""
     chex.assert_trees_all_equal(ours, theirs)
     chex.assert_trees_all_equal_dtypes(ours, theirs)
 
@@ -102,7 +102,7 @@ def test_defaults_are_those_of_keras():
 
 
 def test_the_factor_of_two():
-    """By hand: the penalty has no one half, its gradient has a two."""
+    """The penalty has no factor 1/2, and its gradient has a factor 2."""
     x = jnp.array([3.0, -4.0, 0.0])
     assert l2(x, 0.5) == 12.5
     assert l1(x, 0.5) == 3.5
@@ -113,8 +113,8 @@ def test_the_factor_of_two():
     np.testing.assert_array_equal(updates, 1 + x)
 
 
-def test_half_of_torch_s_weight_decay(float64):
-    """SGD with momentum and weight_decay d, beside add_l2(d / 2) and add_decayed_weights(d)."""
+def test_the_l2_strength_is_half_of_the_weight_decay_in_pytorch(float64):
+    """weight_decay=d in PyTorch's SGD equals add_l2(d / 2) and add_decayed_weights(d)."""
     start, gradients = RNG.normal(size=5), RNG.normal(size=(20, 5))
     p = torch.tensor(start, requires_grad=True)
     theirs = torch.optim.SGD([p], lr=0.1, momentum=0.9, weight_decay=0.3)
@@ -148,8 +148,8 @@ LINKS = {
 
 
 @pytest.mark.parametrize("name", LINKS)
-def test_links_are_the_gradient_of_the_penalised_loss(name, float64):
-    """Ten steps of Adam with the penalty in the loss, and with its gradient in the chain."""
+def test_links_add_the_gradient_of_the_penalty(name, float64):
+    """Ten steps of Adam are the same with the penalty in the loss and with the link."""
     link, penalty = LINKS[name]
     link = link._replace(only="*/kernel")
     params, x = _net(), jnp.asarray(RNG.normal(size=(8, 3)))
@@ -172,12 +172,12 @@ def test_links_are_the_gradient_of_the_penalised_loss(name, float64):
     assert penalty(params, only="*/kernel") > 0.01
 
 
-def test_only_what_the_pattern_matches():
+def test_only_selects_the_parameters_that_match():
     params = _net() | {"none": None}
     kernels = [params[name]["kernel"] for name in ("one", "two")]
     np.testing.assert_allclose(l2(params, 1.0, only="*/kernel"), l2(kernels, 1.0), rtol=1e-6)
     np.testing.assert_array_equal(l2(params, 1.0, only="one/*"), l2(params["one"], 1.0))
-    several = ("one/kernel", "*/kernel", "two/bias")  # which may overlap
+    several = ("one/kernel", "*/kernel", "two/bias")  # patterns may overlap
     np.testing.assert_allclose(
         l1(params, 1.0, only=several), l1([kernels, params["two"]["bias"]], 1.0), rtol=1e-6
     )
@@ -190,16 +190,16 @@ def test_only_what_the_pattern_matches():
     assert not updates["one"]["bias"].any()
     np.testing.assert_allclose(updates["two"]["bias"], 2 * params["two"]["bias"])
     assert updates["none"] is None
-    zeros["one"]["kernel"] = None  # a parameter without a gradient this time
+    zeros["one"]["kernel"] = None  # a parameter without a gradient
     assert tx.update(zeros, tx.init(params), params)[0]["one"]["kernel"] is None
 
 
-def test_patterns_that_match_nothing_are_refused():
+def test_patterns_that_match_nothing_raise():
     params = _net()
     for name, penalty in dict(l1=l1, l2=l2, l1_l2=l1_l2, orthogonal=orthogonal).items():
         with pytest.raises(ValueError, match=rf"^{name}: no parameter matches '\*/kernle'; the p"):
             penalty(params, 0.1, only=("*/bias", "*/kernle"))
-        with pytest.raises(TypeError, match=f"^{name}: only must be a pattern or several, got"):
+        with pytest.raises(TypeError, match=f"^{name}: only must be a pattern or several"):
             penalty(params, 0.1, only=None)
     link = add_l1(0.1, only="*/kernle")
     with pytest.raises(ValueError, match=r"^add_l1: no parameter matches '\*/kernle'"):
@@ -214,14 +214,14 @@ def test_patterns_that_match_nothing_are_refused():
 
 
 @pytest.mark.parametrize("wrong", [-0.1, np.float32(-0.1), jnp.array(-0.1), np.nan])
-def test_strengths_out_of_range_are_refused(wrong):
+def test_strengths_out_of_range_raise(wrong):
     for name, argument, call in (
         ("l1", "strength", lambda: l1(jnp.ones(2), wrong)),
         ("l2", "strength", lambda: l2(jnp.ones(2), wrong)),
         ("l1_l2", "l2", lambda: l1_l2(jnp.ones(2), l2=wrong)),
         ("orthogonal", "factor", lambda: orthogonal(jnp.ones((2, 2)), wrong)),
     ):
-        for f in (call, jax.jit(call)):  # a number known in the trace
+        for f in (call, jax.jit(call)):  # inside jit the number is still concrete
             with pytest.raises(ValueError, match=rf"^{name}: {argument} must be at least 0, got "):
                 f()
     if not isinstance(wrong, jax.Array):
@@ -229,7 +229,7 @@ def test_strengths_out_of_range_are_refused(wrong):
             add_l1_l2(wrong)
 
 
-def test_what_is_no_number_is_refused():
+def test_arguments_of_other_types_raise():
     for wrong in (True, "0.1", None, 1j, jnp.array(True)):
         with pytest.raises(TypeError, match=r"^l2: strength must be a number at least 0, got"):
             l2(jnp.ones(2), wrong)
@@ -243,7 +243,7 @@ def test_what_is_no_number_is_refused():
 
 
 def test_derivatives_at_zero_are_finite(float64):
-    """Entries, rows and matrices of zeros; first and second derivatives."""
+    """First and second derivatives are finite where entries, rows or matrices are 0."""
     x = jnp.asarray(RNG.normal(size=(4, 3))).at[1].set(0).at[0, 0].set(0)
     np.testing.assert_array_equal(jax.grad(l1)(x)[1], 0)
     squares = jnp.stack([x[1:], jnp.zeros((3, 3)), jnp.eye(3), jnp.ones((3, 3))])
@@ -259,8 +259,8 @@ def test_derivatives_at_zero_are_finite(float64):
     _close(orthogonal(jnp.ones((3, 3)), 1.0), 1.0)  # the mean cosine, not the sum
 
 
-def test_penalties_sum_in_float32_at_least():
-    ones = jnp.ones(10_000, jnp.bfloat16)  # whose sum stops at 256
+def test_penalties_sum_in_at_least_float32():
+    ones = jnp.ones(10_000, jnp.bfloat16)  # a bfloat16 sum would stop at 256
     assert l2(ones, 0.5) == l1(ones, 0.5) == 5000
     assert l2(ones, 0.5).dtype == jnp.float32
     assert jax.grad(l2)(ones, 0.5).dtype == jnp.bfloat16
@@ -296,8 +296,8 @@ def test_strengths_are_lanes_and_have_derivatives():
         chex.assert_trees_all_close(updates, expected, rtol=1e-6)
 
 
-def test_the_chapter_s_net_with_penalties_is_keras_s(keras64):
-    """Dense layers with L1, L2 and L1L2 kernels: 40 steps of fit, beside a loss with the terms."""
+def test_training_with_penalties_equals_fit_with_regularizers_in_keras(keras64):
+    """Dense layers with L1, L2 and L1L2 kernels follow the same path for 40 steps."""
     x, y = RNG.normal(size=(16, 3)), RNG.normal(size=(16, 1))
     regularizers = keras.regularizers.L1(ONE), keras.regularizers.L2(TWO)
     layers = [
@@ -330,26 +330,28 @@ def test_the_chapter_s_net_with_penalties_is_keras_s(keras64):
     task = jgd.Task(lambda key: start, loss, batch, lambda p: {"loss": loss(p, (x, y))})
     params, ours = jgd.train(task, jgd.sgd(TWO), 40, jax.random.key(0))
     for layer in layers:
-        _near(params[layer.name]["kernel"], layer.kernel.value)  # its mean of squares is float32
+        # Keras computes the mean of squares in float32.
+        _near(params[layer.name]["kernel"], layer.kernel.value)
     np.testing.assert_allclose(ours["loss"], history, rtol=1e-6)
 
 
 # --- dropout ---------------------------------------------------------------------------------
 
 
-def test_dropout_of_a_5_by_2_array_is_keras_s():
-    """The same key gives the same mask, and training and inference the same numbers."""
+def test_dropout_of_a_5_by_2_array_equals_keras():
+    """The same key gives the same mask and the same values, in training and in inference."""
     x = np.arange(1, 11, dtype=np.float32).reshape(5, 2)
     layer = keras.layers.Dropout(0.2, seed=3)
     for _ in range(3):
-        key = jnp.array(layer.seed_generator.state.value)  # which the call moves on
+        key = jnp.array(layer.seed_generator.state.value)  # the call below changes the state
         theirs = layer(x, training=True)
         ours = dropout(key, x, 0.2, training=True)
         np.testing.assert_allclose(ours, theirs, rtol=2e-7)  # one rounding of 1 - rate
         assert set(np.unique(np.asarray(ours / x).round(5))) <= {0, 1.25}
     np.testing.assert_array_equal(dropout(key, x, 0.2, training=False), layer(x, training=False))
     torch.manual_seed(0)
-    tensor = torch.nn.Dropout(0.2)(torch.tensor(x)).numpy()  # another generator: its scale only
+    # PyTorch has another random generator: only the scale is the same.
+    tensor = torch.nn.Dropout(0.2)(torch.tensor(x)).numpy()
     np.testing.assert_allclose(tensor[tensor > 0], (1.25 * x)[tensor > 0], rtol=2e-7)
 
 
@@ -359,7 +361,7 @@ def test_mask_statistics(rate):
     y = dropout(jax.random.key(1), jnp.ones(n), rate, training=True)
     assert abs(float((y == 0).mean()) - rate) < 5 * np.sqrt(rate * (1 - rate) / n)
     np.testing.assert_allclose(y[y > 0], 1 / (1 - rate), rtol=1e-6)
-    halves = (y == 0).reshape(2, -1)  # entries do not depend on each other
+    halves = (y == 0).reshape(2, -1)  # entries are independent
     both = float((halves[0] & halves[1]).mean())
     assert abs(both - rate**2) < 5 * np.sqrt(rate**2 / (n / 2))
     other = dropout(jax.random.key(2), jnp.ones(n), rate, training=True)
@@ -389,28 +391,28 @@ def test_rates_of_0_and_1_traced_and_concrete(dtype):
 def test_the_derivative_in_the_rate_is_that_of_the_scale(float64):
     x, key = jnp.asarray(RNG.normal(size=50)), jax.random.key(0)
     total = lambda rate: jnp.sum(dropout(key, x, rate, training=True))
-    step = 1e-6  # in which no entry changes sides
+    step = 1e-6  # so small that no entry of the mask changes
     difference = (total(0.4 + step) - total(0.4 - step)) / (2 * step)
     np.testing.assert_allclose(jax.grad(total)(0.4), difference, rtol=1e-8)
     assert difference != 0
 
 
-def test_dropout_by_the_way():
+def test_dropout_nests_masks_and_converts_integers():
     x, key = jnp.ones((40, 5)), jax.random.key(0)
     low, high = (dropout(key, x, rate, training=True) > 0 for rate in (0.3, 0.6))
     assert (high <= low).all()  # masks are nested
     assert high.any()
-    whole = dropout(key, jnp.arange(5), 0.0, training=True)
-    _same(whole, jnp.arange(5.0))
+    integers = dropout(key, jnp.arange(5), 0.0, training=True)
+    _same(integers, jnp.arange(5.0))
     _same(dropout(key, jnp.arange(5), 0.5, training=False), jnp.arange(5.0))
     gate = jax.jit(lambda on: dropout(key, x, 0.3 * on, training=True))  # a traced training
     _same(gate(False), x)
     np.testing.assert_array_equal(gate(True) > 0, low)
     nan = dropout(key, jnp.full(100, jnp.nan), 0.5, training=True)
-    assert set(np.isnan(nan).tolist()) == {True, False}  # a dropped entry is 0 whatever it was
+    assert set(np.isnan(nan).tolist()) == {True, False}  # a dropped NaN is 0
 
 
-def test_dropout_refuses():
+def test_errors_of_dropout():
     key, x = jax.random.key(0), jnp.ones(3)
     for wrong in (-0.1, 1.5, np.float64(2), jnp.array(1.5), np.nan):
         for training in (True, False):
@@ -438,15 +440,15 @@ def _batches(shape, n=5):
 
 
 def _applied(norm, params, state, batches):
-    """The outputs of training on all batches in turn, the state, and inference on the first."""
+    """Train on all batches; return the outputs, the state, and inference on the first batch."""
     train = jax.jit(lambda state, x: norm.apply(params, state, x, training=True))
     outputs = []
     for x in batches:
         y, state = train(state, jnp.asarray(x))
         outputs.append(y)
-    seen, after = norm.apply(params, state, jnp.asarray(batches[0]), training=False)
+    inferred, after = norm.apply(params, state, jnp.asarray(batches[0]), training=False)
     _same(after, state)
-    return outputs, state, seen
+    return outputs, state, inferred
 
 
 @pytest.mark.parametrize(
@@ -459,7 +461,7 @@ def _applied(norm, params, state, batches):
         ((6, 3), dict(center=False, scale=False)),
     ],
 )
-def test_batch_norm_is_keras_s(shape, options, keras64):
+def test_batch_norm_equals_keras(shape, options, keras64):
     layer = keras.layers.BatchNormalization(**options)
     layer.build(shape)
     ours = {"eps" if name == "epsilon" else name: value for name, value in options.items()}
@@ -475,13 +477,13 @@ def test_batch_norm_is_keras_s(shape, options, keras64):
     np.testing.assert_array_equal(state.mean, layer.moving_mean.value)
     np.testing.assert_array_equal(state.variance, layer.moving_variance.value)
     batches = _batches(shape)
-    outputs, state, seen = _applied(norm, params, state, batches)
-    # the call casts to keras.backend.result_type("float64", "float32"), which is "float32"
+    outputs, state, inferred = _applied(norm, params, state, batches)
+    # Keras casts to keras.backend.result_type("float64", "float32"), which is "float32".
     for x, y in zip(batches, outputs, strict=True):
         _near(y, layer(jnp.asarray(x), training=True))
     _near(state.mean, layer.moving_mean.value)
     _near(state.variance, layer.moving_variance.value)
-    _near(seen, layer(jnp.asarray(batches[0]), training=False))
+    _near(inferred, layer(jnp.asarray(batches[0]), training=False))
     assert state.count == len(batches)
 
 
@@ -489,8 +491,8 @@ def test_batch_norm_is_keras_s(shape, options, keras64):
     ("shape", "momentum", "affine"),
     [((6, 3), 0.1, True), ((6, 3), None, True), ((4, 3, 2, 5), 0.3, True), ((4, 3, 7), 0.1, False)],
 )
-def test_batch_norm_is_torch_s(shape, momentum, affine, float64):
-    """Training, inference, and the gradients through both."""
+def test_batch_norm_equals_pytorch(shape, momentum, affine, float64):
+    """Outputs and gradients are PyTorch's, in training and in inference."""
     kind = torch.nn.BatchNorm2d if len(shape) == 4 else torch.nn.BatchNorm1d
     layer = kind(3, momentum=momentum, affine=affine).double()
     norm = batch_norm(1, momentum, 1e-5, convention="torch", center=affine, scale=affine)
@@ -500,20 +502,20 @@ def test_batch_norm_is_torch_s(shape, momentum, affine, float64):
         layer.weight.data = torch.tensor(np.asarray(params["scale"]))
         layer.bias.data = torch.tensor(np.asarray(params["bias"]))
     batches, weights = _batches(shape), RNG.normal(size=shape)
-    outputs, state, seen = _applied(norm, params, state, batches)
+    outputs, state, inferred = _applied(norm, params, state, batches)
     for x, y in zip(batches, outputs, strict=True):
         _close(y, layer(torch.tensor(x)).detach().numpy(), rtol=1e-9)
     _close(state.mean, layer.running_mean.numpy())
     _close(state.variance, layer.running_var.numpy())
     assert int(state.count) == int(layer.num_batches_tracked)
-    for training in (False, True):  # which moves the statistics
+    for training in (False, True):  # training comes last: it changes the statistics
         layer.train(training)
         tensor = torch.tensor(batches[0], requires_grad=True)
         layer.zero_grad()
         y = layer(tensor)
         (y * torch.tensor(weights)).sum().backward()
         if not training:
-            _close(seen, y.detach().numpy(), rtol=1e-9)
+            _close(inferred, y.detach().numpy(), rtol=1e-9)
 
         def total(params, x, training=training):
             return jnp.sum(weights * norm.apply(params, state, x, training=training)[0])
@@ -542,7 +544,7 @@ def test_any_axes(axis, float64):
 
 
 def test_the_variance_is_stable():
-    """A mean that is 1e4 deviations off: E[x^2] - E[x]^2 has no digit left in float32."""
+    """For a mean of 1e4 deviations, E[x^2] - E[x]^2 has no correct digit in float32."""
     deviations = RNG.choice([-1.0, 1.0], size=(256, 2)) / 4
     x = jnp.asarray(deviations + 4096, jnp.float32)  # exact
     naive = jnp.mean(x**2, 0) - jnp.mean(x, 0) ** 2
@@ -557,7 +559,7 @@ def test_the_variance_is_stable():
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_16_bit_inputs_have_statistics_in_float32(dtype):
-    x = jnp.asarray(RNG.normal(size=(4000, 2)) * 300 + 1000, dtype)  # whose squares overflow
+    x = jnp.asarray(RNG.normal(size=(4000, 2)) * 300 + 1000, dtype)  # float16 squares overflow
     norm = batch_norm(momentum=0.999)
     params, state = norm.init(x)
     y, moved = norm.apply(params, state, x, training=True)
@@ -570,8 +572,8 @@ def test_16_bit_inputs_have_statistics_in_float32(dtype):
     np.testing.assert_allclose(np.asarray(y, np.float64).std(0), 1, rtol=2e-3)
 
 
-def test_batch_norm_of_a_large_mean_is_as_near_as_torch_s():
-    """A channel with mean 1000 and deviation 1, against float64."""
+def test_batch_norm_of_a_large_mean_is_at_least_as_exact_as_in_pytorch():
+    """The error against float64 for channels with mean 1000 and deviation 1."""
     x = np.float32(1000 + np.random.default_rng(0).normal(size=(64, 8)))
     norm = batch_norm(1, 0.1, 1e-5, convention="torch")
     ours, _ = norm.apply(*norm.init(x), x, training=True)
@@ -626,7 +628,7 @@ def test_momenta_of_0_and_1_and_their_derivatives(float64):
     chex.assert_trees_all_close(jgd.lane(lanes, 1), after(0.1, "torch"), rtol=1e-12)
 
 
-def test_batch_norm_refuses():
+def test_errors_of_batch_norm():
     x = jnp.ones((4, 3))
     for name, wrong, message in (
         ("momentum", 1.1, r"momentum must be in \[0, 1\], got 1.1"),
@@ -638,18 +640,18 @@ def test_batch_norm_refuses():
         with pytest.raises(ValueError, match=r"^batch_norm: " + message):
             batch_norm(**{name: wrong})
     for axis in (2, -3, (0, -2), (1, 1)):
-        with pytest.raises(ValueError, match=r"^batch_norm: axis must be different axes.*\(4, 3\)"):
+        with pytest.raises(ValueError, match=r"^batch_norm: axis must be distinct axes.*\(4, 3\)"):
             batch_norm(axis).init(x)
     norm = batch_norm()
     params, state = norm.init(x)
-    for y, given in ((jnp.ones((4, 5)), params), (x, {"scale": params["scale"]}), (x, {})):
+    for y, wrong in ((jnp.ones((4, 5)), params), (x, {"scale": params["scale"]}), (x, {})):
         with pytest.raises(
-            ValueError, match=r"needs params \['scale', 'bias'\], got params .*\(3,\)"
+            ValueError, match=r"params \['scale', 'bias'\] and state must .*got params .*\(3,\)"
         ):
-            norm.apply(given, state, y, training=True)
+            norm.apply(wrong, state, y, training=True)
     with pytest.raises(ValueError, match=r"^batch_norm: training must be one of"):
         jax.jit(lambda on: norm.apply(params, state, x, training=on))(True)
-    with pytest.raises(ValueError, match=r"needs 2 values or more in each channel, got 1"):
+    with pytest.raises(ValueError, match=r"x must have at least 2 values per channel.*, got 1"):
         batch_norm(convention="torch").apply(params, state, x[:1], training=True)
     norm.apply(params, state, x[:1], training=True)  # as Keras
 
@@ -689,7 +691,7 @@ def _net_evaluate(params, state, setting):
 
 BATCH = jgd.minibatches((X, Y), None, jax.random.key(0))
 TASK = jgd.Task(_net_init, _net_loss, BATCH, _net_evaluate)
-RUN = jgd.supervised(TASK)  # whose final state has the running statistics too
+RUN = jgd.supervised(TASK)  # its final state also has the running statistics
 EVALUATE = jax.jit(RUN.evaluate)
 
 
@@ -703,25 +705,25 @@ def setting(rate=0.2, l2=1e-3, momentum=0.9):
     [("rate", [0.0, 0.2, 0.5], "loss"), ("l2", [0.0, 1e-2, 1.0], "norm"),
      ("momentum", [0.5, 0.9, 0.999], "mean")],
 )  # fmt: skip
-def test_a_grid_is_one_line_and_one_program(axis, values, metric, monkeypatch):
+def test_a_grid_is_one_program(axis, values, metric, monkeypatch):
     spy = _Spy(monkeypatch)
-    task = TASK._replace(init=lambda key: _net_init(key))  # which shares no programs
+    task = TASK._replace(init=lambda key: _net_init(key))  # a new function: no cached programs
     result = jgd.sweep(task, jgd.grid(setting, **{axis: values}), 12, report_every=12, width=3)
     assert len(spy.texts) == 4  # batches, parameters, start, chunk
     assert len(result.rows) == 3
     monkeypatch.undo()
-    key = jax.random.fold_in(jax.random.key(0), 0)  # seed 0 of key 0
+    key = jax.random.fold_in(jax.random.key(0), 0)  # the key of seed 0 in the sweep
     rows = {row[axis]: row for row in result.rows}
     for value in values:
         alone = setting(**{axis: value})
         expected = EVALUATE(alone, jgd.train(RUN, alone, 12, key)[0])
         for name in ("loss", "norm", "mean"):
             np.testing.assert_allclose(rows[value][name], expected[name], rtol=2e-5, atol=1e-6)
-    assert len({round(row[metric], 5) for row in result.rows}) == 3  # the axis does something
+    assert len({round(row[metric], 5) for row in result.rows}) == 3  # the axis has an effect
 
 
-def test_the_strength_of_a_link_is_an_axis():
-    """By the short form of the loss, which does not know of it."""
+def test_the_strength_of_a_link_is_an_axis_of_a_sweep():
+    """The short form of the loss suffices: only the link reads the strength."""
     loss = lambda p, batch: jnp.mean((batch[0] @ p - batch[1]) ** 2)
     evaluate = lambda p: {"norm": l2(p, 1.0)}
     task = jgd.Task(lambda key: jnp.zeros(2), loss, BATCH, evaluate)
@@ -732,7 +734,7 @@ def test_the_strength_of_a_link_is_an_axis():
 
 @pytest.mark.slow
 def test_hypergradients_through_training():
-    """Of the evaluated loss in every number of the setting, in one pass."""
+    """The evaluated loss has a finite derivative in every number of the setting."""
 
     def final(numbers):
         full = setting(**numbers)

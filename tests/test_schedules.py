@@ -1,4 +1,4 @@
-"""Schedules against optax, their docstrings and float64, traced and untraced."""
+"""Schedules equal optax, their docstrings and float64 formulas, traced and untraced."""
 
 import functools
 import inspect
@@ -60,7 +60,7 @@ def test_equals_optax(name, arguments):
 
 
 def test_every_schedule_of_optax_is_here():
-    """`join_schedules` and the injection of hyperparameters are no formulas of the step."""
+    """The functions that inject hyperparameters are not schedules."""
     theirs = {
         name
         for name, value in vars(optax.schedules).items()
@@ -71,7 +71,7 @@ def test_every_schedule_of_optax_is_here():
 
 @pytest.mark.parametrize("length", [41, 47, 60])
 def test_staircases_step_at_exact_multiples(length):
-    """A division by a constant is compiled as a multiplication, which is a step late at some."""
+    """XLA may compile a division as a multiplication, which rounds down at some multiples."""
     steps = np.arange(40 * length)
     for schedule in (
         jgd.exponential_decay(1.0, length, 0.9, staircase=True),
@@ -128,7 +128,7 @@ def _cosine(t, peak, length, end=0.0, exponent=1.0):
 
 
 def _warm(t, start, peak, length, after):
-    """A line from `start` to `peak`, and then `after`, which counts from the peak."""
+    """Return a ramp from `start` to `peak`, then `after`, whose steps count from the peak."""
     return np.where(
         t < length, start + (peak - start) * t / length, after(np.maximum(t - length, 0))
     )
@@ -145,7 +145,7 @@ def _wave(x):
     return (1 - np.cos(np.pi * x)) / 2
 
 
-# a schedule of every name, and its formula of the step t in float64
+# the arguments of every schedule, and its formula of the step t in float64
 FORMULAS = {
     "constant_schedule": ((0.3,), lambda t: 0.3 + 0 * t),
     "polynomial_schedule": (
@@ -220,13 +220,13 @@ def test_equals_its_formula_in_float64(name, float64):
     arguments, formula = FORMULAS[name]
     ours = getattr(jgd, name)(*arguments)(STEPS)
     chex.assert_type(ours, jnp.float64)
-    # cosines near pi lose what is left of the peak
+    # atol: near pi, 1 + cos loses its digits.
     chex.assert_trees_all_close(ours, formula(STEPS.astype(float)), rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("name", FORMULAS)
 def test_values_have_the_shape_of_the_steps(name):
-    """Of integers, NumPy's, arrays of any rank, traced or not: always float32."""
+    """Values are float32 for steps of any kind: integers, floats and arrays, traced or not."""
     schedule = getattr(jgd, name)(*FORMULAS[name][0])
     steps = STEPS.reshape(7, 20)
     scalars = [schedule(50), schedule(np.int64(50)), schedule(50.0), schedule(jnp.int32(50))]
@@ -243,7 +243,7 @@ def test_values_have_the_shape_of_the_steps(name):
         chex.assert_type(traced, jnp.float32)
 
 
-def test_arrays_in_place_of_a_dict():
+def test_boundaries_and_scales_may_be_arrays():
     boundaries, scales = jnp.array([30, 60]), jnp.array([0.1, 0.5])
     for build in (
         lambda pairs: jgd.piecewise_constant_schedule(1.0, pairs),
@@ -264,11 +264,11 @@ def test_arrays_in_place_of_a_dict():
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match=r"cosine_decay_schedule: decay_steps must be above 0"):
         jgd.cosine_decay_schedule(1.0, 0)
-    with pytest.raises(ValueError, match="2 boundaries need 3 values, got 2"):
+    with pytest.raises(ValueError, match="values must have length 3 for 2 boundaries, got 2"):
         jgd.piecewise_constant([1, 2], [1.0, 2.0])
     with pytest.raises(ValueError, match="boundaries must be in rising order"):
         jgd.piecewise_constant([20, 10], [1.0, 0.1, 0.01])
-    with pytest.raises(ValueError, match="2 schedules need 1 boundaries, got 2"):
+    with pytest.raises(ValueError, match="boundaries must have length 1 for 2 schedules, got 2"):
         jgd.join_schedules([jnp.sin, jnp.cos], [1, 2])
     with pytest.raises(ValueError, match="'linear' or 'cosine', got 'cubic'"):
         jgd.piecewise_interpolate_schedule("cubic", 1.0)
@@ -282,7 +282,7 @@ def test_bad_arguments_are_named():
         jgd.linear_schedule(jgd.constant_schedule(1.0), 0.0, 10)
 
 
-def test_joined_functions_get_whole_steps():
+def test_joined_functions_receive_integer_steps():
     table = jnp.array([0.3, 0.2, 0.1])
     joined = jgd.join_schedules([lambda step: table[step], lambda step: 1.0], [3])
     values = jnp.stack([joined(s) for s in range(5)])
@@ -291,7 +291,7 @@ def test_joined_functions_get_whole_steps():
 
 
 def test_any_number_may_be_scheduled():
-    """momentum by a schedule is the momentum of each step, counted from 0."""
+    """A scheduled momentum is evaluated at each step, from 0."""
     gradients = np.array([1.0, 2.0, -1.0, 0.5])
     decays = np.array([0.0, 0.5, 0.9, 0.2])
     tx = jgd.momentum(1.0, jgd.piecewise_constant([1, 2, 3], list(decays)))

@@ -1,4 +1,4 @@
-"""The sharpness of a loss, and gradient descent at the edge that it sets."""
+"""The sharpness of a loss, and the edge of stability of gradient descent that it sets."""
 
 import jax
 import jax.numpy as jnp
@@ -17,17 +17,17 @@ def test_sharpness_is_the_largest_eigenvalue(sign):
     a = sign * (a @ a.T).astype(np.float32)
     loss = lambda p: 0.5 * jnp.concatenate([p["x"], p["y"]]) @ a @ jnp.concatenate([p["x"], p["y"]])
     params = {"x": jnp.asarray(rng.normal(size=5), jnp.float32), "y": jnp.ones(7)}
-    found = jax.jit(lambda p: sharpness(loss, p, jax.random.key(1), 200))(params)
+    ours = jax.jit(lambda p: sharpness(loss, p, jax.random.key(1), 200))(params)
     eigenvalues = np.linalg.eigvalsh(a)
-    np.testing.assert_allclose(found, eigenvalues[np.abs(eigenvalues).argmax()], rtol=1e-4)
+    np.testing.assert_allclose(ours, eigenvalues[np.abs(eigenvalues).argmax()], rtol=1e-4)
 
 
-def test_a_loss_without_curvature_has_none():
+def test_a_loss_without_curvature_has_sharpness_zero():
     assert sharpness(lambda p: jnp.sum(p), jnp.ones(3), jax.random.key(0)) == 0
 
 
 def _quartic():
-    """A loss whose curvature grows as it is descended from afar: 3 (w^2 - 1)^2 / 4."""
+    """Return a task with the loss 3 (w^2 - 1)^2 / 4, whose curvature grows towards w = 1."""
     loss = lambda w, batch: 0.75 * jnp.sum((w**2 - 1) ** 2)
     return jgd.Task(
         init=lambda key: jnp.full((1,), 0.3),
@@ -53,8 +53,8 @@ def test_gradient_descent_oscillates_beyond_two_over_the_rate():
 
 def test_the_full_form_of_a_loss_has_a_sharpness_as_well():
     def loss(params, model_state, batch, key, setting):
-        kept = jax.random.bernoulli(key, 0.5, params.shape)
-        value = jnp.sum(jnp.where(kept, 2 * params, 0) ** 2) * setting["scale"]
+        mask = jax.random.bernoulli(key, 0.5, params.shape)
+        value = jnp.sum(jnp.where(mask, 2 * params, 0) ** 2) * setting["scale"]
         return value, ({}, model_state)
 
     task = jgd.Task(
@@ -65,5 +65,5 @@ def test_the_full_form_of_a_loss_has_a_sharpness_as_well():
     )
     make = lambda scale: {"tx": jgd.sgd(0.0), "scale": jnp.asarray(scale, float)}
     result = jgd.sweep(jgd.with_sharpness(task), jgd.grid(make, scale=[1.0, 2.0]), 4)
-    found = result.curves["setting"].metrics["sharpness"][:, 0]
-    np.testing.assert_allclose(found, [8, 16])
+    sharpnesses = result.curves["setting"].metrics["sharpness"][:, 0]
+    np.testing.assert_allclose(sharpnesses, [8, 16])

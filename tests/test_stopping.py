@@ -1,8 +1,9 @@
-"""Callbacks decide as Keras, PyTorch and optax decide: epoch by epoch, lane by lane, one program.
+"""Callbacks decide as in Keras, PyTorch and optax: epoch by epoch, in lanes of one program.
 
-Keras compares in float32, after it added min_delta in float64 (with x64 on it compares in float64,
-so that its answers are taken before the `float64` fixture). Hence the curves: without x64 what ties
-are eighths, exact in float32; under x64 decimals tie, as Keras sees them.
+Keras adds min_delta in float64 and then compares in float32. With x64 enabled it compares in
+float64, so the decisions of Keras are computed before the `float64` fixture is active. The curves
+have ties on a grid: of eighths without x64, which are exact in float32, and of tenths under x64,
+which are ties for Keras.
 """
 
 import copy
@@ -40,7 +41,7 @@ EPOCHS, LANES = 24, 150
 
 
 def curves(rng, grid):
-    """Curves that fall or rise, stall, tie on the grid, and hold NaN and infinities."""
+    """Return curves that fall or rise, with plateaus, ties on the grid, NaN and infinities."""
     falling = 3 * np.exp(-rng.uniform(0, 0.4, (LANES, 1)) * np.arange(EPOCHS))
     values = falling + rng.choice([0.02, 0.3], (LANES, 1)) * rng.normal(size=(LANES, EPOCHS))
     values = np.where(rng.random((LANES, 1)) < 0.7, np.round(values * grid) / grid, values)
@@ -59,7 +60,7 @@ def configurations(rng, **choices):
 @jax.jit
 @jax.vmap
 def follow(monitor, curve, *start):
-    """Each epoch's decision and state."""
+    """Return the decision and the state of each epoch."""
 
     def epoch(state, value):
         decision, state = monitor.update(value, state)
@@ -71,35 +72,35 @@ def follow(monitor, curve, *start):
 @jax.jit
 @jax.vmap
 def follow_and_keep(monitor, curve):
-    """The same of one that stops, with the epochs that improved and the last of them, kept."""
+    """Return decision, state, whether it improved, and the best epoch, of each epoch."""
 
-    def epoch(carry, seen):
-        (state, kept), (number, value) = carry, seen
+    def epoch(carry, inputs):
+        (state, best), (number, value) = carry, inputs
         decision, state = monitor.update(value, state)
-        kept = keep_best(state, {"epoch": number}, kept)
-        return (state, kept), (decision, state, improved(state), kept["epoch"])
+        best = keep_best(state, {"epoch": number}, best)
+        return (state, best), (decision, state, improved(state), best["epoch"])
 
     begin = monitor.init(), {"epoch": jnp.int32(-1)}
     return jax.lax.scan(epoch, begin, (jnp.arange(EPOCHS, dtype=jnp.int32), curve))[1]
 
 
 def each_lane(run, build, configs, values, *start):
-    """Each row and what `run` gives for it; the rows of one structure are lanes."""
+    """Yield each row and the result of `run` for it; rows of one structure run as lanes."""
     monitors = [build(**config) for config in configs]
     structures = list(map(jax.tree.structure, monitors))
     for structure in dict.fromkeys(structures):
         rows = [row for row, other in enumerate(structures) if other == structure]
         lanes = jgd.stack([monitors[row] for row in rows])
-        found = run(lanes, *(jnp.asarray(x[rows], float) for x in (values, *start)))
-        found = jax.tree.map(np.asarray, found)
-        yield from ((row, jgd.lane(found, lane)) for lane, row in enumerate(rows))
+        results = run(lanes, *(jnp.asarray(x[rows], float) for x in (values, *start)))
+        results = jax.tree.map(np.asarray, results)
+        yield from ((row, jgd.lane(results, lane)) for lane, row in enumerate(rows))
 
 
 # --- early stopping --------------------------------------------------------------------------
 
 
 def keras_stops(curve, **config):
-    """Keras over a curve: stop epoch, best, best epoch, wait, epoch of the weights; -1 for none."""
+    """Return Keras's stop epoch, best, best epoch, wait and epoch of the weights; -1 for none."""
     callback = keras.callbacks.EarlyStopping(restore_best_weights=True, **config)
     model = SimpleNamespace(stop_training=False, metrics=[], weights=-1)
     model.get_weights = lambda: model.weights
@@ -147,13 +148,14 @@ def on_tenths():
 
 
 def assert_stops_as_keras(build, configs, values, truth):
-    for row, (stops, states, betters, kept) in each_lane(follow_and_keep, build, configs, values):
+    runs = each_lane(follow_and_keep, build, configs, values)
+    for row, (stops, states, betters, best_epochs) in runs:
         stop, best, best_epoch, wait, weights = truth[row]
-        # once it said stop it goes on saying it, and nothing else moves any more
+        # After the stop every epoch returns True, and the state does not change.
         expected = (stop >= 0) & (np.arange(EPOCHS) >= stop)
         np.testing.assert_array_equal(stops, expected, err_msg=f"{configs[row]} {values[row]}")
         end = jax.tree.map(lambda x: x[-1], states)
-        assert end.best_epoch == best_epoch == weights == kept[-1]
+        assert end.best_epoch == best_epoch == weights == best_epochs[-1]
         assert (end.stopped_epoch, end.wait) == (stop, wait)
         assert end.epoch == (EPOCHS if stop < 0 else stop + 1)
         assert best is not None or not betters.any()
@@ -172,12 +174,12 @@ def test_early_stopping_in_decimals(on_tenths, float64):
 
 
 def test_hard_cases_of_early_stopping():
-    """What is easy to get wrong, by hand: stop epochs that Keras has, too."""
+    """Stop epochs worked out by hand, which Keras has too."""
     nan = np.nan
     cases = [
-        (dict(), [1, 1, 1], 1),  # patience 0: ties stop, but not in epoch 0
+        (dict(), [1, 1, 1], 1),  # patience 0: a tie stops, but not in epoch 0
         (dict(patience=1), [1, 1, 1], 1),
-        (dict(), [nan, 0.5, 0.1], 1),  # NaN first stays the best
+        (dict(), [nan, 0.5, 0.1], 1),  # a NaN in epoch 0 stays the best
         (dict(patience=2), [1, nan, nan, 0.5], 2),
         (dict(patience=2, min_delta=0.5), [1, 0.5, 0.5, 0.4], 2),
         (dict(patience=2, baseline=0.1), [1, 0.9, 0.8, 0.7, 0.7, 0.05], 4),
@@ -194,7 +196,7 @@ def test_hard_cases_of_early_stopping():
         assert state.stopped_epoch == stop, (config, curve)
 
 
-def test_every_number_in_one_program():
+def test_all_numbers_share_one_program():
     chex.clear_trace_counter()
 
     @jax.jit
@@ -230,7 +232,7 @@ def test_keep_best_takes_batches_and_its_example_runs():
 
 
 def keras_rates(curve, rate, **config):
-    """Keras's learning rates over a curve, and best, wait and cooldown at its end."""
+    """Return Keras's learning rates over a curve, and its final best, wait and cooldown."""
     callback = keras.callbacks.ReduceLROnPlateau(**config)
     OPTIMIZER.learning_rate = rate
     callback.set_model(SimpleNamespace(optimizer=OPTIMIZER, metrics=[]))
@@ -293,7 +295,7 @@ def test_reduce_lr_on_plateau_is_that_of_keras(keras_plateaus):
 
 
 def test_reduce_lr_on_plateau_of_keras_in_decimals(keras_plateaus, float64):
-    # rtol: Keras's learning rate is a float32 variable
+    # rtol: the learning rate in Keras is a float32 variable.
     assert_rates_as(jk.reduce_lr_on_plateau, *keras_plateaus[1], rtol=1e-6)
 
 
@@ -330,7 +332,7 @@ def test_a_real_fit_stops_and_slows_down_at_the_same_epochs():
     stops, _ = follow(jgd.stack([stop]), one(losses))
     np.testing.assert_array_equal(np.flatnonzero(stops[0]), [len(losses) - 1])
     rates, _ = follow(jgd.stack([slow]), one(losses), one(0.3))
-    # Keras logs the rate of an epoch before it is reduced
+    # Keras logs the rate of an epoch before the reduction.
     np.testing.assert_allclose(rates[0, :-1], history["learning_rate"][1:], rtol=1e-6)
 
 
@@ -350,9 +352,9 @@ def test_reduce_on_plateau_is_that_of_optax(float64):
         return jax.lax.scan(step, tx.init(grads), values)[1]
 
     once = chex.assert_max_traces(run, n=1)
-    ours_of = jax.jit(jax.vmap(once), compiler_options=CONTRACTED)  # a tie turns on a rounding
+    ours_of = jax.jit(jax.vmap(once), compiler_options=CONTRACTED)
     scales = set()
-    # no pair under which a metric ties with the bound: it would fall by a fused multiply-add
+    # No metric ties with the bound: a fused multiply-add would decide such a tie.
     choices = ((0.1, 1e-4, 0.0), (0.5, 0.0, 0.1), (0.9, 1.0, 0.5), (0.3, 0.2, 0.13))
     for factor, rtol, atol in choices:
 
@@ -376,17 +378,17 @@ def test_reduce_on_plateau_in_a_chain():
     tx = jgd.chain(jgd.sgd(1.0), reduce_on_plateau(0.5, patience=1, rtol=0.0))
     params = {"w": jnp.ones(2, jnp.bfloat16)}
     state = tx.init(params)
-    seen = []
+    steps = []
     for value in (1.0, 1.0, 1.0, 0.5):
         updates, state = tx.update(params, state, params, value=value)
         assert updates["w"].dtype == jnp.bfloat16
-        seen.append(float(updates["w"][0]))
-    assert seen == [-1, -0.5, -0.25, -0.25]
-    with pytest.raises(TypeError, match="reduce_on_plateau: needs the metric"):
+        steps.append(float(updates["w"][0]))
+    assert steps == [-1, -0.5, -0.25, -0.25]
+    with pytest.raises(TypeError, match="reduce_on_plateau: value must be the metric, got None"):
         tx.update(params, state, params)
-    for refused in (dict(factor=1.0), dict(rtol=2.0), dict(atol=-1.0), dict(patience=0)):
+    for wrong in (dict(factor=1.0), dict(rtol=2.0), dict(atol=-1.0), dict(patience=0)):
         with pytest.raises(ValueError, match="reduce_on_plateau: "):
-            reduce_on_plateau(**refused)
+            reduce_on_plateau(**wrong)
 
 
 # --- values ----------------------------------------------------------------------------------
@@ -429,23 +431,23 @@ def test_leaves_of_monitors():
     assert jax.tree.leaves(jt.reduce_lr_on_plateau()) == [0.1, 10, 1e-4, 0, 0, 1e-8]
 
 
-def test_calls_are_those_of_the_frameworks():
+def test_signatures_are_those_of_the_frameworks():
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
-    for ours, theirs, less in (
+    for ours, theirs, left_out in (
         (jk.early_stopping, keras.callbacks.EarlyStopping, ()),
         (jk.reduce_lr_on_plateau, keras.callbacks.ReduceLROnPlateau, ("kwargs",)),
         (jt.reduce_lr_on_plateau, plateau, ("optimizer",)),
         (reduce_on_plateau, optax.contrib.reduce_on_plateau, ()),
     ):
         call = lambda f: [(p.name, p.default) for p in inspect.signature(f).parameters.values()]
-        assert call(ours) == [pair for pair in call(theirs) if pair[0] not in less]
+        assert call(ours) == [pair for pair in call(theirs) if pair[0] not in left_out]
 
 
-def test_bad_numbers_and_modes_are_refused():
+def test_bad_numbers_and_modes_raise():
     for build in (jk.reduce_lr_on_plateau, jt.reduce_lr_on_plateau):
         with pytest.raises(ValueError, match=r"reduce_lr_on_plateau: factor .* below 1, got 1\.0"):
             build(factor=1.0)
-    refused = [
+    wrong = [
         (lambda: early_stopping(-1), ValueError, r"early_stopping: patience .* got -1\.0"),
         (lambda: early_stopping(mode="auto"), ValueError, "mode must be one of .*'min', 'max'"),
         (lambda: jk.early_stopping(mode="up"), ValueError, "mode must be one of .*'auto'"),
@@ -455,13 +457,13 @@ def test_bad_numbers_and_modes_are_refused():
         (lambda: jt.reduce_lr_on_plateau(min_lr=[0, 1]), TypeError, "min_lr must be a number"),
         (lambda: jt.reduce_lr_on_plateau().init(jnp.ones(2)), TypeError, "jax.vmap"),
     ]
-    for call, error, message in refused:
+    for call, error, message in wrong:
         with pytest.raises(error, match=message):
             call()
 
 
 def keras_direction(metric):
-    """What the real callback makes of a compiled metric; None where it raises."""
+    """Return the direction that Keras's callback chooses for a metric; None where it raises."""
     callback = keras.callbacks.EarlyStopping("val_" + metric.name)
     callback.set_model(SimpleNamespace(metrics=[MetricsList([metric])]))
     try:
@@ -473,14 +475,14 @@ def keras_direction(metric):
 
 def test_auto_mode_knows_the_metrics_of_keras():
     metrics = []
-    for name in [*ALL_OBJECTS_DICT, "acc", "accuracy", "mse", "MAE"]:  # those compile can name
+    for name in [*ALL_OBJECTS_DICT, "acc", "accuracy", "mse", "MAE"]:  # names for `compile`
         try:
             metrics.append(get_metric(name, np.zeros((4, 3)), np.zeros((4, 3))))
         except (TypeError, ValueError):
             continue
     options = [{}, {"num_classes": 3}, {"num_classes": 3, "target_class_ids": [1]}]
     options += [{name: 0.5} for name in ("recall", "precision", "specificity", "sensitivity")]
-    for kind in ALL_OBJECTS:  # and those a user makes, twice: the second has a number in its name
+    for kind in ALL_OBJECTS:  # two objects of each class: the second has a number in its name
         for option in options:
             try:
                 metrics += [kind(**option), kind(**option)]

@@ -1,4 +1,4 @@
-"""Training runs: batches, the two forms of a loss, one setting alone, hypergradients on digits."""
+"""Training runs: batches, the two forms of a loss, `train`, and hypergradients on digits."""
 
 import chex
 import jax
@@ -17,7 +17,7 @@ Y = X @ np.array([1.0, -2.0], np.float32) + 0.5
 
 
 def _line(batch_size=4):
-    """y = 3x + 2 in two dimensions."""
+    """Return the task of a linear regression with two inputs."""
     init = lambda key: {"w": jnp.zeros(2), "b": jnp.zeros(())}
     loss = lambda params, batch: jnp.mean((batch[0] @ params["w"] + params["b"] - batch[1]) ** 2)
     evaluate = lambda params: {"loss": loss(params, (X, Y))}
@@ -27,12 +27,12 @@ def _line(batch_size=4):
 def test_minibatches_are_epochs_of_permutations():
     batch = jgd.minibatches(np.arange(10), 3, jax.random.key(0))
     for epoch in range(4):
-        seen = np.concatenate([batch(3 * epoch + step) for step in range(3)])
-        assert len(seen) == len(set(seen.tolist())) == 9  # one sits out
+        examples = np.concatenate([batch(3 * epoch + step) for step in range(3)])
+        assert len(examples) == len(set(examples.tolist())) == 9  # one is left out
     epochs = [np.concatenate([batch(3 * e + s) for s in range(3)]).tolist() for e in range(4)]
     assert epochs[0] != epochs[1]
     left_over = {(set(range(10)) - set(epoch)).pop() for epoch in epochs}
-    assert len(left_over) > 1  # not the same one each time
+    assert len(left_over) > 1  # not the same one in each epoch
     chex.assert_shape(batch(7), (3,))
     chex.assert_trees_all_equal(jax.jit(batch)(7), batch(7))
 
@@ -48,7 +48,7 @@ def test_full_batch_and_single_examples():
     assert sorted(order) == sorted(Y.tolist())
 
 
-def test_minibatches_refuse_what_does_not_fit():
+def test_errors_of_minibatches():
     with pytest.raises(ValueError, match=r"must have one leading length, got \[3, 4\]"):
         jgd.minibatches((np.zeros(3), np.zeros(4)), 2, jax.random.key(0))
     for wrong in (0, 13):
@@ -56,7 +56,7 @@ def test_minibatches_refuse_what_does_not_fit():
             jgd.minibatches((X, Y), wrong, jax.random.key(0))
 
 
-def test_train_is_the_loop_one_would_write():
+def test_train_equals_a_loop_written_by_hand():
     task, tx = _line(), jgd.adam(0.05)
     params, history = jgd.train(task, tx, 30, jax.random.key(1))
     by_hand = {"w": jnp.zeros(2), "b": jnp.zeros(())}
@@ -95,9 +95,9 @@ def test_lanes_train_as_gradient_descent_in_numpy():
     for index, rate in enumerate(rates):
         w, b, losses = np.zeros(2), 0.0, []
         for x, y in batches:
-            rest = x @ w + b - y
-            losses.append(np.mean(rest**2))
-            w, b = w - rate * 2 * np.mean(x.T * rest, 1), b - rate * 2 * np.mean(rest)
+            residual = x @ w + b - y
+            losses.append(np.mean(residual**2))
+            w, b = w - rate * 2 * np.mean(x.T * residual, 1), b - rate * 2 * np.mean(residual)
         expected = {"w": np.float32(w), "b": np.float32(b)}
         chex.assert_trees_all_close(jgd.lane(ends, index), expected, rtol=1e-5)
         chex.assert_trees_all_close(
@@ -106,7 +106,7 @@ def test_lanes_train_as_gradient_descent_in_numpy():
 
 
 def test_the_full_form_of_a_loss():
-    """Dropout by the step's key, a running mean as model state, a penalty that is swept."""
+    """The full form supports dropout by the step's key, a running mean, and a swept penalty."""
 
     def init(key):
         return {"w": jnp.ones(2)}, {"mean": jnp.zeros(2)}
@@ -130,9 +130,9 @@ def test_the_full_form_of_a_loss():
     shrunk, penalized = jgd.train(task, setting(3.0), 40, jax.random.key(0))
     chex.assert_shape([params["w"], history["loss"], history["kept"]], [(2,), (40,), (40,)])
     chex.assert_type(jax.tree.leaves((params, history)), jnp.float32)
-    kept = np.asarray(history["kept"])
-    assert len(set(kept.tolist())) > 1  # another mask at each step
-    chex.assert_trees_all_equal(8 * kept, np.round(8 * kept))  # of eight numbers
+    shares = np.asarray(history["kept"])
+    assert len(set(shares.tolist())) > 1  # each step has a new mask
+    chex.assert_trees_all_equal(8 * shares, np.round(8 * shares))  # a mask has eight entries
     chex.assert_trees_all_equal(history["loss"], history["fit"])
     chex.assert_trees_all_close(penalized["loss"][0], penalized["fit"][0] + 6, rtol=1e-6)  # 3 |1|^2
     means = [np.zeros(2)]
@@ -177,7 +177,7 @@ def test_optimizers_that_call_the_loss(name):
 
 
 def _recorded(calls):
-    """A link that stores the loss and gradients it computes by itself."""
+    """Return a link that compares the functions it receives with value and gradient."""
 
     def update(updates, state, params=None, *, value, grad, value_fn, grad_fn, obj_fn, **extra):
         calls.append(extra)
@@ -190,8 +190,8 @@ def _recorded(calls):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_functions_are_those_of_the_step(dtype):
-    """Batch, key, model state and setting are fixed: same parameters, same loss and gradients."""
+def test_value_fn_and_grad_fn_are_those_of_the_step(dtype):
+    """They use the batch, key, model state and setting of the step."""
     calls = []
 
     def loss(params, model_state, batch, key, setting):
@@ -239,7 +239,7 @@ def test_lanes_of_optimizers_that_call_the_loss():
     chex.assert_trees_all_close(jgd.lane(together, 0), alone, rtol=1e-4)
 
 
-def test_losses_of_another_form_are_refused():
+def test_losses_with_another_signature_raise():
     task = _line()._replace(loss=lambda params: 0.0)
     with pytest.raises(
         TypeError, match=r"loss must take \(params, batch\).*got a function of 1 arguments"
@@ -249,8 +249,8 @@ def test_losses_of_another_form_are_refused():
         jgd.train(_line(), {"rate": jnp.ones(())}, 5, jax.random.key(0))
 
 
-def test_a_run_of_ones_own():
-    """The driver knows init, update, evaluate and batch, not tasks."""
+def test_train_and_sweep_accept_any_run():
+    """A run needs only init, update, evaluate and batch, not a task."""
 
     def update(setting, state, batch):
         state = state - setting["rate"] * state * batch
@@ -284,7 +284,7 @@ def test_a_run_of_ones_own():
     ],
 )
 def test_hypergradients_are_finite_on_digits(name):
-    """Its corner pixels are always zero, so that Adam's derivatives in optax are NaN."""
+    """The corner pixels of digits are always 0, where the derivatives of optax's Adam are NaN."""
     task = digits()
 
     def final_loss(tx):
@@ -297,7 +297,7 @@ def test_hypergradients_are_finite_on_digits(name):
 
 
 def test_optax_hypergradients_are_not_finite_on_digits():
-    """The claim of the test above: this is what the safe root and quotient mend."""
+    """The test above would fail without the safe root and quotient of jgd."""
     task = digits()
 
     def final_loss(rate):
@@ -307,7 +307,7 @@ def test_optax_hypergradients_are_not_finite_on_digits():
     assert not np.isfinite(jax.jit(jax.grad(final_loss))(0.01))
 
 
-def test_the_final_state_of_a_task_is_its_parameters():
+def test_a_short_loss_has_no_key_and_no_model_state():
     state = start(jgd.supervised(_line()), jgd.adam(0.1), jax.random.key(0))
     assert isinstance(state, TrainState)
     assert state.key is None

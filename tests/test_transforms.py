@@ -1,4 +1,4 @@
-"""The basic transformations against NumPy: three steps in float64, and their states."""
+"""The basic transformations equal NumPy formulas over three steps in float64; their states."""
 
 from collections.abc import Callable
 from decimal import Decimal
@@ -36,7 +36,7 @@ def _params(dtype=np.float64):
 
 
 def _gradients():
-    """Gradients with exact zeros among them; those of one leaf vanish in the second step."""
+    """Return gradients with some exact zeros; all of "vector" are 0 in the second step."""
     rng = np.random.default_rng(1)
     draw = lambda shape: rng.normal(size=(STEPS, *shape)) * (rng.uniform(size=shape) > 0.2)
     gradients = {name: draw(shape) for name, shape in SHAPES.items()}
@@ -225,8 +225,7 @@ RULES = {
         lambda tree: (_state_of_ema(tree), optax.EmptyState()),
     ),
 }
-# random, so that it has a test of its own
-RANDOM = {"add_noise"}
+RANDOM = {"add_noise"}  # has its own test
 
 
 def test_every_transformation_has_a_formula():
@@ -235,7 +234,7 @@ def test_every_transformation_has_a_formula():
 
 
 def _all_updates(txs, gradients, params):
-    """Three updates of each transformation, in one program; the parameters stay."""
+    """Return three updates of each transformation at fixed parameters, in one program."""
 
     @jax.jit
     def go(txs, gradients):
@@ -294,8 +293,8 @@ def test_the_dtype_of_an_accumulator(accumulator):
         chex.assert_shape([memory["wide"], memory["narrow"]], [(2,), (3,)])
 
 
-def test_centralize_along_the_outputs_of_flax(float64):
-    """Along the last axis, for leaves of the same number of axes."""
+def test_centralize_with_an_output_axis(float64):
+    """The mean is over all axes but `output_axis`, which is the last one in flax's layout."""
     gradient = {k: v for k, v in _gradients().items() if k in ("kernel", "matrix")}
     params = {name: _params()[name] for name in gradient}
     for axis in (-1, 1):
@@ -314,11 +313,8 @@ def test_add_decayed_weights_of_marked_leaves(float64):
         chex.assert_trees_all_close(ours, expected, rtol=1e-12)
 
 
-def test_add_noise_falls_with_the_step(float64):
-    """eta / t^gamma is the variance: the same draws in other sizes, and standard ones for 1 and 0.
-
-    The noise of a seed is optax's.
-    """
+def test_the_variance_of_add_noise_decays_with_the_step(float64):
+    """The variance is eta / t^gamma, and the noise of a seed is the same as in optax."""
     params, zeros = np.zeros(20_000), np.zeros((STEPS, 20_000))
     standard = run(jgd.add_noise(1.0, 0.0, 3), zeros, params)
     falling = run(jgd.add_noise(0.3, 0.55, 3), zeros, params)
@@ -346,16 +342,16 @@ DECIMALS = sorted(
 
 
 def test_the_complement_is_that_of_the_typed_decimal():
-    """0.9999 in float32 is 3e-8 off, and 1 - 0.9999 with it 1.7e-4."""
+    """0.9999 in float32 has an error of 3e-8, which would be 1.7e-4 of 1 - 0.9999."""
     typed = np.array(DECIMALS)
     rounded = np.float32(typed)
-    known = np.array([complement(decay) for decay in rounded])
+    concrete = np.array([complement(decay) for decay in rounded])
     traced = jax.jit(jax.vmap(complement))(rounded)
-    chex.assert_type([known, traced], np.float32)
-    chex.assert_trees_all_close(known, np.asarray(traced), rtol=1.2e-7)
-    np.testing.assert_allclose(known, 1 - typed, rtol=7e-7, atol=0)
-    assert known[0] == 1
-    assert known[-1] == 0
+    chex.assert_type([concrete, traced], np.float32)
+    chex.assert_trees_all_close(concrete, np.asarray(traced), rtol=1.2e-7)
+    np.testing.assert_allclose(concrete, 1 - typed, rtol=7e-7, atol=0)
+    assert concrete[0] == 1
+    assert concrete[-1] == 0
     np.testing.assert_array_equal(jax.vmap(jax.grad(complement))(rounded), -1)
 
 
@@ -365,7 +361,7 @@ def test_the_complement_of_other_numbers_is_exact():
     assert np.isnan(complement(np.float32(np.nan)))
 
 
-def test_the_complement_in_float64_has_its_digits(float64):
+def test_the_complement_is_exact_in_float64(float64):
     for decay in (0.9999, 0.99990001, 1 - 1e-9):
         exact = float(1 - Decimal(repr(decay)))
         assert complement(np.float64(decay)) == pytest.approx(exact, rel=1e-6)
@@ -373,7 +369,7 @@ def test_the_complement_in_float64_has_its_digits(float64):
 
 
 def test_a_slow_average_is_that_of_the_typed_decimal():
-    """0.9999 for 5,000 steps without bias correction, traced and known."""
+    """5,000 steps at decay 0.9999 without bias correction, traced and concrete."""
     rng = np.random.default_rng(0)
     gradients = rng.uniform(0.5, 1.5, 5000).astype(np.float32)
 

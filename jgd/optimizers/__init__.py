@@ -1,18 +1,23 @@
 """Every named optimizer, in a few lines of the basic transformations.
 
-Each descends: the last link multiplies by -learning_rate, so that `optax.apply_updates` adds the
-update to the parameters. Every number may be a tracer or a schedule, every optimizer a lane.
+Every optimizer returns a descent step: the last link multiplies by -learning_rate, and
+`optax.apply_updates` adds the update to the parameters. Every number may be a tracer or a schedule,
+and every optimizer can be vmapped as a lane.
 
-Common to all. A scheduled number adds one step counter around the state. Memories are float32 for
-16-bit parameters. Wrong kinds of arguments raise TypeError in the call, concrete numbers out of
-range ValueError; trees, shapes and states that do not fit raise `TreeError`, a ValueError, in
-`update`, and so do missing parameters where weights decay or a formula has p.
+In the docstrings, g is the gradient, p the parameters, u the update, t the step from 1, and m^ is m
+with its bias correction. In "State", a tree has one array like each parameter array. A number given
+as a schedule adds one step counter around the state. Accumulators are float32 for 16-bit
+parameters.
 
-The families: `classic`, the textbook's descent; `moments`, Adam and its kin; `adaptive`, Adam's
-relatives; `normalized`, which divide first; `signs`; `layerwise`, trust ratios; `factored`, rows
-and columns in place of a magnitude; `orthogonal` and `kronecker`, which treat a matrix as a matrix;
-`dual`, which follow the leader;
-`free`, which find their own rate; `lifted`, optax's own made pytrees of their numbers.
+A call raises TypeError for an argument of the wrong kind and ValueError for a concrete number out
+of range. `update` raises `TreeError`, a ValueError, for trees, shapes or states that do not match,
+and for missing parameters if weights decay or the formula contains p.
+
+The families are `classic`, plain and momentum descent; `moments`, Adam and its variants;
+`adaptive`, Adam with other directions or magnitudes; `normalized`, which divide before they
+average; `signs`; `layerwise`, with trust ratios; `factored`, which store rows and columns of the
+second moment; `orthogonal` and `kronecker`, for matrices; `dual`, follow the leader; `free`,
+without a learning rate to tune; and `lifted`, optax's own optimizers as pytrees of their numbers.
 """
 
 from jgd.optimizers import (

@@ -1,8 +1,8 @@
-"""Adam's relatives: other directions over other magnitudes.
+"""Variants of Adam with other directions or other magnitudes.
 
 adabelief   divide(ema(b1), root mean square of g - m)
-radam       divide(ema(b1), rms(b2) held back while it has no variance)
-adan        divide(ema(b1) + what the gradient changes by, rms(b3) of the gradient ahead)
+radam       divide(ema(b1), rms(b2), or 1 while the variance of rms(b2) is unknown)
+adan        divide(ema(b1) + average change of the gradient, rms(b3) of the extrapolated gradient)
 """
 
 from typing import Any, NamedTuple
@@ -58,7 +58,7 @@ __all__ = [
 
 
 def rectification(decay: Any, count: Any, corrected: Any, threshold: Any) -> tuple[Any, Any]:
-    """Return whether the variance of the magnitude has an estimate yet, and RAdam's r(t).
+    """Return whether the variance of the magnitude is known yet, and RAdam's r(t).
 
     Args:
       corrected: 1 - decay^count.
@@ -73,18 +73,18 @@ def rectification(decay: Any, count: Any, corrected: Any, threshold: Any) -> tup
 
 
 @formula
-def _held_back(x: Any, tractable: Any, r: Any) -> Any:
+def _rectified(x: Any, tractable: Any, r: Any) -> Any:
     return jnp.where(tractable, quotient(x, r), 1)
 
 
 @as_pytree
 def rectified(decay: Decay, threshold: Number, *, of: str) -> GradientTransformation:
-    """Magnitude x / r(t), and 1 while its variance has no estimate."""
+    """u = x / r(t) for a magnitude x, and u = 1 while the variance of x is unknown."""
 
     def step(updates: Any, slots: Slots, _: Any) -> Any:
         corrected = bias_weight(slots, decay, of)
         gate = rectification(decay, slots.step("count", increment), corrected, threshold)
-        return leafwise(_held_back, updates, numbers=gate)
+        return leafwise(_rectified, updates, numbers=gate)
 
     slots = [count_slot(), *decay_slots(of)]
     return remembering([step], slots, BiasCorrectionState, {"count": "count"})
@@ -100,7 +100,7 @@ def scale_by_radam(
     *,
     nesterov: bool = False,
 ) -> GradientTransformation:
-    """Adam's quotient times r(t), and the debiased average alone while t is small: see `radam`.
+    """Adam's quotient times r(t), or the debiased average m^ while t is small: see `radam`.
 
     State: `optax.ScaleByAdamState(count, mu, nu)`, two trees and a scalar.
     Source: Liu et al. 2020, algorithm 2, arXiv:1908.03265.
@@ -122,19 +122,20 @@ def radam(
     *,
     nesterov: bool = False,
 ) -> GradientTransformation:
-    """RAdam: Adam that waits until its magnitude is worth dividing by.
+    """RAdam: Adam that does not divide until the variance of its magnitude is known.
 
         l_inf = 2 / (1 - b2) - 1            l = l_inf - 2 t b2^t / (1 - b2^t)
         r = sqrt((l - 4) (l - 2) l_inf / ((l_inf - 4) (l_inf - 2) l))
         u = -learning_rate m^ r / (sqrt(v^ + eps_root) + eps), or -learning_rate m^ if l < threshold
 
     Args:
-      learning_rate, b1, b2, eps, eps_root, nesterov: as `adam`. b2 above 0.6, or l stays below 5.
-      threshold: of l, the degrees of freedom of the magnitude; above 4, 5 by default.
+      learning_rate, b1, b2, eps, eps_root, nesterov: as in `adam`. l exceeds 5 only for b2 > 0.6.
+      threshold: the least l, the degrees of freedom of the magnitude, at which the update divides;
+        above 4; 5 by default.
 
     State: `optax.ScaleByAdamState(count, mu, nu)`, two trees and a scalar.
-    Differs from: `adam` with a warm-up, which it replaces; from PyTorch, whose eps is added before
-      the bias correction.
+    Differs from: `adam`, which needs a warm-up instead; PyTorch, which adds eps before the bias
+      correction.
     Source: Liu et al. 2020, algorithm 2, arXiv:1908.03265.
     """
     return chain(
@@ -147,7 +148,7 @@ def radam(
 
 
 @formula
-def _added(g: Any, s: Any, weight: Any, eps: Any) -> Any:
+def _average_plus_eps(g: Any, s: Any, weight: Any, eps: Any) -> Any:
     return average(g, s, weight) + eps
 
 
@@ -160,15 +161,15 @@ def scale_by_belief(
     *,
     nesterov: bool = False,
 ) -> GradientTransformation:
-    """m as Adam's, s <- b2 s + (1 - b2) (g - m)^2 + eps_root, and u = m^ / (sqrt(s^) + eps).
+    """m as in Adam, s <- b2 s + (1 - b2) (g - m)^2 + eps_root, and u = m^ / (sqrt(s^) + eps).
 
     State: `optax.ScaleByBeliefState(count, mu, nu)`, two trees and a scalar.
     Source: Zhuang et al. 2020, algorithm 2, arXiv:2010.07468.
     """
     direction = (nesterov_ema if nesterov else ema)(b1, name="mu")
-    surprise = subtract(identity(), moving_average(b1, name="mu"))
-    spread = memory(MovingAverageState, _added, complement(b2), eps_root, name="nu")
-    magnitude = chain(surprise, square(), spread, bias_correction(b2, of="nu"), root(eps))
+    deviation = subtract(identity(), moving_average(b1, name="mu"))
+    variance = memory(MovingAverageState, _average_plus_eps, complement(b2), eps_root, name="nu")
+    magnitude = chain(deviation, square(), variance, bias_correction(b2, of="nu"), root(eps))
     shared = ["count", "mu"]
     return named(divide(direction, magnitude), record=optax.ScaleByBeliefState, shared=shared)
 
@@ -183,18 +184,18 @@ def adabelief(
     *,
     nesterov: bool = False,
 ) -> GradientTransformation:
-    """AdaBelief: Adam whose magnitude is how far gradients are from their average.
+    """AdaBelief: Adam whose magnitude is the deviation of gradients from their average.
 
         m <- b1 m + (1 - b1) g            s <- b2 s + (1 - b2) (g - m)^2 + eps_root
         u = -learning_rate (m / (1 - b1^t)) / (sqrt(s / (1 - b2^t)) + eps)
 
     Args:
-      learning_rate, b1, b2, nesterov: as `adam`.
-      eps: at least 0, outside the root; 1e-16 by default.
-      eps_root: at least 0, added to s at each step, so that it grows to eps_root / (1 - b2).
+      learning_rate, b1, b2, nesterov: as in `adam`.
+      eps: at least 0, added outside the root; 1e-16 by default.
+      eps_root: at least 0, added to s at each step; the sum grows to eps_root / (1 - b2).
 
     State: `optax.ScaleByBeliefState(count, mu, nu)`, two trees and a scalar.
-    Differs from: `adam`, whose steps are short where gradients are large and steady.
+    Differs from: `adam`, whose magnitude is large for large gradients even if they do not vary.
     Source: Zhuang et al. 2020, algorithm 2, arXiv:2010.07468.
     """
     return chain(
@@ -216,10 +217,10 @@ def scale_by_yogi(
     eps_root: NonNegative = 0.0,
     initial_accumulator_value: NonNegative = 1e-6,
 ) -> GradientTransformation:
-    """m as Adam's, v <- v - (1 - b2) sign(v - g^2) g^2, and u = m^ / (sqrt(v^ + eps_root) + eps).
+    """m as in Adam, v <- v - (1 - b2) sign(v - g^2) g^2, and u = m^ / (sqrt(v^ + eps_root) + eps).
 
-    State: `optax.ScaleByAdamState(count, mu, nu)`, two trees and a scalar; both
-    trees start at `initial_accumulator_value`.
+    State: `optax.ScaleByAdamState(count, mu, nu)`, two trees and a scalar. Both trees start at
+      `initial_accumulator_value`.
     Source: Zaheer et al. 2018, algorithm 2.
     """
     start = initial_accumulator_value
@@ -234,17 +235,17 @@ def scale_by_yogi(
 def yogi(
     learning_rate: Number, b1: Decay = 0.9, b2: Decay = 0.999, eps: NonNegative = 1e-3
 ) -> GradientTransformation:
-    """Yogi: Adam whose magnitude moves by a bounded amount, so that it cannot collapse.
+    """Yogi: Adam whose squared magnitude v changes by at most (1 - b2) g^2 per step.
 
         m <- b1 m + (1 - b1) g            v <- v - (1 - b2) sign(v - g^2) g^2
         u = -learning_rate (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
     Args:
-      learning_rate, b1, b2: as `adam`.
-      eps: at least 0, outside the root; 1e-3 by default.
+      learning_rate, b1, b2: as in `adam`.
+      eps: at least 0, added outside the root; 1e-3 by default.
 
     State: `optax.ScaleByAdamState(count, mu, nu)`, two trees and a scalar.
-    Differs from: `adam`, whose v forgets a rare large gradient at the rate b2.
+    Differs from: `adam`, whose v shrinks by the factor b2 per step where gradients are small.
     Source: Zaheer et al. 2018, algorithm 2, NeurIPS 31; both averages start at 1e-6.
     """
     return chain(scale_by_yogi(b1, b2, eps), scale_by_learning_rate(learning_rate))
@@ -256,11 +257,11 @@ def yogi(
 class ScaleByAdanState(NamedTuple):
     """State of `scale_by_adan`."""
 
-    count: jax.Array  # int32 scalar: steps so far
-    m: optax.Updates  # like the parameters, at least float32: average of g
+    count: jax.Array  # int32 scalar: number of steps so far
+    m: optax.Updates  # average of g; like the parameters, at least float32, as are v, n and g
     v: optax.Updates  # average of g - g_old
     n: optax.Updates  # average of (g + b2 (g - g_old))^2
-    g: optax.Updates  # the gradient of the step before
+    g: optax.Updates  # the gradient of the previous step
 
 
 @as_pytree
@@ -271,15 +272,15 @@ def scale_by_adan(
     eps: NonNegative = 1e-8,
     eps_root: NonNegative = 0.0,
 ) -> GradientTransformation:
-    """Adan's quotient: u = (m^ + b2 v^) / (sqrt(n^ + eps_root) + eps), see `adan`.
+    """u = (m^ + b2 v^) / (sqrt(n^ + eps_root) + eps): see `adan`.
 
     State: `ScaleByAdanState(count, m, v, n, g)`, four trees and a scalar.
     Source: Xie et al. 2022, algorithm 1, arXiv:2208.06677.
     """
     change = difference(name="g")
     direction = add(ema(b1, name="m"), chain(change, ema(b2, name="v"), scale(b2)))
-    ahead = add(identity(), chain(change, scale(b2)))
-    quotient = divide(direction, chain(ahead, rms(b3, eps, eps_root, name="n")))
+    extrapolated = add(identity(), chain(change, scale(b2)))
+    quotient = divide(direction, chain(extrapolated, rms(b3, eps, eps_root, name="n")))
     return named(quotient, record=ScaleByAdanState, shared=["count", "g"])
 
 
@@ -294,23 +295,23 @@ def adan(
     weight_decay: Number = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """Adan: Adam that looks ahead along the change of the gradient.
+    """Adan: Adam with a gradient extrapolated along its last change.
 
         d = g - g_old, 0 at first           n <- b3 n + (1 - b3) (g + b2 d)^2
         m <- b1 m + (1 - b1) g              v <- b2 v + (1 - b2) d
         u = -learning_rate ((m^ + b2 v^) / (sqrt(n^ + eps_root) + eps) + weight_decay p)
 
     Args:
-      learning_rate: the step, above 0 to descend. May be a schedule, as the others.
-      b1, b2, b3: in [0, 1), of the averages m, v, n; 0.98, 0.92, 0.99 by default, each with its
-        bias correction (^). Each is 1 - beta of the paper.
-      eps, eps_root: at least 0, outside and inside the root; 1e-8 by default.
-      weight_decay: decoupled; 0 by default.
-      mask: which leaves decay, as in `adamw`.
+      learning_rate: the step size; positive to descend. May be a schedule, like the other numbers.
+      b1, b2, b3: decays of the averages m, v, n, in [0, 1); 0.98, 0.92, 0.99 by default. Each is
+        1 - beta of the paper.
+      eps, eps_root: at least 0, added outside and inside the root; 1e-8 by default.
+      weight_decay: decoupled weight decay; 0 by default.
+      mask: selects the leaves that decay, as in `adamw`.
 
     State: `ScaleByAdanState(count, m, v, n, g)`, four trees and a scalar.
-    Differs from: optax, which looks ahead by 1 - b2, 0.08, where the paper's 1 - beta2 is b2, 0.92;
-      `nadam`, which looks ahead along m; from the paper, where the decay divides p.
+    Differs from: optax, which multiplies d by 1 - b2 (0.08), while the paper's 1 - beta2 is b2
+      (0.92); `nadam`, which extrapolates along m; the paper, where weight decay divides p.
     Source: Xie et al. 2022, algorithm 1, arXiv:2208.06677.
     """
     return chain(
@@ -322,7 +323,7 @@ def adan(
 
 @as_pytree
 def _counted(*, name: str) -> GradientTransformation:
-    """Count the steps under another name, as optax's state has it."""
+    """u = g, and counts the steps in a memory called `name`, a second count in optax's state."""
 
     def step(updates: Any, slots: Slots, _: Any) -> Any:
         slots.step(name, increment)
@@ -345,7 +346,7 @@ def scale_by_ademamix(
     """u = (m1^ + alpha m2) / (sqrt(v^ + eps_root) + eps): see `ademamix`.
 
     State: `optax.contrib.ScaleByAdemamixState(count, count_m2, m1, m2, nu)`, three trees
-    and two scalars.
+      and two scalars.
     Source: Pagliardini, Ablin & Grangier 2024, algorithm 1, arXiv:2409.03137.
     """
     average = moving_average(b3, accumulator_dtype=mu_dtype, name="m2")
@@ -368,22 +369,22 @@ def ademamix(
     weight_decay: Number = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """AdEMAMix: Adam with a second, very slow average of gradients in its direction.
+    """AdEMAMix: Adam whose direction adds a second, much slower average of gradients.
 
         m1 <- b1 m1 + (1 - b1) g            m2 <- b3 m2 + (1 - b3) g
         u = -learning_rate ((m1^ + alpha m2) / (sqrt(v^ + eps_root) + eps) + weight_decay p)
 
     Args:
-      learning_rate, b1, b2, eps, eps_root, mu_dtype: as `adam`; mu_dtype is that of m1 and m2.
-      b3: in [0, 1), of the slow average, which has no bias correction; 0.9999 by default. The paper
-        raises it by a schedule.
-      alpha: how much the slow average counts; 5 by default. The paper raises it by a schedule.
-      weight_decay: decoupled; 0 by default.
-      mask: which leaves decay, as in `adamw`.
+      learning_rate, b1, b2, eps, eps_root, mu_dtype: as in `adam`; mu_dtype applies to m1 and m2.
+      b3: decay of the slow average, in [0, 1); 0.9999 by default. This average has no bias
+        correction. The paper raises b3 with a schedule.
+      alpha: weight of the slow average; 5 by default. The paper raises alpha with a schedule.
+      weight_decay: decoupled weight decay; 0 by default.
+      mask: selects the leaves that decay, as in `adamw`.
 
     State: `optax.contrib.ScaleByAdemamixState(count, count_m2, m1, m2, nu)`, three trees
-    and two scalars.
-    Differs from: optax, whose mu_dtype is that of v too (in bfloat16, 0.999 v is v).
+      and two scalars.
+    Differs from: optax, where mu_dtype applies to v too (in bfloat16, 0.999 v rounds to v).
     Source: Pagliardini, Ablin & Grangier 2024, algorithm 1, arXiv:2409.03137.
     """
     return chain(

@@ -1,4 +1,4 @@
-"""The textbook's descent: gradient descent, momentum, Nesterov, AdaGrad and RMSProp.
+"""Classical optimizers: gradient descent, momentum, Nesterov, AdaGrad and RMSProp.
 
     adagrad    g / sqrt(sum of g^2)            rmsprop    g / sqrt(average of g^2)
 
@@ -42,7 +42,7 @@ __all__ = [
     "sgd",
 ]
 
-_bias_correction = bias_correction  # an argument below has optax's name, which is the same
+_bias_correction = bias_correction  # optax calls an argument below bias_correction as well
 
 
 def _nesterov_needs_momentum(tx: Any) -> None:
@@ -58,20 +58,21 @@ def sgd(
     nesterov: bool = False,
     accumulator_dtype: DTypeLike | None = None,
 ) -> GradientTransformation:
-    """Gradient descent: batch, mini-batch or stochastic, as the gradient is.
+    """Gradient descent: steps along the negative gradient of a batch, mini-batch or example.
 
         u = -learning_rate g
 
-    With momentum, v <- momentum v + g takes the place of g; with `nesterov` too, g + momentum v.
+    With momentum, v <- momentum v + g replaces g. With `nesterov` as well, g + momentum v does.
 
     Args:
-      learning_rate: the step, above 0 to descend. May be a schedule.
-      momentum: in [0, 1]; None (default): no memory at all. May be a schedule.
-      nesterov: look ahead; needs momentum.
-      accumulator_dtype: of v; None: float32 for 16-bit parameters, else theirs.
+      learning_rate: the step size; positive to descend. May be a schedule.
+      momentum: in [0, 1]; None (default): no momentum and no memory. May be a schedule.
+      nesterov: True looks ahead; requires momentum.
+      accumulator_dtype: dtype of v. None: float32 for 16-bit parameters, otherwise their dtype.
 
-    State: none, or `optax.TraceState(trace)`, one tree like the parameters, with momentum.
-    Differs from: Keras, whose velocity holds the learning rate, another path under a schedule.
+    State: none; with momentum `optax.TraceState(trace)`, one tree like the parameters.
+    Differs from: Keras, whose velocity includes the learning rate, so that results differ under a
+      schedule.
     Source: Robbins & Monro 1951; Sutskever et al. 2013 for momentum.
     """
     memory = identity() if momentum is None else trace(momentum, nesterov, accumulator_dtype)
@@ -80,17 +81,17 @@ def sgd(
 
 @as_pytree
 def momentum(learning_rate: Number, momentum: Fraction = 0.9) -> GradientTransformation:
-    """Momentum, the heavy ball: descend by a decaying sum of gradients.
+    """Momentum, the heavy ball: steps along a decaying sum of gradients.
 
         v <- momentum v + g            u = -learning_rate v
 
     Args:
-      learning_rate: the step, above 0 to descend. May be a schedule.
+      learning_rate: the step size; positive to descend. May be a schedule.
       momentum: in [0, 1], 0.9 by default. May be a schedule.
 
     State: `optax.TraceState(trace)`, one tree like the parameters.
-    Differs from: a moving average of gradients, whose steps are 1 - momentum times as long; with a
-      constant gradient v grows to g / (1 - momentum).
+    Differs from: a moving average of gradients, whose steps are 1 - momentum times as long. With a
+      constant gradient, v grows to g / (1 - momentum).
     Source: Polyak 1964.
     """
     return chain(scale_by_momentum(momentum), scale_by_learning_rate(learning_rate))
@@ -98,12 +99,12 @@ def momentum(learning_rate: Number, momentum: Fraction = 0.9) -> GradientTransfo
 
 @as_pytree
 def nesterov(learning_rate: Number, momentum: Fraction = 0.9) -> GradientTransformation:
-    """Nesterov's accelerated gradient: momentum that looks one step ahead.
+    """Nesterov's accelerated gradient: momentum with a look ahead by one step.
 
         v <- momentum v + g            u = -learning_rate (g + momentum v)
 
-    Args, State: as `momentum`.
-    Differs from: `momentum`, which does not see where it is about to be; `nadam`, adaptive.
+    Args, State: as in `momentum`.
+    Differs from: `momentum`, which does not look ahead; `nadam`, which is adaptive.
     Source: Nesterov 1983, in the form of Sutskever et al. 2013.
     """
     return chain(with_nesterov(scale_by_momentum(momentum)), scale_by_learning_rate(learning_rate))
@@ -118,20 +119,19 @@ def noisy_sgd(
     *,
     seed: int | None = None,
 ) -> GradientTransformation:
-    """Noisy gradient descent: normal noise on the gradient, less of it with every step.
+    """Noisy gradient descent: adds normal noise to the gradient, which decays with the step.
 
         u = -learning_rate (g + N(0, eta / t^gamma))
 
     Args:
-      learning_rate: the step, above 0 to descend. May be a schedule.
+      learning_rate: the step size; positive to descend. May be a schedule.
       eta: at least 0, the variance of the noise at the first step; 0.01 by default.
-      gamma: how fast it falls; 0.55 by default.
-      key: of the noise, a random key or an int; None (default) is 0. Lanes share their
-        noise.
-      seed: optax's older name of key.
+      gamma: exponent of the decay of the variance; 0.55 by default.
+      key: a random key or an int; None (default) is 0. Lanes share the noise.
+      seed: optax's older name for `key`.
 
     State: `optax.AddNoiseState(count, rng_key)`, no tree.
-    Differs from: `sgd`, whose noise is that of the batches.
+    Differs from: `sgd`, which adds no noise.
     Source: Neelakantan et al. 2015, equation 1, arXiv:1511.06807.
     """
     return chain(add_noise(eta, gamma, key, seed=seed), scale_by_learning_rate(learning_rate))
@@ -147,11 +147,11 @@ def scale_by_rss(
     """s <- s + g^2, and u = g / sqrt(s + eps): AdaGrad's quotient.
 
     Args:
-      initial_accumulator_value: at least 0, what s is before the first step.
-      eps: at least 0, inside the root.
+      initial_accumulator_value: initial value of s, at least 0.
+      eps: at least 0, added inside the root.
 
     State: `optax.ScaleByRssState(sum_of_squares)`, one tree like the parameters.
-    Differs from: `scale_by_rms`, which forgets.
+    Differs from: `scale_by_rms`, which averages squares with a decay.
     Source: Duchi, Hazan & Singer 2011.
     """
     total = running_sum(initial_accumulator_value, name="sum_of_squares")
@@ -165,17 +165,17 @@ def adagrad(
     initial_accumulator_value: NonNegative = 0.1,
     eps: NonNegative = 1e-7,
 ) -> GradientTransformation:
-    """AdaGrad: descend by the gradient over the root of all squared gradients so far.
+    """AdaGrad: divides the gradient by the root of the sum of all squared gradients so far.
 
         s <- s + g^2            u = -learning_rate g / sqrt(s + eps)
 
     Args:
-      learning_rate: the step, above 0 to descend. May be a schedule.
-      initial_accumulator_value: at least 0, what s starts from; 0.1 by default, 0 in the paper.
-      eps: at least 0, inside the root; 1e-7 by default.
+      learning_rate: the step size; positive to descend. May be a schedule.
+      initial_accumulator_value: initial value of s, at least 0; 0.1 by default, 0 in the paper.
+      eps: at least 0, added inside the root; 1e-7 by default.
 
     State: `optax.ScaleByRssState(sum_of_squares)`, one tree like the parameters.
-    Differs from: `rmsprop`, which forgets old gradients; PyTorch, whose eps is outside the root.
+    Differs from: `rmsprop`, which forgets old gradients; PyTorch, which adds eps outside the root.
     Source: Duchi, Hazan & Singer 2011, JMLR 12.
     """
     return chain(
@@ -189,16 +189,16 @@ def adagrad(
 class ScaleByRmsWithCountState(NamedTuple):
     """State of `scale_by_rms` with bias correction."""
 
-    count: jax.Array  # int32 scalar: steps so far
+    count: jax.Array  # int32 scalar: number of steps so far
     nu: optax.Updates  # like the parameters, at least float32
 
 
 class ScaleByRStdDevWithCountState(NamedTuple):
     """State of `scale_by_stddev` with bias correction."""
 
-    count: jax.Array  # int32 scalar: steps so far
-    mu: optax.Updates  # like the parameters, at least float32
-    nu: optax.Updates
+    count: jax.Array  # int32 scalar: number of steps so far
+    mu: optax.Updates  # average gradient; like the parameters, at least float32
+    nu: optax.Updates  # average squared gradient; like mu
 
 
 def _root(eps: NonNegative, eps_in_sqrt: bool) -> GradientTransformation:
@@ -218,13 +218,13 @@ def scale_by_rms(
     Args:
       decay: in [0, 1). May be a schedule.
       eps: at least 0.
-      initial_scale: at least 0, what v is before the first step.
-      eps_in_sqrt: False puts eps outside: u = g / (sqrt(v) + eps).
-      bias_correction: True divides v by 1 - decay^t first.
+      initial_scale: initial value of v, at least 0.
+      eps_in_sqrt: False adds eps outside the root: u = g / (sqrt(v) + eps).
+      bias_correction: True divides v by 1 - decay^t before the root.
 
     State: `optax.ScaleByRmsState(nu)`, one tree like the parameters; with bias correction
       `ScaleByRmsWithCountState(count, nu)`.
-    Differs from: `rms`, which is a magnitude and not yet a quotient.
+    Differs from: `rms`, which returns the magnitude and not the quotient.
     Source: Tieleman & Hinton 2012, lecture 6.5.
     """
     average = moving_average(decay, initial_scale, name="nu")
@@ -242,16 +242,15 @@ def scale_by_stddev(
     eps_in_sqrt: bool = True,
     bias_correction: bool = False,
 ) -> GradientTransformation:
-    """RMSProp's quotient, centred: u = g / sqrt(v - m^2 + eps).
+    """u = g / sqrt(v - m^2 + eps): RMSProp's quotient with the variance for the second moment.
 
         m <- decay m + (1 - decay) g            v <- decay v + (1 - decay) g^2
 
-    An estimate of the variance instead of the second moment.
-
-    Args: as `scale_by_rms`; `initial_scale` is that of v, m starts at 0.
+    Args: as in `scale_by_rms`; v starts at `initial_scale`, m at 0.
     State: `optax.ScaleByRStdDevState(mu, nu)`, two trees like the parameters; with bias correction
       `ScaleByRStdDevWithCountState(count, mu, nu)`.
-    Differs from: optax where rounding takes v - m^2 below 0: the root is 0 there, not NaN.
+    Differs from: optax, which returns NaN where v - m^2 is negative by rounding; jgd takes 0 for
+      the root there.
     Source: Graves 2013, equations 38 to 45.
     """
     correct = lambda of: [_bias_correction(decay, of=of)] if bias_correction else []
@@ -275,25 +274,26 @@ def rmsprop(
     nesterov: bool = False,
     bias_correction: bool = False,
 ) -> GradientTransformation:
-    """RMSProp: descend by the gradient over its root mean square.
+    """RMSProp: divides the gradient by its running root mean square.
 
         v <- decay v + (1 - decay) g^2            u = -learning_rate g / sqrt(v + eps)
 
     Args:
-      learning_rate: the step, above 0 to descend. May be a schedule.
-      decay: in [0, 1), of the average of squares; 0.9 by default. May be a schedule.
+      learning_rate: the step size; positive to descend. May be a schedule.
+      decay: decay of the average square, in [0, 1); 0.9 by default. May be a schedule.
       eps: at least 0; 1e-8 by default.
-      initial_scale: at least 0, what v starts from.
-      eps_in_sqrt: False puts eps outside: g / (sqrt(v) + eps), as PyTorch.
-      centered: True subtracts the square of the average gradient from v, an estimate of variance.
-      momentum: in [0, 1]; accumulates the steps, learning rate included, as Keras; None: does not.
-      nesterov: look ahead; needs momentum.
+      initial_scale: initial value of v, at least 0; 0 by default.
+      eps_in_sqrt: False adds eps outside the root, g / (sqrt(v) + eps), as PyTorch does.
+      centered: True subtracts the square of the average gradient from v, to estimate the variance.
+      momentum: in [0, 1]; accumulates the steps, learning rate included, as Keras does. None
+        (default): no momentum.
+      nesterov: True looks ahead; requires momentum.
       bias_correction: True divides the averages by 1 - decay^t.
 
-    State: `optax.ScaleByRmsState(nu)`, one tree; centred `optax.ScaleByRStdDevState(mu, nu)`, two;
-      one more, `optax.TraceState(trace)`, with momentum.
-    Differs from: `adam` with b1=0, which corrects the bias; from PyTorch under a schedule with
-      momentum, whose velocity is without the learning rate.
+    State: `optax.ScaleByRmsState(nu)`, one tree; if centered `optax.ScaleByRStdDevState(mu, nu)`,
+      two trees. Momentum adds `optax.TraceState(trace)`, one tree.
+    Differs from: `adam` with b1=0, which corrects the bias; PyTorch, whose velocity does not
+      include the learning rate, so that results with momentum differ under a schedule.
     Source: Tieleman & Hinton 2012, lecture 6.5; Graves 2013 for the centred form.
     """
     quotient = scale_by_stddev if centered else scale_by_rms

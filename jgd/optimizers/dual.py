@@ -1,6 +1,6 @@
 """Follow the leader: the parameters are a function of the sums of all gradients so far.
 
-Both rules compute where the parameters ought to be and step there, whatever they are now.
+Both rules compute the next parameters from these sums and return the difference as the update.
 """
 
 from typing import Any, NamedTuple
@@ -23,8 +23,8 @@ __all__ = ["ftrl", "madgrad", "scale_by_madgrad"]
 class FtrlState(NamedTuple):
     """State of `ftrl`."""
 
-    sum_of_squares: Any  # like the parameters, at least float32
-    linear: Any  # the sum of gradients, less what the proximal terms hold
+    sum_of_squares: Any  # n; like the parameters, at least float32
+    linear: Any  # z; like the parameters, at least float32
 
 
 @as_pytree
@@ -37,7 +37,7 @@ def ftrl(
     l2_shrinkage: NonNegative = 0.0,
     beta: NonNegative = 0.0,
 ) -> GradientTransformation:
-    """FTRL-Proximal: for sparse linear models, with exact zeros by an L1 penalty.
+    """FTRL-Proximal: for sparse linear models; an L1 penalty sets parameters to exactly 0.
 
         n <- n + g^2            q = n^(-learning_rate_power) / learning_rate
         z <- z + g + 2 l2_shrinkage p - (q - q_old) p
@@ -45,16 +45,16 @@ def ftrl(
 
     Args:
       learning_rate: above 0. May be a schedule.
-      learning_rate_power: at most 0; -0.5 by default is the root of AdaGrad.
-      initial_accumulator_value: at least 0, what n starts from; 0.1 by default.
-      l1, l2: at least 0, penalties in the closed form; 0 by default.
-      l2_shrinkage: at least 0, an L2 penalty on the gradient only; 0 by default.
+      learning_rate_power: at most 0; -0.5 (default) gives the square root of AdaGrad.
+      initial_accumulator_value: initial value of n, at least 0; 0.1 by default.
+      l1, l2: penalties in the closed form, at least 0; 0 by default.
+      l2_shrinkage: an L2 penalty on the gradient only, at least 0; 0 by default.
       beta: at least 0, added to the root of n; 0 by default.
 
     State: `FtrlState(sum_of_squares, linear)`, two trees.
     Raises: ValueError in `update` if no parameters are given.
-    Differs from: `adagrad`, of which it is the lazy form. The parameters are overwritten: those
-      that never have a gradient jump to 0 at the first step.
+    Differs from: `adagrad`, which updates the parameters instead of computing them from the sums:
+      FTRL overwrites the initial parameters, and sets parameters without any gradient to 0.
     Source: McMahan et al. 2013, algorithm 1, doi:10.1145/2487575.2488200; defaults as in Keras.
     """
 
@@ -65,11 +65,11 @@ def ftrl(
     def rule(g: Any, p: Any, sum_of_squares: Any, linear: Any) -> tuple[Any, Any, Any]:
         total = sum_of_squares + abs_square(real(g))
         q = power(total)
-        overflow = jnp.isinf(q)  # z / q would be NaN, but the step tends to 0
+        overflow = jnp.isinf(q)  # z / q would be NaN, although the step tends to 0
         z = linear + g + 2 * l2_shrinkage * p - (q - power(sum_of_squares)) * p
         linear = jnp.where(overflow, linear, z)
-        held = jnp.clip(linear, -l1, l1) - linear
-        u = quotient(held, q + 2 * l2 + beta / learning_rate) - p
+        shrunk = jnp.clip(linear, -l1, l1) - linear
+        u = quotient(shrunk, q + 2 * l2 + beta / learning_rate) - p
         return jnp.where(overflow, 0 * g, u), total, linear
 
     start = lambda p: jnp.full_like(p, initial_accumulator_value)
@@ -80,7 +80,7 @@ def ftrl(
 def scale_by_madgrad(
     learning_rate: Number, momentum: Decay = 0.9, eps: NonNegative = 1e-6
 ) -> GradientTransformation:
-    """MADGRAD without weight decay: see `madgrad`. It descends by itself.
+    """MADGRAD without weight decay: see `madgrad`. The update already includes the learning rate.
 
     State: `optax.contrib.MadgradState(count, grad_sum_sq, s, x0)`, three trees and one scalar.
     Source: Defazio & Jelassi 2021, algorithm 1, arXiv:2101.11075.
@@ -109,20 +109,20 @@ def madgrad(
     weight_decay: Number = 0.0,
     eps: NonNegative = 1e-6,
 ) -> GradientTransformation:
-    """MADGRAD: dual averaging over the cube root of the sum of squares, with momentum.
+    """MADGRAD: dual averaging divided by the cube root of the sum of squares, with momentum.
 
         w = (learning_rate + eps) sqrt(t)            s <- s + w g            v <- v + w g^2
         u = (1 - momentum) (x0 - s / (cbrt(v) + eps) - p)
 
     Args:
-      learning_rate: above 0 to descend. May be a schedule, as the others.
-      momentum: in [0, 1), how far the step to the leader is left undone; 0.9 by default.
+      learning_rate: the step size; positive to descend. May be a schedule, like the other numbers.
+      momentum: in [0, 1), the fraction of the step that is left out; 0.9 by default.
       weight_decay: an L2 penalty: weight_decay p is added to the gradient; 0 by default.
-      eps: at least 0, in both places; 1e-6 by default.
+      eps: at least 0, added to the learning rate and outside the cube root; 1e-6 by default.
 
     State: `optax.contrib.MadgradState(count, grad_sum_sq, s, x0)`, three trees and one scalar.
     Raises: ValueError in `update` if no parameters are given.
-    Differs from: `adagrad`, whose root is square and which starts from where it is.
+    Differs from: `adagrad`, which takes the square root and steps from p, not from x0.
     Source: Defazio & Jelassi 2021, algorithm 1, arXiv:2101.11075.
     """
     return chain(add_decayed_weights(weight_decay), scale_by_madgrad(learning_rate, momentum, eps))

@@ -1,7 +1,7 @@
-"""Optimizers whose magnitude takes less memory than the parameters: one number per row and column.
+"""Optimizers that store the squared magnitude of a matrix as one number per row and column.
 
-SM3 bounds each squared gradient by the least of its row and column maxima, Adafactor estimates it
-by the product of row and column means.
+SM3 bounds each sum of squared gradients by the smaller one of its row and column maxima. Adafactor
+estimates each average squared gradient by the product of its row and column means.
 """
 
 from collections.abc import Callable
@@ -47,7 +47,7 @@ def _others(ndim: int, axis: int) -> tuple[int, ...]:
 
 
 def _maxima(x: Any) -> list[Any]:
-    """The maximum over each slice along each axis; x itself where it has no two axes."""
+    """Return the maxima over all other axes, for each axis; [x] for scalars and vectors."""
     if x.ndim < 2:
         return [x]
     return [jnp.max(x, _others(x.ndim, axis), initial=0) for axis in range(x.ndim)]
@@ -57,14 +57,14 @@ def _maxima(x: Any) -> list[Any]:
 def scale_by_sm3(
     b1: Decay = 0.9, b2: Fraction = 1.0, eps: NonNegative = 1e-8
 ) -> GradientTransformation:
-    """An average of g / sqrt(a + eps), where a bounds the sum of g^2: see `sm3`.
+    """m <- b1 m + (1 - b1) g / sqrt(a + eps) for a bound a of the sum of g^2, u = m: see `sm3`.
 
     Args:
-      b1: in [0, 1), of the average.
-      b2: in [0, 1]; below 1 the bound forgets, and g^2 enters with weight 1 - b2.
-      eps: at least 0, inside the root.
+      b1: decay of the average, in [0, 1).
+      b2: decay of the bound, in [0, 1]; below 1, g^2 enters with weight 1 - b2.
+      eps: at least 0, added inside the root.
 
-    State: `optax.ScaleBySM3State(mu, nu)`, one tree, and one vector for each axis of each leaf.
+    State: `optax.ScaleBySM3State(mu, nu)`, one tree and one vector for each axis of each leaf.
     Source: Anil et al. 2019, algorithm SM3-II, arXiv:1901.11150.
     """
     new = jnp.where(b2 == 1, 1, complement(b2))
@@ -88,17 +88,18 @@ def scale_by_sm3(
 
 @as_pytree
 def sm3(learning_rate: Number, momentum: Decay = 0.9) -> GradientTransformation:
-    """SM3: AdaGrad that keeps one number per row and column of a matrix.
+    """SM3: AdaGrad that stores one number per row and column of a matrix.
 
         a = min(row, column) + g^2            row, column <- maxima of a over them
         m <- momentum m + (1 - momentum) g / sqrt(a + eps)            u = -learning_rate m
 
     Args:
-      learning_rate: the step, above 0 to descend. May be a schedule.
-      momentum: in [0, 1), of the average of the quotients; 0.9 by default.
+      learning_rate: the step size; positive to descend. May be a schedule.
+      momentum: decay of the average m, in [0, 1); 0.9 by default.
 
-    State: `optax.ScaleBySM3State(mu, nu)`, one tree, and one vector for each axis of each leaf.
-    Differs from: `adagrad`, whose sum it bounds from above; `adafactor`, which forgets.
+    State: `optax.ScaleBySM3State(mu, nu)`, one tree and one vector for each axis of each leaf.
+    Differs from: `adagrad`, which stores the sum that SM3 bounds from above; `adafactor`, which
+      averages squares with a decay.
     Source: Anil et al. 2019, algorithm SM3-II, arXiv:1901.11150; eps = 1e-8.
     """
     return chain(scale_by_sm3(momentum), scale_by_learning_rate(learning_rate))
@@ -112,7 +113,7 @@ def _decay_rate_pow(i: Any, exponent: Any = 0.8) -> Any:
 
 
 def _factored_axes(shape: tuple[int, ...], factored: bool, least: int) -> tuple[int, int] | None:
-    """The second largest and the largest axis, if the second is long enough."""
+    """Return the second largest and the largest axis, or None if the leaf is not factored."""
     if not factored or len(shape) < 2:
         return None
     second, largest = map(int, np.argsort(shape)[-2:])
@@ -131,16 +132,16 @@ def scale_by_factored_rms(
     """u = g / sqrt(v), for v the average square, or its estimate row x column / mean(row).
 
     Args:
-      factored: False keeps all of v.
+      factored: False stores v for every leaf.
       decay_rate: at least 0, the second argument of `decay_rate_fn`.
-      step_offset: steps to take off the count, for a run that begins anew from trained parameters.
-      min_dim_size_to_factor: leaves are factored whose second largest axis is at least this long.
+      step_offset: number of steps to subtract from the count, to fine-tune trained parameters.
+      min_dim_size_to_factor: a leaf is factored if its second largest axis is at least this long.
       epsilon: at least 0, added to g^2.
       decay_rate_fn: (steps so far - step_offset, decay_rate) -> the decay of this step; by default
-        1 - (i + 1)^-decay_rate, so that the first step forgets everything before.
+        1 - (i + 1)^-decay_rate, which is 0 at the first step.
 
-    State: `optax.FactoredState(count, v_row, v_col, v)`: for each leaf one tree's worth, or one row
-      and one column.
+    State: `optax.FactoredState(count, v_row, v_col, v)`: for each leaf its row and column means if
+      it is factored, otherwise one array like the parameter.
     Source: Shazeer & Stern 2018, algorithm 4, arXiv:1804.04235.
     """
 
@@ -155,8 +156,8 @@ def scale_by_factored_rms(
 
     def rule(g: Any, v_row: Any, v_col: Any, v: Any, t: Any) -> tuple[Any, ...]:
         steps = t - step_offset
-        power = decay_rate_fn is _decay_rate_pow  # where 1 - decay would lose digits
-        weight = steps**-decay_rate if power else 1 - decay_rate_fn(steps - 1, decay_rate)
+        is_power = decay_rate_fn is _decay_rate_pow  # then 1 - decay has a form that is exact
+        weight = steps**-decay_rate if is_power else 1 - decay_rate_fn(steps - 1, decay_rate)
         square = abs_square(g) + epsilon
         if (found := axes(g)) is None:
             v = average(square, v, weight)
@@ -192,34 +193,34 @@ def adafactor(
     factored: bool = True,
     weight_decay_mask: Mask | None = None,
 ) -> GradientTransformation:
-    """Adafactor: Adam's magnitude from row and column means, in units of the parameters.
+    """Adafactor: a magnitude from row and column means, and steps relative to the parameters.
 
         v_row, v_col <- averages of row and column means of g^2 + eps, with decay 1 - t^-decay_rate
         x = g / sqrt(v_row v_col / mean(v_row))            x <- x / max(1, rms(x) / threshold)
         u = -learning_rate x max(rms(p), 1e-3) - weight_decay_rate p
 
     Args:
-      learning_rate: above 0 to descend; None (default) is 1. May be a schedule.
-      min_dim_size_to_factor: leaves are factored whose second largest axis is at least this long;
-        128 by default. The others keep all of v.
-      decay_rate: at least 0; 0.8 by default.
-      decay_offset: steps to take off the count; 0 by default.
-      multiply_by_parameter_scale: False leaves max(rms(p), 1e-3) out.
-      clipping_threshold: above 0, of the root mean square of each leaf's update; 1 by default.
+      learning_rate: the step size; positive to descend; None (default) is 1. May be a schedule.
+      min_dim_size_to_factor: a leaf is factored if its second largest axis is at least this long;
+        128 by default. Other leaves store v.
+      decay_rate: exponent of the decay, at least 0; 0.8 by default.
+      decay_offset: number of steps to subtract from the count; 0 by default.
+      multiply_by_parameter_scale: False leaves out the factor max(rms(p), 1e-3).
+      clipping_threshold: above 0, the largest root mean square of x in a leaf; 1 by default.
         None: no clipping.
-      momentum: in [0, 1], an average of updates; None (default): none.
-      dtype_momentum: of its memory.
-      weight_decay_rate: not multiplied by the learning rate; None (default): none. May be a
-        schedule.
+      momentum: decay of an average of updates, in [0, 1]; None (default): no average.
+      dtype_momentum: dtype of this average.
+      weight_decay_rate: weight decay that is not multiplied by the learning rate; None (default):
+        no decay. May be a schedule.
       eps: at least 0, added to g^2; 1e-30 by default.
-      factored: False keeps all of v, as Adam.
-      weight_decay_mask: which leaves decay, as in `adamw`.
+      factored: False stores v for every leaf, as Adam does.
+      weight_decay_mask: selects the leaves that decay, as in `adamw`.
 
-    State: `optax.FactoredState(count, v_row, v_col, v)`: a row and a column for each factored leaf,
-      one tree's worth for the others; one tree more with momentum.
+    State: `optax.FactoredState(count, v_row, v_col, v)`: row and column means for each factored
+      leaf, one array like the parameter for each other leaf; with momentum one more tree.
     Raises: ValueError in `update` if no parameters are given and they are needed.
-    Differs from: Keras and PyTorch, which factor the last two axes and take min(learning_rate,
-      1 / sqrt(t)); optax's decay is off the learning rate, theirs is not.
+    Differs from: Keras and PyTorch, which factor the last two axes, use min(learning_rate,
+      1 / sqrt(t)) and multiply weight decay by the learning rate.
     Source: Shazeer & Stern 2018, algorithms 4 and 6, arXiv:1804.04235.
     """
     links = [scale_by_factored_rms(factored, decay_rate, decay_offset, min_dim_size_to_factor, eps)]

@@ -1,7 +1,8 @@
-"""Optimizers that find their own learning rate, or need no schedule of one.
+"""Optimizers that estimate their learning rate, or need no schedule for it.
 
-Polyak's step divides by the squared norm of the gradient what is left of the loss; the others
-estimate how far the parameters have to go. Norms are over the whole tree.
+Polyak's step is the loss minus its least value, divided by the squared norm of the gradient. DoG,
+DoWG, D-Adaptation and Prodigy estimate the distance from the initial parameters to the solution.
+The schedule-free optimizers average their iterates. Norms are over the whole tree.
 """
 
 from collections.abc import Callable
@@ -139,7 +140,8 @@ def scale_by_polyak(
 ) -> GradientTransformation:
     """u = g min((value - f_min) / (||g||^2 + eps), max_learning_rate): see `polyak_sgd`.
 
-    State: `EmptyState`. Raises: TypeError in `update` if no `value` is given.
+    State: `EmptyState`.
+    Raises: TypeError in `update` if no `value` is given.
     Source: Loizou et al. 2021, equation 4, arXiv:2002.10542.
     """
 
@@ -169,20 +171,20 @@ def polyak_sgd(
     eps: NonNegative = 0.0,
     variant: Literal["sps", "sps+"] = "sps",
 ) -> GradientTransformation:
-    """Polyak's step: as long as the loss says, for g the gradient times `scaling`.
+    """Polyak's step: a step size computed from the loss, for g the gradient times `scaling`.
 
         u = -g min((value - f_min) / (||g||^2 + eps), max_learning_rate)
 
     Args:
-      max_learning_rate: at least 0; 1 by default.
-      scaling: of the gradient; 1 by default. May be a schedule.
+      max_learning_rate: the largest step size, at least 0; 1 by default.
+      scaling: factor of the gradient; 1 by default. May be a schedule.
       f_min: the least value of the loss; 0 by default.
       eps: at least 0, added to the squared norm of the whole tree; 0 by default.
-      variant: "sps+" takes a loss below f_min for f_min.
+      variant: "sps" (default), or "sps+" to replace a loss below f_min by f_min.
 
     State: none. `update` takes the loss: `update(grads, state, params, value=loss)`.
     Raises: TypeError in `update` if no `value` is given.
-    Differs from: `sgd`; this one needs the loss, and to know its least value.
+    Differs from: `sgd`, which needs neither the loss nor its least value.
     Source: Loizou et al. 2021, equation 4, arXiv:2002.10542; Polyak 1969.
     """
     step = scale_by_polyak(f_min, max_learning_rate, eps, variant)
@@ -246,24 +248,24 @@ def dog(
     weight_decay: Number | None = None,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """DoG: the rate is the distance covered so far over the root of all squared gradients.
+    """DoG: the rate is the distance from the start over the root of the sum of squared gradients.
 
         d = max ||p - p0||            G <- G + ||g||^2
         u = -learning_rate d / sqrt(G + eps) g
 
     Args:
-      learning_rate: times the rate found; 1 by default. May be a schedule.
-      init_step: what d starts from: ("distance", d), ("heuristic", r) for r (1 + ||p0||), or
-        ("learning_rate", rate) for the first step's rate.
-      eps: at least 0, inside the root; 1e-8 by default.
+      learning_rate: factor of the estimated rate; 1 by default. May be a schedule.
+      init_step: initial d: ("distance", d); ("heuristic", r) for d = r (1 + ||p0||); or
+        ("learning_rate", rate) for a first step with this rate.
+      eps: at least 0, added inside the root; 1e-8 by default.
       weight_decay: an L2 penalty: weight_decay p is added to the gradient; None (default): none.
-      mask: which leaves decay, as in `adamw`.
+      mask: selects the leaves that decay, as in `adamw`.
 
     State: `optax.contrib.DoGState(is_init_step, init_params, max_dist, sum_sq_norm_grads)`, one
       tree, two scalars and a bool.
     Raises: ValueError in `update` if no parameters are given.
-    Differs from: `dowg`, which weighs gradients by the distance at which they were seen. The paper
-      averages the iterates: wrap it in `average_params`.
+    Differs from: `dowg`, which weights each squared gradient by d2; the paper, which averages the
+      iterates: wrap `dog` in `average_params` for that.
     Source: Ivgi, Hinder & Carmon 2023, algorithm 1, arXiv:2302.12022.
     """
     return chain(
@@ -298,21 +300,21 @@ def dowg(
     weight_decay: Number | None = None,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """DoWG: DoG whose gradients are weighted by the distance at which they were seen.
+    """DoWG: DoG that weights each squared gradient by the squared distance at its step.
 
         d2 = max ||p - p0||^2            G <- G + d2 ||g||^2
         u = -learning_rate d2 / (sqrt(G) + eps) g
 
     Args:
-      learning_rate: times the rate found; 1 by default. May be a schedule.
-      init_estim_sq_dist: at least 0, what d2 starts from; None (default): eps.
-      eps: at least 0, outside the root; 1e-4 by default.
-      weight_decay, mask: as `dog`.
+      learning_rate: factor of the estimated rate; 1 by default. May be a schedule.
+      init_estim_sq_dist: initial d2, at least 0; None (default): eps.
+      eps: at least 0, added outside the root; 1e-4 by default.
+      weight_decay, mask: as in `dog`.
 
     State: `optax.contrib.DoWGState(init_params, weighted_sq_norm_grads, estim_sq_dist)`, one tree
       and two scalars.
     Raises: ValueError in `update` if no parameters are given.
-    Differs from: `dog`.
+    Differs from: `dog`, which weights all squared gradients alike.
     Source: Khaled, Mishchenko & Jin 2023, algorithm 1, arXiv:2305.16284.
     """
     return chain(
@@ -326,7 +328,7 @@ def dowg(
 
 
 def _corrected_rate(count: Any, b1: Any, b2: Any) -> Any:
-    """sqrt(1 - b2^t) / (1 - b1^t), Adam's two corrections as one factor of the rate."""
+    """Return sqrt(1 - b2^t) / (1 - b1^t): Adam's two bias corrections as one factor."""
     return jnp.sqrt(one_minus_power(complement(b2), count)) / one_minus_power(complement(b1), count)
 
 
@@ -338,7 +340,7 @@ def dadapt_adamw(
     estim_lr0: Positive = 1e-6,
     weight_decay: Number = 0.0,
 ) -> GradientTransformation:
-    """D-Adaptation: AdamW that estimates the distance to the solution, from below.
+    """D-Adaptation: AdamW with a growing estimate of the distance to the solution.
 
         k = d learning_rate sqrt(1 - b2^t) / (1 - b1^t)            c = sqrt(b2)
         r <- c r + (1 - c) k <g, s / (sqrt(v) + eps)>, of the s and v of before
@@ -346,11 +348,11 @@ def dadapt_adamw(
         u = -m / (sqrt(v) + eps) - weight_decay k p            d <- max(d, r / ((1 - c) |s|_1))
 
     Args:
-      learning_rate: times the rate found; 1 by default. May be a schedule.
+      learning_rate: factor of the estimated rate; 1 by default. May be a schedule.
       betas: b1 and b2, in [0, 1); 0.9 and 0.999 by default.
-      eps: at least 0, outside the roots; 1e-8 by default.
-      estim_lr0: above 0, what d starts from, below the solution's distance; 1e-6 by default.
-      weight_decay: decoupled; 0 by default.
+      eps: at least 0, added outside the roots; 1e-8 by default.
+      estim_lr0: initial d, above 0 and below the distance to the solution; 1e-6 by default.
+      weight_decay: decoupled weight decay; 0 by default.
 
     State: `optax.contrib.DAdaptAdamWState(exp_avg, exp_avg_sq, grad_sum, ...)`, three trees and
       three scalars.
@@ -395,7 +397,7 @@ def prodigy(
     weight_decay: Number = 0.0,
     safeguard_warmup: bool = False,
 ) -> GradientTransformation:
-    """Prodigy: Adam that estimates the distance to the solution, faster than D-Adaptation.
+    """Prodigy: Adam with an estimate of the distance that grows faster than D-Adaptation's.
 
         k = d learning_rate sqrt(1 - b2^t) / (1 - b1^t)
         r <- b3 r + d / d0 k <g, p0 - p>            s <- b3 s + k d / d0 g
@@ -404,19 +406,19 @@ def prodigy(
         u = -k m / (sqrt(v) + d' eps) - weight_decay k p            d <- d'
 
     Args:
-      learning_rate: times the rate found; 1 by default. May be a schedule.
+      learning_rate: factor of the estimated rate; 1 by default. May be a schedule.
       betas: b1 and b2, in [0, 1); 0.9 and 0.999 by default.
-      beta3: in [0, 1]; None (default): the root of b2.
-      eps: at least 0, outside the root; 1e-8 by default.
-      estim_lr0: above 0, d0, what d starts from, below the solution's distance; 1e-6 by default.
-      estim_lr_coef: above 0, times the estimate; 1 by default.
-      weight_decay: decoupled; 0 by default.
-      safeguard_warmup: True takes d for k in s, so that a warm-up does not raise the estimate.
+      beta3: b3, in [0, 1]; None (default): the square root of b2.
+      eps: at least 0, added outside the root; 1e-8 by default.
+      estim_lr0: d0, the initial d, above 0 and below the distance to the solution; 1e-6 by default.
+      estim_lr_coef: factor of the estimate, above 0; 1 by default.
+      weight_decay: decoupled weight decay; 0 by default.
+      safeguard_warmup: True replaces k by d in s, so that a warm-up does not raise the estimate.
 
     State: `optax.contrib.ProdigyState(exp_avg, exp_avg_sq, grad_sum, params0, ...)`, four trees and
       three scalars.
     Raises: ValueError in `update` if no parameters are given.
-    Differs from: `dadapt_adamw`, which needs no p0.
+    Differs from: `dadapt_adamw`, which does not store p0.
     Source: Mishchenko & Defazio 2024, algorithm 4, arXiv:2306.06101.
     """
     b1, b2 = betas
@@ -468,21 +470,21 @@ def schedule_free_sgd(
     weight_lr_power: NonNegative = 2.0,
     state_dtype: DTypeLike | None = None,
 ) -> GradientTransformation:
-    """Schedule-free SGD: the iterate average of gradient descent, where no schedule is needed.
+    """Schedule-free SGD: gradient descent with an average of iterates instead of a schedule.
 
         z <- z - learning_rate (g + weight_decay p)            x <- (1 - c) x + c z
         u = (1 - b1) z + b1 x - p
 
     Args:
-      learning_rate: the step, above 0 to descend; 1 by default. May be a schedule.
-      warmup_steps: at least 0, of a linear warm-up from 0; None (default): none.
-      b1, weight_lr_power, state_dtype: as `schedule_free`, which also says what c is.
-      weight_decay: added to the gradient, at p; None (default): none.
+      learning_rate: the step size, positive to descend; 1 by default. May be a schedule.
+      warmup_steps: length of a linear warm-up from 0, at least 0; None (default): no warm-up.
+      b1, weight_lr_power, state_dtype: as in `schedule_free`, which also says what c is.
+      weight_decay: weight_decay p is added to the gradient; None (default): no decay.
 
     State: `ScheduleFreeState(b1, weight_sum, step_count, max_lr, base_optimizer_state, z)`, one
       tree and four scalars. Evaluate at `schedule_free_eval_params(state, params)`.
     Raises: ValueError in `update` if no parameters are given.
-    Differs from: `schedule_free_adamw`.
+    Differs from: `schedule_free_adamw`, which divides by a root mean square.
     Source: Defazio et al. 2024, equations 6 to 8, arXiv:2405.15682.
     """
     rate = _warmed_up(learning_rate, warmup_steps)
@@ -501,23 +503,23 @@ def schedule_free_adamw(
     weight_lr_power: NonNegative = 2.0,
     state_dtype: DTypeLike | None = None,
 ) -> GradientTransformation:
-    """Schedule-free AdamW: the iterate average of RMSProp, where no schedule is needed.
+    """Schedule-free AdamW: RMSProp with an average of iterates instead of a schedule.
 
         z <- z - learning_rate (g / (sqrt(v / (1 - b2^t)) + eps) + weight_decay p)
         x <- (1 - c) x + c z            u = (1 - b1) z + b1 x - p
 
     Args:
-      learning_rate: the step, above 0 to descend; 0.0025 by default. May be a schedule.
-      warmup_steps: at least 0, of a linear warm-up from 0; None (default): none.
-      b1, weight_lr_power, state_dtype: as `schedule_free`, which also says what c is.
-      b2: in [0, 1), of the average square; 0.999 by default.
-      eps: at least 0, outside the root; 1e-8 by default.
-      weight_decay: decoupled, at p; 0 by default.
+      learning_rate: the step size, positive to descend; 0.0025 by default. May be a schedule.
+      warmup_steps: length of a linear warm-up from 0, at least 0; None (default): no warm-up.
+      b1, weight_lr_power, state_dtype: as in `schedule_free`, which also says what c is.
+      b2: decay of the average square, in [0, 1); 0.999 by default.
+      eps: at least 0, added outside the root; 1e-8 by default.
+      weight_decay: decoupled weight decay, at the parameters p; 0 by default.
 
     State: `ScheduleFreeState(..., base_optimizer_state, z)`, two trees (z and v) and six scalars.
       Evaluate at `schedule_free_eval_params(state, params)`.
     Raises: ValueError in `update` if no parameters are given.
-    Differs from: `adamw`, whose momentum is in place of the average.
+    Differs from: `adamw`, which averages gradients instead of iterates.
     Source: Defazio et al. 2024, algorithm 1, arXiv:2405.15682.
     """
     rate = _warmed_up(learning_rate, warmup_steps)

@@ -30,13 +30,13 @@ __all__ = ["scale_by_shampoo", "scale_by_soap", "shampoo", "soap"]
 
 
 def _moment(g: Any, axis: int) -> Any:
-    """The matrix of products of slices along an axis."""
+    """Return the matrix of inner products between the slices of g along an axis."""
     others = [a for a in range(g.ndim) if a != axis]
     return jnp.tensordot(g, jnp.conj(g), (others, others))
 
 
 def _along(x: Any, axis: int, matrix: Any) -> Any:
-    """x with each vector along an axis multiplied by a matrix."""
+    """Return x with each vector along an axis multiplied by a matrix."""
     return jnp.moveaxis(jnp.tensordot(matrix, x, (1, axis)), 0, axis)
 
 
@@ -50,7 +50,7 @@ class ShampooState(NamedTuple):
 def scale_by_shampoo(
     eps: NonNegative = 1e-4, *, max_precond_dim: Structure = 1024
 ) -> GradientTransformation:
-    """u = g, multiplied along each axis by H^(-1 / 2k), for k axes: see `shampoo`.
+    """u = g multiplied along each axis by H^(-1 / 2k), for k axes: see `shampoo`.
 
     State: `ShampooState(preconditioners)`, for each leaf a square matrix for each axis that is no
       longer than `max_precond_dim`.
@@ -84,23 +84,23 @@ def shampoo(
     *,
     max_precond_dim: Structure = 1024,
 ) -> GradientTransformation:
-    """Shampoo: full-matrix AdaGrad of the rows and of the columns of a matrix.
+    """Shampoo: full-matrix AdaGrad for the rows and for the columns of a matrix.
 
         L <- L + g g^T            R <- R + g^T g
         u = -learning_rate L^(-1/4) g R^(-1/4), for a matrix; H^(-1/2k) for each of k axes
 
     Args:
-      learning_rate: the step, above 0 to descend. May be a schedule.
-      eps: at least 0, what the diagonals of L and R start from; 1e-4 by default.
-      momentum: in [0, 1], of the preconditioned gradients, as `momentum`; None (default): none.
+      learning_rate: the step size; positive to descend. May be a schedule.
+      eps: initial value of the diagonals of L and R, at least 0; 1e-4 by default.
+      momentum: in [0, 1], momentum of the preconditioned gradients; None (default): no momentum.
       max_precond_dim: longer axes are left out, and k counts the others; 1024 by default.
 
     State: `ShampooState(preconditioners)`, for each leaf a square matrix for each axis that is no
-      longer than `max_precond_dim`; one tree more with momentum. On explicit mesh axes every
+      longer than `max_precond_dim`; with momentum one more tree. On explicit mesh axes every
       device holds all square matrices; each update gathers the gradient, one leaf at a time, and
-      every device decomposes all of them. On auto axes the compiler shards them.
-    Differs from: `soap`, which forgets, and decomposes only now and then; here each step has an
-      eigendecomposition of every preconditioner.
+      every device decomposes all matrices. On auto axes the compiler shards them.
+    Differs from: `soap`, which averages with a decay and decomposes every few steps; Shampoo
+      decomposes every preconditioner at each step.
     Source: Gupta, Koren & Singer 2018, algorithms 1 and 2, arXiv:1802.09568.
     """
     memory = identity() if momentum is None else scale_by_momentum(momentum)
@@ -117,11 +117,11 @@ def shampoo(
 class SoapState(NamedTuple):
     """State of `scale_by_soap`."""
 
-    count: jax.Array  # int32 scalar: calls so far, of which the first only looks
-    mu: Any  # like the parameters, at least float32, in the bases below
-    nu: Any
+    count: jax.Array  # int32 scalar: number of calls so far; the first one takes no step
+    mu: Any  # average gradient in `bases`; like the parameters, at least float32
+    nu: Any  # average squared gradient in `bases`; like mu
     preconditioners: Any  # for each parameter array, a square matrix per axis that is rotated
-    bases: Any  # their approximate eigenvectors
+    bases: Any  # approximate eigenvectors of the preconditioners
 
 
 class _SoapLeaves(NamedTuple):
@@ -146,7 +146,7 @@ def scale_by_soap(
     max_precond_dim: Structure = 10_000,
     precondition_1d: bool = False,
 ) -> GradientTransformation:
-    """Adam in the eigenbases of Shampoo's preconditioners: see `soap`.
+    """Adam's quotient in the eigenbases of Shampoo's preconditioners: see `soap`.
 
     State: `SoapState(count, mu, nu, preconditioners, bases)`, two trees, a scalar, and two
       square matrices for each axis that is rotated.
@@ -174,11 +174,11 @@ def scale_by_soap(
         return x
 
     def refreshed(mu: Any, nu: Any, preconditioners: Any, bases: Any) -> tuple[Any, Any, Any]:
-        """One power iteration on each basis, its columns in the order of what they hold."""
+        """Sort each basis by eigenvalue, apply one power iteration, and rotate mu and nu."""
         new = []
         for axis, h, basis in zip(rotated(mu), preconditioners, bases, strict=True):
-            held = jnp.real(jnp.diagonal(basis.conj().T @ h @ basis))
-            order = jnp.argsort(-held)
+            eigenvalues = jnp.real(jnp.diagonal(basis.conj().T @ h @ basis))
+            order = jnp.argsort(-eigenvalues)
             nu = jnp.take(nu, order, axis)
             new.append(orthonormal(h @ jnp.take(basis, order, 1)))
         return into(out_of(mu, bases), new), nu, tuple(new)
@@ -191,21 +191,21 @@ def scale_by_soap(
             g: Any, mu: Any, nu: Any, preconditioners: Any, bases: Any
         ) -> tuple[Any, Any, Any, Any, Any]:
             x = into(g, bases)
-            keep = lambda new, old: new.astype(old.dtype)
-            mu = keep(jnp.where(first, mu, average(x, mu, w1)), mu)
-            nu = keep(jnp.where(first, nu, average(abs_square(x), nu, w2)), nu)
+            cast = lambda new, old: new.astype(old.dtype)
+            mu = cast(jnp.where(first, mu, average(x, mu, w1)), mu)
+            nu = cast(jnp.where(first, nu, average(abs_square(x), nu, w2)), nu)
             u = out_of(quotient(mu, safe_sqrt(nu) + eps), bases) * (jnp.sqrt(c2) / c1)
             moments = [_moment(g, axis) for axis in rotated(g)]
             preconditioners = tuple(
-                keep(average(m, h, w3), h) for h, m in zip(preconditioners, moments, strict=True)
+                cast(average(m, h, w3), h) for h, m in zip(preconditioners, moments, strict=True)
             )
             if bases:
-                held = tuple(map(within_range, preconditioners))
-                start = lambda: (mu, nu, tuple(map(eigenvectors, held)))
-                follow = lambda: refreshed(mu, nu, held, bases)
-                stay = lambda: (mu, nu, bases)
-                turn = lambda: jax.lax.cond(first, start, follow)
-                mu, nu, bases = jax.lax.cond(refresh, turn, stay)
+                scaled = tuple(map(within_range, preconditioners))
+                start = lambda: (mu, nu, tuple(map(eigenvectors, scaled)))
+                iterate = lambda: refreshed(mu, nu, scaled, bases)
+                unchanged = lambda: (mu, nu, bases)
+                new_bases = lambda: jax.lax.cond(first, start, iterate)
+                mu, nu, bases = jax.lax.cond(refresh, new_bases, unchanged)
             return jnp.where(first, 0 * g, u), mu, nu, preconditioners, bases
 
         def on_whole(g: Any, mu: Any, nu: Any, preconditioners: Any, bases: Any) -> Any:
@@ -246,24 +246,24 @@ def soap(
         u = -learning_rate (c U (m / (sqrt(v) + eps)) V^T + weight_decay p)
 
     Args:
-      learning_rate: the step, above 0 to descend. May be a schedule.
-      b1, b2: in [0, 1), of Adam's averages; 0.95 both by default.
-      shampoo_beta: in [0, 1), of L and R; None (default): b2.
-      eps: at least 0, outside the root, before the bias correction; 1e-8 by default.
-      weight_decay: decoupled, of the parameters after the step; 0.01 by default.
+      learning_rate: the step size; positive to descend. May be a schedule.
+      b1, b2: decays of Adam's averages, in [0, 1); both 0.95 by default.
+      shampoo_beta: decay of L and R, in [0, 1); None (default): b2.
+      eps: at least 0, added outside the root, before the bias correction; 1e-8 by default.
+      weight_decay: decoupled weight decay, of the parameters after the step; 0.01 by default.
       precondition_frequency: at least 1, steps between two refreshments of the bases, each one
         power iteration and a QR; 10 by default.
       max_precond_dim: longer axes are not rotated; 10,000 by default.
       precondition_1d: True rotates vectors too.
 
     State: `SoapState(count, mu, nu, preconditioners, bases)`, two trees, a scalar, and two
-      square matrices for each axis that is rotated. The first call looks only: its
+      square matrices for each axis that is rotated. The first call only initializes the bases: its
       update is 0. On explicit mesh axes `mu` and `nu` are sharded like the parameters, and every
       device holds all square matrices; each update gathers the gradient, `mu` and `nu`, one leaf
-      at a time, and every device computes all of the step. On auto axes the compiler decides.
+      at a time, and every device computes the whole step. On auto axes the compiler decides.
     Raises: ValueError in `update` if no parameters are given.
-    Differs from: `shampoo`, which has no memory of signs; `adam`, which it is for vectors. Under
-      `jax.vmap` the bases are computed at every step.
+    Differs from: `shampoo`, which has no average of gradients. Vectors get Adam's quotient, without
+      a rotation. Under `jax.vmap` the bases are computed at every step.
     Source: Vyas et al. 2024, algorithm 3, arXiv:2409.11321, as in the authors' program.
     """
 

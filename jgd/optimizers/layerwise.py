@@ -1,7 +1,7 @@
-"""Optimizers that scale each parameter array as a whole.
+"""Optimizers that scale the step of each parameter array by one factor.
 
-A layer's step is set against the size of its weights (LARS, LAMB, Fromage) or against the norm of
-its gradient (NovoGrad).
+The factor is relative to the norm of the layer's weights (LARS, LAMB, Fromage) or of its gradients
+(NovoGrad).
 """
 
 from typing import Any, NamedTuple
@@ -46,25 +46,26 @@ def lars(
     momentum: Fraction = 0.9,
     nesterov: bool = False,
 ) -> GradientTransformation:
-    """LARS: momentum, with each layer's step in proportion to its weights.
+    """LARS: momentum whose step in each layer is proportional to the norm of its weights.
 
         x = g + weight_decay p            r = trust_coefficient ||p|| / (||x|| + eps)
         v <- momentum v - learning_rate r x            u = v
 
     Args:
-      learning_rate: the step, above 0 to descend. May be a schedule.
-      weight_decay: inside the trust ratio; 0 by default. May be a schedule.
+      learning_rate: the step size; positive to descend. May be a schedule.
+      weight_decay: weight decay inside the trust ratio; 0 by default. May be a schedule.
       weight_decay_mask, trust_ratio_mask: a tree of bools like the parameters (or a prefix), or a
-        function from parameters to one: which leaves decay, which have a ratio. True: all.
+        function from parameters to one. They select the leaves that decay and the leaves that have
+        a trust ratio. True (default): all.
       trust_coefficient: above 0; 1e-3 by default.
       eps: at least 0, added to ||x||; 0 by default.
       momentum: in [0, 1]; 0.9 by default.
-      nesterov: look ahead.
+      nesterov: True looks ahead, as in `nesterov`.
 
     State: `optax.TraceState(trace)`, one tree.
     Raises: ValueError in `update` if no parameters are given.
-    Differs from: `lamb`, whose direction is Adam's; the learning rate is inside the velocity.
-      Layers that are scanned over, in one array, want `per_layer`.
+    Differs from: `lamb`, whose direction is Adam's; `momentum`, whose velocity does not include the
+      learning rate. Wrap it in `per_layer` if one array holds several layers, as in a scan.
     Source: You, Gitman & Ginsburg 2017, algorithm 1, arXiv:1708.03888.
     """
     ratio = scale_by_trust_ratio(trust_coefficient=trust_coefficient, eps=eps)
@@ -86,21 +87,21 @@ def lamb(
     weight_decay: Number = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """LAMB: Adam, with each layer's step in proportion to its weights.
+    """LAMB: Adam whose step in each layer is proportional to the norm of its weights.
 
         x = m^ / (sqrt(v^ + eps_root) + eps) + weight_decay p
         u = -learning_rate x ||p|| / ||x||
 
     Args:
-      learning_rate, b1, b2, eps_root: as `adam`.
-      eps: at least 0, outside the root; 1e-6 by default.
-      weight_decay: inside the trust ratio; 0 by default. May be a schedule.
-      mask: which leaves decay, as in `adamw`.
+      learning_rate, b1, b2, eps_root: as in `adam`.
+      eps: at least 0, added outside the root; 1e-6 by default.
+      weight_decay: weight decay inside the trust ratio; 0 by default. May be a schedule.
+      mask: selects the leaves that decay, as in `adamw`.
 
     State: `optax.ScaleByAdamState(count, mu, nu)`, two trees and a scalar.
     Raises: ValueError in `update` if no parameters are given.
-    Differs from: Keras, whose decay is outside the ratio. Layers that are scanned over, in one
-      array, want `per_layer`.
+    Differs from: Keras, whose decay is outside the trust ratio. Wrap it in `per_layer` if one array
+      holds several layers, as in a scan.
     Source: You et al. 2020, algorithm 2, arXiv:1904.00962, without a bound on ||p||.
     """
     return chain(
@@ -113,18 +114,18 @@ def lamb(
 
 @as_pytree
 def fromage(learning_rate: Number, min_norm: NonNegative = 1e-6) -> GradientTransformation:
-    """Fromage: each layer turns by a fixed relative amount, and shrinks as much as that adds.
+    """Fromage: changes each layer by a fixed fraction of its norm, and shrinks it to keep the norm.
 
         c = 1 / sqrt(1 + learning_rate^2)
         u = -c learning_rate g ||p|| / ||g|| + (c - 1) p
 
     Args:
       learning_rate: the relative change of each layer, 0.01 for example. May be a schedule.
-      min_norm: at least 0; norms below it count as it. 1e-6 by default.
+      min_norm: the least norm, at least 0; smaller norms are raised to it. 1e-6 by default.
 
     State: none.
     Raises: ValueError in `update` if no parameters are given.
-    Differs from: `lars`, which has no shrinkage and a momentum.
+    Differs from: `lars`, which has momentum and does not shrink the weights.
     Source: Bernstein et al. 2020, algorithm 1, arXiv:2002.03432.
     """
     growth = jnp.sqrt(1 + learning_rate**2)
@@ -149,9 +150,9 @@ def scale_by_novograd(
     weight_decay: Number = 0.0,
     mu_dtype: DTypeLike | None = None,
 ) -> GradientTransformation:
-    """Momentum of gradients over the norm of their layer's gradients: see `novograd`.
+    """m <- b1 m + g / (sqrt(v + eps_root) + eps) + weight_decay p, and u = m: see `novograd`.
 
-    State: `optax.ScaleByNovogradState(count, mu, nu)`, one tree, and one scalar for each leaf.
+    State: `optax.ScaleByNovogradState(count, mu, nu)`, one tree and one scalar for each leaf.
     Source: Ginsburg et al. 2019, algorithm 1, arXiv:1905.11286.
     """
 
@@ -179,21 +180,21 @@ def novograd(
     eps_root: NonNegative = 0.0,
     weight_decay: Number = 0.0,
 ) -> GradientTransformation:
-    """NovoGrad: momentum of gradients, each over the running norm of its layer.
+    """NovoGrad: momentum of gradients, each divided by the running norm of its layer's gradients.
 
         v <- b2 v + (1 - b2) ||g||^2, for each layer, ||g||^2 at first
         m <- b1 m + g / (sqrt(v + eps_root) + eps) + weight_decay p            u = -learning_rate m
 
     Args:
-      learning_rate: the step, above 0 to descend. May be a schedule, as the others.
-      b1: in [0, 1], of the momentum; 0.9 by default.
-      b2: in [0, 1), of the average squared norm; 0.25 by default.
-      eps, eps_root: at least 0, outside and inside the root; 1e-6 and 0 by default.
-      weight_decay: inside the momentum; 0 by default.
+      learning_rate: the step size; positive to descend. May be a schedule, like the other numbers.
+      b1: momentum, in [0, 1]; 0.9 by default.
+      b2: decay of the average squared norm, in [0, 1); 0.25 by default.
+      eps, eps_root: at least 0, added outside and inside the root; 1e-6 and 0 by default.
+      weight_decay: weight decay inside the momentum; 0 by default.
 
-    State: `optax.ScaleByNovogradState(count, mu, nu)`, one tree, and one scalar for each leaf.
+    State: `optax.ScaleByNovogradState(count, mu, nu)`, one tree and one scalar for each leaf.
     Raises: ValueError in `update` if no parameters are given.
-    Differs from: `lars`, whose ratio has the weights' norm in it.
+    Differs from: `lars`, whose step is proportional to the norm of the weights.
     Source: Ginsburg et al. 2019, algorithm 1, arXiv:1905.11286.
     """
     return chain(

@@ -1,4 +1,4 @@
-"""Adam and its nearest kin: a corrected average over a corrected root mean square.
+"""Adam and its closest variants: a corrected average over a corrected root mean square.
 
     adam       divide(ema(b1), rms(b2, eps))
     nadam      divide(nesterov_ema(b1), rms(b2, eps))
@@ -53,16 +53,17 @@ def scale_by_adam(
 ) -> GradientTransformation:
     """m <- b1 m + (1 - b1) g, v <- b2 v + (1 - b2) g^2, and u = m^ / (sqrt(v^ + eps_root) + eps).
 
-    m^ = m / (1 - b1^t) and v^ = v / (1 - b2^t); with `nesterov` the direction is `nesterov_ema`.
+    m^ = m / (1 - b1^t) and v^ = v / (1 - b2^t). With `nesterov`, `nesterov_ema` replaces m^.
 
     Args:
-      b1, b2: in [0, 1). May be schedules.
-      eps, eps_root: at least 0, outside and inside the root.
-      mu_dtype: of m; None: float32 for 16-bit parameters, else theirs.
-      nesterov: True looks ahead, as NAdam.
+      b1, b2: decays of m and v, in [0, 1). May be schedules.
+      eps, eps_root: at least 0, added outside and inside the root.
+      mu_dtype: dtype of m. None: float32 for 16-bit parameters, otherwise their dtype.
+      nesterov: True looks ahead, as in `nadam`.
 
     State: `optax.ScaleByAdamState(count, mu, nu)`, two trees and a scalar.
-    Differs from: optax where a decay follows a schedule: the correction is right there.
+    Differs from: optax, whose bias correction under a scheduled decay uses the current decay for
+      all steps; jgd uses the product of the decays so far.
     Source: Kingma & Ba 2015, algorithm 1, arXiv:1412.6980.
     """
     direction = nesterov_ema if nesterov else ema
@@ -82,20 +83,21 @@ def adam(
     *,
     nesterov: bool = False,
 ) -> GradientTransformation:
-    """Adam: descend by the bias-corrected average over the bias-corrected root mean square.
+    """Adam: divides the average gradient by its root mean square, both bias-corrected.
 
         m <- b1 m + (1 - b1) g            v <- b2 v + (1 - b2) g^2
         u  = -learning_rate (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t) + eps_root) + eps)
 
     Args:
-      learning_rate: the step, above 0 to descend. May be a schedule, as the others.
-      b1: in [0, 1), of the average gradient; 0.9 by default.
-      b2: in [0, 1), of the average square; 0.999 by default. `square` says what happens where a
-        square overflows.
-      eps: at least 0, outside the root; 1e-8 by default.
-      eps_root: at least 0, inside; 0 by default. Hypergradients are finite with 0 as well.
-      mu_dtype: of m; None: float32 for 16-bit parameters, else theirs.
-      nesterov: True looks ahead, which is `nadam`.
+      learning_rate: the step size; positive to descend. May be a schedule, like the other numbers.
+      b1: decay of the average gradient m, in [0, 1); 0.9 by default.
+      b2: decay of the average square v, in [0, 1); 0.999 by default. `square` says what happens
+        where a square overflows.
+      eps: at least 0, added outside the root; 1e-8 by default.
+      eps_root: at least 0, added inside the root; 0 by default. Hypergradients are finite even
+        with 0.
+      mu_dtype: dtype of m. None: float32 for 16-bit parameters, otherwise their dtype.
+      nesterov: True gives `nadam`.
 
     State: `optax.ScaleByAdamState(count, mu, nu)`, two trees and a scalar.
     Differs from: Keras, which adds eps before the bias correction; `adamw`, which decays weights.
@@ -126,17 +128,17 @@ def adamw(
         u = -learning_rate (m^ / (sqrt(v^ + eps_root) + eps) + weight_decay p)
 
     Args:
-      learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov: as `adam`.
-      weight_decay: 1e-4 by default. May be a schedule.
+      learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov: as in `adam`.
+      weight_decay: decoupled weight decay; 1e-4 by default. May be a schedule.
       mask: a tree of bools like the parameters (or a prefix), or a function from parameters to
-        one: which leaves decay. None: all do.
-      independent_decay: True takes the decay out of the rate, u = -learning_rate (...) -
-        weight_decay p, so that the best decay does not move with the rate; a schedule of the rate
-        then leaves the decay alone.
+        one; only leaves marked True decay. None (default): all do.
+      independent_decay: True does not multiply the decay by the learning rate,
+        u = -learning_rate (...) - weight_decay p, so that the best weight decay does not depend on
+        the learning rate, and a schedule of the rate does not change the decay.
 
-    State: as `adam`.
+    State: as in `adam`.
     Raises: ValueError in `update` if no parameters are given.
-    Differs from: Adam on a loss with an L2 penalty, whose decay passes through the quotient.
+    Differs from: Adam on a loss with an L2 penalty, where the decay is part of the gradient.
     Source: Loshchilov & Hutter 2019, algorithm 2, arXiv:1711.05101.
     """
     direction = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
@@ -158,12 +160,12 @@ def nadam(
     *,
     nesterov: bool = True,
 ) -> GradientTransformation:
-    """NAdam: Adam that looks ahead as Nesterov does.
+    """NAdam: Adam with Nesterov's look ahead.
 
         m^ = b1 m / (1 - b1^(t+1)) + (1 - b1) g / (1 - b1^t)
         u  = -learning_rate m^ / (sqrt(v / (1 - b2^t) + eps_root) + eps)
 
-    Args, State: as `adam`; `nesterov=False` is `adam`.
+    Args, State: as in `adam`; `nesterov=False` gives `adam`.
     Differs from: Keras and PyTorch, whose b1 follows a schedule.
     Source: Dozat 2016, algorithm 2, with one b1 for all steps.
     """
@@ -188,7 +190,7 @@ def nadamw(
         m^ = b1 m / (1 - b1^(t+1)) + (1 - b1) g / (1 - b1^t)
         u  = -learning_rate (m^ / (sqrt(v^ + eps_root) + eps) + weight_decay p)
 
-    Args, State: as `adamw`, which `nesterov=False` is.
+    Args, State: as in `adamw`; `nesterov=False` gives `adamw`.
     Differs from: PyTorch's NAdam with decoupled decay, whose b1 follows a schedule.
     Source: Dozat 2016, algorithm 2; Loshchilov & Hutter 2019, arXiv:1711.05101.
     """
@@ -207,14 +209,14 @@ def scale_by_amsgrad(
     bias_correction_mu: bool = True,
     bias_correction_nu: bool = True,
 ) -> GradientTransformation:
-    """Adam whose magnitude never shrinks: x <- max(x, v^), and u = m^ / (sqrt(x + eps_root) + eps).
+    """x <- max(x, v^), and u = m^ / (sqrt(x + eps_root) + eps), for m^ and v^ of `scale_by_adam`.
 
     Args:
-      b1, b2, eps, eps_root, mu_dtype: as `scale_by_adam`.
-      bias_correction_mu, bias_correction_nu: False takes m for m^, v for v^, as the paper does.
+      b1, b2, eps, eps_root, mu_dtype: as in `scale_by_adam`.
+      bias_correction_mu, bias_correction_nu: False replaces m^ by m, or v^ by v, as in the paper.
 
-    State: `optax.ScaleByAmsgradState(count, mu, nu, nu_max)`, three trees.
-    Differs from: PyTorch and Keras, whose maximum is over v before its correction.
+    State: `optax.ScaleByAmsgradState(count, mu, nu, nu_max)`, three trees and a scalar.
+    Differs from: PyTorch and Keras, which take the maximum before the bias correction of v.
     Source: Reddi, Kale & Kumar 2018, algorithm 2, arXiv:1904.09237.
     """
     direction = ema(b1, bias_correction_mu, mu_dtype, name="mu")
@@ -235,17 +237,17 @@ def amsgrad(
     bias_correction_mu: bool = True,
     bias_correction_nu: bool = True,
 ) -> GradientTransformation:
-    """AMSGrad: Adam over a magnitude that never shrinks.
+    """AMSGrad: Adam with a magnitude that never shrinks.
 
         x <- max(x, v / (1 - b2^t))
         u  = -learning_rate (m / (1 - b1^t)) / (sqrt(x + eps_root) + eps)
 
     Args:
-      learning_rate, b1, b2, eps, eps_root, mu_dtype: as `adam`.
-      bias_correction_mu, bias_correction_nu: False leaves that correction out, as the paper does.
+      learning_rate, b1, b2, eps, eps_root, mu_dtype: as in `adam`.
+      bias_correction_mu, bias_correction_nu: False leaves out the correction, as in the paper.
 
-    State: `optax.ScaleByAmsgradState(count, mu, nu, nu_max)`, three trees.
-    Differs from: PyTorch and Keras, whose maximum is over v before its correction: another path.
+    State: `optax.ScaleByAmsgradState(count, mu, nu, nu_max)`, three trees and a scalar.
+    Differs from: PyTorch and Keras, which take the maximum before the bias correction of v.
     Source: Reddi, Kale & Kumar 2018, algorithm 2, arXiv:1904.09237.
     """
     return chain(
@@ -261,12 +263,12 @@ def scale_by_adamax(
     """m <- b1 m + (1 - b1) g, x <- max(b2 x, |g| + eps), and u = m / (1 - b1^t) / x.
 
     Args:
-      b1: in [0, 1). May be a schedule.
-      b2: in [0, 1]. May be a schedule.
-      eps: at least 0, inside the maximum.
+      b1: decay of m, in [0, 1). May be a schedule.
+      b2: decay of the maximum x, in [0, 1]. May be a schedule.
+      eps: at least 0, added inside the maximum.
 
     State: `optax.ScaleByAdamState(count, mu, nu)`, two trees and a scalar.
-    Differs from: Keras, which adds eps to x when it divides.
+    Differs from: Keras, which adds eps to x in the denominator.
     Source: Kingma & Ba 2015, algorithm 2, arXiv:1412.6980.
     """
     quotient = divide(ema(b1, name="mu"), decayed_max(b2, eps, name="nu"))
@@ -280,17 +282,17 @@ def adamax(
     b2: Fraction = 0.999,
     eps: NonNegative = 1e-8,
 ) -> GradientTransformation:
-    """AdaMax: Adam over a decaying maximum in place of the root mean square.
+    """AdaMax: Adam with a decaying maximum in place of the root mean square.
 
         x <- max(b2 x, |g| + eps)            u = -learning_rate (m / (1 - b1^t)) / x
 
     Args:
-      learning_rate, b1: as `adam`.
-      b2: in [0, 1], of the maximum; 0.999 by default. May be a schedule.
-      eps: at least 0, inside the maximum; 1e-8 by default.
+      learning_rate, b1: as in `adam`.
+      b2: decay of the maximum x, in [0, 1]; 0.999 by default. May be a schedule.
+      eps: at least 0, added inside the maximum; 1e-8 by default.
 
     State: `optax.ScaleByAdamState(count, mu, nu)`, two trees and a scalar.
-    Differs from: Keras, which adds eps to x when it divides.
+    Differs from: Keras, which adds eps to x in the denominator.
     Source: Kingma & Ba 2015, algorithm 2, arXiv:1412.6980.
     """
     return chain(scale_by_adamax(b1, b2, eps), scale_by_learning_rate(learning_rate))
@@ -311,12 +313,12 @@ def adamaxw(
         u = -learning_rate (m / (1 - b1^t) / x + weight_decay p)
 
     Args:
-      learning_rate, b1, b2, eps: as `adamax`.
-      weight_decay: 1e-4 by default. May be a schedule.
-      mask: which leaves decay, as in `adamw`.
+      learning_rate, b1, b2, eps: as in `adamax`.
+      weight_decay: decoupled weight decay; 1e-4 by default. May be a schedule.
+      mask: selects the leaves that decay, as in `adamw`.
 
     State: `optax.ScaleByAdamState(count, mu, nu)`, two trees and a scalar.
-    Differs from: `adamax` on a loss with an L2 penalty, whose decay passes through the quotient.
+    Differs from: `adamax` on a loss with an L2 penalty, where the decay is part of the gradient.
     Source: Kingma & Ba 2015, algorithm 2, arXiv:1412.6980; Loshchilov & Hutter 2019.
     """
     return chain(

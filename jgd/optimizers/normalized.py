@@ -1,7 +1,7 @@
-"""Optimizers that divide each gradient by its magnitude before anything is averaged.
+"""Optimizers that divide each gradient by a magnitude before they average it.
 
-LaProp is Adam in the other order, ADOPT divides by the magnitude of the step before, AdaDelta
-multiplies by that of past steps.
+LaProp divides by the current magnitude and ADOPT by the magnitude of the previous step. AdaDelta
+does not average; it multiplies the quotient by the root mean square of past updates.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ __all__ = [
 def scale_by_laprop(
     b1: Decay = 0.9, b2: Decay = 0.999, eps: NonNegative = 1e-15
 ) -> GradientTransformation:
-    """v as Adam's, m <- b1 m + (1 - b1) g / (sqrt(v^) + eps), and u = m^.
+    """v as in Adam, m <- b1 m + (1 - b1) g / (sqrt(v^) + eps), and u = m^.
 
     State: `optax.ScaleByAdamState(count, mu, nu)`, two trees and a scalar.
     Source: Ziyin, Wang & Ueda 2020, algorithm 1, arXiv:2002.04839.
@@ -60,19 +60,19 @@ def laprop(
     weight_decay: Number = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """LaProp: momentum of normalised gradients, Adam in the other order.
+    """LaProp: Adam that divides before it averages, so that momentum is of normalised gradients.
 
         v <- b2 v + (1 - b2) g^2            m <- b1 m + (1 - b1) g / (sqrt(v / (1 - b2^t)) + eps)
         u = -learning_rate (m / (1 - b1^t) + weight_decay p)
 
     Args:
-      learning_rate, b1, b2: as `adam`; here b1 and b2 may be any pair.
-      eps: at least 0, outside the root; 1e-15 by default.
-      weight_decay: decoupled; 0 by default. May be a schedule.
-      mask: which leaves decay, as in `adamw`.
+      learning_rate, b1, b2: as in `adam`. Any pair of b1 and b2 is stable.
+      eps: at least 0, added outside the root; 1e-15 by default.
+      weight_decay: decoupled weight decay; 0 by default. May be a schedule.
+      mask: selects the leaves that decay, as in `adamw`.
 
     State: `optax.ScaleByAdamState(count, mu, nu)`, two trees and a scalar.
-    Differs from: `adam`, which divides the average, and not each gradient, by the magnitude of now.
+    Differs from: `adam`, which divides the average, not each gradient, by the current magnitude.
     Source: Ziyin, Wang & Ueda 2020, algorithm 1, arXiv:2002.04839.
     """
     return chain(
@@ -102,7 +102,7 @@ def scale_by_adopt(
     use_clipping: bool = True,
     clip_value_fn: Callable[[Any], Any] = _fourth_root,
 ) -> GradientTransformation:
-    """The average of g / max(sqrt(v), eps), for the v of the step before: see `adopt`.
+    """m <- b1 m + (1 - b1) clip(g / max(sqrt(v_old), eps), t^(1/4)), and u = m: see `adopt`.
 
     State: `optax.ScaleByAdamState(count, mu, nu)`, two trees and one scalar.
     Source: Taniguchi et al. 2024, algorithm 2, arXiv:2411.02853.
@@ -112,7 +112,7 @@ def scale_by_adopt(
         x = quotient(g, jnp.maximum(safe_sqrt(nu), eps))
         if use_clipping:
             x = entries(x, clip_value_fn(t - 1))
-        first = t == 1  # nothing to divide by yet
+        first = t == 1  # no earlier magnitude to divide by: the update is 0
         nu = average(abs_square(g), nu, jnp.where(first, 1, weight))
         return jnp.where(first, 0 * g, x), nu
 
@@ -134,21 +134,21 @@ def adopt(
     use_clipping: bool = True,
     clip_value_fn: Callable[[Any], Any] = _fourth_root,
 ) -> GradientTransformation:
-    """ADOPT: Adam that divides by the magnitude of before, and converges for any b2.
+    """ADOPT: Adam that divides by the magnitude of the previous step, and converges for any b2.
 
         x = clip(g / max(sqrt(v_old), eps), t^(1/4))            v <- b2 v + (1 - b2) g^2
         m <- b1 m + (1 - b1) x            u = -learning_rate m
 
     Args:
-      learning_rate, b1, mu_dtype: as `adam`.
-      b2: in [0, 1), of the average square, which starts as the first g^2; 0.9999 by default.
-      eps: at least 0, the least magnitude; 1e-6 by default.
+      learning_rate, b1, mu_dtype: as in `adam`.
+      b2: decay of the average square v, in [0, 1); 0.9999 by default. v starts as the first g^2.
+      eps: the least magnitude, at least 0; 1e-6 by default.
       nesterov: True averages x into m a second time for the update.
       use_clipping: False does not clip x.
-      clip_value_fn: the bound of |x|, as a function of the steps so far.
+      clip_value_fn: steps so far -> the bound of |x|; the fourth root by default.
 
     State: `optax.ScaleByAdamState(count, mu, nu)`, two trees and one scalar. The first update is 0.
-    Differs from: `laprop`, whose magnitude has seen the gradient it divides.
+    Differs from: `laprop`, whose magnitude includes the gradient that it divides.
     Source: Taniguchi et al. 2024, algorithm 2, arXiv:2411.02853.
     """
     direction = scale_by_adopt(
@@ -165,7 +165,7 @@ def adopt(
 
 @as_pytree
 def scale_by_adadelta(rho: Decay = 0.9, eps: NonNegative = 1e-6) -> GradientTransformation:
-    """u = sqrt(e_x + eps) / sqrt(e_g + eps) g, for average squares of g and of u: see `adadelta`.
+    """u = sqrt(e_x + eps) / sqrt(e_g + eps) g, with average squares of g and u: see `adadelta`.
 
     State: `optax.ScaleByAdaDeltaState(e_g, e_x)`, two trees.
     Source: Zeiler 2012, algorithm 1, arXiv:1212.5701.
@@ -188,20 +188,20 @@ def adadelta(
     weight_decay: Number = 0.0,
     weight_decay_mask: Mask | None = None,
 ) -> GradientTransformation:
-    """AdaDelta: the gradient in units of the parameters, by the root mean square of past steps.
+    """AdaDelta: gradients over their root mean square, times the root mean square of past updates.
 
         e_g <- rho e_g + (1 - rho) g^2            d = sqrt(e_x + eps) / sqrt(e_g + eps) g
         e_x <- rho e_x + (1 - rho) d^2            u = -learning_rate d
 
     Args:
-      learning_rate: above 0 to descend. None (default) is 1, as in the paper. May be a schedule.
-      rho: in [0, 1), of both averages; 0.9 by default.
-      eps: at least 0, inside both roots; 1e-6 by default. It sets the size of the first steps.
+      learning_rate: positive to descend. None (default) is 1, as in the paper. May be a schedule.
+      rho: decay of both averages, in [0, 1); 0.9 by default.
+      eps: at least 0, added inside both roots, sets the size of the first steps; 1e-6 by default.
       weight_decay: an L2 penalty: weight_decay p is added to the gradient. May be a schedule.
-      weight_decay_mask: which leaves decay, as in `adamw`.
+      weight_decay_mask: selects the leaves that decay, as in `adamw`.
 
     State: `optax.ScaleByAdaDeltaState(e_g, e_x)`, two trees.
-    Differs from: optax, which without a learning rate does not flip the sign and ascends.
+    Differs from: optax, which does not flip the sign if no learning rate is given, and so ascends.
     Source: Zeiler 2012, algorithm 1, arXiv:1212.5701.
     """
     return chain(

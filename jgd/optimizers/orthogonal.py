@@ -1,4 +1,4 @@
-"""Muon: the momentum of a weight matrix, replaced by the orthogonal matrix nearest to it."""
+"""Muon: replaces the momentum of a weight matrix by the orthogonal matrix nearest to it."""
 
 import functools
 import math
@@ -57,8 +57,8 @@ def _coefficients(ns_coeffs: Any, ns_steps: int) -> jax.Array:
     return coefficients
 
 
-def _held(coefficients: jax.Array) -> GradientTransformation:
-    """Return a transformation that keeps the coefficients in the state, as optax has them."""
+def _store(coefficients: jax.Array) -> GradientTransformation:
+    """Return a transformation that stores the coefficients in the state, as optax does."""
 
     def step(updates: Any, slots: Slots, _: Any) -> Any:
         slots.step("ns_coeffs", lambda _: coefficients)
@@ -69,13 +69,13 @@ def _held(coefficients: jax.Array) -> GradientTransformation:
 
 
 def _normalized(x: Any, how: str, eps: Any) -> Any:
-    """Return a matrix with no more rows than columns, its singular values scaled into (0, 1]."""
+    """Return a matrix with its singular values scaled into (0, 1]; it has rows <= columns."""
     if how == "frobenius":
         return quotient(x, norm(x) + eps)
     if how == "spectral":
-        none = norm(x) == 0
-        largest = jnp.linalg.norm(jnp.where(none, jnp.eye(*x.shape), x), ord=2)
-        return quotient(x, jnp.where(none, 0, largest) + eps)
+        is_zero = norm(x) == 0
+        largest = jnp.linalg.norm(jnp.where(is_zero, jnp.eye(*x.shape), x), ord=2)
+        return quotient(x, jnp.where(is_zero, 0, largest) + eps)
     gram = x @ x.conj().T
     if how == "aol":
         return x / safe_sqrt(jnp.maximum(jnp.abs(gram).sum(-1, keepdims=True), eps))
@@ -83,39 +83,40 @@ def _normalized(x: Any, how: str, eps: Any) -> Any:
 
 
 def _axes(ndim: int, dimensions: Any) -> tuple[tuple[int, ...], ...]:
-    """Return the axes of a leaf that make the batch, the rows and the columns of its matrices."""
-    several = lambda axis: (axis,) if isinstance(axis, int) else tuple(axis)
-    rows, columns = (tuple(a % ndim for a in several(axis)) for axis in dimensions)
+    """Return the batch, row and column axes of the matrices in a leaf."""
+    as_tuple = lambda axis: (axis,) if isinstance(axis, int) else tuple(axis)
+    rows, columns = (tuple(a % ndim for a in as_tuple(axis)) for axis in dimensions)
     if set(rows) & set(columns):
-        raise ValueError(f"muon: an axis is both reduced and put out in {dimensions}")
+        raise ValueError(
+            "muon: weight_dimension_numbers must not have an axis as both reduction and output"
+            f" axis, got {dimensions}"
+        )
     return tuple(a for a in range(ndim) if a not in rows + columns), rows, columns
 
 
 def _as_matrices(f: Callable[[Any], Any], x: Any, dimensions: Any) -> Any:
-    """Return `f` of each matrix of a leaf."""
+    """Apply `f` to each matrix in a leaf."""
     if dimensions is None:
-        raise TreeError(
-            f"muon is for matrices, got shape {x.shape}: give its weight_dimension_numbers"
-        )
+        raise TreeError(f"expected a matrix, got shape {x.shape}. Pass weight_dimension_numbers")
     groups = _axes(x.ndim, dimensions)
     if x.size == 0:
         return x
     order = [axis for group in groups for axis in group]
     sizes = [math.prod(x.shape[axis] for axis in group) for group in groups]
-    turned = whole(x).transpose(order)
-    matrices = turned.reshape(sizes)
-    result = jax.vmap(f)(matrices).reshape(turned.shape)
+    transposed = whole(x).transpose(order)
+    matrices = transposed.reshape(sizes)
+    result = jax.vmap(f)(matrices).reshape(transposed.shape)
     return sharded_like(result.transpose([order.index(axis) for axis in range(x.ndim)]), x)
 
 
 def _dimensions(given: Any, tree: Any) -> Any:
-    """Return for each leaf the axes that make its matrix, None for leaves that are no matrices."""
+    """Return the `Dimensions` of each leaf, None for leaves that are not matrices."""
     if given is None:
         return jax.tree.map(lambda x: Dimensions() if x.ndim == 2 else None, tree)
-    is_one = lambda node: node is None or isinstance(node, Dimensions)
-    found = given(tree) if callable(given) else given
-    spread = lambda node, below: jax.tree.map(lambda _: node, below)
-    return jax.tree.map(spread, found, tree, is_leaf=is_one)
+    is_entry = lambda node: node is None or isinstance(node, Dimensions)
+    prefix = given(tree) if callable(given) else given
+    broadcast = lambda entry, subtree: jax.tree.map(lambda _: entry, subtree)
+    return jax.tree.map(broadcast, prefix, tree, is_leaf=is_entry)
 
 
 def _each_matrix(f: Callable[[Any, Any], Any], updates: Any, given: Any) -> Any:
@@ -137,11 +138,10 @@ def scale_by_muon(
     preconditioning: Preconditioning = "frobenius",
     weight_dimension_numbers: Any = None,
 ) -> GradientTransformation:
-    """The bias-corrected average of gradients, made orthogonal by Newton and Schulz: see `muon`.
+    """u = the bias-corrected average gradient, orthogonalized by Newton-Schulz steps: see `muon`.
 
-    State: `optax.contrib.MuonState(count, mu, ns_coeffs)`, one tree, a scalar and the
-      coefficients, as optax has them.
-    Raises: ValueError in `update` for a leaf that is no matrix.
+    State: `optax.contrib.MuonState(count, mu, ns_coeffs)`, one tree, a scalar and the coefficients.
+    Raises: ValueError in `update` for a leaf that is not a matrix.
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon.
     """
     coefficients = _coefficients(ns_coeffs, ns_steps)
@@ -159,7 +159,7 @@ def scale_by_muon(
 
     average = nesterov_ema if nesterov else ema
     momentum = average(beta, accumulator_dtype=mu_dtype, name="mu")
-    tx = chain(momentum, _held(coefficients), stateless(update))
+    tx = chain(momentum, _store(coefficients), stateless(update))
     return named(tx, record=optax.contrib.MuonState)
 
 
@@ -185,38 +185,39 @@ def muon(
     muon_weight_dimension_numbers: Any = None,
     consistent_rms: NonNegative | None = None,
 ) -> GradientTransformation:
-    """Muon: momentum of each weight matrix, made orthogonal; AdamW for everything else.
+    """Muon: orthogonalized momentum for weight matrices, AdamW for all other parameters.
 
         m <- beta m + (1 - beta) g            O = the orthogonal matrix nearest to m^
         u = -learning_rate (sqrt(max(1, columns / rows)) O + weight_decay p)
 
     Args:
-      learning_rate: the step of both parts, above 0 to descend. May be a schedule.
-      ns_coeffs: three numbers for every step of Newton and Schulz, or up to ns_steps rows of three,
-        or "standard" or "dion". The default brings singular values near 1, not to it.
-      ns_steps: how many; 5 by default.
-      beta: in [0, 1), of the average; 0.95 by default.
-      eps: at least 0, added to the norm that m^ is divided by, and Adam's eps; 1e-8 by default.
-      weight_decay, adam_weight_decay: decoupled, for matrices and for the rest; 0 by default.
-      weight_decay_mask: which matrices decay, as in `adamw`.
-      mu_dtype: of the averages; None: float32 for 16-bit parameters, else theirs.
-      nesterov: True (default) looks ahead as NAdam does, in both parts.
-      adaptive: True multiplies O by its product with m^.
-      preconditioning: how singular values are brought into (0, 1] at first: by the "frobenius"
-        (default) or "spectral" norm, by row sums of m m^T ("aol"), by the norm of m m^T
-        ("schatten").
-      adam_b1, adam_b2, adam_eps_root: of `adamw` for the rest.
-      adam_learning_rate: the step of the rest; None (default): learning_rate.
+      learning_rate: the step size of both parts; positive to descend. May be a schedule.
+      ns_coeffs: three coefficients for all Newton-Schulz steps, or up to ns_steps rows of three, or
+        "standard" or "dion". The default brings singular values near 1, not exactly to 1.
+      ns_steps: number of Newton-Schulz steps; 5 by default.
+      beta: decay of the average, in [0, 1); 0.95 by default.
+      eps: at least 0, added to the norm that divides m^; also the eps of AdamW; 1e-8 by default.
+      weight_decay, adam_weight_decay: decoupled weight decay of matrices and of other parameters; 0
+        by default.
+      weight_decay_mask: selects the matrices that decay, as in `adamw`.
+      mu_dtype: dtype of the averages. None: float32 for 16-bit parameters, otherwise their dtype.
+      nesterov: True (default) looks ahead as in `nadam`, in both parts.
+      adaptive: True multiplies O by the inner product of O and m^.
+      preconditioning: the scale that brings singular values into (0, 1] before the first step: the
+        "frobenius" (default) or "spectral" norm, the row sums of |m m^T| ("aol"), or the norm of
+        m m^T ("schatten").
+      adam_b1, adam_b2, adam_eps_root: arguments of `adamw` for other parameters.
+      adam_learning_rate: the step size for other parameters; None (default): learning_rate.
       muon_weight_dimension_numbers: a tree like the parameters (or a prefix, or a function to one)
         with `optax.contrib.MuonDimensionNumbers` for leaves that hold matrices and None for others.
         None (default): leaves with two axes are matrices, rows first.
       consistent_rms: at least 0; if given, O is multiplied by consistent_rms sqrt(max(rows,
         columns)) instead.
 
-    State: `optax.contrib.MuonState(count, mu, ns_coeffs)`, one tree for matrices, and that of
-      `adamw`, two trees, for the rest, each in an `optax.MaskedState`. All are sharded like the
-      parameters. On explicit mesh axes each update gathers the averages of the matrices, one leaf
-      at a time, and every device makes all of them orthogonal.
+    State: `optax.contrib.MuonState(count, mu, ns_coeffs)`, one tree for matrices, and the state of
+      `adamw`, two trees, for other parameters, each in an `optax.MaskedState`. All are sharded like
+      the parameters. On explicit mesh axes each update gathers the averages of the matrices, one
+      leaf at a time, and every device orthogonalizes all of them.
     Differs from: Keras and PyTorch, whose momentum has no bias correction.
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; Liu et al. 2025,
       arXiv:2502.16982 for consistent_rms.
@@ -231,11 +232,11 @@ def muon(
         return x * consistent_rms * math.sqrt(max(rows, columns))
 
     def labels(params: Any) -> Any:
-        leaves, structure, (found,) = aligned(params, _dimensions(given, params))
+        leaves, structure, (dimensions,) = aligned(params, _dimensions(given, params))
         return structure.unflatten(
             [
                 None if x is None else ("adam" if d is None else "muon")
-                for x, d in zip(leaves, found, strict=True)
+                for x, d in zip(leaves, dimensions, strict=True)
             ]
         )
 

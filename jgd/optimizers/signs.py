@@ -1,7 +1,7 @@
-"""Optimizers that follow signs: every coordinate moves by the same amount, or by its own.
+"""Optimizers that use only the sign of each coordinate's gradient or average.
 
-Their steps do not shrink with the gradient, so that the learning rate has the unit of a parameter
-and has to be annealed.
+Their steps do not shrink with the gradient: the learning rate is the change of a parameter per
+step, and must decay for the parameters to converge.
 """
 
 from typing import Any, Literal
@@ -29,12 +29,12 @@ __all__ = ["lion", "rprop", "scale_by_lion", "scale_by_rprop", "sign_sgd", "sign
 
 @as_pytree
 def sign_sgd(learning_rate: Number) -> GradientTransformation:
-    """Sign descent: every coordinate moves by the learning rate.
+    """Sign descent: moves every coordinate by the learning rate.
 
         u = -learning_rate sign(g)
 
     Args:
-      learning_rate: the step of every coordinate, above 0 to descend. May be a schedule.
+      learning_rate: the step of every coordinate; positive to descend. May be a schedule.
 
     State: none.
     Differs from: `signum`, which takes the sign of an average.
@@ -47,17 +47,17 @@ def sign_sgd(learning_rate: Number) -> GradientTransformation:
 def signum(
     learning_rate: Number, beta: Decay = 0.9, accumulator_dtype: DTypeLike | None = None
 ) -> GradientTransformation:
-    """Signum: sign descent along the average gradient.
+    """Signum: sign descent with the average gradient.
 
         m <- beta m + (1 - beta) g            u = -learning_rate sign(m)
 
     Args:
-      learning_rate: the step of every coordinate, above 0 to descend. May be a schedule.
-      beta: in [0, 1), of the average; 0.9 by default. May be a schedule.
-      accumulator_dtype: of m; None: float32 for 16-bit parameters, else theirs.
+      learning_rate: the step of every coordinate; positive to descend. May be a schedule.
+      beta: decay of the average, in [0, 1); 0.9 by default. May be a schedule.
+      accumulator_dtype: dtype of m. None: float32 for 16-bit parameters, otherwise their dtype.
 
     State: `optax.EmaState(count, ema)`, one tree and a scalar.
-    Differs from: `lion`, which reads and writes its average with different decays.
+    Differs from: `lion`, which uses different decays for the update and for the average.
     Source: Bernstein et al. 2018, algorithm 2, arXiv:1802.04434.
     """
     mean = ema(beta, debias=False, accumulator_dtype=accumulator_dtype)
@@ -76,9 +76,10 @@ def scale_by_lion(
     """u = sign(b1 m + (1 - b1) g), then m <- b2 m + (1 - b2) g: see `lion`.
 
     Args:
-      b1, b2, mu_dtype: as `lion`.
-      mode: "hard" is the sign; "smooth" is tanh(smooth_beta x), "refined" x clipped to [-1, 1].
-      smooth_beta: above 0, the slope of "smooth" at 0.
+      b1, b2, mu_dtype: as in `lion`.
+      mode: replaces sign(x): "hard" (default) is sign(x), "smooth" is tanh(smooth_beta x), and
+        "refined" is x clipped to [-1, 1].
+      smooth_beta: the slope of "smooth" at 0, above 0.
 
     State: `optax.ScaleByLionState(count, mu)`, one tree and one scalar.
     Source: Chen et al. 2023, algorithm 2, arXiv:2302.06675.
@@ -90,7 +91,7 @@ def scale_by_lion(
     }[mode]
 
     def rule(g: Any, mu: Any) -> tuple[Any, Any]:
-        # a sign needs no exact average, and `average` here makes the step 1.45 times as long
+        # The sign needs no exact average, and `average` makes this step take 1.45 times as long.
         return squash(b1 * mu + (1 - b1) * g), average(g, mu, weight)
 
     weight = complement(b2)
@@ -106,19 +107,19 @@ def lion(
     weight_decay: Number = 1e-3,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """Lion: sign descent along an average that is read with one decay and written with another.
+    """Lion: sign descent with an average that is read with one decay and written with another.
 
         u = -learning_rate (sign(b1 m + (1 - b1) g) + weight_decay p)
         m <- b2 m + (1 - b2) g
 
     Args:
-      learning_rate: the step of every coordinate; a third to a tenth of Adam's is usual. May be a
-        schedule, as the others.
-      b1: in [0, 1), to read; 0.9 by default.
-      b2: in [0, 1), to write; 0.99 by default.
-      mu_dtype: of m; None: float32 for 16-bit parameters, else theirs.
-      weight_decay: decoupled; 1e-3 by default.
-      mask: which leaves decay, as in `adamw`.
+      learning_rate: the step of every coordinate, usually a third to a tenth of Adam's learning
+        rate. May be a schedule, like the other numbers.
+      b1: decay in the update, in [0, 1); 0.9 by default.
+      b2: decay of the average m, in [0, 1); 0.99 by default.
+      mu_dtype: dtype of m. None: float32 for 16-bit parameters, otherwise their dtype.
+      weight_decay: decoupled weight decay; 1e-3 by default.
+      mask: selects the leaves that decay, as in `adamw`.
 
     State: `optax.ScaleByLionState(count, mu)`, one tree and one scalar.
     Differs from: `signum`, for which b1 = b2.
@@ -139,7 +140,7 @@ def scale_by_rprop(
     min_step_size: NonNegative = 1e-6,
     max_step_size: NonNegative = 50.0,
 ) -> GradientTransformation:
-    """u = s sign(g), for step sizes s that grow while the sign stays: see `rprop`.
+    """u = s sign(g), for step sizes s that grow while the sign does not change: see `rprop`.
 
     State: `optax.ScaleByRpropState(step_sizes, prev_updates)`, two trees.
     Source: Riedmiller & Braun 1993, the variant without backtracking (Rprop-).
@@ -166,20 +167,20 @@ def rprop(
     min_step_size: NonNegative = 1e-6,
     max_step_size: NonNegative = 50.0,
 ) -> GradientTransformation:
-    """Rprop: a step size per coordinate, longer while the sign stays, shorter when it turns.
+    """Rprop: a step size per coordinate that grows while the sign stays and shrinks if it changes.
 
         s <- clip(s eta, min_step_size, max_step_size), eta by the sign of g g_old
         u = -s sign(g), and 0 where the sign turned
 
     Args:
-      learning_rate: above 0, what the step sizes start from.
-      eta_minus: in [0, 1], where the sign turned; 0.5 by default.
-      eta_plus: at least 1, where it stayed; 1.2 by default.
-      min_step_size, max_step_size: at least 0; 1e-6 and 50 by default.
+      learning_rate: the initial step size, above 0.
+      eta_minus: eta where the sign changed, in [0, 1]; 0.5 by default.
+      eta_plus: eta where the sign stayed, at least 1; 1.2 by default.
+      min_step_size, max_step_size: bounds of the step sizes, at least 0; 1e-6 and 50 by default.
 
     State: `optax.ScaleByRpropState(step_sizes, prev_updates)`, two trees.
-    Differs from: optax, which applies each step one call late; `sign_sgd`, whose steps are all
-      alike. For full batches: the signs of mini-batch gradients turn by noise.
+    Differs from: optax, which applies each step one call later; `sign_sgd`, which has one step
+      size. Use full batches: noise changes the signs of mini-batch gradients.
     Source: Riedmiller & Braun 1993, doi:10.1109/ICNN.1993.298623; as in PyTorch.
     """
     return chain(
