@@ -21,7 +21,7 @@ import jgd
 from jgd.diagnosis import LossStatistics
 from jgd.stopping import early_stopping
 from jgd.tuning import devices, sweep
-from jgd.tuning.events import CUT, DIVERGED, FINISHED, Cut, Report
+from jgd.tuning.events import CUT, DIVERGED, ENDINGS, FINISHED, Cut, Report
 from jgd.tuning.ledger import Ledger
 from jgd.tuning.pack import pack_tiles
 from jgd.tuning.plan import Group, Plan
@@ -264,6 +264,17 @@ def test_lanes_stop_when_the_monitor_says_so():
         assert abs(row["at"] - expected) <= 3  # rounding depends on the width and may decide a tie
     patience = jgd.sweep(_line(), _adam(), 60, width=8, report_every=3, stop=2)
     assert [row["at"] for row in patience.rows] == [row["at"] for row in result.rows]
+
+
+@pytest.mark.parametrize(("steps", "ended"), [(4, "finished"), (6, "stopped early")])
+def test_a_lane_that_stops_at_the_last_step_is_finished(steps, ended):
+    """The metric never improves, so the monitor stops each lane at its second report."""
+    run, lanes = _scored([[1.0], [2.0]])
+    *_, report = jgd.iter_sweep(run, lanes, steps, report_every=2, stop=1)
+    assert report.step == 4
+    assert [ENDINGS[ending] for ending in report.ended] == [ended] * 2
+    result = jgd.sweep(run, lanes, steps, report_every=2, stop=1)
+    assert {(row["ended"], row["at"]) for row in result.rows} == {(ended, 4)}
 
 
 def test_ended_lanes_cost_nothing():

@@ -22,7 +22,7 @@ import numpy as np
 from jgd.diagnosis import LossStatistics, statistics
 from jgd.tuning import devices
 from jgd.tuning.engine import Engine, Outcome
-from jgd.tuning.events import DIVERGED, FINISHED, REACHED, Cut, Report
+from jgd.tuning.events import DIVERGED, FINISHED, REACHED, STOPPED, Cut, Report
 from jgd.tuning.lanes import Lane
 from jgd.tuning.ledger import Ledger
 from jgd.tuning.pack import pack_tiles
@@ -241,8 +241,8 @@ class Sweep:
         plan = self.plan
         on_host = devices.to_host((outcome.loss, outcome.metrics, outcome.ending))
         loss, metrics, ending = jax.tree.map(lambda x: x[rows], on_host)
-        if end == plan.steps:
-            ending = np.where(ending == 0, FINISHED, ending)
+        if end == plan.steps:  # a lane that stops after all steps is not early
+            ending = np.where((ending == 0) | (ending == STOPPED), FINISHED, ending)
         metrics = {name: _widened(values) for name, values in metrics.items()}
         reached = self.ledger.at_target(metrics[plan.metric])
         ending = np.where(reached & (ending != DIVERGED), REACHED, ending).astype(np.int8)
