@@ -54,9 +54,9 @@ def pick(batches: Any, offset: Any) -> Any:
 
 
 class FunctionBatches:
-    """Batches computed by a function of the step, for a whole chunk ahead of it if they fit.
+    """Batches computed by a function of the step: a whole chunk in advance, if it fits in memory.
 
-    All tiles and groups share the batches. Those of all chunks stay in memory if they fit.
+    All tiles and groups share the batches. If all chunks fit, all of them stay in memory.
 
     Args:
       batch: step -> batch.

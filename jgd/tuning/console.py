@@ -117,11 +117,11 @@ def print_result(console: Console, result: Result, top: int) -> None:
 
     columns, rows = ["optimizer", *varied, result.metric, *styles], list[list[str]]()
     for group in plan.groups:
-        mine = [row for row in result.rows if row["optimizer"] == group.name]
-        counts = [sum(row["verdict"] == verdict for row in mine) for verdict in styles]
+        of_group = [row for row in result.rows if row["optimizer"] == group.name]
+        counts = [sum(row["verdict"] == verdict for row in of_group) for verdict in styles]
         shown = [f"[{style}]{n}[/]" for n, style in zip(counts, styles.values(), strict=True)]
-        numbers = [_cell(mine[0].get(name)) for name in varied]
-        rows.append([group.name, *numbers, _spread(mine[0], result.metric), *shown])
+        numbers = [_cell(of_group[0].get(name)) for name in varied]
+        rows.append([group.name, *numbers, _spread(of_group[0], result.metric), *shown])
     title = f"best of each optimizer: {plan.direction}"
     _print_table(console, title, result.metric, columns, rows)
 
@@ -163,7 +163,7 @@ def _print_table(
     """Print a table. A narrow terminal shows it without the least important columns."""
     headers = [c.replace("_", " ").replace("oscillating", "oscil- lating") for c in columns]
     cells = [[Text.from_markup(row[i]).plain for row in rows] for i in range(len(columns))]
-    widths = list[int]()  # the least: of the longest word, but of the whole cell for the metric
+    widths = list[int]()  # the least: words are not split, nor are the cells of the metric
     for name, header, column in zip(columns, headers, cells, strict=True):
         words = column if name == metric else " ".join(column).split()
         longest = max(map(len, (*header.split(), *words)))

@@ -173,10 +173,10 @@ def checkpointer() -> Any:
 
     logging.getLogger("absl").addFilter(_is_not_of_orbax)
     index = jax.process_index()  # only the process that writes has the states on its host
-    alone = orbax.checkpoint.options.MultiprocessingOptions(
+    one = orbax.checkpoint.options.MultiprocessingOptions(
         primary_host=index, active_processes={index}, barrier_sync_key_prefix=str(index)
     )
-    several: dict[str, Any] = {"multiprocessing_options": alone} if jax.process_count() > 1 else {}
+    several: dict[str, Any] = {"multiprocessing_options": one} if jax.process_count() > 1 else {}
     return orbax.checkpoint.StandardCheckpointer(**several)
 
 
@@ -226,7 +226,7 @@ class Failures:
 
 @contextlib.contextmanager
 def fails_everywhere() -> Generator[None]:
-    """Raise an error that one process meets in this context on all of them. All enter it."""
+    """Raise an error of one process in this context on all processes, all of which enter it."""
     failures = Failures()
     with failures.collected():
         yield

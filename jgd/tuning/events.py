@@ -56,7 +56,7 @@ class Cut(NamedTuple):
 
     step: int | None  # step of the rung, or last step of the lanes; None: a limit was reached
     lanes: dict[str, list[int]]  # by group, numbered within the group
-    seen: LossStatistics | None = None  # of the lanes that had started; None at a rung: see reports
+    seen: LossStatistics | None = None  # of lanes that had started; reports have it at a rung
 
 
 def encode(event: Report | Cut) -> str:

@@ -159,8 +159,8 @@ def _settings_of(group: Group, pickled: bytes | None, leaves: Sequence[Any], tem
             ):
                 return batch
     raise ValueError(
-        f"load: template must be the settings given to sweep: those of group {group.name!r} hold"
-        " functions that cannot be pickled, or their code has changed"
+        f"load: template must be the settings given to sweep, since group {group.name!r} holds"
+        " functions that cannot be pickled, or its code has changed"
     )
 
 

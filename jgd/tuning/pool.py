@@ -59,7 +59,7 @@ class Pool:
         self.row_of[block.ids[present]] = np.flatnonzero(present)
 
     def drop(self, lanes: Any) -> None:
-        """Remove lanes. A block on the host without a quarter of its lanes is made smaller."""
+        """Remove lanes. Shrink a block on the host that has lost a quarter of its lanes."""
         lanes = np.asarray(lanes, int)
         touched = set(self.block_of[lanes].tolist()) - {-1}
         self.block_of[lanes] = -1

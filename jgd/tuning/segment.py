@@ -84,7 +84,7 @@ class Segment:
 
 
 def read_segments(path: str | Path, *, resume: bool = False) -> list[Segment]:
-    """Return the segment in a folder, and those of its extensions.
+    """Return the segment in a folder, followed by the segments of its extensions.
 
     Args, raises: as `read_segment`; ValueError if a segment that was extended is incomplete.
     """
@@ -314,7 +314,7 @@ def read_result(path: str | Path) -> Result:
     if not segment.finished:
         extended = segment.path != path
         call = "the call that extended it" if extended else resume_command(path)
-        hint = f"If it no longer runs, go on with: {call}"
+        hint = f"If the sweep no longer runs, go on with: {call}"
         if not segment.facts.ledger.step.any():
             raise ValueError(f"{path} has no report yet. {hint}")
         warnings.warn(f"{path} has not finished: this is its table so far. {hint}", stacklevel=2)
