@@ -1,4 +1,4 @@
-"""A damaged folder gives the same table, or one line that names the file; never another table."""
+"""A damaged folder gives the same table, or a line that names the file, but never another table."""
 
 import errno
 import json
@@ -26,7 +26,7 @@ OPTIONS = dict(width=2, report_every=2, checkpoint_every=0)
 WAYS = ("gone", "empty", "truncated", "garbage", "a flipped bit")
 OTHERS = ("another version", "another sweep")
 DAMAGES = [
-    # file, ways, what `resume` and `report` say; None: they give the same table
+    # file, ways to damage it, errors of `resume` and `report` (None: they give the same table)
     ("plan.json", (*WAYS, *OTHERS), r"plan\.json", r"plan\.json"),
     ("journal.jsonl", ("gone", "empty", "garbage"), r"journal\.jsonl", r"journal\.jsonl"),
     ("journal.jsonl", ("another sweep",), r"journal\.jsonl", r"journal\.jsonl"),
@@ -41,13 +41,13 @@ DAMAGES = [
     ("command.json", ("another sweep",), "this is another sweep", None),
     *((name, WAYS, None, None) for name in ("results.json", "results.csv", "curves.npz", "lock")),
 ]
-WITH_A_CHECKPOINT_BEFORE = ("journal.jsonl", "newest manifest", "newest state")
+FALLS_BACK = ("journal.jsonl", "newest manifest", "newest state")
 CASES = [(file, way, *said) for file, ways, *said in DAMAGES for way in ways]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _few_checkpoints_and_no_pictures():
-    """Checkpoints before the first two turns, as in a sweep of some minutes, and at the end."""
+def _few_checkpoints_and_no_plots():
+    """Write checkpoints only before the first two turns and at the end, and no plots."""
     with pytest.MonkeyPatch.context() as patched:
         checkpoint = Folder.checkpoint
 
@@ -69,7 +69,7 @@ def _jgd(*arguments):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """The folder to damage, and that of another sweep."""
+    """The folder to damage, and the folder of another sweep."""
     both = [tmp_path_factory.mktemp("whole") / name for name in ("this", "other")]
     for folder, all_rates in zip(both, (RATES, [2 * rate for rate in RATES]), strict=True):
         rates = ",".join(map(str, all_rates))
@@ -80,7 +80,8 @@ def folders(tmp_path_factory):
     return both
 
 
-def _damaged(folder, file, way, other):
+def _damage(folder, file, way, other):
+    """Damage a file of a folder; `other` is the folder of another sweep."""
     newest, older = manifests(folder)
     blocks = [set(read_manifest(path)["blocks"]) for path in (newest, older)]
     for path in {
@@ -113,8 +114,8 @@ def _damaged(folder, file, way, other):
             path.write_bytes(new.get(way, bytes(data)))
 
 
-def _said(capsys, *command):
-    """What a command prints: on success and on failure, where it is one line."""
+def _output(capsys, *command):
+    """Return what a command prints on success, and the one line that it prints on failure."""
     try:
         _jgd(*command)
     except SystemExit:
@@ -125,25 +126,25 @@ def _said(capsys, *command):
 
 
 @pytest.mark.parametrize(("file", "way", "resumed", "reported"), CASES)
-def test_the_same_table_or_one_line(
+def test_a_damaged_folder_gives_the_same_table_or_one_line(
     file, way, resumed, reported, folders, tmp_path, capsys, recwarn
 ):
     whole, other = folders
     table = (whole / "results.csv").read_bytes()
     folder, again = tmp_path / "run", tmp_path / "again"
     shutil.copytree(whole, folder)
-    _damaged(folder, file, way, other)
+    _damage(folder, file, way, other)
     shutil.copytree(folder, again)
 
-    shown, error = _said(capsys, "report", folder)
+    shown, error = _output(capsys, "report", folder)
     if reported is None:
-        expected = _said(capsys, "report", whole)[0]
+        expected = _output(capsys, "report", whole)[0]
         assert shown.partition("\nin ")[0] == expected.partition("\nin ")[0] != ""
         assert repr(read_result(folder).rows) == repr(read_result(whole).rows)
     else:
         assert re.search(reported, error)
 
-    _, error = _said(capsys, "sweep", "--resume", folder)
+    _, error = _output(capsys, "sweep", "--resume", folder)
     if resumed is None:
         assert not error
         assert (folder / "results.csv").read_bytes() == table
@@ -151,7 +152,7 @@ def test_the_same_table_or_one_line(
     else:
         assert re.search(resumed, error)
 
-    go_on = lambda: jgd.sweep(
+    resume_in_python = lambda: jgd.sweep(
         TASK,
         {"adam": jgd.grid(jgd.adam, learning_rate=RATES)},
         8,
@@ -160,18 +161,16 @@ def test_the_same_table_or_one_line(
         **OPTIONS,
     )
     if resumed is None or file == "command.json":
-        go_on()
+        resume_in_python()
         assert (again / "results.csv").read_bytes() == table
-        said = any("The checkpoint before it is used" in str(w.message) for w in recwarn)
-        assert said == (
-            (way != "gone" and file in WITH_A_CHECKPOINT_BEFORE) or file == "newest state"
-        )
+        warned = any("The checkpoint before it is used" in str(w.message) for w in recwarn)
+        assert warned == ((way != "gone" and file in FALLS_BACK) or file == "newest state")
     else:
         with pytest.raises((OSError, ValueError), match=resumed):
-            go_on()
+            resume_in_python()
 
 
-def test_rows_and_curves_from_a_folder_are_those_of_the_sweep(tmp_path):
+def test_a_folder_has_the_rows_and_curves_of_its_sweep(tmp_path):
     def factory(learning_rate, limit, kind):
         return jgd.sgd(learning_rate) if kind == "sgd" else jgd.adam(learning_rate)
 
@@ -179,11 +178,11 @@ def test_rows_and_curves_from_a_folder_are_those_of_the_sweep(tmp_path):
     options = dict(seeds=2, target=1e-3, best="ever", drop_diverged=True)
     result = jgd.sweep(TASK, jgd.grid(factory, **axes), 8, folder=tmp_path / "run", **options)
     read = read_result(tmp_path / "run")
-    assert repr(read.rows) == repr(result.rows)  # NaN, too
+    assert repr(read.rows) == repr(result.rows)  # repr, since NaN != NaN
     chex.assert_trees_all_equal(read.curves, result.curves)
 
 
-def test_a_table_so_far_and_a_full_disk(tmp_path, monkeypatch):
+def test_a_sweep_resumes_after_a_full_disk(tmp_path, monkeypatch):
     folder, append = tmp_path / "run", Folder.append
 
     def full(self, events):
@@ -201,7 +200,7 @@ def test_a_table_so_far_and_a_full_disk(tmp_path, monkeypatch):
         ):
             sweep(False)
     with (folder / "journal.jsonl").open("a") as journal:
-        journal.write('{"tile": 0, "group": "adam"')  # cut by the end of the process
+        journal.write('{"tile": 0, "group": "adam"')  # a line that a dying process wrote in part
     with pytest.warns(UserWarning, match=f"{folder} has not finished: this is its table so far"):
         rows = read_result(folder).rows
     assert {row["ended"] for row in rows} == {"out of budget"}
@@ -210,7 +209,7 @@ def test_a_table_so_far_and_a_full_disk(tmp_path, monkeypatch):
     assert {row["ended"] for row in read_result(folder).rows} == {"finished"}
 
 
-def test_a_folder_of_an_older_version_is_shown(folders, tmp_path, capsys):
+def test_report_reads_the_folder_of_an_older_version(folders, tmp_path, capsys):
     folder, rows = tmp_path / "run", read_result(folders[0]).rows
     shutil.copytree(folders[0], folder)
     for path in (*manifests(folder), folder / "journal.jsonl"):
@@ -219,4 +218,4 @@ def test_a_folder_of_an_older_version_is_shown(folders, tmp_path, capsys):
     del plan["format"]
     (folder / "plan.json").write_text(json.dumps(plan))
     assert repr(read_result(folder).rows[:3]) == repr(rows[:3])  # the fourth has inf, null in JSON
-    assert "jgd report still reads this one" in _said(capsys, "sweep", "--resume", folder)[1]
+    assert "; jgd report still reads " in _output(capsys, "sweep", "--resume", folder)[1]

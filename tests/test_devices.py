@@ -1,4 +1,4 @@
-"""Lanes dealt out to eight devices, which are pretended on the CPU: a process of its own."""
+"""Lanes sharded over eight simulated CPU devices, in a separate process."""
 
 import os
 import subprocess
@@ -24,8 +24,8 @@ assert set(program.chunks) <= {{16, 8}}, program.chunks
 for width, chunk in program.chunks.items():  # one program for each width
     text = chunk.program.as_text()
     assert "num_partitions=8" in text
-    for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute"):
-        assert word not in text, (width, word)
+    for operation in ("all-reduce", "all-gather", "all-to-all", "collective-permute"):
+        assert operation not in text, (width, operation)
 spread = jgd.sweep(_line(), settings, 64, **options)
 alone = jgd.sweep(_line(), settings, 64, devices=1, **options)
 loss = lambda result: {{row["learning_rate"]: row["loss"] for row in result.rows}}
@@ -49,14 +49,14 @@ except RuntimeError:
 resumed = jgd.sweep(_line(), settings, 64, halving=halving, folder=folder, resume=True, **options)
 whole = jgd.sweep(_line(), settings, 64, halving=halving, **options)
 assert resumed.rows == whole.rows
-for began, ended in ((3, 2), (2, 8), (1, 3)):
-    where = dict(halving=halving, folder=folder + str(began))
+for before, after in ((3, 2), (2, 8), (1, 3)):
+    where = dict(halving=halving, folder=folder + str(before))
     try:
-        jgd.sweep(_line(), settings, 64, checkpoint_every=0.0, on_report=crash, devices=began,
+        jgd.sweep(_line(), settings, 64, checkpoint_every=0.0, on_report=crash, devices=before,
                   **where, **options)
     except RuntimeError:
         pass
-    moved = jgd.sweep(_line(), settings, 64, resume=True, devices=ended, **where, **options)
+    moved = jgd.sweep(_line(), settings, 64, resume=True, devices=after, **where, **options)
     for rate, value in loss(whole).items():
         np.testing.assert_allclose(loss(moved)[rate], value, rtol=1e-3)
 print("done")

@@ -1,4 +1,4 @@
-"""A sweep that dies at any write, or at any turn, ends with the same bytes when it is resumed."""
+"""A sweep that dies at any file operation or turn writes the same bytes once it is resumed."""
 
 import json
 import os
@@ -26,18 +26,18 @@ TASK = _line()  # one task, so that all sweeps share their compiled programs
 
 
 class _Death(BaseException):
-    """The process died."""
+    """Raised to simulate the death of the process."""
 
 
 class _Faults:
-    """Counts what the folder does to files, and dies at one of the operations.
+    """Counter of the file operations of `Folder`, which raises `_Death` at one of them.
 
-    What follows fails as well, as in a process that is gone. To save a block is one operation here:
-    orbax's own are left to kill -9.
+    Later operations raise it too, as in a dead process. Saving a block counts as one operation:
+    deaths inside orbax are left to the test with kill -9.
     """
 
     def __init__(self, monkeypatch):
-        self.count, self.at = 0, None
+        self.count, self.fatal = 0, None
         for name, functions in (("os", "fsync replace truncate"), ("shutil", "rmtree")):
             module = getattr(folders, name)
             counted = {n: self._counted(getattr(module, n)) for n in functions.split()}
@@ -50,7 +50,7 @@ class _Faults:
             orbax = checkpointer()
             save = self._counted(orbax.save)
 
-            def finished(*args):  # no thread of a dead process goes on
+            def finished(*args):  # a thread of orbax must not outlive the process
                 save(*args)
                 orbax.wait_until_finished()
 
@@ -75,23 +75,23 @@ class _Faults:
 
     def step(self):
         self.count += 1
-        if self.at is not None and self.count >= self.at:
+        if self.fatal is not None and self.count >= self.fatal:
             raise _Death
 
-    def dies(self, at, function):
-        """Whether `function` dies when operation `at` begins."""
-        self.count, self.at, died = 0, at, False
+    def dies(self, fatal, function):
+        """Return whether `function` reaches the operation with the number `fatal`, and dies."""
+        self.count, self.fatal, died = 0, fatal, False
         try:
             function()
         except _Death:
             died = True
         finally:
-            self.at = None
+            self.fatal = None
         return died
 
 
 class _Torn:
-    """A file of which half of what is written arrives if the process dies."""
+    """A file to which a dying process writes only half of its data."""
 
     def __init__(self, faults, file):
         self.faults, self.file = faults, file
@@ -115,7 +115,7 @@ class _Torn:
 
 
 def _sweep(folder):
-    """Start the sweep, or go on with it, as the command line does."""
+    """Start the sweep, or resume it, as the command line does."""
     lanes = {"adam": jgd.grid(jgd.adam, learning_rate=RATES)}
     options = dict(width=2, report_every=8, halving=jgd.successive_halving(2, 8), stop=3, keep=2)
     resume = (folder / "plan.json").exists()
@@ -134,11 +134,12 @@ def _states(result):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
+    """The result and the files of a sweep that does not die."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     return _sweep(folder), _bytes(folder)
 
 
-def _ends_the_same(folder, whole):
+def _assert_ends_the_same(folder, whole):
     result, written = whole
     jax.tree.map(np.testing.assert_array_equal, _states(_sweep(folder)), _states(result))
     assert _bytes(folder) == written
@@ -155,8 +156,8 @@ def test_a_fault_at_each_operation_on_files(stride, whole, tmp_path, monkeypatch
     for at in range(1, operations, stride):
         folder = tmp_path / str(at)
         if faults.dies(at, lambda folder=folder: _sweep(folder)):
-            faults.dies(at % 13 + 1, lambda folder=folder: _sweep(folder))  # in the resume too
-        _ends_the_same(folder, whole)
+            faults.dies(at % 13 + 1, lambda folder=folder: _sweep(folder))  # the resume dies too
+        _assert_ends_the_same(folder, whole)
         shutil.rmtree(folder)
 
 
@@ -178,19 +179,19 @@ def test_a_fault_at_each_turn(whole, tmp_path):
                 _sweep(tmp_path / str(turns))
             except _Death:
                 died = True
-        _ends_the_same(tmp_path / str(turns), whole)
+        _assert_ends_the_same(tmp_path / str(turns), whole)
         turns += 1
     assert turns > 5
 
 
-def test_a_damaged_older_checkpoint_is_of_no_consequence(whole, tmp_path):
+def test_a_damaged_older_checkpoint_does_not_matter(whole, tmp_path):
     _sweep(tmp_path / "run")
     oldest = min((tmp_path / "run").glob("manifest-*.json"), key=lambda p: p.stat().st_mtime_ns)
     oldest.write_text("{")
-    _ends_the_same(tmp_path / "run", whole)
+    _assert_ends_the_same(tmp_path / "run", whole)
 
 
-def test_a_checkpoint_without_the_state_of_a_lane_is_refused(tmp_path):
+def test_a_checkpoint_without_the_state_of_a_lane_is_rejected(tmp_path):
     append, turns = folders.Folder.append, iter(range(4))
 
     def die(self, events):
@@ -212,7 +213,7 @@ def test_a_checkpoint_without_the_state_of_a_lane_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["journal", "state", "manifest"])
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, whole, tmp_path):
+def test_resume_uses_the_checkpoint_before_a_damaged_one(damage, whole, tmp_path):
     folder = tmp_path / "run"
     _sweep(folder)
     newest = max(folder.glob("manifest-*.json"), key=lambda p: int(p.stem.partition("-")[2]))
@@ -225,7 +226,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, whole, tmp_pat
         block = max((folder / "states").iterdir(), key=lambda p: int(p.name.partition("-")[2]))
         next(x for x in block.rglob("*") if x.is_file() and x.stat().st_size).write_bytes(b"x")
     with pytest.warns(UserWarning, match=r"checkpoint \d+: .*The checkpoint before it is used"):
-        _ends_the_same(folder, whole)
+        _assert_ends_the_same(folder, whole)
 
 
 PROGRAM = """
@@ -233,7 +234,7 @@ import sys, time
 sys.path.insert(0, {tests!r})
 import jgd.tuning.sweep, test_faults
 from pathlib import Path
-for name in ("append", "checkpoint"):  # so that kills fall everywhere
+for name in ("append", "checkpoint"):  # slowly, so that kills hit every part of a turn
     def slowly(*args, function=getattr(test_faults.folders.Folder, name)):
         time.sleep(0.05)
         return function(*args)
@@ -243,21 +244,21 @@ test_faults._sweep(Path({folder!r}))
 
 
 @pytest.mark.slow
-def test_kill_nine_at_random_moments(whole, tmp_path):
+def test_a_sweep_killed_at_random_moments_ends_the_same(whole, tmp_path):
     program = PROGRAM.format(tests=os.path.dirname(__file__), folder=str(tmp_path / "run"))
-    dice, kills = random.Random(0), 0
+    rng, kills = random.Random(0), 0
     while kills < 20:
         process = subprocess.Popen([sys.executable, "-c", program])
         journal = tmp_path / "run" / "journal.jsonl"
         size = journal.stat().st_size if journal.exists() else -1
         while process.poll() is None and journal.exists() and journal.stat().st_size == size:
             time.sleep(0.005)
-        time.sleep(dice.uniform(0.0, 0.6))
+        time.sleep(rng.uniform(0.0, 0.6))
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             process.wait()
             kills += 1
         elif (tmp_path / "run" / "results.csv").exists():
-            _ends_the_same(tmp_path / "run", whole)
+            _assert_ends_the_same(tmp_path / "run", whole)
             shutil.rmtree(tmp_path / "run")
-    _ends_the_same(tmp_path / "run", whole)
+    _assert_ends_the_same(tmp_path / "run", whole)

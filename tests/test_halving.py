@@ -1,4 +1,4 @@
-"""Cuts, early stops, budgets, and that a sweep goes on where it was killed."""
+"""Halving, early stopping and budgets; a killed sweep resumes where it stopped."""
 
 import functools
 import json
@@ -21,7 +21,7 @@ import jgd
 from jgd.diagnosis import LossStatistics
 from jgd.stopping import early_stopping
 from jgd.tuning import devices, sweep
-from jgd.tuning.events import CUT, DIVERGED, FINISHED, Cut, Report
+from jgd.tuning.events import CUT, DIVERGED, ENDINGS, FINISHED, Cut, Report
 from jgd.tuning.ledger import Ledger
 from jgd.tuning.pack import pack_tiles
 from jgd.tuning.plan import Group, Plan
@@ -36,41 +36,40 @@ def _adam(n=32):
 # --- pure decisions --------------------------------------------------------------------------
 
 
-def test_rungs_and_shares():
+def test_rungs_and_brackets():
     assert jgd.successive_halving(2, 125).brackets(1000) == [[125, 250, 500]]
     assert jgd.successive_halving(3, 37).brackets(1000) == [[37, 111, 333]]  # 999 is too late
     assert jgd.successive_halving(3).brackets(1000) == [[37, 111, 333]]
-    bold, *_, cautious = brackets = jgd.hyperband(3, 37).brackets(1000)
-    assert bold == [37, 111, 333]
-    assert cautious == []
+    first, *_, last = brackets = jgd.hyperband(3, 37).brackets(1000)
+    assert first == [37, 111, 333]
+    assert last == []
     shares = jgd.hyperband(3, 37).shares(1000, 1000)
     counts = np.bincount(shares, minlength=len(brackets))
     assert counts.sum() == 1000
-    assert (np.diff(counts) < 0).all()  # more to the bolder ones
+    assert (np.diff(counts) < 0).all()  # brackets with earlier rungs get more settings
     np.testing.assert_array_equal(shares, jgd.hyperband(3, 37).shares(1000, 1000))
     for wrong in (dict(eta=1.0), dict(min_steps=0), dict(within="seed")):
         with pytest.raises(ValueError, match=f"successive_halving: {next(iter(wrong))} must be"):
             jgd.successive_halving(**wrong)
 
 
-def test_covers_are_tight_and_cheapest():
-    menu = [64, 32, 16, 8, 4, 2, 1]
-    costs = [w + 8.0 for w in menu]
+def test_packed_tiles_are_cheapest_with_little_padding():
+    widths = [64, 32, 16, 8, 4, 2, 1]
+    costs = [w + 8.0 for w in widths]
     for lanes in range(1, 300):
-        widths = pack_tiles(lanes, menu, costs)
-        assert lanes <= sum(widths) <= max(lanes, 1.1 * lanes)
-    cost = lambda widths: sum(w + 8.0 for w in widths)
-    for lanes in range(1, 20):  # by trying all with at most four tiles
+        assert lanes <= sum(pack_tiles(lanes, widths, costs)) <= max(lanes, 1.1 * lanes)
+    cost = lambda tiles: sum(w + 8.0 for w in tiles)
+    for lanes in range(1, 20):  # compared with all choices of at most four tiles
         tried = [
             (a, b, c, d)
-            for a in (0, *menu)
-            for b in (0, *menu)
-            for c in (0, *menu)
-            for d in (0, *menu)
+            for a in (0, *widths)
+            for b in (0, *widths)
+            for c in (0, *widths)
+            for d in (0, *widths)
             if lanes <= a + b + c + d <= max(lanes, int(1.1 * lanes))
         ]
-        best = min(cost([w for w in widths if w]) for widths in tried)
-        assert cost(pack_tiles(lanes, menu, costs)) <= best
+        best = min(cost([w for w in tiles if w]) for tiles in tried)
+        assert cost(pack_tiles(lanes, widths, costs)) <= best
 
 
 # --- halving ---------------------------------------------------------------------------------
@@ -87,7 +86,7 @@ def test_halving_cuts_the_worse_half_at_each_rung():
     assert float(result.best.state) == 1.0
 
 
-def test_survivors_are_trained_as_if_alone():
+def test_survivors_train_as_without_halving():
     plain = jgd.sweep(_line(), _adam(), 64, width=8, report_every=8)
     halved = jgd.sweep(
         _line(), _adam(), 64, width=8, report_every=8, halving=jgd.successive_halving(2, 8)
@@ -95,20 +94,20 @@ def test_survivors_are_trained_as_if_alone():
     survivors = [row for row in halved.rows if row["ended"] == "finished"]
     assert len(survivors) == 4
     loss = {row["learning_rate"]: row["loss"] for row in plain.rows}
-    for row in survivors:  # widths may differ, so to rounding
+    for row in survivors:  # widths may differ, so results agree up to rounding
         np.testing.assert_allclose(row["loss"], loss[row["learning_rate"]], rtol=1e-4)
     assert halved.plan.lane_steps == 32 * 8 + 16 * 8 + 8 * 16 + 4 * 32
 
 
 @pytest.mark.parametrize("eta", [2, 3])
-def test_little_more_is_executed_than_survives(eta):
+def test_padding_adds_at_most_a_tenth_of_the_lane_steps(eta):
     settings = {"adam": jgd.grid(jgd.adam, learning_rate=np.geomspace(1e-4, 1, 250))}
     prepared = planned(_line(), settings, 54, width=16, halving=jgd.successive_halving(eta, 2))
     assert list(events(prepared))
     assert prepared.sweep.schedule.lane_steps <= 1.1 * prepared.plan.lane_steps
 
 
-def test_the_host_holds_what_may_survive():
+def test_the_host_holds_few_states_that_a_rung_will_cut():
     settings = {"adam": jgd.grid(jgd.adam, learning_rate=np.geomspace(1e-4, 1, 128))}
     prepared = planned(_line(), settings, 64, width=8, halving=jgd.successive_halving(4, 8))
     most = 0
@@ -138,8 +137,8 @@ def _report(group, step, lanes, ended=0, **metrics):
     return Report(0, group, step, lanes, np.zeros(lanes.shape), metrics, ended, seen)
 
 
-def test_ranking_follows_the_rule_written_out():
-    """How far, then the mean over seeds, then the loss, then the order of the settings."""
+def test_ranking_follows_its_rule():
+    """Settings rank by steps, then the mean over seeds, then the loss, then their order."""
     plan = _plan({"a": 10, "b": 4}, seeds=3)
     ledger, rng = Ledger(plan), np.random.default_rng(0)
     for name, n in (("a", 30), ("b", 12)):
@@ -158,7 +157,7 @@ def test_ranking_follows_the_rule_written_out():
     assert ledger.ranked(np.arange(14)).tolist() == sorted(range(14), key=key)
 
 
-def test_within_a_group_each_keeps_its_best():
+def test_halving_within_groups_keeps_the_best_of_each():
     run, good = _scored([[1.0], [2.0], [3.0], [4.0]])
     _, bad = _scored([[1.0], [2.0], [3.0], [4.0]])
     halving = jgd.successive_halving(2, 20, within="group")
@@ -178,7 +177,7 @@ def test_groups_of_one_structure_have_their_own_settings():
         np.testing.assert_array_equal(both.curves[name].train_loss, alone.curves[name].train_loss)
 
 
-def test_groups_of_one_structure_and_other_shapes():
+def test_groups_of_one_structure_may_differ_in_shapes():
     steps = lambda n: (
         lambda rate: jgd.sgd(
             jgd.piecewise_constant(10 * (1 + jnp.arange(n)), rate * 0.5 ** jnp.arange(n + 1))
@@ -190,7 +189,7 @@ def test_groups_of_one_structure_and_other_shapes():
 
 @pytest.mark.parametrize("name", ["cholesky", "eigh", "inv", "qr", "slogdet", "svd", "solve"])
 def test_decompositions_run_alone(name):
-    """Two programs with batches of them can wait for each other's threads for ever, on CPUs."""
+    """Batched decompositions in two programs can deadlock on a CPU, so each program runs alone."""
     function = getattr(jnp.linalg, name)
     if name == "svd":
         function = functools.partial(function, full_matrices=False)
@@ -205,7 +204,7 @@ def test_decompositions_run_alone(name):
     assert not planned(_line(), _adam(4), 20).sweep.engine.programs[0].exclusive
 
 
-def test_what_diverged_is_below_what_was_cut():
+def test_a_setting_that_diverged_ranks_below_one_cut_later():
     ledger = Ledger(_plan({"a": 3}))
     ledger.apply(_report("a", 5, 1, DIVERGED, score=0.1))
     ledger.apply(_report("a", 10, 0, score=0.9))
@@ -214,7 +213,7 @@ def test_what_diverged_is_below_what_was_cut():
     assert ledger.ranked(np.arange(3)).tolist() == [2, 0, 1]
 
 
-def test_bad_wishes_are_refused_before_anything_is_compiled():
+def test_bad_options_are_rejected_before_compilation():
     for wrong, message in (
         (dict(halving=2), "halving must be jgd.successive_halving"),
         (dict(halving=jgd.successive_halving(2, 40)), "distinct rungs"),
@@ -228,8 +227,8 @@ def test_bad_wishes_are_refused_before_anything_is_compiled():
             jgd.sweep(_line(), _adam(4), 40, **wrong)
 
 
-def test_shares_of_a_rung_may_need_a_tile_less_together(monkeypatch):
-    """43 lanes on two cores: a share of 22 in tiles of 24, one of 21 in 21; 43 in all but one."""
+def test_shares_of_a_rung_may_need_fewer_tiles_together(monkeypatch):
+    """43 lanes on two cores: shares of 22 and 21 lanes need tiles for 24 and 21, one too many."""
     monkeypatch.setattr(devices, "tiles_at_once", lambda mesh: 2)
     run, lanes = _scored([[float(k)] for k in range(256)])
     result = jgd.sweep(run, lanes, 54, width=64, halving=jgd.hyperband(3, 2))
@@ -241,14 +240,14 @@ def test_hyperband_gives_each_bracket_its_rungs():
     ended = {(row["ended"], row["at"]) for row in result.rows}
     assert ("finished", 64) in ended
     assert {at for how, at in ended if how == "cut"} == {8, 16, 32}
-    whole = np.bincount(result.plan.brackets)[-1]  # the cautious bracket cuts nobody
-    assert sum(row["ended"] == "finished" for row in result.rows) > whole
+    uncut = np.bincount(result.plan.brackets)[-1]  # the last bracket cuts no setting
+    assert sum(row["ended"] == "finished" for row in result.rows) > uncut
 
 
 # --- early stopping, divergence, budgets -----------------------------------------------------
 
 
-def test_lanes_stop_as_the_monitor_says():
+def test_lanes_stop_when_the_monitor_says_so():
     stop = early_stopping(patience=2)
     plain = jgd.sweep(_line(), _adam(), 60, width=8, report_every=3)
     result = jgd.sweep(_line(), _adam(), 60, width=8, report_every=3, stop=stop)
@@ -256,18 +255,29 @@ def test_lanes_stop_as_the_monitor_says():
     curves = plain.curves["adam"].metrics["loss"]
     for row in result.rows:
         lane = int(np.argmin(abs(RATES - row["learning_rate"])))
-        state, wanted = stop.init(), 60
+        state, expected = stop.init(), 60
         for step, loss in zip(plain.plan.reports, curves[lane], strict=True):
             ended, state = stop.update(loss, state)
             if ended:
-                wanted = step
+                expected = step
                 break
-        assert abs(row["at"] - wanted) <= 3  # a tie may fall otherwise at another width
+        assert abs(row["at"] - expected) <= 3  # rounding depends on the width and may decide a tie
     patience = jgd.sweep(_line(), _adam(), 60, width=8, report_every=3, stop=2)
     assert [row["at"] for row in patience.rows] == [row["at"] for row in result.rows]
 
 
-def test_what_ended_costs_nothing():
+@pytest.mark.parametrize(("steps", "ended"), [(4, "finished"), (6, "stopped early")])
+def test_a_lane_that_stops_at_the_last_step_is_finished(steps, ended):
+    """The metric never improves, so the monitor stops each lane at its second report."""
+    run, lanes = _scored([[1.0], [2.0]])
+    *_, report = jgd.iter_sweep(run, lanes, steps, report_every=2, stop=1)
+    assert report.step == 4
+    assert [ENDINGS[ending] for ending in report.ended] == [ended] * 2
+    result = jgd.sweep(run, lanes, steps, report_every=2, stop=1)
+    assert {(row["ended"], row["at"]) for row in result.rows} == {(ended, 4)}
+
+
+def test_ended_lanes_cost_nothing():
     settings = {"sgd": jgd.grid(jgd.sgd, learning_rate=[0.1, *[1e30] * 15])}
     prepared = planned(_line(), settings, 100, width=16, report_every=5, drop_diverged=True)
     reports = [event for event in events(prepared) if isinstance(event, Report)]
@@ -282,14 +292,14 @@ def test_what_ended_costs_nothing():
     assert {row["verdict"] for row in result.rows[1:]} == {"diverged"}
 
 
-def test_a_budget_of_lane_steps():
+def test_a_budget_limits_the_lane_steps():
     at_once = devices.tiles_at_once(None)
     budget = 8 * at_once * 50
     lanes = {"adam": jgd.grid(jgd.adam, learning_rate=np.geomspace(1e-4, 1, 24 * at_once))}
     result = jgd.sweep(_line(), lanes, 40, width=8, report_every=10, budget=budget)
     ended = [row["ended"] for row in result.rows]
     assert ended == [
-        word for word in ("finished", "out of budget", "not run") for _ in range(8 * at_once)
+        ending for ending in ("finished", "out of budget", "not run") for _ in range(8 * at_once)
     ]
     assert result.best.params is not None
     (cut,) = jgd.iter_sweep(_line(), _adam(), 40, width=8, seconds=1e-9)
@@ -317,7 +327,7 @@ def _options(kind):
     return dict(seeds=2, width=8, report_every=8, **KINDS[kind])
 
 
-def _same(one, two):
+def _assert_same(one, two):
     assert json.dumps(one.rows) == json.dumps(two.rows)
     for group, curves in one.curves.items():
         for a, b in zip(jax.tree.leaves(curves), jax.tree.leaves(two.curves[group]), strict=True):
@@ -328,8 +338,8 @@ def _same(one, two):
 @pytest.mark.parametrize(
     "kind", [k if k == "halving" else pytest.param(k, marks=pytest.mark.slow) for k in KINDS]
 )
-def test_a_resumed_sweep_is_the_uninterrupted_one(kind, tmp_path):
-    """Bit for bit: table, curves and the best parameters, wherever it was cut off."""
+def test_a_resumed_sweep_equals_an_uninterrupted_one(kind, tmp_path):
+    """Table, curves and best parameters agree bit for bit, wherever it was interrupted."""
     groups = {**_adam(15), "m": jgd.grid(jgd.momentum, learning_rate=RATES[:9])}
     whole = jgd.sweep(_line(), groups, 64, folder=tmp_path / "whole", **_options(kind))
     count = len((tmp_path / "whole" / "journal.jsonl").read_text().splitlines())
@@ -352,12 +362,12 @@ def test_a_resumed_sweep_is_the_uninterrupted_one(kind, tmp_path):
                 **_options(kind),
             )
         resumed = jgd.sweep(_line(), groups, 64, folder=folder, resume=True, **_options(kind))
-        _same(whole, resumed)
+        _assert_same(whole, resumed)
     again = jgd.sweep(_line(), groups, 64, folder=folder, resume=True, **_options(kind))
-    _same(whole, again)  # what is finished stays
+    _assert_same(whole, again)  # resuming a finished sweep changes nothing
 
 
-def test_resume_refuses_another_sweep(tmp_path):
+def test_resume_rejects_another_sweep(tmp_path):
     options = dict(width=4, report_every=10)
     jgd.sweep(_line(), _adam(8), 40, folder=tmp_path / "run", **options)
     again = dict(folder=tmp_path / "run", resume=True, **options)
@@ -373,12 +383,12 @@ def test_resume_refuses_another_sweep(tmp_path):
         jgd.sweep(_line(), _adam(8), 40, resume=True)
 
 
-def test_interrupted_with_what_there_is(tmp_path):
+def test_an_interrupted_sweep_has_the_results_so_far(tmp_path):
     at_once = devices.tiles_at_once(None)
     lanes = {"adam": jgd.grid(jgd.adam, learning_rate=np.geomspace(1e-4, 1, 24 * at_once))}
 
     def interrupt(plan, report):
-        if report.tile == at_once:  # the first of the second turn
+        if report.tile == at_once:  # the first tile of the second turn
             raise KeyboardInterrupt
 
     with pytest.raises(sweep.Interrupted) as caught:
@@ -388,10 +398,11 @@ def test_interrupted_with_what_there_is(tmp_path):
     assert (tmp_path / "run" / "results.csv").exists()
 
 
-def test_interrupted_while_tiles_run():
-    """Ctrl-C in the middle of a chunk: it is waited for, and its lanes are among what there is."""
+def test_ctrl_c_during_a_chunk_keeps_its_lanes():
+    """After Ctrl-C during a chunk, the sweep waits for the chunk and reports its lanes."""
     lanes = {"adam": jgd.grid(jgd.adam, learning_rate=RATES[:8])}
-    interrupt = lambda plan, report: os.kill(os.getpid(), signal.SIGINT)  # while the next ones run
+    # called while the next tiles run
+    interrupt = lambda plan, report: os.kill(os.getpid(), signal.SIGINT)
     with pytest.raises(sweep.Interrupted) as caught:
         jgd.sweep(_line(), lanes, 4000, width=4, report_every=400, on_report=interrupt)
     result = caught.value.result
@@ -413,7 +424,7 @@ print("done")
 
 
 @pytest.mark.slow
-def test_kill_nine_at_random_moments(tmp_path):
+def test_a_sweep_killed_at_random_moments_resumes(tmp_path):
     tests = os.path.dirname(__file__)
     run = lambda folder, resume: subprocess.Popen(
         [sys.executable, "-c", PROGRAM.format(tests=tests, folder=str(folder), resume=resume)],
@@ -423,7 +434,7 @@ def test_kill_nine_at_random_moments(tmp_path):
     )
     whole = run(tmp_path / "whole", False)
     assert "done" in whole.communicate()[0]
-    dice = random.Random(0)
+    rng = random.Random(0)
     folder, kills, started = tmp_path / "killed", 0, False
     while True:
         process = run(folder, started)
@@ -433,7 +444,7 @@ def test_kill_nine_at_random_moments(tmp_path):
         if kills == 4:
             process.wait()
         else:
-            time.sleep(dice.uniform(0.0, 0.8))
+            time.sleep(rng.uniform(0.0, 0.8))
         if process.poll() is not None:
             break
         process.send_signal(signal.SIGKILL)
@@ -445,7 +456,7 @@ def test_kill_nine_at_random_moments(tmp_path):
         assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_a_disk_that_is_full_or_read_only_is_named(tmp_path, monkeypatch):
+def test_errors_name_a_file_in_the_way_and_a_full_disk(tmp_path, monkeypatch):
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(OSError, match="file"):

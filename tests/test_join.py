@@ -1,7 +1,8 @@
-"""Sweeps that are joined: merged results, extended folders, and results loaded from them."""
+"""Joining of sweeps: merged results, extended folders, and results loaded from folders."""
 
 import dataclasses
 import functools
+import gc
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ from jgd.tuning.sweep import Interrupted
 
 RATES = np.geomspace(1e-3, 3, 6)
 TASK = _line()  # one task, so that all sweeps share their compiled programs
-NOISY = TASK._replace(  # seeds begin apart
+NOISY = TASK._replace(  # each seed has its own initial parameters
     init=lambda key: {"w": jax.random.normal(key, (2,)), "b": jnp.zeros(())}
 )
 OPTIONS = dict(width=2, report_every=8, keep=2, mode="min")
@@ -40,14 +41,14 @@ def _sweep(settings, steps=24, **options):
 
 
 def _without_texts(plan):
-    """A plan without the reprs of its batches, which show their lengths."""
+    """Return a plan without the reprs of its batches, which show their lengths."""
     groups = [dataclasses.replace(group, setting="") for group in plan.groups]
     return dataclasses.replace(plan, groups=groups)
 
 
 def _assert_equal(result, whole, *, states=True):
-    """Results that agree in all that they say, to the bit."""
-    assert repr(result.rows) == repr(whole.rows)  # NaN is not itself
+    """Assert that two results agree bit for bit."""
+    assert repr(result.rows) == repr(whole.rows)  # repr, since NaN != NaN
     assert _without_texts(result.plan) == _without_texts(whole.plan)
     jax.tree.map(np.testing.assert_array_equal, result.curves, whole.curves)
     assert len(result.kept) == len(whole.kept)
@@ -66,7 +67,7 @@ def _assert_equal(result, whole, *, states=True):
 
 
 @pytest.mark.parametrize("options", [dict(seeds=2, order="own"), dict(target=1.0, best="ever")])
-def test_merged_halves_are_one_sweep_of_the_whole(options):
+def test_merged_halves_equal_one_sweep(options):
     lion = jgd.grid(jgd.lion, learning_rate=RATES)
     whole = _sweep({"adam": _adam(RATES), "lion": lion}, **options)
     halves = (
@@ -78,7 +79,7 @@ def test_merged_halves_are_one_sweep_of_the_whole(options):
     _assert_equal(jgd.merge(merged, *halves), whole)
 
 
-def test_a_group_whose_name_is_taken_is_added():
+def test_another_group_of_the_same_name_gets_a_number():
     one = _sweep({"tx": _adam(RATES[:2])})
     two = _sweep({"tx": jgd.grid(jgd.lion, learning_rate=RATES[:2])}, keep=1)
     merged = jgd.merge(one, two, two, jgd.merge(one, two))
@@ -103,7 +104,7 @@ def test_a_group_whose_name_is_taken_is_added():
         (dict(target=0.1), "target must be the same in all results, got None and 0.1"),
     ],
 )
-def test_results_that_do_not_compare_are_not_merged(options, message):
+def test_results_that_cannot_be_compared_are_not_merged(options, message):
     settings = _adam(RATES[:2])
     with pytest.raises(ValueError, match=message):
         jgd.merge(_sweep(settings), _sweep(settings, **options))
@@ -132,8 +133,11 @@ def test_the_best_is_saved_with_its_setting(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError):
         result.save_best(tmp_path / "file" / "best")
-    # orbax failed in a thread of its own, and others waited for it
-    assert not [x for x in threading.enumerate() if "metadata" in x.name]
+    # no thread of orbax waits for one that failed; an idle thread ends with its executor
+    gc.collect()
+    for thread in [x for x in threading.enumerate() if "metadata" in x.name]:
+        thread.join(10)
+        assert not thread.is_alive()
     lost = result._replace(best=best._replace(state=None))
     with pytest.raises(ValueError, match="save_best: the state of the best setting is not stored"):
         lost.save_best(tmp_path / "lost")
@@ -177,7 +181,7 @@ MIXED = {
 
 
 @pytest.mark.parametrize("options", [dict(keep=2, seeds=2), dict(best="ever", target=0.2)])
-def test_loaded_as_it_was_in_memory(options, tmp_path):
+def test_a_loaded_result_equals_the_result_in_memory(options, tmp_path):
     run = _mixed()
     folder = tmp_path / "run"
     whole = jgd.sweep(run, {"mixed": MIXED}, 8, mode="min", folder=folder, **options)
@@ -191,8 +195,8 @@ def test_loaded_as_it_was_in_memory(options, tmp_path):
 
 
 @pytest.mark.parametrize("keep", [1, 3])
-def test_equal_settings_stay_apart(keep, tmp_path):
-    """The second one is not taken for the first, whose state is stored."""
+def test_equal_settings_stay_separate(keep, tmp_path):
+    """A repeated setting is not mistaken for the first one, whose state is stored."""
     best, last = 0.3, 1e-3
     whole = _sweep(_adam([last, best, best]), keep=keep, folder=tmp_path / "run")
     assert whole.best.row["setting"] == 1
@@ -203,7 +207,7 @@ def test_equal_settings_stay_apart(keep, tmp_path):
     assert repr(more.rows) == repr(_sweep(_adam([best, best, best, last])).rows)
 
 
-def test_a_template_tells_what_cannot_be_pickled(tmp_path):
+def test_a_template_gives_the_structure_that_cannot_be_pickled(tmp_path):
     build = lambda rate: jgd.adamw(rate, weight_decay=0.1, mask=lambda params: True)
     settings = {"a": jgd.grid(build, rate=RATES), "b": _adam(RATES)}
     whole = _sweep(settings, folder=tmp_path / "run")
@@ -214,7 +218,7 @@ def test_a_template_tells_what_cannot_be_pickled(tmp_path):
             jgd.load(tmp_path / "run", TASK, template=template)
 
 
-def test_what_cannot_be_loaded(tmp_path):
+def test_folders_that_cannot_be_loaded(tmp_path):
     settings = _adam(RATES[:2])
     _sweep(settings, folder=tmp_path / "run")
     (tmp_path / "run" / "settings.pickle").write_bytes(b"garbage")
@@ -227,7 +231,7 @@ def test_what_cannot_be_loaded(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no plan\.json"):
         jgd.load(tmp_path / "nowhere")
     _sweep(settings, folder=tmp_path / "other")
-    with pytest.raises(ValueError, match="load: task must be that of the sweep"):
+    with pytest.raises(ValueError, match="load: task must be the task of the sweep, got"):
         jgd.load(tmp_path / "other", _mixed(), template=settings)
 
 
@@ -241,24 +245,24 @@ TABLES = ("results.csv", "results.json", "curves.npz", "settings.pickle")
 
 
 def _trained(folder):
-    """The lanes in a journal, by group."""
+    """Return the lanes that the journal of a folder reports, as (group, lane)."""
     lines = map(json.loads, (folder / "journal.jsonl").read_text().splitlines())
     return {(line["group"], lane) for line in lines if "tile" in line for lane in line["lanes"]}
 
 
 @pytest.mark.parametrize("options", [dict(), dict(best="ever", order="own")])
-def test_an_extension_is_one_sweep_of_the_whole(options, tmp_path):
-    """By settings on both sides, then by seeds and a group; all is equal to the bit."""
+def test_an_extended_sweep_equals_one_sweep(options, tmp_path):
+    """Extended by settings on both sides, then by seeds and a group, it is equal bit for bit."""
     folder = tmp_path / "run"
     sweep = functools.partial(jgd.sweep, NOISY, steps=24, **OPTIONS | options)
     sweep({"adam": _adam(RATES[2:4])}, folder=folder)
     more = {"adam": _adam(RATES)}
     _assert_equal(sweep(more, extend=folder), sweep(more, folder=tmp_path / "more"))
     assert _trained(folder / "segment-2") == {("adam", lane) for lane in (0, 1, 4, 5)}
-    wanted = {"lion": jgd.grid(jgd.lion, learning_rate=RATES[:3]), **more}
+    settings = {"lion": jgd.grid(jgd.lion, learning_rate=RATES[:3]), **more}
     extended, whole = (
-        sweep(wanted, seeds=3, extend=folder),
-        sweep(wanted, seeds=3, folder=tmp_path / "whole"),
+        sweep(settings, seeds=3, extend=folder),
+        sweep(settings, seeds=3, folder=tmp_path / "whole"),
     )
     assert repr(extended.rows) == repr(whole.rows)
     jax.tree.map(np.testing.assert_array_equal, extended.curves, whole.curves)
@@ -267,13 +271,13 @@ def test_an_extension_is_one_sweep_of_the_whole(options, tmp_path):
     for name in TABLES:
         assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     _assert_equal(jgd.load(folder, NOISY), extended)
-    _assert_equal(sweep(wanted, seeds=3, extend=folder), extended)  # nothing new
+    _assert_equal(sweep(settings, seeds=3, extend=folder), extended)  # adds no lane
     assert not (folder / "segment-4").exists()
     assert repr(read_result(folder).rows) == repr(whole.rows)
     states = {(best.row["optimizer"], best.row["setting"]): best.state for best in whole.kept}
-    for best in extended.kept:  # those that are stored
-        mine = states.get((best.row["optimizer"], best.row["setting"]), best.state)
-        jax.tree.map(np.testing.assert_array_equal, best.state, mine)
+    for best in extended.kept:  # the two results may have stored the states of other settings
+        state = states.get((best.row["optimizer"], best.row["setting"]), best.state)
+        jax.tree.map(np.testing.assert_array_equal, best.state, state)
     fewer = sweep({"adam": _adam(RATES[1:3])}, seeds=2, extend=folder)
     np.testing.assert_array_equal(
         fewer.curves["adam"].train_loss.reshape(2, 2, -1),
@@ -282,7 +286,7 @@ def test_an_extension_is_one_sweep_of_the_whole(options, tmp_path):
     assert not (folder / "segment-4").exists()
 
 
-def test_an_extension_of_a_run_whose_metric_is_of_its_setting(tmp_path):
+def test_a_run_whose_metric_depends_on_its_setting_is_extended(tmp_path):
     run, curves = _curved(CURVES)
     options = dict(report_every=1, metric="score", mode="min", width=2)
     jgd.sweep(run, {"run": curves[2:]}, 4, folder=tmp_path / "run", **options)
@@ -291,7 +295,7 @@ def test_an_extension_of_a_run_whose_metric_is_of_its_setting(tmp_path):
     assert int(extended.best.state) == 4
 
 
-def test_a_setting_that_changed_is_no_sweep_to_go_on_with(tmp_path):
+def test_a_sweep_with_a_changed_setting_is_not_resumed(tmp_path):
     build = lambda middle: jgd.stack([jgd.adam(rate, b1=0.5) for rate in (0.1, middle, 0.3)])
     options = dict(folder=tmp_path / "run", resume=True)
     settings = lambda middle: {"a": Lanes(build(middle), {"number": np.arange(3)})}
@@ -325,7 +329,7 @@ def test_an_extension_that_dies_goes_on(stride, tmp_path, monkeypatch):
         assert [x.name for x in folder.glob("segment-*")] == ["segment-2"]
 
 
-def test_another_extension_than_the_one_that_was_interrupted(tmp_path):
+def test_an_interrupted_extension_must_finish_before_another(tmp_path):
     folder = tmp_path / "run"
     _sweep({"adam": _adam(RATES[:2])}, folder=folder)
     with pytest.raises(Interrupted) as error:
@@ -373,13 +377,13 @@ def finished(tmp_path_factory):
         (dict(resume=True), "folder must be the folder of a sweep with resume=True"),
     ],
 )
-def test_lanes_that_would_differ_are_refused(options, message, finished):
+def test_an_extension_that_would_change_lanes_is_rejected(options, message, finished):
     with pytest.raises(ValueError, match=message):
         _sweep({"adam": _adam(RATES)}, extend=finished, **options)
     assert not (finished / "segment-2").exists()
 
 
-def test_what_cannot_be_extended(finished, tmp_path):
+def test_sweeps_that_cannot_be_extended(finished, tmp_path):
     settings = {"adam": _adam(RATES[:4])}
     with pytest.raises(ValueError, match="its task was"):
         jgd.sweep(_line(3), settings, 24, extend=finished, **OPTIONS)
@@ -389,7 +393,7 @@ def test_what_cannot_be_extended(finished, tmp_path):
     with pytest.raises(Interrupted):
         _sweep(settings, folder=tmp_path / "half", on_report=_interrupt)
     with pytest.raises(
-        ValueError, match=r"extend: .*half has not finished. Go on with resume=True"
+        ValueError, match=r"extend: .*half has not finished. Finish it with resume=True"
     ):
         _sweep(settings, extend=tmp_path / "half")
     _sweep(settings, folder=tmp_path / "run")
@@ -402,26 +406,26 @@ def test_what_cannot_be_extended(finished, tmp_path):
     _sweep(settings, folder=tmp_path / "halved", halving=halving)
     with pytest.raises(ValueError, match="halving must be None, in the sweep that is there too"):
         _sweep(settings, extend=tmp_path / "halved")
-    task = TASK._replace(init=lambda key: {"w": _begins_by_number(key), "b": jnp.zeros(())})
+    task = TASK._replace(init=lambda key: {"w": _rounded_by_seeds(key), "b": jnp.zeros(())})
     jgd.sweep(task, settings, 24, seeds=2, folder=tmp_path / "sums", **OPTIONS)
     with pytest.raises(ValueError, match="extend: seeds must be 2, got 3: the initial parameters"):
         jgd.sweep(task, settings, 24, seeds=3, extend=tmp_path / "sums", **OPTIONS)
 
 
 def _unseen(task, steps):
-    """The number of an example that is in neither the first nor the last batch."""
+    """Return the row of an example that is in neither the first nor the last batch."""
     seen = np.concatenate([task.batch(step)[0] for step in (0, steps - 1)])
     rows = enumerate(np.asarray(task.batch.args[0][0]).tolist())
     return next(row for row, x in rows if x not in seen.tolist())
 
 
 @jax.custom_batching.custom_vmap
-def _begins_by_number(key):
-    """Parameters that are rounded by the number of seeds, as sums may be."""
+def _rounded_by_seeds(key):
+    """Return parameters whose rounding depends on the number of seeds, as in a sum."""
     return jnp.ones(2)
 
 
-@_begins_by_number.def_vmap
+@_rounded_by_seeds.def_vmap
 def _(size, batched, key):
     return jnp.full((size, 2), 1 + 1e-7 * size), True
 
@@ -441,21 +445,21 @@ def twice(tmp_path_factory):
     [
         (lambda run: shutil.rmtree(run / "segment-2"), r"segment-2 holds no sweep"),
         (lambda run: os.truncate(run / "segment-2" / "journal.jsonl", 99), "segment-2: no checkp"),
-        (lambda run: os.truncate(run / "journal.jsonl", 99), "run: no checkpoint is whole"),
+        (lambda run: os.truncate(run / "journal.jsonl", 99), "run: no checkpoint is intact"),
         (
             lambda run: [(run / "segment-2" / x).unlink() for x in ("journal.jsonl", MANIFEST)],
-            "segment-2 was extended and is not whole",
+            "segment-2 was extended but is incomplete",
         ),
         (
             lambda run: shutil.copy(run / "segment-2" / "plan.json", run / "segment-3"),
-            "plan.json was changed, or manifest-1.json is of another sweep",
+            "plan.json was changed, or manifest-1.json belongs to another sweep",
         ),
         (
             lambda run: [
                 shutil.copy(run / "segment-2" / x, run)
                 for x in ("plan.json", "journal.jsonl", MANIFEST)
             ],
-            "manifest-1.json is of another sweep",
+            "manifest-1.json belongs to another sweep",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""One sweep at a time in a folder: races, the holder's name, and what a dead process leaves."""
+"""The lock of a folder: races, the name of its holder, and locks that dead processes leave."""
 
 import contextlib
 import re
@@ -14,7 +14,8 @@ import jgd
 from jgd import cli
 from jgd.tuning.lock import locked
 
-# For each line: waits for a moment, tries to hold a folder, says how it went, and waits again.
+# For each line of input: wait until a moment, try to lock a folder, print the outcome, and release
+# the lock at the next line.
 RACER = """
 import sys, time
 from pathlib import Path
@@ -48,7 +49,7 @@ def _racers(how, number):
         racer.stdout.close()
 
 
-def _tell(racers, line):
+def _send(racers, line):
     for racer in racers:
         racer.stdin.write(f"{line}\n")
         racer.stdin.flush()
@@ -62,7 +63,7 @@ def _in_use(pid):
 
 def _leave_a_dead_holder(how, folder):
     with _racers(how, 1) as (racer,):
-        assert _tell([racer], f"{folder} 0") == ["won\n"]
+        assert _send([racer], f"{folder} 0") == ["won\n"]
         racer.kill()
         racer.wait()
     assert any(folder.iterdir())
@@ -75,15 +76,15 @@ def test_fifty_races_have_fifty_winners(how, tmp_path):
     with _racers(how, 3) as racers:
         for race in range(50):
             folder = tmp_path / str(race)
-            if race % 2:  # else nothing is there, and the folder is created too
+            if race % 2:  # in the other races, the lock must create the folder
                 folder.mkdir()
                 for name, content in left.items():
                     (folder / name).write_bytes(content)
-            said = _tell(racers, f"{folder} {time.time() + 0.01}")
-            assert sum(line == "won\n" for line in said) == 1, said
-            assert all("in use by" in line for line in said if line != "won\n"), said
-            _tell(racers, "")
-            assert folder.exists() or not race % 2  # the lock deletes none that it did not create
+            answers = _send(racers, f"{folder} {time.time() + 0.01}")
+            assert sum(line == "won\n" for line in answers) == 1, answers
+            assert all("in use by" in line for line in answers if line != "won\n"), answers
+            _send(racers, "")
+            assert folder.exists() or not race % 2  # no lock deletes a folder of others
 
 
 @pytest.mark.parametrize("how", ["system", "creation"])
@@ -94,19 +95,19 @@ def test_the_holder_is_named_and_a_process_may_lock_twice(how, tmp_path, monkeyp
         with locked(tmp_path):
             with locked(tmp_path / ".." / tmp_path.name):
                 pass
-            (said,) = _tell([racer], f"{tmp_path} 0")  # the inner context released nothing
-            _tell([racer], "")
-        assert re.search(_in_use("\\d+"), said)
-        assert _tell([racer], f"{tmp_path} 0") == ["won\n"]
+            (answer,) = _send([racer], f"{tmp_path} 0")  # the inner context released nothing
+            _send([racer], "")
+        assert re.search(_in_use("\\d+"), answer)
+        assert _send([racer], f"{tmp_path} 0") == ["won\n"]
         with pytest.raises(BlockingIOError, match=_in_use(racer.pid)), locked(tmp_path):
             pass
-        _tell([racer], "")
+        _send([racer], "")
         with locked(tmp_path):
             pass
     assert not list(tmp_path.iterdir())
 
 
-def test_a_holder_on_another_host_is_never_taken_for_dead(tmp_path, monkeypatch):
+def test_a_holder_on_another_host_counts_as_alive(tmp_path, monkeypatch):
     _leave_a_dead_holder("creation", tmp_path)
     monkeypatch.setattr("jgd.tuning.lock.fcntl", None)
     for name in ("socket.gethostname", "jgd.tuning.lock._boot"):
@@ -121,7 +122,7 @@ def test_a_holder_on_another_host_is_never_taken_for_dead(tmp_path, monkeypatch)
 def test_a_sweep_that_runs_is_neither_resumed_nor_overwritten(tmp_path, monkeypatch, capsys):
     folder, lanes = tmp_path / "run", jgd.grid(jgd.sgd, learning_rate=[0.1])
     with _racers("system", 1) as (racer,):
-        _tell([racer], f"{folder} 0")  # it has not written anything yet
+        _send([racer], f"{folder} 0")  # it has not written anything yet
         for options in (dict(folder=folder), dict(folder=folder, resume=True), dict(extend=folder)):
             with pytest.raises(BlockingIOError, match=_in_use(racer.pid)):
                 jgd.sweep(_line(), lanes, 8, **options)
@@ -132,7 +133,7 @@ def test_a_sweep_that_runs_is_neither_resumed_nor_overwritten(tmp_path, monkeypa
             (line,) = capsys.readouterr().err.splitlines()
             assert re.search(_in_use(racer.pid), line)
         assert [path.name for path in folder.iterdir()] == ["lock"]
-        _tell([racer], "")
+        _send([racer], "")
 
     def fails(plan, report):
         raise RuntimeError("of the user")

@@ -1,4 +1,4 @@
-"""One sweep of two processes on loopback, and what is left when one of them is lost."""
+"""One sweep in two processes on the loopback address, which is resumed when one is lost."""
 
 import csv
 import os
@@ -47,7 +47,7 @@ def _start(folder, *more, devices=2):
 
 
 def _together(folder, *arguments):
-    """Two of them, on a port that was free just now."""
+    """Start two processes of a sweep, on a port that was free a moment ago."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -64,15 +64,15 @@ def _loss(folder):
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_sweep(tmp_path):
+def test_two_processes_run_one_sweep(tmp_path):
     alone = _start(tmp_path, *COMMAND.split(), "--out", "alone", devices=4)
-    screen = alone.communicate()
-    assert alone.returncode == 0, screen
+    output = alone.communicate()
+    assert alone.returncode == 0, output
     both = list(_together(tmp_path, *COMMAND.split(), "--out", "both"))
-    screens = [process.communicate() for process in both]
-    assert [process.returncode for process in both] == [0, 0], screens
-    assert "lane-steps per second" in screens[0][0]
-    assert "lane-steps per second" not in screens[1][0]  # one of them speaks
+    outputs = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert "lane-steps per second" in outputs[0][0]
+    assert "lane-steps per second" not in outputs[1][0]  # only process 0 prints
     for rate, (ended, loss) in _loss(tmp_path / "alone").items():
         np.testing.assert_allclose(_loss(tmp_path / "both")[rate][1], loss, rtol=1e-4)
         assert _loss(tmp_path / "both")[rate][0] == ended
@@ -95,10 +95,10 @@ def test_two_processes_are_one_sweep(tmp_path):
     whole = _start(
         tmp_path, *COMMAND.replace("--steps 64", "--steps 4000").split(), "--out", "whole"
     )
-    resumed = _start(tmp_path, "sweep", "--resume", "lost")  # on fewer
+    resumed = _start(tmp_path, "sweep", "--resume", "lost")  # on fewer devices
     for process in (whole, resumed):
-        screen = process.communicate()
-        assert process.returncode == 0, screen
+        output = process.communicate()
+        assert process.returncode == 0, output
     for rate, (ended, loss) in _loss(tmp_path / "whole").items():
         np.testing.assert_allclose(_loss(tmp_path / "lost")[rate][1], loss, rtol=1e-3, atol=1e-6)
         assert _loss(tmp_path / "lost")[rate][0] == ended
@@ -116,6 +116,6 @@ def test_an_error_on_one_process_ends_all_with_one_line(process, tmp_path):
         assert "no more data" in line
 
 
-def test_several_processes_want_a_folder(tmp_path):
+def test_several_processes_need_a_folder(tmp_path):
     process = _start(tmp_path, "sweep", "--coordinator", "127.0.0.1:1")
     assert "--coordinator needs --out" in process.communicate()[1]

@@ -1,4 +1,4 @@
-"""What "best" means: last, ever, or fastest; with which error, and in which order of the data."""
+"""Ranking by the last report, the best report or a target; errors, ties and orders of batches."""
 
 import io
 import json
@@ -21,7 +21,7 @@ RATES = np.geomspace(1e-3, 1, 8)
 
 
 def _curved(curves, order="shared"):
-    """A run whose metric at step k is the k-th of its setting's numbers."""
+    """Return a run whose metric at step k is the k-th number of its setting."""
     run = jgd.Run(
         init=lambda setting, key: jnp.int32(0),
         update=lambda setting, state, batch: (state + 1, {"loss": jnp.float32(1)}),
@@ -61,7 +61,7 @@ def test_the_best_report_counts_and_its_state_is_kept():
     assert [row["score"] for row in most.rows] == [9, 6, 5, 3]
 
 
-def test_who_is_there_first_is_best_and_ends_there():
+def test_the_first_at_the_target_is_best_and_ends():
     result, kept = _swept(target=4.5, keep=2)
     assert [row["steps_to_target"] for row in result.rows] == [1, 2, 3, np.inf]
     assert [row["ended"] for row in result.rows] == ["reached target"] * 3 + ["finished"]
@@ -70,12 +70,12 @@ def test_who_is_there_first_is_best_and_ends_there():
     assert [int(one.state) for one in result.kept] == [1, 2]
     highest, _ = _swept(target=8.0, mode="max")
     assert [row["steps_to_target"] for row in highest.rows][:2] == [1, np.inf]
-    assert highest.rows[1]["score"] == 4  # nobody else was there: the last report counts
+    assert highest.rows[1]["score"] == 4  # it missed the target, so its last report counts
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [dict(best="ever"), dict(target=4.0), dict(keep=3)])
-def test_resumed_with_the_same_best(options, tmp_path):
+def test_a_resumed_sweep_has_the_same_best(options, tmp_path):
     whole, _ = _swept(folder=tmp_path / "whole", width=2, **options)
     count = len((tmp_path / "whole" / "journal.jsonl").read_text().splitlines())
     for crash_at in (1, count - 2):
@@ -105,12 +105,12 @@ def test_a_budget_leaves_the_best_with_its_state(tmp_path):
     again = jgd.sweep(
         run, {"run": curves}, 4, metric="score", halving=halving, resume=True, **options
     )
-    assert repr(again.rows) == repr(result.rows)  # NaN is not itself
+    assert repr(again.rows) == repr(result.rows)  # repr, since NaN != NaN
     assert int(again.best.state) == 2
 
 
-def test_a_budget_keeps_the_state_of_who_went_further():
-    """Also where somebody who did not go on is better by now."""
+def test_a_budget_keeps_the_state_of_the_setting_that_trained_further():
+    """It ranks first even if a setting that ended earlier has a better metric."""
     run, curves = _curved([[4.0, 4, 4, 4], [3, 3, 3, 3], [1, 1, 5, 5], [2, 2, 2, 2]])
     options = dict(report_every=1, metric="score", mode="min", width=1, budget=9)
     result = jgd.sweep(run, {"run": curves}, 4, halving=jgd.successive_halving(1.4, 2), **options)
@@ -124,23 +124,23 @@ def test_the_error_of_the_mean_and_ties():
     rows = jgd.sweep(run, lanes, 4, seeds=3, mode="min").rows
     np.testing.assert_allclose(rows[0]["score_se"], 1 / np.sqrt(3))
     np.testing.assert_allclose(rows[1]["score_se"], 0.5 / np.sqrt(3))
-    assert [row["tied"] for row in rows] == [True, True, False, False]  # 0.5 within 0.65
+    assert [row["tied"] for row in rows] == [True, True, False, False]  # 0.5 < 0.65
     assert np.isnan(rows[3]["score_se"])
     run, lanes = _scored([[1.0], [1.0], [1.1]])
     assert [row["tied"] for row in jgd.sweep(run, lanes, 4, mode="min").rows] == [True, True, False]
 
 
 def test_steps_to_a_target_do_not_tie_with_metrics():
-    """Settings are tied if both reached the target with all seeds, or neither did."""
+    """Settings can be tied only if both reached the target with all seeds, or neither did."""
     rows = _swept(target=6.0, mode="max")[0].rows
     assert [row["steps_to_target"] for row in rows] == [1, 1, np.inf, np.inf]
-    assert [row["tied"] for row in rows] == [True, True, False, False]  # not 9 and 6 steps with 3
+    assert [row["tied"] for row in rows] == [True, True, False, False]
     rows = _swept(target=100.0, mode="max")[0].rows
     assert [row["tied"] for row in rows] == [True, False, False, False]
 
 
 def test_the_best_seed_is_the_first_at_the_target():
-    """Also where another seed is not there, so that the setting is ranked by the metric."""
+    """So it is even if another seed misses the target, and the setting is ranked by the metric."""
     curves = jnp.array([[1.0, 5, 5, 5], [1, 1, 1, 9], [1, 1, 1, 1]])
     run, one = _curved([[0.0]])
     table = [jax.random.key_data(jax.random.fold_in(jax.random.key(0), k)) for k in range(3)]
@@ -163,7 +163,7 @@ def test_the_best_seed_is_the_first_at_the_target():
         *((name, None) for name in ("inaccuracy", "rewards", "norm", "error_score", "neg_mse")),
     ],
 )
-def test_the_direction_of_a_metric_is_in_the_words_of_its_name(name, mode):
+def test_the_name_of_a_metric_implies_its_mode(name, mode):
     if mode is None:
         message = f"sweep: mode must be 'min' or 'max' for the metric '{name}'"
         with pytest.raises(ValueError, match=message):
@@ -174,7 +174,7 @@ def test_the_direction_of_a_metric_is_in_the_words_of_its_name(name, mode):
     assert ranked_by([name, "loss"], Training(metric=name, mode="max")) == (name, "max")
 
 
-def test_a_sweep_and_a_search_follow_the_direction(tmp_path):
+def test_sweeps_and_searches_use_the_implied_mode(tmp_path):
     run, lanes = _scored([[1.0], [3.0], [2.0]])
     result = jgd.sweep(run, lanes, 4, folder=tmp_path / "run")
     assert [row["score"] for row in result.rows] == [3, 2, 1]
@@ -195,7 +195,7 @@ def test_a_sweep_and_a_search_follow_the_direction(tmp_path):
     assert found.best.row["score"] == found.rows[0]["score"] == found.study.best_value
 
 
-def test_seeds_with_an_order_of_their_own():
+def test_seeds_with_their_own_order_of_batches():
     task = _line(batch_size=4)
     lanes = {"sgd": jgd.grid(jgd.sgd, learning_rate=[0.01, 0.05])}
     shared, own = (
@@ -204,7 +204,7 @@ def test_seeds_with_an_order_of_their_own():
     )
     assert own.plan.order == "own"
     losses = own.curves["sgd"].train_loss.reshape(2, 3, 12)
-    for seed in range(3):  # lane = alone on the batches of its seed
+    for seed in range(3):  # a lane equals a training run on the batches of its seed
         key = jax.random.fold_in(jax.random.key(0), seed)
         by_seed = task._replace(batch=lambda step, seed=seed: task.batch(step, seed=seed))
         for rate, curve in zip([0.01, 0.05], losses[:, seed], strict=True):
@@ -215,7 +215,7 @@ def test_seeds_with_an_order_of_their_own():
     assert len(batches) == 9
 
 
-def test_orders_and_wishes_that_cannot_be():
+def test_bad_ranking_options_are_rejected():
     lanes = {"sgd": jgd.grid(jgd.sgd, learning_rate=[0.1])}
     plain = _line()._replace(batch=lambda step: _line().batch(step))
     for task, wrong, message in (

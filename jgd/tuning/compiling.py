@@ -1,9 +1,9 @@
-"""Compiles functions ahead of time, with the arrays they close over as arguments.
+"""Compilation ahead of time, with the arrays that a function closes over as arguments.
 
     compiler = Compiler(mesh)
     program = compiler.compiled(f, *examples)       # program(*arguments)
 
-Data inside a program are constants to XLA, which then takes seconds to look at them.
+If a program contained its data as constants, XLA would spend seconds on analyzing them.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ class Compiled:
         return self.program(self.constants, *arguments)
 
     def bytes(self) -> int:
-        """Return the memory of a call beside its arguments."""
+        """Return the bytes that a call needs beside its arguments; 0 if unknown."""
         analysis = self.program.memory_analysis()
         if analysis is None:
             return 0
@@ -41,7 +41,7 @@ class Compiled:
 
 
 class Compiler:
-    """Compiles programs for one mesh; they share the arrays they close over."""
+    """Compiler of programs for one mesh. Programs share the arrays they close over."""
 
     def __init__(self, mesh: jax.sharding.Mesh | None) -> None:
         self.on_all, self.by_lane = devices.on_all(mesh), devices.by_lane(mesh)
@@ -53,8 +53,8 @@ class Compiler:
         """Return `f` compiled for arguments like the examples.
 
         Args:
-          donate: whether the first argument is donated.
-          out: the sharding of all results; None: as they come.
+          donate: whether to donate the first argument.
+          out: the sharding of all results; None: XLA chooses.
         """
         closed, shape = jax.make_jaxpr(f, return_shape=True)(*examples)
         structure = jax.tree.structure(shape)
@@ -63,18 +63,18 @@ class Compiler:
             leaves = jax.core.eval_jaxpr(closed.jaxpr, constants, *jax.tree.leaves(arguments))
             return jax.tree.unflatten(structure, leaves)
 
-        for x in closed.consts:  # keep the original alive, so that its id() is not reused
+        for x in closed.consts:  # keeps the original alive, so that its id() is not reused
             self._placed.setdefault(id(x), (x, devices.placed(x, self.on_all)))
         constants = [self._placed[id(x)][1] for x in closed.consts]
-        where: dict[str, Any] = {} if out is None else {"out_shardings": out}
-        program = jax.jit(flat, donate_argnums=1 if donate else (), **where)
+        sharding: dict[str, Any] = {} if out is None else {"out_shardings": out}
+        program = jax.jit(flat, donate_argnums=1 if donate else (), **sharding)
         return Compiled(program.lower(constants, *examples).compile(), constants)
 
 
 class LeafSpec:
-    """The dtype of a leaf of the lanes outside the program, where random keys are their bits.
+    """The form of a leaf of lanes outside the program: its dtype, or the bits of random keys.
 
-    Lanes then wait on the host and in files as plain arrays.
+    Lanes on the host and in files are then plain arrays.
     """
 
     def __init__(self, dtype: Any) -> None:
@@ -83,25 +83,27 @@ class LeafSpec:
         self.impl = str(jax.random.key_impl(jnp.zeros([], dtype))) if self.is_key else None
 
     def pack(self, x: Any) -> jax.Array:
+        """Return a leaf in its form outside the program."""
         if self.is_key:
             return jax.random.key_data(x)
         return x if x.dtype == self.dtype else x.astype(self.dtype)
 
     def unpack(self, x: Any) -> jax.Array:
+        """Return a leaf in its form inside the program."""
         return jax.random.wrap_key_data(x, impl=self.impl) if self.is_key else x
 
 
 def has_decomposition(jaxpr: Any) -> bool:
     """Return whether a program decomposes matrices.
 
-    On a CPU, batched decompositions of two programs that run at once can wait for each other's
-    threads for ever.
+    On a CPU, batched decompositions in two programs that run at once can deadlock: each waits for
+    threads that the other one holds.
     """
     return any(name in DECOMPOSITIONS for name in _primitives(jaxpr))
 
 
 def _primitives(jaxpr: Any) -> Iterator[str]:
-    """Yield the names of all primitives, also those of inner programs."""
+    """Yield the names of all primitives, including those of inner programs."""
     for eqn in jaxpr.eqns:
         yield eqn.primitive.name
         for inner in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns")):

@@ -1,4 +1,4 @@
-"""The terminal: a progress bar while a sweep runs, tables at its end."""
+"""Terminal output: a progress bar while a sweep runs, and tables at its end."""
 
 import math
 import time
@@ -21,19 +21,19 @@ __all__ = ["Progress", "print_optimizers", "print_result"]
 
 
 class Progress:
-    """A live bar on a terminal, else up to twenty lines; with the best metric so far.
+    """Progress of a sweep: a live bar on a terminal, else up to twenty lines.
 
     Args:
-      settings: the number of settings in all plans of a search; None: of the one plan.
+      settings: number of settings in all plans of a search; None: the number in the plan.
     """
 
     def __init__(self, console: Console, settings: int | None = None) -> None:
         self.console, self.settings = console, settings
         self.live = console.is_terminal
-        self.line = self.group = ""  # of the group at work
-        self.share = self.printed = 0.0  # of the lane-steps: done, and at the last line
+        self.line = self.group = ""  # the next line to print, and the group it is about
+        self.share = self.printed = 0.0  # fractions of the lane-steps: now, and at the last line
         text = rich.progress.TextColumn
-        columns = [  # each with the width of a terminal that has room for it
+        columns = [  # each with the width of the narrowest terminal that shows it
             (0, text("[bold]{task.description:<10}")),
             (110, rich.progress.BarColumn(20)),
             (0, text("{task.percentage:>3.0f}%")),
@@ -92,8 +92,8 @@ class Progress:
     def _best(self, plan: Plan, report: Report) -> str:
         choose = max if plan.mode == "max" else min
         values = report.metrics[plan.metric]
-        seen = [float(x) for x in values if math.isfinite(x)]
-        self.best = choose([*seen, *([] if self.best is None else [self.best])], default=None)
+        finite = [float(x) for x in values if math.isfinite(x)]
+        self.best = choose([*finite, *([] if self.best is None else [self.best])], default=None)
         return "" if self.best is None else f"best {plan.metric} {self.best:.4g}"
 
     def _settings(self, plan: Plan) -> int:
@@ -109,26 +109,26 @@ class Progress:
 
 
 def print_result(console: Console, result: Result, top: int) -> None:
-    """Print the best setting of each group with its verdicts, then the best `top` settings."""
+    """Print the best setting and the verdicts of each group, then the best `top` settings."""
     plan = result.plan
     varied = dict.fromkeys(name for g in plan.groups for name in (*g.axes, *g.fixed))
-    varied.pop("optimizer", None)  # an argument of that name is in the name of the group
+    varied.pop("optimizer", None)  # the column of this name shows the group
     styles = _STYLES if plan.verdict else {}
 
     columns, rows = ["optimizer", *varied, result.metric, *styles], list[list[str]]()
     for group in plan.groups:
-        mine = [row for row in result.rows if row["optimizer"] == group.name]
-        counts = [sum(row["verdict"] == verdict for row in mine) for verdict in styles]
+        of_group = [row for row in result.rows if row["optimizer"] == group.name]
+        counts = [sum(row["verdict"] == verdict for row in of_group) for verdict in styles]
         shown = [f"[{style}]{n}[/]" for n, style in zip(counts, styles.values(), strict=True)]
-        numbers = [_cell(mine[0].get(name)) for name in varied]
-        rows.append([group.name, *numbers, _spread(mine[0], result.metric), *shown])
+        numbers = [_cell(of_group[0].get(name)) for name in varied]
+        rows.append([group.name, *numbers, _spread(of_group[0], result.metric), *shown])
     title = f"best of each optimizer: {plan.direction}"
     _print_table(console, title, result.metric, columns, rows)
 
     best = result.rows[: max(top, 0)]
-    last = ["verdict"] if styles else []
-    how = ["ended"] if any(row["ended"] != "finished" for row in best) else []
-    columns = ["rank", "optimizer", *varied, result.metric, "final loss", *last, *how]
+    verdict = ["verdict"] if styles else []
+    ended = ["ended"] if any(row["ended"] != "finished" for row in best) else []
+    columns = ["rank", "optimizer", *varied, result.metric, "final loss", *verdict, *ended]
     ties = sum(row["tied"] for row in result.rows) > 1
     rows = [
         [
@@ -138,44 +138,45 @@ def print_result(console: Console, result: Result, top: int) -> None:
             _spread(row, result.metric),
             _cell(row["final_loss"]),
             *([f"[{_STYLES.get(row['verdict'], 'dim')}]{row['verdict']}[/]"] if styles else []),
-            *([f"{row['ended']} at {row['at']:,}"] if how else []),
+            *([f"{row['ended']} at {row['at']:,}"] if ended else []),
         ]
         for row in best
     ]
     title = f"the best {len(best)} of {len(result.rows)} settings"
     _print_table(console, title, result.metric, columns, rows)
     if plan.seeds > 1:
-        same = "one order of batches" if plan.order == "shared" else "an order of batches each"
-        console.print(f"[dim]± standard error of the mean of {plan.seeds} seeds with {same}[/]")
+        order = "one order of batches" if plan.order == "shared" else "an order of batches each"
+        console.print(f"[dim]± standard error of the mean of {plan.seeds} seeds with {order}[/]")
     if ties:
-        many = sum(row["tied"] for row in result.rows)
-        within = "" if plan.seeds == 1 else ", within the error of the difference"
-        console.print(f"[dim]= as good as the best{within}: {many:,} settings[/]")
+        count = sum(row["tied"] for row in result.rows)
+        within = "" if plan.seeds == 1 else " within the standard error of the difference"
+        console.print(f"[dim]= as good as the best{within}: {count:,} settings[/]")
 
 
-GAP = 3  # between two columns
-NAMES = 16  # to which the names of optimizers are folded where there is no room
+GAP = 3  # characters between two columns
+NAMES = 16  # width to which the names of optimizers are folded in a narrow terminal
 
 
 def _print_table(
     console: Console, title: str, metric: str, columns: Sequence[str], rows: list[list[str]]
 ) -> None:
-    """Print a table; where there is no room, without the columns that matter least."""
+    """Print a table. A narrow terminal shows it without the least important columns."""
     headers = [c.replace("_", " ").replace("oscillating", "oscil- lating") for c in columns]
     cells = [[Text.from_markup(row[i]).plain for row in rows] for i in range(len(columns))]
-    widths = list[int]()  # of the longest word, and of the metric as a whole
+    widths = list[int]()  # the least: words are not split, nor are the cells of the metric
     for name, header, column in zip(columns, headers, cells, strict=True):
         words = column if name == metric else " ".join(column).split()
         longest = max(map(len, (*header.split(), *words)))
         widths.append(min(longest, NAMES) if name == "optimizer" else longest)
     shown = list(range(len(columns)))
-    less = [i for i in shown if columns[i] not in ("rank", "optimizer", metric)]
-    less.sort(key=lambda i: columns[i] == "final loss")  # the others from right to left
-    while (spare := console.width + GAP - sum(widths[i] + GAP for i in shown)) < 0 and less:
-        shown.remove(less.pop())
+    optional = [i for i in shown if columns[i] not in ("rank", "optimizer", metric)]
+    # columns are omitted from the end of the list: the final loss, then from right to left
+    optional.sort(key=lambda i: columns[i] == "final loss")
+    while (spare := console.width + GAP - sum(widths[i] + GAP for i in shown)) < 0 and optional:
+        shown.remove(optional.pop())
     for i in reversed(shown):
-        more = min(max(map(len, (headers[i], *cells[i]))) - widths[i], max(spare, 0))
-        widths[i], spare = widths[i] + more, spare - more
+        extra = min(max(map(len, (headers[i], *cells[i]))) - widths[i], max(spare, 0))
+        widths[i], spare = widths[i] + extra, spare - extra
     edges: Any = dict(box=rich.box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table = rich.table.Table(title=f"\n{title}", title_justify="left", title_style="bold", **edges)
     for i in shown:
@@ -211,4 +212,4 @@ def print_optimizers(console: Console) -> None:
     for entry in catalog.entries():
         table.add_row(*map(escape, catalog.cells(entry)))
     console.print(table)
-    console.print("state: copies of a 1024 x 1024 matrix; `jgd optimizers NAME` says all of one")
+    console.print("state: copies of a 1024 x 1024 matrix; `jgd optimizers NAME` describes one")

@@ -1,10 +1,10 @@
 """The events of a sweep: recorded facts.
 
-    report    lanes of a tile reached a report step: losses and metrics, and which lanes ended
-    cut       lanes were ended by a rung, a limit or a pruner
+    report    the lanes of a tile reached a report step: losses, metrics, and which lanes ended
+    cut       a rung, a limit or a pruner ended lanes
 
-An event is a line of the journal: `decode(encode(event), plan) == event`. A sweep that is resumed
-folds the events it reads as a running sweep folds those it makes.
+An event is a line of the journal: `decode(encode(event), plan) == event`. A resumed sweep folds the
+events of its journal in the same way as a running sweep folds new events.
 """
 
 import json
@@ -30,7 +30,7 @@ __all__ = [
     "encode",
 ]
 
-ENDINGS = (  # the ending of a setting is the last of its seeds' endings in this order
+ENDINGS = (  # of the endings of a setting's seeds, the last one in this order is its ending
     *("not run", "reached target", "finished", "stopped early", "diverged", "cut"),
     "out of budget",
 )
@@ -38,29 +38,29 @@ NOT_RUN, REACHED, FINISHED, STOPPED, DIVERGED, CUT, OUT = range(len(ENDINGS))
 
 
 class Report(NamedTuple):
-    """Lanes of a tile at a report step; arrays have one entry for each lane."""
+    """Report of the lanes of a tile. Arrays have one entry for each lane."""
 
     tile: int
     group: str
-    step: int  # steps done
+    step: int  # number of steps done
     lanes: np.ndarray  # numbered within the group: setting * seeds + seed
-    loss: np.ndarray  # float64: mean training loss since the report before
-    metrics: dict[str, np.ndarray]  # of `evaluate`, now: float64, int64 or bool
+    loss: np.ndarray  # float64: mean training loss since the previous report
+    metrics: dict[str, np.ndarray]  # results of `evaluate`: float64, int64 or bool
     ended: np.ndarray  # index in `ENDINGS`; 0 for a living lane
-    seen: LossStatistics | None  # of the training loss, where a lane ended and at a rung
-    alive: int = 0  # lanes of the sweep that have not ended, for `on_report`; not recorded
+    seen: LossStatistics | None  # of the training loss; None unless a lane ended or at a rung
+    alive: int = 0  # number of living lanes of the sweep, for `on_report`; not recorded
 
 
 class Cut(NamedTuple):
     """Lanes that a rung, a limit or a pruner ended."""
 
-    step: int | None  # of the rung; None: a limit was reached
-    lanes: dict[str, list[int]]  # by group, numbered within it
-    seen: LossStatistics | None = None  # of those that had started; at a rung, reports have it
+    step: int | None  # step of the rung, or last step of the lanes; None: a limit was reached
+    lanes: dict[str, list[int]]  # by group, numbered within the group
+    seen: LossStatistics | None = None  # of lanes that had started; reports have it at a rung
 
 
 def encode(event: Report | Cut) -> str:
-    """Return an event as a line of JSON. Numbers that are not finite keep their Python names."""
+    """Return an event as a line of JSON. It may contain NaN and Infinity, as Python's JSON does."""
     if isinstance(event, Cut):
         return json.dumps({"cut": event.step, "lanes": event.lanes} | _encoded(event.seen))
     line: dict[str, Any] = {
@@ -81,7 +81,10 @@ def _encoded(seen: LossStatistics | None) -> dict[str, Any]:
 
 
 def decode(line: str | bytes, plan: Plan) -> Report | Cut:
-    """Return the event of a line that `encode` wrote. Raises ValueError or KeyError for others."""
+    """Return the event of a line that `encode` wrote.
+
+    Raises: ValueError, KeyError, TypeError or AttributeError for any other line.
+    """
     entry = json.loads(line)
     seen = None
     if "seen" in entry:

@@ -1,20 +1,20 @@
-"""The folder of a sweep: its segment, from which a sweep is resumed, and the results.
+"""The folder of a sweep: a segment, from which the sweep is resumed, and the results.
 
-plan.json            what the sweep does, written before step 0
-command.json         the command line that started the sweep, if one did
+plan.json            the plan of the sweep, written before step 0
+command.json         the command line, if the sweep was started by one
 journal.jsonl        the events, one per line
 states/              the states of lanes, a folder for each block of the pool (orbax)
-manifest-N.json      checkpoint N: the schedule, the blocks, how much of the journal it covers, and
-                     checksums of all of it
-lock                 held by the process that writes here
-segment-N/           an extension: plan, journal, states and manifests of its own
-results.csv          a row per setting, ranked; results.json the same with metric, mode and steps
+manifest-N.json      checkpoint N: the schedule, the blocks, the length of the journal, and their
+                     checksums
+lock                 held by the process that writes to the folder
+segment-N/           an extension, with its own plan, journal, states and manifests
+results.csv          a row per setting, ranked; results.json adds metric, mode, steps and seeds
 curves.npz           the curves of all lanes
 settings.pickle      the settings: their numbers, and their structure if it can be pickled
 
-A block is written once, under a name of its own. A manifest is written after all that it names is
-on disk, and the one before it stays, so that a whole checkpoint exists at any moment. Results and
-curves follow from the journal; nothing is ever read from them to resume.
+A block is written once, under a unique name. A manifest is written when everything it names is on
+disk, and the manifest before it stays, so that a complete checkpoint exists at any moment. Results
+and curves are derived from the journal and never read to resume a sweep.
 """
 
 import concurrent.futures
@@ -69,15 +69,15 @@ __all__ = [
 SETTINGS = "settings.pickle"
 SPARE = 2**20  # bytes that a checkpoint leaves free on the disk
 
-# files of a sweep or a search that has not started
+# files that a folder may hold before its sweep or search has started
 EARLY = ("command.json", *(f"{x}.json.part" for x in ("command", "plan", "search")), *LOCKS)
-# texts, since orbax raises errors of its own
+# messages of a full disk; the errors that orbax raises have other types but contain the message
 FULL = os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)
 
 
 @contextlib.contextmanager
 def held(path: str | Path | None) -> Generator[None]:
-    """Hold a folder, if one is given: process 0 locks it, and all processes raise its error."""
+    """Hold the lock of a folder, if one is given. Process 0 takes it; all raise its error."""
     with contextlib.ExitStack() as stack:
         with fails_everywhere():
             if path is not None and is_writer():
@@ -89,13 +89,13 @@ def held(path: str | Path | None) -> Generator[None]:
 def opened(
     path: str | Path | None, *, resume: bool = False, extend: bool = False
 ) -> Generator["Folder"]:
-    """Hold and open the folder of a sweep; at the end, finish its last checkpoint.
+    """Lock and open the folder of a sweep. At the end, finish the last checkpoint.
 
     Args:
-      extend: whether to return the folder of an extension, a new one or one to go on with.
+      extend: whether to open the folder of an extension: a new one, or one that has not finished.
 
     Other arguments and raises: as `Folder`; BlockingIOError, naming the holder, if another process
-      has it; OSError, saying how to go on, if the disk is full.
+      has locked the folder; OSError, with the command that resumes the sweep, if the disk is full.
     """
     with held(path):
         with fails_everywhere():
@@ -111,24 +111,24 @@ def opened(
             if path is None or full is None:
                 raise
             call = f"{resume_command(Path(path))}, or resume=True in Python"
-            call = "by the same call" if extend else call
+            call = "the same call" if extend else call
             raise OSError(f"{path}: {full}. Free some space, then go on with: {call}") from error
 
 
 class Folder:
-    """The folder of one segment. Of several processes, process 0 writes.
+    """The folder of one segment. With several processes, only process 0 writes.
 
     Args:
       path: None for a sweep without a folder: nothing is written.
-      resume: whether it holds a sweep to go on with.
-      earlier: the segments that an extension extends; results are written beside the first one.
+      resume: whether the folder holds a sweep to resume.
+      earlier: the segments that an extension extends. Results are written beside the first of them.
 
     Attributes:
-      enabled: False without a path.
+      enabled: whether there is a path.
       segment: the segment to resume; None for a new one.
 
-    Raises: FileExistsError for a new sweep in a folder that holds something; what `read_segment`
-      raises for a resumed one; OSError if the folder cannot be written.
+    Raises: FileExistsError for a new sweep in a folder that is not empty; the errors of
+      `read_segment` for a resumed sweep; OSError if the folder cannot be written.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class Folder:
 
     @classmethod
     def of_extension(cls, path: str | Path | None) -> "Folder":
-        """Return the folder of a new extension, or of one that has not finished.
+        """Return the folder of a new extension, or of the last one if it has not finished.
 
         Raises: ValueError if the sweep in the folder has not finished; as `read_segments`.
         """
@@ -163,7 +163,7 @@ class Folder:
             return cls(path / f"segment-{len(segments) + 1}", earlier=segments)
         if not earlier:
             why = "; ".join(last.notes) or f"{path} has not finished"
-            raise ValueError(f"extend: {why}. Go on with resume=True first")
+            raise ValueError(f"extend: {why}. Finish it with resume=True first")
         return cls(last.path, resume=True, earlier=earlier)
 
     # --- plan and results
@@ -201,10 +201,10 @@ class Folder:
     # --- checkpoints
 
     def checkpoint(self, manifest: Mapping[str, Any], states: Mapping[str, Any]) -> None:
-        """Write a checkpoint in the background; the one before is finished first.
+        """Write a checkpoint in the background, once the previous checkpoint is complete.
 
         Args:
-          manifest: schedule, blocks by name, and what else a resume needs, as JSON.
+          manifest: schedule, blocks by name, and everything else that a resume needs, as JSON.
           states: the rows of each block, on the host.
         """
         if not self._writes:
@@ -227,7 +227,7 @@ class Folder:
         return self._saving is not None and not self._saving.done()
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is being written, and raise its error."""
+        """Wait for the checkpoint that is being written, and raise its error if there is one."""
         saving, self._saving = self._saving, None
         if saving is not None:
             saving.result()
@@ -237,11 +237,11 @@ class Folder:
         folder.mkdir(exist_ok=True)
         new = [name for name in states if not (folder / name).exists()]
         size = sum(x.nbytes for name in new for x in jax.tree.leaves(states[name]))
-        if size + SPARE > shutil.disk_usage(folder).free:  # orbax's own error is 100 lines
+        if size + SPARE > shutil.disk_usage(folder).free:  # orbax's error would have 100 lines
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-        for name in new:  # orbax saves no single array; it renames a folder once it is whole
+        for name in new:  # orbax saves dicts, not bare arrays, and renames a complete folder
             leaves = enumerate(jax.tree.leaves(states[name]))
-            checkpointer.save(folder / name, {str(place): leaf for place, leaf in leaves})
+            checkpointer.save(folder / name, {str(index): leaf for index, leaf in leaves})
         checkpointer.wait_until_finished()
         for name in new:
             _sync(folder / name)
@@ -250,13 +250,13 @@ class Folder:
             name: {**block, "files": checksums(folder / name)}
             for name, block in manifest["blocks"].items()
         }
-        whole = sealed(plain({**manifest, "blocks": blocks}))
-        write_json(self.path / f"manifest-{manifest['generation']}.json", whole)
+        content = sealed(plain({**manifest, "blocks": blocks}))
+        write_json(self.path / f"manifest-{manifest['generation']}.json", content)
         _sync(self.path, files=False)
         self._tidy()
 
     def _tidy(self) -> None:
-        """Delete all checkpoints but the last two, and the states that neither names."""
+        """Delete all checkpoints but the last two, and the states that neither of them names."""
         for path in manifests(self.path)[2:]:
             path.unlink()
         named = set[str]()
@@ -270,7 +270,7 @@ class Folder:
     # --- resuming
 
     def return_to_checkpoint(self, segment: Segment) -> None:
-        """Truncate the journal to what the checkpoint covers, and delete what is newer."""
+        """Truncate the journal to the part that the checkpoint covers; delete newer checkpoints."""
         if segment.manifest is not None:
             self._generation = segment.manifest["generation"]
             self._written = dict(segment.manifest["journal"])
@@ -284,7 +284,7 @@ class Folder:
         self._tidy()
 
     def events(self, plan: Plan) -> Iterator[Report | Cut]:
-        """Yield the events up to the checkpoint that the folder returned to."""
+        """Yield the events in the journal, up to the last checkpoint."""
         if size := self._written["bytes"]:
             data = self._journal.read_bytes()[:size]
             yield from (decode(line, plan) for line in data.splitlines())
@@ -314,7 +314,7 @@ def write_table(folder: Path, result: Result) -> None:
 
 
 def write_json(path: Path, content: Any) -> bytes:
-    """Write a file, and return its content."""
+    """Write data to a file as JSON. Return the bytes of the file."""
     data = json.dumps(content, indent=1).encode()
     with _replacing(path) as part:
         part.write_bytes(data)
@@ -322,7 +322,7 @@ def write_json(path: Path, content: Any) -> bytes:
 
 
 def _pickled(settings: Any) -> tuple[bytes | None, list[np.ndarray]]:
-    """Return the structure of settings, None if it cannot be pickled, and their numbers."""
+    """Return the pickled structure of settings (None if it fails to pickle) and their numbers."""
     structure = None
     with contextlib.suppress(Exception):  # functions cannot be pickled; a class may raise anything
         structure = pickle.dumps(jax.tree.map(lambda _: 0, settings))
@@ -331,7 +331,7 @@ def _pickled(settings: Any) -> tuple[bytes | None, list[np.ndarray]]:
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Generator[Path]:
-    """Yield a path to write to; at the end it replaces the file."""
+    """Yield a path to write to. At the end, the file written to it replaces the file at `path`."""
     part = path.with_name(path.name + ".part")
     yield part
     with part.open("rb") as file:
@@ -340,7 +340,7 @@ def _replacing(path: Path) -> Generator[Path]:
 
 
 def _sync(path: Path, *, files: bool = True) -> None:
-    """Flush a folder to disk, and all files and folders in it, on POSIX systems."""
+    """Flush a folder to disk and, with `files`, everything in it. Only on POSIX systems."""
     if os.name != "posix":
         return
     inside = path.rglob("*") if files else ()
@@ -362,6 +362,6 @@ def _entries(path: Path) -> list[Path]:
 
 
 def load_block(path: Path, name: str) -> list[np.ndarray]:
-    """Return the leaves of a block of states in a folder, on the host."""
+    """Return the leaves of a block in the folder of a segment, as NumPy arrays."""
     leaves = _checkpointer().restore((path / "states" / name).absolute())
-    return [np.asarray(leaves[str(place)]) for place in range(len(leaves))]
+    return [np.asarray(leaves[str(index)]) for index in range(len(leaves))]

@@ -1,7 +1,7 @@
-"""Joins sweeps: two lanes are the same if group, digest of the setting, and seed agree.
+"""Joining of sweeps. Lanes of two sweeps are the same if group, setting digest and seed agree.
 
 merge(a, b)             # one ranked result
-take(facts, part)       # facts about the lanes that another sweep has trained
+take(facts, part)       # copies the facts about lanes that another sweep has trained
 """
 
 import collections
@@ -21,39 +21,42 @@ __all__ = ["common_lanes", "merge", "take"]
 
 
 def common_lanes(plan: Plan, other: Plan) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return the lanes that two plans have in common, by group, numbered within it in each plan."""
+    """Return the lanes that two plans have in common, by group.
+
+    Returns: group -> numbers of the lanes within the group, in `plan` and in `other`.
+    """
     common = dict[str, tuple[np.ndarray, np.ndarray]]()
     seeds = np.arange(min(plan.seeds, other.seeds))
     for group in plan.groups:
         if group.name in other.index:
             pairs = _common_settings(group, other.groups[other.index[group.name]])
-            here, there = np.array(pairs, int).reshape(-1, 2, 1).transpose(1, 0, 2)
-            lanes = (here * plan.seeds + seeds).ravel(), (there * other.seeds + seeds).ravel()
+            mine, theirs = np.array(pairs, int).reshape(-1, 2, 1).transpose(1, 0, 2)
+            lanes = (mine * plan.seeds + seeds).ravel(), (theirs * other.seeds + seeds).ravel()
             common[group.name] = lanes
     return common
 
 
 def _common_settings(group: Group, other: Group) -> list[tuple[int, int]]:
-    """Return the settings that two groups have in common; of equal ones the first is the first."""
-    places = {x: place for place, x in enumerate(_numbered(other.digests))}
-    return [(k, places[x]) for k, x in enumerate(_numbered(group.digests)) if x in places]
+    """Return pairs of equal settings of two groups; equal settings are paired in their order."""
+    indices = {x: index for index, x in enumerate(_numbered(other.digests))}
+    return [(k, indices[x]) for k, x in enumerate(_numbered(group.digests)) if x in indices]
 
 
 def _numbered(digests: Sequence[str]) -> list[tuple[str, int]]:
-    """Return digests, each with the number of equal ones before it."""
-    seen = collections.defaultdict[str, Iterator[int]](itertools.count)
-    return [(digest, next(seen[digest])) for digest in digests]
+    """Return each digest with the number of equal digests before it."""
+    counters = collections.defaultdict[str, Iterator[int]](itertools.count)
+    return [(digest, next(counters[digest])) for digest in digests]
 
 
 def take(facts: Facts, part: Facts) -> None:
-    """Take over the facts about all lanes that another sweep has as well."""
-    for name, (here, there) in common_lanes(facts.plan, part.plan).items():
-        lanes, others = facts.plan.offset(name) + here, part.plan.offset(name) + there
+    """Copy the facts about all lanes that another sweep has too."""
+    for name, (mine, theirs) in common_lanes(facts.plan, part.plan).items():
+        lanes, others = facts.plan.offset(name) + mine, part.plan.offset(name) + theirs
         facts.ledger.take(lanes, part.ledger, others)
-        mine, theirs = facts.curves[name], part.curves[name]
-        mine.train_loss[here] = theirs.train_loss[there]
-        for metric, values in mine.metrics.items():
-            values[here] = theirs.metrics[metric][there]
+        curves, copied = facts.curves[name], part.curves[name]
+        curves.train_loss[mine] = copied.train_loss[theirs]
+        for metric, values in curves.metrics.items():
+            values[mine] = copied.metrics[metric][theirs]
 
 
 # --- results ---------------------------------------------------------------------------------
@@ -69,16 +72,16 @@ def merge(*results: Result) -> Result:
         jgd.merge(one, two).rows
 
     Args:
-      results: of sweeps of one task; that their data are the same is not checked.
+      results: results of sweeps of one task. Whether their data are the same is not checked.
 
-    Groups of the same name, structure and axes are united; a setting that several results hold
-    counts once, as in the first of them. Another group whose name is taken gets a number:
-    "adam (2)". At most the largest `keep` of the results are kept with their states; a setting
-    whose state is not stored is ranked all the same.
+    Groups with the same name, structure and axes are united. A setting in several results counts
+    once, with its values in the first of them. Another group with the same name gets a number:
+    "adam (2)". The number of settings with states is at most the largest `keep` of the results; a
+    setting whose state is not stored is ranked as well.
 
-    Returns: a `Result`, whose `plan` lists the settings of all.
-    Raises: TypeError for what is no result; ValueError for no result, or for results that do not
-      compare: other steps, reports, seeds, metrics, mode, best or target.
+    Returns: a `Result` whose `plan` lists the settings of all results.
+    Raises: TypeError if an argument is not a result; ValueError without results, or if results
+      differ in steps, reports, seeds, metrics, metric, mode, best or target.
     """
     if not results:
         raise ValueError("merge: results must hold at least one result, got none")
@@ -87,7 +90,7 @@ def merge(*results: Result) -> Result:
             refuse("merge: results", "results of jgd.sweep", result)
     groups, parts, first = dict[str, Group](), list[Facts](), results[0].plan
     for result in results:
-        _refuse_unlike(first, result.plan)
+        _check_comparable(first, result.plan)
         names = dict[str, str]()
         for group in result.plan.groups:
             names[group.name] = name = _free_name(group, groups, names.values())
@@ -100,30 +103,31 @@ def merge(*results: Result) -> Result:
         first,
         groups=list(groups.values()),
         keep=max(result.plan.keep for result in results),
-        halving=None,  # no rung ranks all of them
+        halving=None,  # no rung has ranked all these settings
         rounds=[first.steps],
         brackets=[0] * sum(group.settings for group in groups.values()),
     )
     facts = Facts.of(plan)
     stored = dict[int, tuple[Any, Any]]()
-    for part, result in reversed([*zip(parts, results, strict=True)]):  # the first one wins
+    for part, result in reversed([*zip(parts, results, strict=True)]):  # the first result wins
         take(facts, part)
         for best in result.kept:
             group = part.plan.groups[result.plan.index[best.row["optimizer"]]]
-            places = {there: k for k, there in _common_settings(groups[group.name], group)}
-            if (place := places.get(best.row["setting"])) is None:
-                continue  # equal to a setting of an earlier result
-            setting = int(plan.first[plan.index[group.name]]) + place
+            indices = {theirs: k for k, theirs in _common_settings(groups[group.name], group)}
+            if (index := indices.get(best.row["setting"])) is None:
+                continue  # it equals a setting of an earlier result
+            setting = int(plan.first[plan.index[group.name]]) + index
             if best.state is not None or setting not in stored:
                 stored[setting] = best.setting, best.state
     held = np.full(plan.lanes, False)
-    whole = [setting for setting, (_, state) in stored.items() if state is not None]
-    held[plan.lanes_of(np.array(whole, int))] = True
-    known = lambda setting, lane: stored.get(setting, (None, None))
-    return make_result(facts, held, known)
+    with_state = [setting for setting, (_, state) in stored.items() if state is not None]
+    held[plan.lanes_of(np.array(with_state, int))] = True
+    stored_or_none = lambda setting, lane: stored.get(setting, (None, None))
+    return make_result(facts, held, stored_or_none)
 
 
-def _refuse_unlike(first: Plan, plan: Plan) -> None:
+def _check_comparable(first: Plan, plan: Plan) -> None:
+    """Raise ValueError if two plans rank their settings differently."""
     for name in COMPARED:
         mine, theirs = getattr(first, name), getattr(plan, name)
         if mine != theirs:
@@ -134,19 +138,19 @@ def _refuse_unlike(first: Plan, plan: Plan) -> None:
 
 
 def _free_name(group: Group, groups: Mapping[str, Group], used: Any) -> str:
-    """Return the name of a group, with a number if another group has it."""
-    kind = lambda group: (group.structure, list(group.axes), group.fixed)
+    """Return the name of a group, with a number if a different group has the same name."""
+    identity = lambda group: (group.structure, list(group.axes), group.fixed)
     names = (f"{group.name} ({n})" if n > 1 else group.name for n in itertools.count(1))
-    free = lambda name: name not in groups or kind(groups[name]) == kind(group)
+    free = lambda name: name not in groups or identity(groups[name]) == identity(group)
     return next(name for name in names if free(name) and name not in used)
 
 
 def _united(first: Group | None, group: Group) -> Group:
-    """Return the settings of the first group, and those of the other one that it lacks."""
+    """Return the first group with the settings of the second group that it lacks."""
     if first is None:
         return group
     known = set(first.digests)
-    new = [place for place, digest in enumerate(group.digests) if digest not in known]
+    new = [index for index, digest in enumerate(group.digests) if digest not in known]
     return dataclasses.replace(
         first,
         axes={name: [*x, *(group.axes[name][k] for k in new)] for name, x in first.axes.items()},

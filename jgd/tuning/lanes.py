@@ -2,9 +2,9 @@
 
     lane = begin(options, setting, seed, key, shared_start)      # step 0
     lane = step(options, lane, batch, index)                     # one step
-    chunk(options, lanes, batch_at, first, end)                  # a tile, to its next report
+    chunk(options, lanes, batch_at, first, end)                  # a tile, up to its next report
 
-`begin` and `step` describe one lane; `chunk` maps them over the leading axis of a tile.
+`begin` and `step` take one lane; `chunk` maps `step` over the leading axis of a tile.
 """
 
 import contextlib
@@ -32,22 +32,22 @@ class LaneOptions(NamedTuple):
     stop: Monitor | None
     intervals: np.ndarray  # steps at which intervals of the loss end
     metric: str
-    sign: float  # -1 where the greatest value of the metric is best
-    own_order: bool  # of the batches
-    keep_best: bool
-    drop_diverged: bool
+    sign: float  # -1 if the highest value of the metric is best, else 1
+    own_order: bool  # whether each seed has its own order of batches
+    keep_best: bool  # whether the best report counts, not the last one
+    drop_diverged: bool  # whether a lane ends once its loss is not finite
 
 
 class Lane(NamedTuple):
-    """One training; in a tile each leaf has a leading axis."""
+    """State of one training run. In a tile each leaf has a leading axis."""
 
     setting: Any
-    state: Any  # of the run
-    seen: diagnosis.LossSums
+    state: Any  # state of the `Run`
+    seen: diagnosis.LossSums  # of the training loss at all steps
     loss: Any  # sum of the training loss since the last report
-    monitor: Any  # state of the early stopping; None without
-    seed: Any  # int32; None where all seeds see the same batches
-    best: Any  # a `BestReport`; None where the last report counts
+    monitor: Any  # state of the early stopping; None without early stopping
+    seed: Any  # int32; None if all seeds see the same batches
+    best: Any  # a `BestReport`; None if the last report counts
 
 
 class BestReport(NamedTuple):
@@ -61,7 +61,7 @@ def begin(options: LaneOptions, setting: Any, seed: Any, key: Any, shared_start:
     """Return a lane at step 0.
 
     Args:
-      shared_start: result of `run.begin` for this seed; unused without a `run.begin`.
+      shared_start: result of `run.begin` for this seed; unused if the run has no `begin`.
     """
     run, zero = options.run, jnp.zeros([], float)
     state = run.init(setting, key, *(() if run.begin is None else (shared_start,)))
@@ -92,13 +92,13 @@ def chunk(
     """Return the lanes at step `end`, the sums of their losses, their metrics and their endings.
 
     Args:
-      batch_at: the batch at an offset from the first step.
-      first, end: steps, traced: chunks of all lengths share one program.
+      batch_at: offset from the first step -> batch.
+      first, end: first step and end of the chunk, traced: chunks of all lengths share one program.
     """
 
     def body(offset: Any, lanes: Lane) -> Lane:
         one = lambda lane, batch, index: step(options, lane, batch, index)
-        # the step is one scalar for the tile: a step in each lane would map the batch
+        # the index is one scalar for the tile: with one per lane, vmap would map the batch too
         return jax.vmap(one, (0, None, None))(lanes, batch_at(offset), first + offset)
 
     ends = jnp.asarray(options.intervals, jnp.int32)
@@ -120,13 +120,14 @@ def chunk(
         ending = jnp.where(stop, STOPPED, ending).astype(jnp.int8)
     if options.keep_best:
         scores = options.sign * metrics[options.metric]
-        lanes = lanes._replace(best=jax.vmap(_better)(lanes.best, scores, lanes.state))
+        lanes = lanes._replace(best=jax.vmap(_better_report)(lanes.best, scores, lanes.state))
     if options.drop_diverged:
         ending = jnp.where(lanes.seen.finite, ending, DIVERGED).astype(jnp.int8)
     return lanes._replace(loss=jnp.zeros_like(lanes.loss)), lanes.loss, metrics, ending
 
 
-def _better(best: BestReport, score: Any, state: Any) -> BestReport:
+def _better_report(best: BestReport, score: Any, state: Any) -> BestReport:
+    """Return the better one of the best report so far and a new report."""
     better = jnp.isfinite(score) & (score < best.score)
     return jax.tree.map(lambda a, b: jnp.where(better, a, b), BestReport(score, state), best)
 
@@ -135,19 +136,21 @@ def state_of(run: Run, setting: Any, leaves: Sequence[Any], best: str) -> Any:
     """Return the state of a run at the report that counts, from the leaves of its `Lane`.
 
     Args:
-      leaves: as plain arrays outside the program.
+      leaves: plain arrays, as outside the program (see `LeafSpec`).
       best: see `SweepOptions`.
 
-    Raises: ValueError if they are not those of this run.
+    Raises: ValueError if the leaves do not have the shapes that this run gives them.
     """
     shapes = jax.eval_shape(functools.partial(start, run), setting, jax.random.key(0))
     specs, structure = jax.tree.flatten(shapes)
     first = len(leaves) - len(specs) if best == "ever" else len(jax.tree.leaves(setting))
-    mine = leaves[first : first + len(specs)]
+    of_state = leaves[first : first + len(specs)]
     state = list[jax.Array]()
-    with contextlib.suppress(TypeError, ValueError):  # bits that are no key, or too few leaves
-        pairs = zip(specs, mine, strict=True)
+    with contextlib.suppress(TypeError, ValueError):  # too few leaves, or not the bits of a key
+        pairs = zip(specs, of_state, strict=True)
         state = [LeafSpec(spec.dtype).unpack(jnp.asarray(x)) for spec, x in pairs]
     if [x.shape for x in state] != [x.shape for x in specs]:
-        raise ValueError("load: task must be that of the sweep: its state has other leaves")
+        raise ValueError(
+            "load: task must be the task of the sweep, got one whose state has other leaves"
+        )
     return jax.tree.unflatten(structure, state)

@@ -4,9 +4,10 @@
     ledger.ranked(settings)         # best first
     ledger.losers(rung)             # the lanes that a rung cuts
 
-Settings are ranked by how far they went (one that was cut or diverged is below one that went
-further), then by the mean of the metric over their seeds; a mean that is not finite is below all
-that are; ties go to the lower held-out loss, then to the setting that came first.
+Settings are ranked by how far they trained (a setting that was cut or diverged ranks below one that
+trained further), then, with a target, by the mean number of steps to it, then by the mean of the
+metric over their seeds. A mean that is not finite ranks below all others. Of tied settings, the one
+with the lower held-out loss ranks first, then the one that comes first in the plan.
 """
 
 import numpy as np
@@ -25,11 +26,11 @@ class Ledger:
       alive: whether the lane has not ended.
       ending: index in `ENDINGS`; "not run" while the lane is alive.
       step: step of the last report.
-      value, loss: the metric, and the held-out loss if there is one, at the report that counts.
+      value, loss: the metric and the held-out loss (NaN without one) at the report that counts.
       at: step of the report that counts; 0 before the first report.
-      reached: step at which the lane reached the target; inf before.
+      reached: step at which the lane reached the target; inf if it has not reached it.
       seen: statistics of the training loss, at the end of the lane or at the last rung.
-      judged: whether `seen` has the loss of all steps of the lane.
+      judged: whether `seen` covers all steps of the lane.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -46,28 +47,28 @@ class Ledger:
     # --- the fold
 
     def apply(self, event: Report | Cut) -> None:
-        """Fold an event into the facts."""
+        """Fold an event into the facts, in place."""
         if isinstance(event, Cut):
             lanes = self.plan.numbered(event.lanes)
             started = self.step[lanes] > 0
             self.ending[lanes] = np.where(started, OUT if event.step is None else CUT, NOT_RUN)
             self.alive[lanes] = False
-            self._see(lanes[started], event.seen)
+            self._set_statistics(lanes[started], event.seen)
             return
         lanes = self.plan.offset(event.group) + event.lanes
-        self._report(lanes, event)
-        self._see(lanes, event.seen)
+        self._set_report(lanes, event)
+        self._set_statistics(lanes, event.seen)
         ended = event.ended > 0
         self.ending[lanes[ended]] = event.ended[ended]
         self.alive[lanes[ended]] = False
 
-    def _see(self, lanes: np.ndarray, seen: LossStatistics | None) -> None:
+    def _set_statistics(self, lanes: np.ndarray, seen: LossStatistics | None) -> None:
         if seen is not None:
             self.judged[lanes] = True
             for old, new in zip(self.seen, seen, strict=True):
                 old[lanes] = new
 
-    def _report(self, lanes: np.ndarray, report: Report) -> None:
+    def _set_report(self, lanes: np.ndarray, report: Report) -> None:
         new, old = report.metrics[self.plan.metric].astype(np.float64), self.value[lanes]
         self.step[lanes], self.judged[lanes] = report.step, False
         reached = self.at_target(new) & np.isinf(self.reached[lanes])
@@ -81,15 +82,15 @@ class Ledger:
             self.loss[lanes[counts]] = report.metrics["loss"][counts]
 
     def at_target(self, values: np.ndarray) -> np.ndarray:
-        """Return whether values of the metric reach the target; False without one."""
+        """Return whether values of the metric reach the target; False without a target."""
         if self.plan.target is None:
             return np.full(len(values), False)
         return self.plan.sign * values <= self.plan.sign * self.plan.target
 
     def take(self, lanes: np.ndarray, ledger: "Ledger", theirs: np.ndarray) -> None:
-        """Take over the facts about lanes from another ledger, where they have other numbers."""
-        for mine, others in zip(self._facts(), ledger._facts(), strict=True):
-            mine[lanes] = others[theirs]
+        """Copy the facts about lanes from another ledger, which numbers these lanes `theirs`."""
+        for mine, other in zip(self._facts(), ledger._facts(), strict=True):
+            mine[lanes] = other[theirs]
 
     def _facts(self) -> list[np.ndarray]:
         return [x for x in (*vars(self).values(), *self.seen) if isinstance(x, np.ndarray)]
@@ -101,22 +102,26 @@ class Ledger:
         return settings[np.lexsort((settings, *self._measures(settings)[::-1]))]
 
     def scores(self, settings: np.ndarray) -> np.ndarray:
-        """Return the score of each seed of settings: lower is better, inf if not finite."""
+        """Return a score for each seed of settings: lower is better, inf if not finite.
+
+        It is the number of steps to the target for a setting whose seeds all reached it, else the
+        metric times the sign.
+        """
         lanes = self.plan.lanes_of(settings)
         values, reached = self.value[lanes], self.reached[lanes]
         scores = np.where(np.isfinite(values), self.plan.sign * values, np.inf)
         return np.where(np.isfinite(reached).all(1, keepdims=True), reached, scores)
 
     def best_lanes(self, settings: np.ndarray) -> np.ndarray:
-        """Return the lane of the best seed of each setting: the first at the target, if one is."""
+        """Return the lane of the best seed of each setting: the first that reached the target."""
         lanes = self.plan.lanes_of(settings)
         order = np.lexsort((self.scores(settings), self.reached[lanes]))
         return np.take_along_axis(lanes, order[:, :1], 1)[:, 0]
 
     def shortfall(self, settings: np.ndarray) -> np.ndarray:
-        """Return minus the steps after which settings were ended early; -inf if they were not.
+        """Return minus the number of steps of settings that were ended early; -inf for the others.
 
-        A setting that was cut, diverged or ran out of budget is below one that went further.
+        A setting that was cut, diverged or ran out of budget ranks below one that trained further.
         """
         lanes = self.plan.lanes_of(settings)
         short = np.isin(self.ending[lanes], (CUT, OUT, NOT_RUN, DIVERGED)) & ~self.alive[lanes]
@@ -125,7 +130,7 @@ class Ledger:
 
     @np.errstate(invalid="ignore")
     def _measures(self, settings: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Return the measures settings are ranked by, in this order; lower is better."""
+        """Return the measures to rank settings by, the most important first; lower is better."""
         lanes = self.plan.lanes_of(settings)
         values, losses = self.value[lanes], self.loss[lanes].mean(1)
         score = np.where(np.isfinite(values).all(1), self.plan.sign * values.mean(1), np.inf)
@@ -146,8 +151,8 @@ class Ledger:
         """Return all lanes of the settings that a rung cuts, in the order of their rank.
 
         Args:
-          early: rank only settings that have reached the rung. A setting that enough of these beat
-            is cut, whatever the others do.
+          early: whether to rank only settings that have reached the rung. A setting that ranks too
+            low among these is cut, whatever the other settings do.
         """
         losers = [np.zeros(0, int)]
         for settings, keep in self.plan.cohorts(rung):

@@ -1,9 +1,9 @@
-"""Loads a finished sweep from its folder: rows, curves, settings and states.
+"""Loading of a finished sweep from its folder: rows, curves, settings and states.
 
     load("runs/a", task).best.params
 
-The folder holds the numbers of the settings and the leaves of the states; their structure comes
-from code: from the task, and from pickled settings without their numbers, or a template.
+The folder holds the numbers of the settings and the leaves of the states. The structure of states
+comes from the task; that of settings comes from a pickle in the folder, or from a template.
 """
 
 import contextlib
@@ -39,14 +39,14 @@ def load(folder: str | Path, task: Task | Run | None = None, *, template: Any = 
     run any code.
 
     Args:
-      folder: of a sweep that has finished.
+      folder: the folder of a finished sweep.
       task: the task or run of the sweep. None: `best` and `kept` have neither setting nor state.
-      template: the settings as they were given to `sweep`, or one of each structure. None: the
-        folder tells their structure, unless they hold functions that cannot be pickled.
+      template: the settings as they were given to `sweep`, or one setting of each structure. Needed
+        only if the settings hold functions that cannot be pickled.
 
     Returns: a `Result` equal to the one that `sweep` returned.
-    Raises: FileNotFoundError or ValueError, naming the file, for a folder that is damaged or whose
-      sweep has not finished, for another task, and where a template is needed.
+    Raises: FileNotFoundError or ValueError, naming the file, if the folder is damaged or its sweep
+      has not finished; ValueError for another task, or if a template is needed.
     """
     if batches := batches_of(Path(folder)):
         return merge(*(load(batch, task, template=template) for batch in batches))
@@ -54,18 +54,18 @@ def load(folder: str | Path, task: Task | Run | None = None, *, template: Any = 
     last = segments[-1]
     if not last.finished:
         why = "; ".join(last.notes) or f"{last.path} has not finished"
-        raise ValueError(f"load: {why}. Go on with the sweep first")
+        raise ValueError(f"load: {why}. Finish the sweep first")
     states = StoredStates(last.plan, segments)
     if task is None:
         return make_result(last.facts, states.held)
     run = task if isinstance(task, Run) else supervised(task)
-    batches = _batches(Path(folder), last.plan, template)
-    stored = lambda *best: stored_best(run, last.plan, batches, states.__getitem__, *best)
+    settings = _settings(Path(folder), last.plan, template)
+    stored = lambda *best: stored_best(run, last.plan, settings, states.__getitem__, *best)
     return make_result(last.facts, states.held, stored)
 
 
 def read_results(path: Path) -> Result:
-    """Return table and curves of the sweep in a folder, or of all batches of a search.
+    """Return the table and curves of the sweep in a folder, or of all batches of a search.
 
     Raises: as `read_result`.
     """
@@ -74,8 +74,8 @@ def read_results(path: Path) -> Result:
         return read_result(path)
     if (path / f"batch-{len(batches)}").exists():
         raise ValueError(
-            f"{path / f'batch-{len(batches)}.json'} is missing: there is no table. Go on with the"
-            f" search: {resume_command(path)}, or resume=True in Python"
+            f"{path / f'batch-{len(batches)}.json'} is missing: the search has no table. Go on with"
+            f" the search: {resume_command(path)}, or resume=True in Python"
         )
     if len(batches) > 1 and is_free(batches[-1]):
         warnings.warn(f"{batches.pop()} has no table yet", stacklevel=2)
@@ -85,28 +85,28 @@ def read_results(path: Path) -> Result:
 def stored_best(
     run: Run,
     plan: Plan,
-    batches: Sequence[Any],
+    groups: Sequence[Any],
     leaves_of: Callable[[int], Sequence[Any]],
     setting: int,
     lane: int | None,
 ) -> tuple[Any, Any]:
-    """Return a setting, and the state of a lane from its leaves.
+    """Return a setting, and the state of one of its lanes; None without a lane.
 
     Args:
-      batches: the settings of each group.
+      groups: the batch of settings of each group.
       leaves_of: lane -> the leaves of its `Lane`.
     """
     group = plan.group_of(setting * plan.seeds)
     row = setting - int(plan.first[group])
-    one = jax.tree.map(lambda x: x[row], batches[group])
+    one = jax.tree.map(lambda x: x[row], groups[group])
     return one, None if lane is None else state_of(run, one, leaves_of(lane), plan.best)
 
 
 class StoredStates:
-    """The states in the last checkpoints of segments, by the lanes of a plan.
+    """The states in the last checkpoints of segments, indexed by the lanes of a plan.
 
     Attributes:
-      held: mask of the lanes that have one.
+      held: mask of the lanes that have a state.
     """
 
     def __init__(self, plan: Plan, segments: Sequence[Segment]) -> None:
@@ -114,8 +114,8 @@ class StoredStates:
         self._places = dict[int, tuple[Path, str, int]]()
         for segment in segments:
             lanes = np.full(segment.plan.lanes, -1)
-            for name, (here, there) in common_lanes(plan, segment.plan).items():
-                lanes[segment.plan.offset(name) + there] = plan.offset(name) + here
+            for name, (mine, theirs) in common_lanes(plan, segment.plan).items():
+                lanes[segment.plan.offset(name) + theirs] = plan.offset(name) + mine
             blocks = segment.manifest["blocks"] if segment.manifest else {}
             for name, block in blocks.items():
                 for row in np.flatnonzero(block["present"]).tolist():
@@ -131,22 +131,22 @@ class StoredStates:
 # --- settings --------------------------------------------------------------------------------
 
 
-def _batches(folder: Path, plan: Plan, template: Any) -> list[Any]:
-    """Return the settings of each group."""
+def _settings(folder: Path, plan: Plan, template: Any) -> list[Any]:
+    """Return the batch of settings of each group."""
     file = folder / SETTINGS
     try:
         written = pickle.loads(file.read_bytes())
         structures, leaves = zip(*(written[group.name] for group in plan.groups), strict=True)
-    except Exception as error:  # a pickle that is damaged raises anything
+    except Exception as error:  # a damaged pickle can raise any error
         raise ValueError(
-            f"load: {file} is damaged: {error}. Without a task, rows and curves can be loaded"
+            f"load: {file} is damaged: {error}. Rows and curves can still be loaded without a task"
         ) from None
     parts = zip(plan.groups, structures, leaves, strict=True)
-    return [_batch(group, pickled, numbers, template) for group, pickled, numbers in parts]
+    return [_settings_of(group, pickled, numbers, template) for group, pickled, numbers in parts]
 
 
-def _batch(group: Group, pickled: bytes | None, leaves: Sequence[Any], template: Any) -> Any:
-    """Return the settings of a group: of the structure that gives them their digests."""
+def _settings_of(group: Group, pickled: bytes | None, leaves: Sequence[Any], template: Any) -> Any:
+    """Return the settings of a group, in the structure with which they have their digests."""
     as_trained = lambda x: jnp.asarray(x) if jnp.asarray(x).dtype == x.dtype else x
     leaves = list(map(as_trained, leaves))
     for tree in _candidates(pickled, template):
@@ -159,8 +159,8 @@ def _batch(group: Group, pickled: bytes | None, leaves: Sequence[Any], template:
             ):
                 return batch
     raise ValueError(
-        f"load: template must be the settings given to sweep: those of {group.name!r} hold what"
-        " cannot be pickled, or code that has changed"
+        f"load: template must be the settings given to sweep, since group {group.name!r} holds"
+        " functions that cannot be pickled, or its code has changed"
     )
 
 

@@ -1,14 +1,14 @@
-"""One sweep at a time in a folder.
+"""A lock that allows one sweep at a time in a folder.
 
     with locked(Path("runs/a")):  # BlockingIOError, naming the holder, if another process has it
         ...
 
-The system locks the file `lock`, and releases it when the process dies. It also releases it when
-the process closes any descriptor of the file: so a process opens it once for each folder, and all
-its contexts share that lock. The file stays in the folder of a sweep.
+The operating system locks the file `lock`, and unlocks it when the process dies. It also unlocks it
+when the process closes any descriptor of the file. A process therefore opens the file once for each
+folder, and all its contexts share that lock. The file stays in the folder of a sweep.
 
-Where files cannot be locked, the holder creates `lock.held`. If it dies, another process takes over
-on the same host until a reboot; elsewhere nobody knows that it is dead.
+Where files cannot be locked, the holder creates the file `lock.held`. If the holder dies, another
+process on the same host can take over until the host reboots; other hosts cannot know that it died.
 """
 
 import contextlib
@@ -42,15 +42,15 @@ class _Held:
     contexts: int = 0
 
 
-_folders = dict[tuple[int, str], _Held]()  # by process: a fork inherits the dict but no lock
+_folders = dict[tuple[int, str], _Held]()  # by process, since a fork inherits this but no lock
 _guard = threading.Lock()
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Generator[None]:
-    """Hold a folder, which is created if it is missing.
+    """Hold the lock of a folder, which is created if it is missing.
 
-    Where nothing is written into it, it is left as it was found.
+    If nothing was written to the folder in the meantime, the end of the context restores it.
 
     A process that holds the folder may enter a second context.
 
@@ -79,17 +79,18 @@ def _take(folder: Path) -> Callable[[], None]:
     before = _names(folder)
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        # the holder before may have deleted the folder
+        # the previous holder may have deleted the folder
         with contextlib.suppress(FileNotFoundError):
             unlock = _by_system(folder) or _by_creation(folder)
             break
 
     def release() -> None:
         with contextlib.suppress(OSError):
-            if "lock" not in before and _names(folder) - set(LOCKS) <= before:  # nothing is new
+            # nothing was written to the folder
+            if "lock" not in before and _names(folder) - set(LOCKS) <= before:
                 (folder / "lock").unlink(missing_ok=True)
         unlock()
-        with contextlib.suppress(OSError):  # it is not empty
+        with contextlib.suppress(OSError):  # a folder that is not empty stays
             for path in created:
                 path.rmdir()
 
@@ -101,7 +102,7 @@ def _names(folder: Path) -> set[str]:
 
 
 def _by_system(folder: Path) -> Callable[[], None] | None:
-    """Lock the file `lock`. Returns None where files cannot be locked."""
+    """Lock the file `lock`; return the function that unlocks it, None if files have no locks."""
     file = folder / "lock"
     if fcntl is None:
         return None
@@ -110,23 +111,24 @@ def _by_system(folder: Path) -> Callable[[], None] | None:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.path.samestat(os.fstat(descriptor), file.stat()):
             raise FileNotFoundError(file)  # deleted between the two calls
-        os.pwrite(descriptor, _this_process().ljust(512), 0)  # in one write, over the holder before
+        # one write, which replaces the entry of the previous holder
+        os.pwrite(descriptor, _this_process().ljust(512), 0)
     except OSError as error:
         holder = os.pread(descriptor, 4096, 0)
         os.close(descriptor)
         if error.errno in UNSUPPORTED:
             return None
         if error.errno in (errno.EACCES, errno.EAGAIN):
-            _refuse(folder, holder)
+            _raise_in_use(folder, holder)
         raise
     return lambda: os.close(descriptor)
 
 
 def _by_creation(folder: Path) -> Callable[[], None]:
-    """Create the file `lock.held`; that of a dead process is deleted first."""
+    """Create the file `lock.held`, after deleting that of a dead process. Return its deletion."""
     file, takeover = folder / "lock.held", folder / "lock.takeover"
     if _is_dead(_read(file)):
-        with _created(takeover, folder):  # else a second process could delete the new file
+        with _created(takeover, folder):  # stops a second process from deleting the new file
             if _is_dead(_read(file)):
                 file.unlink()
     stack = contextlib.ExitStack()
@@ -136,11 +138,11 @@ def _by_creation(folder: Path) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def _created(file: Path, folder: Path) -> Generator[None]:
-    """Create a file for the time of this context. Raises BlockingIOError if it exists."""
+    """Create a file, and delete it at the end. Raises BlockingIOError if the file exists."""
     try:
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     except FileExistsError:
-        _refuse(folder, _read(file), f". If it no longer runs, delete {file}")
+        _raise_in_use(folder, _read(file), f". If that sweep no longer runs, delete {file}")
     try:
         with os.fdopen(descriptor, "wb") as opened:
             opened.write(_this_process())
@@ -149,13 +151,13 @@ def _created(file: Path, folder: Path) -> Generator[None]:
         file.unlink(missing_ok=True)
 
 
-def _refuse(folder: Path, holder: bytes, hint: str = "") -> NoReturn:
+def _raise_in_use(folder: Path, holder: bytes, hint: str = "") -> NoReturn:
     who = "by another process"
-    with contextlib.suppress(ValueError, KeyError, TypeError):  # the file is being written
-        known = json.loads(holder)
-        who = f"by a sweep on {known['host']}, pid {known['pid']}, since {known['since']}"
+    with contextlib.suppress(ValueError, KeyError, TypeError):  # the holder is writing its entry
+        entry = json.loads(holder)
+        who = f"by a sweep on {entry['host']}, pid {entry['pid']}, since {entry['since']}"
     raise BlockingIOError(
-        f"{folder} is in use {who}. Wait for its end, or give a new sweep a folder of its own{hint}"
+        f"{folder} is in use {who}. Wait until it ends, or give a new sweep another folder{hint}"
     )
 
 
@@ -164,12 +166,12 @@ def _refuse(folder: Path, holder: bytes, hint: str = "") -> NoReturn:
 
 def _this_process() -> bytes:
     since = time.strftime("%Y-%m-%d %H:%M:%S %z")
-    known = {"host": socket.gethostname(), "boot": _boot(), "pid": os.getpid(), "since": since}
-    return json.dumps(known).encode()
+    entry = {"host": socket.gethostname(), "boot": _boot(), "pid": os.getpid(), "since": since}
+    return json.dumps(entry).encode()
 
 
 def _boot() -> str | None:
-    """Return a name of this boot and of the numbering of its processes; None if unknown."""
+    """Return an identifier of this boot and of the pid namespace; None if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -182,13 +184,13 @@ def _read(file: Path) -> bytes:
 
 
 def _is_dead(holder: bytes) -> bool:
-    """Return whether a holder ran on this host, since its last boot, and runs no more."""
+    """Return whether a holder was a process of this host and boot, and no longer runs."""
     try:
-        known = json.loads(holder)
-        here = (socket.gethostname(), _boot())
-        if here[1] is None or (known["host"], known["boot"]) != here:
+        entry = json.loads(holder)
+        host, boot = socket.gethostname(), _boot()
+        if boot is None or (entry["host"], entry["boot"]) != (host, boot):
             return False
-        os.kill(known["pid"], 0)
+        os.kill(entry["pid"], 0)
     except ProcessLookupError:
         return True
     except (OSError, OverflowError, ValueError, KeyError, TypeError):

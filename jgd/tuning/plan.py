@@ -2,12 +2,13 @@
 
     groups      settings of one structure: one compiled program for each width
     settings    numbered over all groups, in their order
-    lanes       a setting with a seed each: lane = setting * seeds + seed
-    tiles       lanes of a group that step together, `width` of them
-    reports     the steps at which a tile reports; a chunk runs from one to the next
-    rounds      the steps at which all tiles meet: the rungs of a halving, and the last step
+    lanes       one setting with one seed: lane = setting * seeds + seed
+    tiles       `width` lanes of a group that step together
+    reports     the steps at which a tile reports; a chunk runs from one report to the next
+    rounds      the steps at which tiles wait for each other: the rungs of a halving, the last step
 
-Two sweeps of one plan agree bit for bit; at equal width a lane does not depend on its neighbors.
+Two sweeps with the same plan agree bit for bit. At equal width a lane does not depend on the other
+lanes of its tile.
 """
 
 import dataclasses
@@ -40,12 +41,12 @@ __all__ = [
     "words_of",
 ]
 
-FORMAT = 2  # of a folder: plan, journal, manifest and states
-WIDTH = 64  # lanes of a small network then fit the cache of two cores
-NARROW = 8
-OVERHEAD = 8.0  # of a step, in lanes
-NEGATION = {"neg", "negative"}  # in both directions, so that `mode` is needed
-KNOWN = {  # words of a metric's name that say which end is best
+FORMAT = 2  # version of the files in a folder: plan, journal, manifest and states
+WIDTH = 64  # usual lanes in a tile: for a small network they fit the cache of two cores
+NARROW = 8  # least width of tiles that are narrowed to use all cores
+OVERHEAD = 8.0  # fixed cost of a step, in units of the cost of one lane
+NEGATION = {"neg", "negative"}  # in both modes below, so that `mode` must be given
+KNOWN = {  # mode -> words of a metric's name that imply it
     "max": {"accuracy", "acc", "auc", "f1", "r2", "reward", "return", "score", "bleu"} | NEGATION,
     "min": {"loss", "error", "nll", "mse", "mae", "perplexity"} | NEGATION,
 }
@@ -56,24 +57,24 @@ class Group:
     """Settings of one structure."""
 
     name: str
-    setting: str  # the repr of their batch
+    setting: str  # repr of the batch of settings
     axes: Mapping[str, list[float]]  # name -> a value for each setting
-    fixed: Mapping[str, str]  # structural values that all of them share
-    settings: int
+    fixed: Mapping[str, str]  # structural values that all settings share
+    settings: int  # number of settings
     width: int = 0  # lanes in a tile; the last tile of a group is padded
-    widths: Sequence[int] = ()  # of all its tiles, widest first; narrow ones hold fewer lanes
-    costs: Sequence[float] = ()  # the time of a step at each of them, in any unit
-    structure: str = ""  # digest of what the settings share
-    digests: Sequence[str] = ()  # of the settings; see `Lanes`
+    widths: Sequence[int] = ()  # possible widths of its tiles, widest first
+    costs: Sequence[float] = ()  # time of a step at each of these widths, in any unit
+    structure: str = ""  # digest of the structure that the settings share
+    digests: Sequence[str] = ()  # digest of each setting; see `Lanes`
 
     def at_width(
         self, width: int, devices: int = 1, seconds: Mapping[int, float] | None = None
     ) -> "Group":
-        """Return the group with this width and the narrower ones.
+        """Return the group with this width, and narrower ones by repeated halving.
 
         Args:
-          devices: all widths are multiples of it.
-          seconds: measured time of a step at some widths; None: the usual costs.
+          devices: number of devices; all widths are multiples of it.
+          seconds: measured time of a step at some widths; None: `OVERHEAD` + width.
         """
         share = -(-width // devices)
         widths = [share * devices]
@@ -90,9 +91,9 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(SweepOptions):
-    """The options of a sweep, resolved, and what follows from them."""
+    """Resolved options of a sweep, and the data derived from them."""
 
-    # resolved: in the user's options these may be None
+    # these are resolved here; in the user's options they may be None
     report_every: int = 1
     metric: str = "loss"
     mode: Literal["min", "max"] = "min"
@@ -102,11 +103,11 @@ class Plan(SweepOptions):
     rounds: list[int]
     groups: list[Group]
     brackets: list[int]  # the bracket of each setting
-    metrics: list[str]  # of `evaluate`, in its order
+    metrics: list[str]  # names, in the order of `evaluate`
     halving: Mapping[str, Any] | None
     stop: str | None
-    task: str  # a digest of its data, initial parameters and first metrics
-    verdict: bool = True  # whether the training loss says how a run went
+    task: str  # digest of the task's data, initial parameters and first metrics
+    verdict: bool = True  # whether the training loss allows a verdict
     versions: Mapping[str, str]
     device: str
     at_once: int  # tiles that run at the same time
@@ -126,7 +127,7 @@ class Plan(SweepOptions):
 
     @property
     def sign(self) -> float:
-        """-1 where the greatest value of the metric is best, else 1."""
+        """-1 if the highest value of the metric is best, else 1."""
         return -1.0 if self.mode == "max" else 1.0
 
     @functools.cached_property
@@ -156,7 +157,10 @@ class Plan(SweepOptions):
         return int(np.searchsorted(self.first * self.seeds, lane, side="right")) - 1
 
     def by_group(self, lanes: Any) -> dict[str, list[int]]:
-        """Return lanes numbered within their group, in rising order; groups by first occurrence."""
+        """Return the lanes of each group, numbered within it and in rising order.
+
+        The groups are in the order of their first lane in `lanes`.
+        """
         groups = np.searchsorted(self.first * self.seeds, lanes, side="right") - 1
         _, first = np.unique(groups, return_index=True)
         return {
@@ -165,18 +169,18 @@ class Plan(SweepOptions):
         }
 
     def numbered(self, groups: Mapping[str, Any]) -> np.ndarray:
-        """Return lanes by their number over all groups; inverts `by_group`."""
+        """Return lanes numbered over all groups. Inverts `by_group`."""
         lanes = (self.offset(group) + np.asarray(ids, int) for group, ids in groups.items())
         return np.concatenate([np.zeros(0, int), *lanes])
 
     # --- rungs
 
     def cohorts(self, rung: int) -> list[tuple[np.ndarray, int]]:
-        """Return the settings that are ranked together at a rung, each with the number to keep."""
+        """Return the sets of settings that a rung ranks, each with the number that it keeps."""
         if self.halving is None:
             return []
         halving, brackets = Halving(**self.halving), np.array(self.brackets)
-        # members of a cohort share bracket and, if groups are ranked apart, group
+        # the settings of a cohort share a bracket and, if groups are ranked separately, a group
         groups = np.repeat(np.arange(len(self.groups)), np.diff(self.first))
         groups = groups if halving.within == "group" else np.zeros_like(groups)
         cohorts = list[tuple[np.ndarray, int]]()
@@ -189,7 +193,7 @@ class Plan(SweepOptions):
 
     @property
     def lane_steps(self) -> int:
-        """Lane-steps of the sweep if lanes end at rungs and at the last step only."""
+        """Lane-steps of the sweep if lanes end only at rungs and at the last step."""
         settings = np.bincount(self.brackets).tolist()
         if self.halving is None:
             return self.steps * self.seeds * sum(settings)
@@ -204,7 +208,7 @@ class Plan(SweepOptions):
 
     @classmethod
     def of_json(cls, written: Mapping[str, Any]) -> "Plan":
-        """Return the plan that was written; plans of jgd 0.1 have no `format`."""
+        """Return the plan in the content of a plan.json. Plans of jgd 0.1 have no `format`."""
 
         def known(cls: Any, entry: Mapping[str, Any]) -> dict[str, Any]:
             return {f.name: entry[f.name] for f in dataclasses.fields(cls) if f.name in entry}
@@ -213,7 +217,8 @@ class Plan(SweepOptions):
         return cls(**known(cls, {"format": 1, **written, "groups": groups}))
 
     def as_json(self) -> dict[str, Any]:
-        return plain(dataclasses.asdict(self), null=False)  # an axis may hold inf
+        """Return the plan as data for JSON."""
+        return plain(dataclasses.asdict(self), null=False)  # keeps an inf on an axis
 
 
 def make_plan(
@@ -230,10 +235,10 @@ def make_plan(
     task: str,
     verdict: bool = True,
 ) -> Plan:
-    """Return the plan of a sweep over groups of `Lanes`, at the usual width if none is given.
+    """Return the plan of a sweep over groups of `Lanes`, with the usual width unless one is given.
 
     Args:
-      usual_every: steps between reports where `options` has None; None: a twentieth of `steps`.
+      usual_every: steps between reports if `options` has None; None: a twentieth of `steps`.
 
     Raises: ValueError for an argument out of its range.
     """
@@ -282,23 +287,30 @@ def _rungs(halving: Any, steps: int) -> list[int]:
     if halving is None:
         return []
     if not isinstance(halving, Halving):
-        raise ValueError(f"sweep: halving must be jgd.successive_halving(...), got {halving!r}")
+        raise ValueError(
+            "sweep: halving must be jgd.successive_halving(...) or jgd.hyperband(...), got"
+            f" {halving!r}"
+        )
     rungs = halving.brackets(steps)[0]
     if not rungs or len(set(rungs)) < len(rungs):
         raise ValueError(
-            f"sweep: halving must have distinct rungs, got {rungs} for {steps} steps, eta"
-            f" {halving.eta} and min_steps {halving.min_steps}. Lower min_steps or raise eta"
+            f"sweep: halving must have distinct rungs, got {rungs or 'none'} for {steps} steps, eta"
+            f" {halving.eta} and min_steps {halving.min_steps}. "
+            + ("Raise eta or min_steps" if rungs else "Lower min_steps")
         )
     return rungs  # the first bracket has the rungs of all brackets
 
 
 def usual_width(lanes: int, at_once: int, most: int = WIDTH) -> int:
-    """Return the width of tiles without a measurement: few lanes still use all cores."""
+    """Return the width of tiles without a measurement. Few lanes are divided among all cores."""
     return min(most, lanes, max(-(-lanes // at_once), NARROW))
 
 
 def ranked_by(metrics: Sequence[str], options: Training) -> tuple[str, Any]:
-    """Return the metric to rank by, and its mode. Raises ValueError if its name does not say it."""
+    """Return the metric to rank by, and its mode.
+
+    Raises: ValueError for an unknown metric, or without a mode that its name implies.
+    """
     metric = options.metric
     if metric not in (None, *metrics):
         raise ValueError(f"sweep: metric must be one of {', '.join(metrics)}, got {metric!r}")
@@ -307,8 +319,8 @@ def ranked_by(metrics: Sequence[str], options: Training) -> tuple[str, Any]:
     modes = [mode for mode, known in KNOWN.items() if known & words_of(metric)]
     if options.mode is None and len(modes) != 1:
         raise ValueError(
-            f"sweep: mode must be 'min' or 'max' for the metric {metric!r}, whose name does not say"
-            " which end is best. Pass mode='max' if higher is better"
+            f"sweep: mode must be 'min' or 'max' for the metric {metric!r}, whose name does not"
+            " imply either, got None. Pass mode='max' if higher is better"
         )
     return metric, options.mode or modes[0]
 
@@ -320,7 +332,7 @@ def words_of(metric: str) -> set[str]:
 
 
 def fingerprint(*trees: Any) -> str:
-    """Return a digest of arrays: equal for equal structures, shapes and values."""
+    """Return a digest of arrays: equal for equal structures, shapes, dtypes and values."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(trees):
         if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -332,7 +344,7 @@ def fingerprint(*trees: Any) -> str:
 
 
 def plain(x: Any, *, null: bool = True) -> Any:
-    """Return data as JSON: no arrays, and null, if wanted, for numbers that are not finite."""
+    """Return data for JSON, with lists for arrays and, with `null`, None for NaN and infinity."""
     if isinstance(x, np.ndarray | np.generic):
         x = x.tolist()
     if isinstance(x, list | tuple):

@@ -1,4 +1,4 @@
-"""The poll of a sweep: requests of clock, pruner and Ctrl-C, between two turns."""
+"""The poll of a sweep: what clock, pruner and Ctrl-C ask for between two turns."""
 
 import contextlib
 import signal
@@ -16,17 +16,17 @@ from jgd.tuning.plan import Plan
 
 __all__ = ["NO_PRUNING", "Clock", "CtrlC", "Prune"]
 
-# a pruner: plan and events of a turn -> the settings to cut
+# a pruner: (plan, events of a turn) -> settings to cut
 Prune = Callable[[Plan, list[Report | Cut]], Iterable[int]]
 NO_PRUNING: Prune = lambda plan, events: ()
 
 
 class CtrlC:
-    """Within this context Ctrl-C sets a flag that the next poll reads; a second one interrupts."""
+    """Context in which Ctrl-C sets a flag for the next poll. A second Ctrl-C interrupts at once."""
 
     def __init__(self) -> None:
         self.interrupt = False
-        self._before = list[Any]()  # a sweep of a search enters the context of the search again
+        self._before = list[Any]()  # several, since each sweep of a search enters the same context
 
     def __enter__(self) -> "CtrlC":
         if threading.current_thread() is threading.main_thread():
@@ -44,7 +44,7 @@ class CtrlC:
 
     @contextlib.contextmanager
     def interrupts(self) -> Generator[None]:
-        """Within this context KeyboardInterrupt, from the user's code, is Ctrl-C."""
+        """Treat a KeyboardInterrupt of the user's code in this context as Ctrl-C."""
         try:
             yield
         except KeyboardInterrupt:
@@ -52,7 +52,7 @@ class CtrlC:
 
 
 class Clock:
-    """The poll of a sweep: limits of time, checkpoints that are due, a pruner, and Ctrl-C."""
+    """Poll of a sweep: its time limit, checkpoints that are due, its pruner, and Ctrl-C."""
 
     def __init__(
         self,
@@ -69,11 +69,11 @@ class Clock:
     def __call__(self, events: list[Report | Cut]) -> Decision:
         now, plan, folder = time.monotonic(), self.plan, self.folder
         self.schedule.elapsed = now - self.start
-        late = plan.seconds is not None and self.schedule.elapsed > plan.seconds
+        over = plan.seconds is not None and self.schedule.elapsed > plan.seconds
         due = now - self.last_checkpoint > plan.checkpoint_every
         if due := due and folder is not None and not folder.busy():
             self.last_checkpoint = now
         interrupt = self.ctrl_c is not None and self.ctrl_c.interrupt
         cuts = plan.lanes_of(np.array(list(self.prune(plan, events)), int)).ravel()
         cuts = tuple(cuts[self.ledger.alive[cuts]].tolist())
-        return Decision(checkpoint=due, cuts=cuts, stop=late, interrupt=interrupt)
+        return Decision(checkpoint=due, cuts=cuts, stop=over, interrupt=interrupt)

@@ -1,11 +1,11 @@
-"""The pool: the state of every lane that has one, in blocks that never change.
+"""The pool: the states of lanes that wait or have ended, in blocks that never change.
 
-    pool.put(ids, rows, present)    # a block; rows stay where they are, on a device or the host
-    pool.take(ids)                  # rows on the host, in the order of the ids
-    pool.drop(ids)                  # states that are no longer needed
+    pool.put(ids, rows, present)    # adds a block; its rows stay where they are (device or host)
+    pool.take(ids)                  # returns rows on the host, in the order of the ids
+    pool.drop(ids)                  # removes states that are no longer needed
 
-A lane lies in at most one block. A block keeps the rows of lanes that left it until it is dropped
-as a whole, so that a checkpoint writes it once, under a name that no other block ever has.
+A lane lies in at most one block. A block keeps the rows of lanes that have left it until the block
+is deleted. A checkpoint can therefore write it once, under a unique name.
 """
 
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ __all__ = ["Block", "Pool"]
 
 
 class Block(NamedTuple):
-    """States of lanes that were put together; `rows` may have more rows than there are ids."""
+    """States of lanes that were put together. Padding may follow the rows of the ids."""
 
     ids: np.ndarray
     rows: Any  # a `Lane` with a leading axis
@@ -30,22 +30,22 @@ class Pool:
 
     def __init__(self, lanes: int) -> None:
         self.blocks = dict[int, Block]()
-        self.last = 0  # number of the block added last
-        self.block_of = np.full(lanes, -1)  # -1: the lane has no state here
+        self.last = 0  # number of the newest block
+        self.block_of = np.full(lanes, -1)  # -1: the lane has no state in the pool
         self.row_of = np.zeros(lanes, int)
 
     def __contains__(self, lane: int) -> bool:
         return bool(self.block_of[lane] >= 0)
 
     def held(self) -> np.ndarray:
-        """Return the lanes that have a state here."""
+        """Return the lanes that have a state in the pool."""
         return np.flatnonzero(self.block_of >= 0)
 
     def put(self, ids: np.ndarray, rows: Any, present: np.ndarray | None = None) -> None:
         """Add a block.
 
         Args:
-          present: mask of the ids whose state this is from now on; None: all of them.
+          present: mask of the ids that lie in the block; None: all of them.
         """
         self.last += 1
         self.restore(
@@ -53,13 +53,13 @@ class Pool:
         )
 
     def restore(self, number: int, block: Block, present: np.ndarray) -> None:
-        """Add a block under its number; only the present lanes lie in it."""
+        """Add a block with a given number, with a mask of the ids that lie in it."""
         self.blocks[number] = block
         self.block_of[block.ids[present]] = number
         self.row_of[block.ids[present]] = np.flatnonzero(present)
 
     def drop(self, lanes: Any) -> None:
-        """Forget lanes. A block that lost a quarter of its lanes is replaced by a smaller one."""
+        """Remove lanes. Shrink a block on the host that has lost a quarter of its lanes."""
         lanes = np.asarray(lanes, int)
         touched = set(self.block_of[lanes].tolist()) - {-1}
         self.block_of[lanes] = -1
@@ -75,7 +75,7 @@ class Pool:
     def remove_block(self, lanes: Any) -> Any | None:
         """Remove the block of exactly these lanes and return its rows; None if there is none.
 
-        Lanes that ended since the block was put have a row in it as well.
+        Its lanes include those that have ended since the block was added.
         """
         lanes = np.asarray(lanes, int)
         for number in set(self.block_of[lanes].tolist()) - {-1}:
@@ -86,7 +86,7 @@ class Pool:
         return None
 
     def take(self, lanes: Any) -> Any:
-        """Return the rows of some lanes of a group, in their order, on the host."""
+        """Return the rows of some lanes of one group on the host, in the order of `lanes`."""
         lanes = np.asarray(lanes, int)
         numbers = self.block_of[lanes]
         order = np.argsort(numbers, kind="stable")

@@ -1,7 +1,7 @@
 """Successive halving and Hyperband: the steps at which settings are cut, and how many continue.
 
-    successive_halving(eta=2, min_steps=125)     # the better half goes on at 125, 250, 500 ...
-    hyperband(eta=3, min_steps=37)               # brackets of it, from early rungs to late ones
+    successive_halving(eta=2, min_steps=125)     # cuts the worse half at steps 125, 250, 500, ...
+    hyperband(eta=3, min_steps=37)               # brackets of halvings that begin earlier or later
 
 A rung is a step at which settings are cut. The ledger ranks them.
 """
@@ -24,23 +24,23 @@ class Halving(NamedTuple):
     eta: float
     min_steps: int | None
     within: Within
-    several: bool
+    several: bool  # whether settings are divided among several brackets
 
     def brackets(self, steps: int) -> list[list[int]]:
-        """Return the rungs of each bracket, earliest first; the last of several has none."""
+        """Return the rungs of each bracket, in rising order. The last of several has none."""
         least = self.min_steps or max(1, round(steps / self.eta**3))
         rungs: list[int] = []
-        # a rung just before the end would cut settings that have cost nearly all they can
+        # a rung just before the end saves nothing: its settings have trained for most steps
         while (rung := math.ceil(least * self.eta ** len(rungs) - 1e-9)) * self.eta**0.5 < steps:
             rungs.append(rung)
         return [rungs[b:] for b in range(len(rungs) + 1)] if self.several else [rungs]
 
     def kept(self, settings: int, cuts: int) -> int:
-        """Return how many settings go on after so many cuts."""
+        """Return how many of these settings remain after this many cuts."""
         return max(1, math.floor(settings / self.eta**cuts + 1e-9))
 
     def shares(self, settings: int, steps: int) -> np.ndarray:
-        """Return the bracket of each setting: random, since a grid has favored corners."""
+        """Return the bracket of each setting: random, since neighbors in a grid are alike."""
         most = len(self.brackets(steps)) - 1
         weights = [self.eta**cuts * (most + 1) / (cuts + 1) for cuts in range(most, -1, -1)]
         bounds = np.round(np.cumsum(weights) / np.sum(weights) * settings).astype(int)
@@ -63,12 +63,12 @@ def successive_halving(
     *,
     within: Within = "sweep",
 ) -> Halving:
-    """Let one in eta settings go on at min_steps, min_steps eta, min_steps eta^2, ... steps.
+    """Keep the best 1 / eta of the settings at steps min_steps, min_steps eta, min_steps eta^2, ...
 
     Args:
       eta: above 1; 2 halves the settings at each rung.
-      min_steps: the first rung, at least 1; None: the steps of the sweep over eta^3.
-      within: what is ranked together: the whole "sweep" (default), or each "group" of settings.
+      min_steps: the first rung, at least 1; None: the steps of the sweep divided by eta^3.
+      within: which settings are ranked together: all of the "sweep" (default) or each "group".
 
     Raises: ValueError for an argument out of its range.
 
@@ -83,7 +83,7 @@ def hyperband(
     *,
     within: Within = "sweep",
 ) -> Halving:
-    """Divide settings among brackets of successive halving; each starts a rung later.
+    """Divide settings among brackets of successive halving, each of which begins one rung later.
 
     The last bracket cuts no setting. Brackets with earlier rungs get more settings.
 

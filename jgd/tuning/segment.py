@@ -1,16 +1,16 @@
-"""A segment, read back from its folder: the plan, and the facts of its journal.
+"""A segment, read from its folder: its plan, and the facts in its journal.
 
     segment = read_segment("runs/a")
     segment.facts                               # a fold over the journal
-    segment.manifest, segment.notes             # the newest whole checkpoint; damaged ones
-    read_segments("runs/a")                     # this one, and its extensions in their order
+    segment.manifest, segment.notes             # the newest intact checkpoint; damaged ones
+    read_segments("runs/a")                     # the segment, and its extensions in their order
 
-An extension is a segment whose plan is that of the whole sweep. It holds the events of the lanes
-that it trains; the facts about the others are those of the segments before it.
+An extension is a segment whose plan is that of the whole extended sweep. Its journal holds the
+events of the lanes that it trains; the facts about other lanes come from the segments before it.
 
 A manifest holds checksums of itself, of plan.json, of the journal up to its checkpoint and of the
-states. The table follows from plan and journal: results.csv, results.json and curves.npz are never
-read. Readers take no lock.
+states. The table is derived from plan and journal; results.json and curves.npz are read only in
+folders of jgd 0.1. Readers take no lock.
 """
 
 import contextlib
@@ -52,7 +52,8 @@ __all__ = [
 ]
 
 NEW = "Start the sweep in a new folder"
-MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError)  # of decoded JSON
+# errors that malformed JSON can raise
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError)
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ class Segment:
 
     Attributes:
       plan_crc: checksum of plan.json and of the plans of earlier segments.
-      manifest: of the newest whole checkpoint; None if there is none.
+      manifest: manifest of the newest intact checkpoint; None if there is none.
       facts: what the events say about the lanes.
-      notes: one line for each newer checkpoint, which is damaged.
+      notes: one line for each newer checkpoint, all of which are damaged.
     """
 
     path: Path
@@ -83,36 +84,36 @@ class Segment:
 
 
 def read_segments(path: str | Path, *, resume: bool = False) -> list[Segment]:
-    """Return the segment in a folder, and those of its extensions.
+    """Return the segment in a folder, followed by the segments of its extensions.
 
-    Args, raises: as `read_segment`; ValueError if a segment that was extended is not whole.
+    Args, raises: as `read_segment`; ValueError if a segment that was extended is incomplete.
     """
     segments = [read_segment(path, resume=resume)]
     for folder in extensions(Path(path)):
         if not segments[-1].finished:
             lost = "; ".join(segments[-1].notes) or "lanes are missing"
-            raise ValueError(f"{segments[-1].path} was extended and is not whole: {lost}. {NEW}")
+            raise ValueError(f"{segments[-1].path} was extended but is incomplete: {lost}. {NEW}")
         segments.append(read_segment(folder, resume=resume, earlier=segments))
     return segments
 
 
 def extensions(path: Path) -> list[Path]:
-    """Return the folders of the extensions of a sweep; the last one has a plan."""
+    """Return the folders of the extensions of a sweep, up to the last one that has a plan."""
     numbers = [x.parent.name.partition("-")[2] for x in path.glob("segment-*/plan.json")]
     last = max((int(number) for number in numbers if number.isdecimal()), default=1)
     return [path / f"segment-{number}" for number in range(2, last + 1)]
 
 
 def batches_of(path: Path) -> list[Path]:
-    """Return the folders of the batches of a search; a sweep has none."""
+    """Return the folders of the batches of a search; an empty list for a sweep."""
     paths = (path / f"batch-{number}" for number in itertools.count())
     return list(itertools.takewhile(lambda path: path.with_suffix(".json").exists(), paths))
 
 
 def resume_command(path: Path) -> str:
-    """Return the command that resumes the sweep in a folder: its search, for one of the batches."""
-    whole = path.parent if (path.parent / "search.json").exists() else path
-    return f"jgd sweep --resume {shlex.quote(str(whole))}"
+    """Return the command that resumes the sweep in a folder, or the search it is a batch of."""
+    folder = path.parent if (path.parent / "search.json").exists() else path
+    return f"jgd sweep --resume {shlex.quote(str(folder))}"
 
 
 def read_segment(
@@ -120,15 +121,15 @@ def read_segment(
 ) -> Segment:
     """Return the segment in a folder.
 
-    The lines of the journal after the last checkpoint are read as well, as far as each continues
-    its lanes, unless a manifest shows that plan or journal were changed.
+    The journal is read beyond the last checkpoint, up to the first line that does not continue its
+    lanes, unless a manifest shows that the plan or the journal was changed.
 
     Args:
-      resume: whether to check the states too, and to stop where the checkpoint does.
+      resume: whether to check the states too, and to stop reading at the checkpoint.
       earlier: the segments that this one extends.
 
-    Raises: FileNotFoundError without a plan; ValueError, naming the file, if no checkpoint
-      confirms plan and journal, or only a part in which lanes had not ended.
+    Raises: FileNotFoundError without a plan; ValueError, naming the file, if no checkpoint matches
+      plan and journal, or if only an earlier one does, in which lanes had not ended.
     """
     path = Path(path)
     facts, data = _read_plan(path)
@@ -137,12 +138,12 @@ def read_segment(
         take(facts, segment.facts)
     journal = path / "journal.jsonl"
     data = journal.read_bytes() if journal.exists() else b""
-    manifest, notes, changed = _whole_manifest(path, plan_crc, data, states=resume)
+    manifest, notes, changed = _intact_manifest(path, plan_crc, data, states=resume)
     if manifest is None and (changed or (resume and notes)):
         still = "" if changed else "; jgd report still shows its table"
         raise ValueError(
-            f"{path}: no checkpoint is whole: {'; '.join(notes)}. {NEW}, or delete the manifests"
-            f" in this one to start it anew{still}"
+            f"{path}: no checkpoint is intact: {'; '.join(notes)}. {NEW}, or delete the manifests"
+            f" in {path} to start it again from step 0{still}"
         )
     covered = manifest["journal"]["bytes"] if manifest else 0
     end = _fold(data[:covered] if resume or changed else data, facts)
@@ -150,18 +151,18 @@ def read_segment(
         raise ValueError(f"{journal} is not the journal of {path / 'plan.json'}. {NEW}")
     if changed and not resume and facts.ledger.alive.any():
         raise ValueError(
-            f"{path}: {'; '.join(notes)}. The checkpoint before it is whole: go on from there with"
+            f"{path}: {'; '.join(notes)}. The checkpoint before it is intact. Go on from it with:"
             f" {resume_command(path)}"
         )
-    instead = "The checkpoint before it is used" if manifest else "The journal is read without it"
+    instead = "The checkpoint before it is used" if manifest else "Only the journal is used"
     notes = [f"{path}: {note}. {instead}" for note in notes]
     if resume and data and manifest is None:
-        notes = [f"{path} has no checkpoint: no manifest. The sweep starts anew"]
+        notes = [f"{path} has a journal but no manifest. The sweep starts again from step 0"]
     return Segment(path, facts, plan_crc, manifest, notes)
 
 
 def crc_of_plan(data: bytes, earlier: Sequence[Segment]) -> int:
-    """Return the checksum of a plan and of the plans that it extends."""
+    """Return the checksum of a plan and of the plans of the segments that it extends."""
     return zlib.crc32(data, zlib.crc32(str([segment.plan_crc for segment in earlier]).encode()))
 
 
@@ -176,19 +177,20 @@ def _read_plan(path: Path) -> tuple[Facts, bytes]:
         if (version := written.get("format", 1)) == FORMAT:
             return Facts.of(Plan.of_json(written)), data
     except MALFORMED as error:
-        has = "; results.csv has the table of this one" if (path / "results.csv").exists() else ""
-        raise ValueError(f"{file} holds no plan: {error}. {NEW}{has}") from None
-    still = "; jgd report still reads this one" if _is_old(path) else ""
+        table = path / "results.csv"
+        still = f"; the table is still in {table}" if table.exists() else ""
+        raise ValueError(f"{file} holds no plan: {error}. {NEW}{still}") from None
+    still = f"; jgd report still reads {path}" if _is_old(path) else ""
     raise ValueError(f"{file}: format must be {FORMAT}, got {version}. {NEW}{still}")
 
 
-def _whole_manifest(
+def _intact_manifest(
     path: Path, plan_crc: int, journal: bytes, *, states: bool
 ) -> tuple[dict[str, Any] | None, list[str], bool]:
-    """Return the manifest of the newest whole checkpoint, None without one.
+    """Return the manifest of the newest intact checkpoint, None if there is none.
 
-    Also returns a note for each newer checkpoint, which is damaged, and whether the journal, or
-    without a manifest the plan, differs from what one of these recorded.
+    Also return a note on each newer checkpoint, all of which are damaged, and whether the journal
+    (or, if there is no intact checkpoint, the plan) differs from the record of one of them.
     """
     notes, changed, foreign = list[str](), False, False
     for file in manifests(path):
@@ -196,12 +198,12 @@ def _whole_manifest(
             manifest = read_manifest(file)
             if manifest["plan"] != plan_crc:
                 foreign = True
-                raise ValueError(f"plan.json was changed, or {file.name} is of another sweep")
+                raise ValueError(f"plan.json was changed, or {file.name} belongs to another sweep")
             covered = journal[: manifest["journal"]["bytes"]]
             written = {"bytes": len(covered), "crc32": zlib.crc32(covered)}
             if not written.items() <= manifest["journal"].items():
                 changed = True
-                raise ValueError("journal.jsonl is not as the checkpoint says")
+                raise ValueError("journal.jsonl was changed")
             for name, block in manifest["blocks"].items() if states else ():
                 if checksums(path / "states" / name) != block["files"]:
                     raise ValueError(f"states/{name} was changed")
@@ -213,7 +215,7 @@ def _whole_manifest(
 
 
 def _fold(data: bytes, facts: Facts) -> int:
-    """Fold the lines of a journal; return the number of bytes up to the first that does not fit."""
+    """Fold the lines of a journal. Return the number of bytes before the first bad line."""
     end = 0
     with contextlib.suppress(*MALFORMED):
         for line in data.splitlines(keepends=True):
@@ -226,7 +228,7 @@ def _fold(data: bytes, facts: Facts) -> int:
 
 
 def _continues(event: Report | Cut, ledger: Ledger) -> bool:
-    """Return whether an event concerns living lanes, all of which were at the report before."""
+    """Return whether the lanes of an event are alive and, in a report, at the report before it."""
     plan = ledger.plan
     groups = event.lanes if isinstance(event, Cut) else {event.group: event.lanes}
     for group, ids in groups.items():
@@ -236,10 +238,10 @@ def _continues(event: Report | Cut, ledger: Ledger) -> bool:
         if not inside.all() or not ledger.alive[lanes].all():
             return False
         if isinstance(event, Report):
-            before = [0, *plan.reports][plan.reports.index(event.step)]
+            previous = [0, *plan.reports][plan.reports.index(event.step)]
             columns = (event.loss, event.ended, *event.metrics.values(), *(event.seen or ()))
-            even = all(len(column) == len(lanes) for column in columns)
-            if not even or (ledger.step[lanes] != before).any():
+            complete = all(len(column) == len(lanes) for column in columns)
+            if not complete or (ledger.step[lanes] != previous).any():
                 return False
     return True
 
@@ -248,7 +250,7 @@ def _continues(event: Report | Cut, ledger: Ledger) -> bool:
 
 
 def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a manifest with the checksum of its own content."""
+    """Return a manifest with a checksum of its content."""
     return {"crc32": zlib.crc32(json.dumps(manifest).encode()), **manifest}
 
 
@@ -267,7 +269,7 @@ def read_manifest(file: Path) -> dict[str, Any]:
 
 
 def checksums(path: Path) -> dict[str, list[int]]:
-    """Return size and checksum of all files in a folder. Raises FileNotFoundError without one."""
+    """Return size and checksum of each file in a folder. Raises FileNotFoundError without it."""
     if not path.is_dir():
         raise FileNotFoundError(f"states/{path.name} is missing")
     files = sorted(x for x in path.rglob("*") if x.is_file())
@@ -277,8 +279,8 @@ def checksums(path: Path) -> dict[str, list[int]]:
 
 def manifests(path: Path) -> list[Path]:
     """Return the manifests of a folder, newest first."""
-    found = (x for x in path.glob("manifest-*.json") if x.stem[len("manifest-") :].isdecimal())
-    return sorted(found, key=number_of, reverse=True)
+    files = (x for x in path.glob("manifest-*.json") if x.stem[len("manifest-") :].isdecimal())
+    return sorted(files, key=number_of, reverse=True)
 
 
 def number_of(manifest: Path) -> int:
@@ -298,10 +300,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_result(path: str | Path) -> Result:
-    """Return table and curves of the sweep in a folder, without states.
+    """Return the table and curves of the sweep in a folder, without states.
 
-    Lanes of a sweep that has not finished count as out of budget. A warning says so, and names
-    damaged files.
+    Warns if the sweep has not finished, in which case living lanes count as out of budget, and if
+    files are damaged.
 
     Raises: as `read_segment`; ValueError if there is no report yet.
     """
@@ -310,19 +312,19 @@ def read_result(path: str | Path) -> Result:
         return _read_old_result(path)
     segment = read_segments(path)[-1]
     if not segment.finished:
-        alone = segment.path == path
-        call = resume_command(path) if alone else "the call that extended it"
-        how = f"If it no longer runs, go on with it: {call}"
+        extended = segment.path != path
+        call = "the call that extended it" if extended else resume_command(path)
+        hint = f"If the sweep no longer runs, go on with: {call}"
         if not segment.facts.ledger.step.any():
-            raise ValueError(f"{path} has no report yet. {how}")
-        warnings.warn(f"{path} has not finished: this is its table so far. {how}", stacklevel=2)
+            raise ValueError(f"{path} has no report yet. {hint}")
+        warnings.warn(f"{path} has not finished: this is its table so far. {hint}", stacklevel=2)
     for note in segment.notes:
         warnings.warn(note, stacklevel=2)
     return make_result(segment.facts)
 
 
 def _is_old(path: Path) -> bool:
-    """Return whether a folder is that of a finished sweep of jgd 0.1."""
+    """Return whether a folder holds a finished sweep of jgd 0.1."""
     files = [path / name for name in ("plan.json", "results.json", "curves.npz")]
     if manifests(path) or not all(file.exists() for file in files):
         return False
@@ -330,7 +332,7 @@ def _is_old(path: Path) -> bool:
 
 
 def _read_old_result(path: Path) -> Result:
-    """Return the result in a folder of jgd 0.1."""
+    """Return the result of a sweep of jgd 0.1."""
     file = path / "results.json"
     try:
         rows = read_json(file)["rows"]
