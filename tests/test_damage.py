@@ -38,7 +38,7 @@ DAMAGES = [
     ("newest state", WAYS, None, None),
     ("all states", WAYS, r"states/block-\d+", None),
     ("command.json", (*WAYS[:4], "another version"), r"command\.json", None),
-    ("command.json", ("another sweep",), "this is another sweep", None),
+    ("command.json", ("another sweep",), "the folder holds another sweep", None),
     *((name, WAYS, None, None) for name in ("results.json", "results.csv", "curves.npz", "lock")),
 ]
 WITH_A_CHECKPOINT_BEFORE = ("journal.jsonl", "newest manifest", "newest state")

@@ -219,8 +219,8 @@ def test_bad_wishes_are_refused_before_anything_is_compiled():
         (dict(halving=2), "halving must be jgd.successive_halving"),
         (dict(halving=jgd.successive_halving(2, 40)), "distinct rungs"),
         (dict(halving=jgd.successive_halving(1.01, 1)), "distinct rungs"),
-        (dict(stop=early_stopping(3, mode="max")), "stop has mode 'max', the metric 'min'"),
-        (dict(stop=True), "stop must be jgd.stopping.early_stopping or an int, got True"),
+        (dict(stop=early_stopping(3, mode="max")), "stop must have mode 'min', .* got 'max'"),
+        (dict(stop=True), "stop must be .* or an integer, got True"),
         (dict(budget=0), "budget must be at least 1, got 0"),
         (dict(seconds=-1.0), "seconds must be above 0"),
     ):

@@ -265,7 +265,7 @@ def test_a_damaged_search_is_named_or_mended(tmp_path):
         ("batch-1.json", "[1", "batch-1.json must hold a JSON object"),
         ("batch-1.json", "{}", "batch-1.json was changed: KeyError('trials')"),
         ("batch-1.json", '{"trials": [3]}', "batch-1.json was changed"),
-        ("batch-1.json", (whole / "batch-0.json").read_text(), "this is another sweep"),
+        ("batch-1.json", (whole / "batch-0.json").read_text(), "the folder holds another sweep"),
         ("batch-1.json", None, None),  # the default sampler proposes the same trials again
         ("batch-0.json", None, None),
         ("batch-1/plan.json", None, "batch-1 holds no sweep: there is no plan.json"),
