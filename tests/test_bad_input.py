@@ -362,7 +362,10 @@ OTHERS = [
         _sweep(RUN, order="own", settings={"a": LANES}, batch=0),
         "unexpected keyword argument 'batch'",
     ),
-    (_sweep(LINE._replace(batch=lambda step: (X, Y)), order="own"), "order must be 'shared' unless"),
+    (
+        _sweep(LINE._replace(batch=lambda step: (X, Y)), order="own"),
+        "must be 'shared' unless",
+    ),
     (
         _sweep(LINE._replace(batch=jgd.stream(lambda: BATCHES)), order="own"),
         "order must be 'shared' for a stream, got 'own'",

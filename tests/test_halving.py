@@ -361,7 +361,7 @@ def test_resume_refuses_another_sweep(tmp_path):
     options = dict(width=4, report_every=10)
     jgd.sweep(_line(), _adam(8), 40, folder=tmp_path / "run", **options)
     again = dict(folder=tmp_path / "run", resume=True, **options)
-    with pytest.raises(ValueError, match="another sweep: its steps was 40 and is now 44"):
+    with pytest.raises(ValueError, match="another sweep: steps was 40 and is now 44"):
         jgd.sweep(_line(), _adam(8), 44, **again)
     with pytest.raises(ValueError, match="another sweep: its groups adam setting was"):
         jgd.sweep(_line(), _adam(9), 40, **again)

@@ -354,7 +354,10 @@ def finished(tmp_path_factory):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(steps=32), "the folder holds a sweep with other arguments: steps was 24 and is now 32"),
+        (
+            dict(steps=32),
+            "a sweep with other arguments: steps was 24 and is now 32",
+        ),
         (
             dict(halving=jgd.successive_halving(2, 8)),
             "extend: halving must be None.* depend on the other lanes",

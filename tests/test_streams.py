@@ -105,7 +105,7 @@ def test_streams_that_cannot_be_trained_on():
         jgd.sweep(short, lanes, 24)
     with pytest.raises(TypeError, match="make must be a function that returns an iterator"):
         jgd.stream(iter([1]))  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"train with jgd\.sweep"):
+    with pytest.raises(TypeError, match=r"Train with jgd\.sweep"):
         jgd.train(_streamed(_Loader(_line())), jgd.sgd(0.1), 4, jax.random.key(0))
     with pytest.raises(ValueError, match="order must be 'shared' for a stream"):
         jgd.sweep(_streamed(_Loader(_line())), lanes, 24, order="own", seeds=2)

@@ -71,10 +71,10 @@ class Sweep(SweepOptions):
     ] = ()
     set: Annotated[
         Repeated,
-        Doc("""Values of an argument of the optimizers. b1=0.8,0.9 lists them; b1=lin:LOW:HIGH:COUNT
-        spaces them evenly, b1=log:LOW:HIGH:COUNT evenly in the logarithm. Repeat the option for
-        several arguments: all combinations are trained. Default:
-        learning_rate=log:1e-5:1e1:64."""),
+        Doc("""Values of an argument of the optimizers: a list, as in b1=0.8,0.9, or COUNT values
+        between two bounds. b1=lin:LOW:HIGH:COUNT spaces them evenly, and
+        learning_rate=log:LOW:HIGH:COUNT evenly in the logarithm. Repeat the option for several
+        arguments: all combinations are trained. Default: learning_rate=log:1e-5:1e1:64."""),
     ] = ()
     optuna: Annotated[
         int | None,
@@ -93,18 +93,19 @@ class Sweep(SweepOptions):
     top: Top = 20
     halving: Annotated[
         float | None,
-        Doc("""Successive halving: at each rung, one in this many settings continues (such as 2 or
-        3) and the others end. None: all settings train for all steps."""),
+        Doc("""Successive halving: at each rung, one in this many settings continues, and the
+        others end. Usual values are 2 and 3. None: all settings train for all steps."""),
     ] = None
     hyperband: Annotated[
         float | None,
-        Doc("""Hyperband: divide the settings among several brackets of successive halving with this
-        factor (such as 3). Each bracket starts a rung later."""),
+        Doc("""Hyperband: like --halving, but the settings are divided among several brackets, of
+        which each starts to halve a rung later than the one before. A usual value is 3. None: no
+        Hyperband."""),
     ] = None
     min_steps: Annotated[
         int | None,
-        Doc("""Step of the first rung. None: --steps divided by the cube of --halving or
-        --hyperband."""),
+        Doc("""Step of the first rung, at least 1. None: --steps divided by the cube of --halving
+        or --hyperband."""),
     ] = None
     within: Annotated[
         Literal["sweep", "group"],
@@ -123,8 +124,9 @@ class Sweep(SweepOptions):
     ] = False
     resume: Annotated[
         Path | None,
-        Doc("""Folder of a sweep to resume with the options it was started with. Only the options
-        --top, --checkpoint-every, --coordinator, --processes and --process may change."""),
+        Doc("""Folder of a sweep to resume, with the options it was started with. Options that may
+        change: --top, --checkpoint-every, --coordinator, --processes and --process. None: start a
+        new sweep."""),
     ] = None
     coordinator: Annotated[
         str | None,

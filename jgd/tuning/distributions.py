@@ -151,7 +151,6 @@ def sequence_of(label: str, values: Any) -> list[Any]:
     return items
 
 
-
 def check_distributions(function: str, distributions: Mapping[str, Any]) -> None:
     """Raise TypeError unless each value is a distribution."""
     if not isinstance(distributions, Mapping) or not all(isinstance(n, str) for n in distributions):

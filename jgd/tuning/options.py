@@ -60,8 +60,8 @@ class Training:
     order: Annotated[
         Literal["shared", "own"],
         Doc("""Order of the batches. shared: all lanes see the same batches. own: each seed has its
-        own order, the same for all settings; then the task's `batch` must take (step, seed), as
-        the functions that `jgd.minibatches` returns do."""),
+        own order, the same for all settings; the task's `batch` must then be a function of (step,
+        seed), such as `jgd.minibatches` returns."""),
     ] = "shared"
     width: Annotated[
         int | None,
@@ -78,13 +78,13 @@ class Training:
     ] = None
     metric: Annotated[
         str | None,
-        Doc("""Metric of `evaluate` to rank by. None: "accuracy" if `evaluate` reports it, else
-        "loss", else its first metric."""),
+        Doc("""Metric of `evaluate` to rank by. None: "accuracy" if it is reported, else "loss" if
+        it is reported, else the first metric."""),
     ] = None
     mode: Annotated[
         Literal["min", "max"] | None,
         Doc("""Whether a low (min) or a high (max) metric is better. None: decided by a word in its
-        name. It is max for accuracy, acc, auc, f1, r2, reward, return, score and bleu, and min for
+        name: max for accuracy, acc, auc, f1, r2, reward, return, score and bleu, and min for
         loss, error, nll, mse, mae and perplexity. A name without such a word, or with words of both
         kinds, is an error."""),
     ] = None
@@ -163,7 +163,6 @@ def function_of(arguments: Callable[P, A]) -> Callable[[Callable[[A], R]], Calla
     The new function has the signature of the dataclass. `{arguments}` in the docstring becomes the
     list of the fields with their documentation.
     """
-
 
     def decorate(function: Callable[[A], R]) -> Callable[P, R]:
         signature = inspect.signature(arguments).replace(return_annotation=inspect.Signature.empty)

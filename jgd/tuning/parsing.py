@@ -75,6 +75,7 @@ def where(error: BaseException) -> str:
 
 def task_of(spec: str) -> Any:
     """Return jgd's task of this name, or the task at module:name."""
+    from jgd.nodes import brief
     from jgd.training import Run, Task
 
     if ":" not in spec:
@@ -92,17 +93,19 @@ def task_of(spec: str) -> Any:
         except Exception as error:
             raise UserError(f"task {spec}: {where(error)}") from error
     if not isinstance(task, Task | Run):
-        raise UserError(f"task {spec} must be a jgd.Task or jgd.Run, got a {type(task).__name__}")
+        raise UserError(f"task {spec} must be a jgd.Task or jgd.Run, got {brief(task)}")
+
     return task
 
 
 def factory_of(spec: str) -> Callable[..., Any]:
     """Return jgd's factory of this name, or the factory at module:name."""
+    from jgd.nodes import brief
+
     if ":" in spec:
         factory = _load(spec, "optimizer")
         if not callable(factory):
-            kind = type(factory).__name__
-            raise UserError(f"optimizer {spec} must be a function, got a {kind}")
+            raise UserError(f"optimizer {spec} must be a function, got {brief(factory)}")
         return factory if hasattr(factory, "__jgd_spec__") else _lifted(factory)
     try:
         return jgd.get(spec)
@@ -184,7 +187,7 @@ def groups_of(optimizers: Iterable[str], sets: Iterable[str]) -> dict[str, Any]:
         name = spec.rpartition(":")[2]
         name = spec if name in groups else name
         if name in groups:
-            raise UserError(f"--optimizer must not be repeated with one name, got {spec} twice")
+            raise UserError(f"--optimizer must have distinct names, got {spec} twice")
         try:
             groups[name] = grid(factory, **axes)
         except (ValueError, TypeError) as error:
@@ -248,4 +251,3 @@ def _varied(
     for name in unused:
         raise UserError(f"--set: no --optimizer has an argument {name}{nearest(name, known)}")
     return varied
-
