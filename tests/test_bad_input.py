@@ -377,7 +377,7 @@ OTHERS = [
         ),
         "the same metrics for all groups, got loss, accuracy for adam and loss for dict",
     ),
-    (lambda: Best({}, None, jnp.zeros(2)).params, "must be of a jgd.Task, got the state of a"),
+    (lambda: Best({}, None, jnp.zeros(2)).params, "must train a jgd.Task, got a jgd.Run"),
 ]
 CASES = [
     *((f"sweep: {name}", _sweep(**{name: x}), says) for name, x, says in OPTIONS),
