@@ -373,6 +373,10 @@ def test_an_optax_factory_can_be_swept(project, monkeypatch, capsys):
         (["--optuna=4", "--optimizer=sgd", "--set", "momentum=lin:1:1:2"], "must have LOW < HIGH"),
         (["--seeds", "0"], "jgd: --seeds must be at least 1, got 0"),
         (["--patience", "-1"], "jgd: --patience must be a step count, at least 0, got -1"),
+        (
+            ["--hyperband", "3", "--min-steps", "9"],
+            "--halving or --hyperband must have distinct r",
+        ),
         (["--optimizer", "adam", "--steps", "2"], "jgd: --steps must be at least 4, got 2"),
         (["mine:task", "--metric", "los", "--optimizer", "sgd"], "--metric must be one of loss"),
     ],

@@ -35,7 +35,7 @@ REPEATABLE = ("optimizer", "set")  # options that may be repeated
 MAY_CHANGE = ("top", "checkpoint_every", "coordinator", "processes", "process", "resume")
 # options that set an argument of another name
 OPTION_OF = {
-    "sweep: stop": "patience",
+    "sweep: halving": "halving or --hyperband",
     "early_stopping: patience": "patience",
     "optuna_search: trials": "optuna",
     "successive_halving: eta": "halving",

@@ -408,7 +408,7 @@ def plot_ranges(result: Result) -> Any:
     panel.margins(x=0.15)
     _with_readable_ticks(panel)
     name = (axis or "").replace("_", " ")
-    panel.set_xlabel(f"{name}: the best value and the range of values as good{_best_over(result)}")
+    panel.set_xlabel(f"{name}: best value (star) and range of values as good{_best_over(result)}")
     panel.grid(visible=False, axis="y")
     panel.tick_params(axis="y", length=0)
     panel.spines["left"].set_visible(False)
