@@ -363,9 +363,9 @@ def test_resume_refuses_another_sweep(tmp_path):
     again = dict(folder=tmp_path / "run", resume=True, **options)
     with pytest.raises(ValueError, match="another sweep: steps was 40 and is now 44"):
         jgd.sweep(_line(), _adam(8), 44, **again)
-    with pytest.raises(ValueError, match="another sweep: its groups adam setting was"):
+    with pytest.raises(ValueError, match="another sweep: groups adam setting was"):
         jgd.sweep(_line(), _adam(9), 40, **again)
-    with pytest.raises(ValueError, match="another sweep: its task was"):
+    with pytest.raises(ValueError, match="another sweep: task was"):
         jgd.sweep(_line(batch_size=3), _adam(8), 40, **again)
     with pytest.raises(FileNotFoundError, match=r"there is no plan\.json"):
         jgd.sweep(_line(), _adam(8), 40, folder=tmp_path / "none", resume=True)

@@ -333,7 +333,7 @@ def test_another_extension_than_the_one_that_was_interrupted(tmp_path):
     assert {row["ended"] for row in error.value.result.rows} >= {"finished"}
     with pytest.raises(
         ValueError,
-        match=r"extend: an extension has not finished: .* its groups adam setting was",
+        match=r"extend: an extension has not finished: .* groups adam setting was",
     ):
         _sweep({"adam": _adam(RATES[:5])}, extend=folder)
     with pytest.raises(ValueError, match=r"load: .*segment-2 has not finished"):
