@@ -22,6 +22,7 @@ RUN = jgd.supervised(LINE)
 NAN, INF = float("nan"), float("inf")
 HERE = Path(__file__)
 BATCH = r"a batch of settings must have one leading axis on all its numbers, got .*jgd\.grid"
+STOP = r"must be jgd\.stopping\.early_stopping\(\.\.\.\) or an integer, got"
 DISTRIBUTION = r"must be jgd\.loguniform, jgd\.uniform, jgd\.integers or jgd\.choice, got "
 TRACED = r"must be a function that JAX can trace, got .*\(test_bad_input\.py, line \d+\)"
 
@@ -130,11 +131,11 @@ OPTIONS = [
     *(("checkpoint_every", x, NUMBER) for x in ("30", None)),
     *(("halving", x, r"must be jgd\.successive_halving") for x in (2, "hyperband", True)),
     ("halving", jgd.successive_halving(2, 100), "must have distinct rungs, got"),
-    *(("stop", x, "must be jgd.stopping.early_stopping or an int, got") for x in (2.5, "3", ADAM)),
-    ("stop", True, "must be jgd.stopping.early_stopping or an int, got"),
-    ("stop", reduce_on_plateau(), "must be jgd.stopping.early_stopping or an int, got"),
+    *(("stop", x, STOP) for x in (2.5, "3", ADAM)),
+    ("stop", True, STOP),
+    ("stop", reduce_on_plateau(), STOP),
     ("stop", -1, "patience must be a step count, at least 0, got -1"),
-    ("stop", early_stopping(3, mode="max"), "stop has mode 'max', the metric 'min'"),
+    ("stop", early_stopping(3, mode="max"), "stop must have mode 'min', .*got 'max'"),
     *(("folder", x, "must be a path, got") for x in (3, True, ["runs"])),
     ("folder", HERE, r"must be a folder, got .*test_bad_input\.py is a file"),
     ("folder", HERE / "new", r"must be a folder, got .*test_bad_input\.py is a file"),
@@ -147,8 +148,8 @@ OPTIONS = [
     ("settings", "adam", "must be a pytree of numbers, got 'adam'"),
     ("settings", jgd.adam, r"must be a pytree of numbers, got the function.*jgd\.as_pytree"),
     ("settings", optax.adam(0.1), r"must be a pytree of numbers, got <chain>.*jgd\.as_pytree"),
-    ("settings", {}, "no settings"),
-    ("settings", jax.vmap(jgd.sgd)(jnp.zeros(0)), "no settings"),
+    ("settings", {}, "must hold at least one setting, got none"),
+    ("settings", jax.vmap(jgd.sgd)(jnp.zeros(0)), "must hold at least one setting, got none"),
     ("settings", {1: LANES}, "the name of a group must be a string, got 1"),
     *(
         ("settings", jax.vmap(of_rate)(jnp.ones(2)), r"settings\['r'\] must be a batch.*name it")
@@ -186,8 +187,8 @@ TASKS = [
     ),
     ({"loss": lambda p, b: 0.0 if p["b"] > 0 else 1.0}, f"loss {TRACED}"),
     ({"loss": lambda p, b: float(np.sum(p["w"]))}, f"loss {TRACED}"),
-    ({"batch": _with_nan()}, "NaN in the data, first in row 5"),
-    ({"batch": lambda s: (X * NAN, Y)}, "NaN in the first batch, first in row 0"),
+    ({"batch": _with_nan()}, "the data must not hold NaN, got NaN in .*, first in row 5"),
+    ({"batch": lambda s: (X * NAN, Y)}, "the first batch must not hold NaN, .*, first in row 0"),
     ({"batch": lambda s: (X, "y")}, "a batch must be a pytree of numbers, got 'y'"),
     ({"batch": lambda s: (yield X)}, "a batch must be a pytree of numbers, got <generator"),
     ({"batch": lambda s: (X[int(s) :], Y)}, f"batch {TRACED}"),
@@ -204,7 +205,7 @@ TASKS = [
         for x in (0.0, {}, None, [0.0])
     ),
     ({"evaluate": lambda p: {1: 0.0, 2: 0.0}}, "the name of a metric must be a string, got 1"),
-    ({"evaluate": lambda p: {"rank": 0.0}}, "evaluate reports 'rank', which is a column"),
+    ({"evaluate": lambda p: {"rank": 0.0}}, "evaluate must not report 'rank', which is a column"),
 ]
 RUNS = [
     *(({name: 0}, f"{name} of the task must be a function") for name in RUN._fields[:-1]),
@@ -218,7 +219,7 @@ RUNS = [
     ),
     (
         {"update": lambda s, state, b: (state.params, {"loss": 0.0})},
-        "the state after update must be shaped as before, .*got",
+        "the state after update must be a state with the shapes before it, .*got",
     ),
 ]
 STREAMS = [
@@ -227,7 +228,7 @@ STREAMS = [
     *((lambda x=x: x, "stream: make must be .* returns an iterator, got") for x in ([X], None)),
     (lambda: iter([]), "the iterator ended after 0 batches; it must yield"),
     (lambda: itertools.cycle([(X, "y")]), "a batch must be a pytree of numbers, got 'y'"),
-    (lambda: itertools.cycle([(X * NAN, Y)]), "NaN in the first batch"),
+    (lambda: itertools.cycle([(X * NAN, Y)]), "the first batch must not hold NaN"),
 ]
 GRIDS = [
     *(
@@ -242,7 +243,10 @@ GRIDS = [
         (jgd.adam, {"learning_rate": x}, "axis learning_rate must be a sequence of values, got")
         for x in (0.1, "0.1", b"01", None, np.array(0.1), {0.1: 1}, {0.1, 0.2}, LOG, LANES)
     ),
-    *((jgd.adam, {"learning_rate": x}, "axis learning_rate has no values") for x in ([], iter([]))),
+    *(
+        (jgd.adam, {"learning_rate": x}, "axis learning_rate must have at least one value")
+        for x in ([], iter([]))
+    ),
     *((jgd.adam, {"learning_rate": [x]}, "must be a number or a sch") for x in ("0.1", None, 1j)),
     *((jgd.adam, {"learning_rate": [x]}, "must be a finite number, got") for x in (NAN, INF)),
     (jgd.adam, {"learning_rate": [0.1], "b1": [1.5]}, r"b1 must be in \[0, 1\), got 1.5"),
@@ -268,12 +272,12 @@ DISTRIBUTIONS = [
     *((jgd.uniform, x, "low must be a number, got") for x in (("a", 1), (None, 1), ([0], 1))),
     *((jgd.uniform, x, "high must be a number, got") for x in ((0, "a"), (0, True), (0, 1j))),
     *((jgd.uniform, x, "must be finite, got") for x in ((NAN, 1), (0, INF), (-INF, 1))),
-    (jgd.uniform, (1, 0), "low must be below high, got 1 and 0"),
+    (jgd.uniform, (1, 0), "bounds must satisfy low < high, got 1 and 0"),
     *((jgd.loguniform, x, "must be finite, got") for x in ((1e-3, INF), (1e-3, NAN))),
     *((jgd.loguniform, x, NUMBER) for x in (("1e-3", 1), (1e-3, None))),
     *((jgd.loguniform, x, "must satisfy 0 < low < high, got") for x in ((0, 1), (-1, 1), (1, 0.1))),
     *((jgd.choice, [x], "must be a sequence of values, got") for x in (3, None, "relu", LOG)),
-    (jgd.choice, [[]], "choice: the sequence has no values"),
+    (jgd.choice, [[]], "choice: values must have at least one value, got none"),
 ]
 HALVINGS = [
     *(({"eta": x}, "eta must be above 1, got") for x in (1, 0.5, NAN)),
@@ -357,7 +361,10 @@ OTHERS = [
         _sweep(RUN, order="own", settings={"a": LANES}, batch=0),
         "unexpected keyword argument 'batch'",
     ),
-    (_sweep(LINE._replace(batch=lambda step: (X, Y)), order="own"), "needs a batch function"),
+    (
+        _sweep(LINE._replace(batch=lambda step: (X, Y)), order="own"),
+        "must be 'shared' unless",
+    ),
     (
         _sweep(LINE._replace(batch=jgd.stream(lambda: BATCHES)), order="own"),
         "order must be 'shared' for a stream, got 'own'",
@@ -369,7 +376,7 @@ OTHERS = [
         ),
         "the same metrics for all groups, got loss, accuracy for adam and loss for dict",
     ),
-    (lambda: Best({}, None, jnp.zeros(2)).params, "must be of a jgd.Task, got the state of a"),
+    (lambda: Best({}, None, jnp.zeros(2)).params, "must train a jgd.Task, got a jgd.Run"),
 ]
 CASES = [
     *((f"sweep: {name}", _sweep(**{name: x}), message) for name, x, message in OPTIONS),

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: the default job, one's own task, errors in one line."""
+"""The command line: the default sweep, one's own task and optimizer, and errors in one line."""
 
 import csv
 import errno
@@ -34,7 +34,7 @@ def task():
     batch = jgd.minibatches((X, Y), 4, jax.random.key(0))
     return jgd.Task(init, loss, batch, lambda params: {"loss": loss(params, (X, Y))})
 
-made = task()
+ready = task()
 
 def build(peak, warmup):
     return jgd.adam(jgd.warmup_cosine_decay_schedule(0.0, peak, warmup, 50))
@@ -48,7 +48,7 @@ def fails(rate):
     raise RuntimeError("no such rate")
 
 def broken():
-    return made._replace(loss=lambda params, batch: batch[0] @ params["b"][:, None])
+    return ready._replace(loss=lambda params, batch: batch[0] @ params["b"][:, None])
 """
 
 
@@ -81,26 +81,26 @@ def test_help_needs_no_jax():
     assert "handwritten digits" in done.stdout
 
 
-def test_a_task_and_optimizers_of_ones_own(project, monkeypatch, capsys):
+def test_a_task_and_an_optimizer_of_ones_own(project, monkeypatch, capsys):
     _jgd(
         monkeypatch,
         *("sweep", "mine:task", "--optimizer", "adam", "--optimizer", "mine:build"),
         *("--set", "learning_rate=log:1e-3:1e-1:5", "--set", "b1=0.8,0.9"),
         *("--set", "peak=0.1,0.2", "--set", "warmup=lin:2:10:3"),
-        *("--steps", "40", "--seeds", "2", "--out", "found"),
+        *("--steps", "40", "--seeds", "2", "--out", "out"),
     )
     shown = capsys.readouterr().out
     assert "32 trainings of 40 steps: 16 settings in 2 compiled programs" in shown
     assert "lane-steps per second" in shown
-    found = project / "found"
+    out = project / "out"
     for picture in ("sensitivity.png", "curves.png"):
-        assert (found / picture).read_bytes().startswith(b"\x89PNG")
-    rows = list(csv.DictReader((found / "results.csv").open()))
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
+    rows = list(csv.DictReader((out / "results.csv").open()))
     assert len(rows) == 16
     assert {row["optimizer"] for row in rows} == {"adam", "build"}
     losses = [float(row["loss"]) for row in rows]
     assert losses == sorted(losses)
-    assert json.loads((found / "results.json").read_text())["metric"] == "loss"
+    assert json.loads((out / "results.json").read_text())["metric"] == "loss"
 
 
 def test_halving_report_and_resume(project, monkeypatch, capsys):
@@ -129,10 +129,10 @@ def test_halving_report_and_resume(project, monkeypatch, capsys):
         (["sweep", "--resume", "none"], "holds no sweep of the command line"),
         (
             ["sweep", "--halving", "2", "--hyperband", "3"],
-            "--halving and --hyperband exclude each other",
+            "--halving must not be given with --hyperband",
         ),
         (["sweep", "--min-steps", "3"], "--min-steps needs --halving or --hyperband"),
-        (["sweep", "--optimizer", "adam", "--halving", "1"], "eta must be above 1, got 1"),
+        (["sweep", "--optimizer", "adam", "--halving", "1"], "--halving must be above 1, got 1"),
     ):
         with pytest.raises(SystemExit):
             _jgd(monkeypatch, *wrong)
@@ -142,28 +142,28 @@ def test_halving_report_and_resume(project, monkeypatch, capsys):
 def test_optuna_report_and_resume(project, monkeypatch, capsys):
     _jgd(
         monkeypatch,
-        *("sweep", "mine:task", "--optimizer", "adam", "--optuna", "34", "--out", "found"),
+        *("sweep", "mine:task", "--optimizer", "adam", "--optuna", "34", "--out", "out"),
         *("--set", "learning_rate=log:1e-3:1:2", "--set", "b1=lin:0.5:0.9:2"),
         *("--set", "nesterov=true,false", "--steps", "20", "--seeds", "2"),
     )
     shown = capsys.readouterr().out
     assert "68 trainings of 20 steps: 34 settings in 2 compiled programs" in shown
-    found = project / "found"
-    assert (found / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
-    rows = list(csv.DictReader((found / "results.csv").open()))
+    out = project / "out"
+    assert (out / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
+    rows = list(csv.DictReader((out / "results.csv").open()))
     assert [int(row["rank"]) for row in rows] == list(range(1, 35))
     assert {row["optimizer"] for row in rows} == {"adam nesterov=True", "adam nesterov=False"}
     assert all(1e-3 <= float(row["learning_rate"]) <= 1 for row in rows)
     assert all(0.5 <= float(row["b1"]) <= 0.9 for row in rows)
-    before = (found / "results.csv").read_bytes()
-    _jgd(monkeypatch, "report", "found")
+    before = (out / "results.csv").read_bytes()
+    _jgd(monkeypatch, "report", "out")
     assert "the best 20 of 34 settings" in capsys.readouterr().out
-    (found / "results.csv").unlink()
-    _jgd(monkeypatch, "sweep", "--resume", "found")
-    assert (found / "results.csv").read_bytes() == before
+    (out / "results.csv").unlink()
+    _jgd(monkeypatch, "sweep", "--resume", "out")
+    assert (out / "results.csv").read_bytes() == before
 
 
-def test_what_is_best_in_which_order_and_how_sharp(project, monkeypatch, capsys):
+def test_the_options_best_order_target_and_sharpness(project, monkeypatch, capsys):
     _jgd(
         monkeypatch,
         *("sweep", "mine:task", "--optimizer", "sgd", "--set", "learning_rate=log:1e-3:1:6"),
@@ -181,7 +181,7 @@ def test_what_is_best_in_which_order_and_how_sharp(project, monkeypatch, capsys)
 
 
 def _fails(monkeypatch, capsys, *arguments):
-    """The one line of a command that is refused."""
+    """Run a command that fails, and return its one line of error."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         _jgd(monkeypatch, *arguments)
@@ -198,37 +198,40 @@ def no_pictures(monkeypatch):
 SMALL = ("--optimizer", "sgd", "--set", "learning_rate=0.1,0.2", "--steps", "20", "--seeds", "1")
 
 
-@pytest.mark.parametrize("out", ["empty", "new", "above/new"])
-def test_a_refused_sweep_leaves_what_was_there(out, project, monkeypatch, capsys):
+@pytest.mark.parametrize("out", ["empty", "new", "parent/new"])
+def test_a_refused_sweep_leaves_no_files(out, project, monkeypatch, capsys):
     (project / "empty").mkdir()
     before = sorted(project.rglob("*"))
     arguments = ("sweep", "mine:task", *SMALL, "--metric", "los", "--out", out)
-    assert "metric must be one of loss" in _fails(monkeypatch, capsys, *arguments)
+    line = _fails(monkeypatch, capsys, *arguments)
+    assert line == "jgd: --metric must be one of loss, got 'los'"
     assert [x for x in sorted(project.rglob("*")) if "cache" not in str(x)] == before
 
 
-def test_what_a_resume_cannot_change_is_refused_by_name(project, no_pictures, monkeypatch, capsys):
+def test_a_resumed_sweep_must_have_the_same_options(project, no_pictures, monkeypatch, capsys):
     _jgd(monkeypatch, "sweep", "mine:task", *SMALL, "--out", "a")
-    for changed, message in (
-        (["--steps", "500"], "--steps was 20 and is now 500"),
-        (["--steps=1000"], "--steps was 20 and is now 1000"),  # the default, but given
-        (
-            ["--set", "learning_rate=1"],
-            "--set was learning_rate=0.1,0.2 and is now learning_rate=1",
-        ),
-        (["--halving", "2"], "--halving was None and is now 2.0"),
-        (["--report-every", "5"], "--report-every was None and is now 5"),
-        (["--sharpness"], "--sharpness was False and is now True"),
-        (["--out", "b"], "--out was a and is now b"),
-        (["mine:made"], "task was mine:task and is now mine:made"),
+    for changed, option, before, now in (
+        (["--steps", "500"], "--steps", "20", "500"),
+        (["--steps=1000"], "--steps", "20", "1000"),  # the default, but given
+        (["--set", "learning_rate=1"], "--set", "learning_rate=0.1,0.2", "learning_rate=1"),
+        (["--key", "1"], "--key", "0", "1"),
+        (["--halving", "2"], "--halving", "None", "2.0"),
+        (["--report-every", "5"], "--report-every", "None", "5"),
+        (["--sharpness"], "--sharpness", "False", "True"),
+        (["--out", "b"], "--out", "a", "b"),
+        (["mine:ready"], "TASK", "mine:task", "mine:ready"),
     ):
-        assert message in _fails(monkeypatch, capsys, "sweep", "--resume", "a", *changed)
+        line = _fails(monkeypatch, capsys, "sweep", "--resume", "a", *changed)
+        expected = f"{option} must be {before} as in the sweep that --resume continues, got {now}"
+        assert line == f"jgd: {expected}"
     _jgd(monkeypatch, *("sweep", "mine:task", *SMALL, "--resume", "a", "--out", "a"))
     _jgd(monkeypatch, *("sweep", "--resume", "a", "--top", "1", "--checkpoint-every", "3"))
     assert "the best 1 of 2 settings" in capsys.readouterr().out
 
 
-def test_a_sweep_that_ends_early_says_how_to_go_on(project, no_pictures, monkeypatch, capsys):
+def test_a_sweep_that_fails_names_the_command_to_resume_it(
+    project, no_pictures, monkeypatch, capsys
+):
     _jgd(monkeypatch, "sweep", "mine:task", *SMALL, "--out", "whole")
     go_on = "go on with: jgd sweep --resume "
 
@@ -256,8 +259,9 @@ def test_a_sweep_that_ends_early_says_how_to_go_on(project, no_pictures, monkeyp
         assert table == (project / "whole" / "results.csv").read_bytes()
 
 
-def test_no_table_of_nothing(project, no_pictures, monkeypatch, capsys):
-    """Ctrl-C before the first report, and after it."""
+def test_an_interrupted_sweep_prints_a_table_only_after_a_report(
+    project, no_pictures, monkeypatch, capsys
+):
     poll = Clock.__call__
     for reports in (0, 2):
         calls = itertools.count()
@@ -275,12 +279,11 @@ def test_no_table_of_nothing(project, no_pictures, monkeypatch, capsys):
         assert ("best" in shown.out) == bool(reports)
 
 
-def test_tables_keep_the_metric_whole(project):
-    """Several numbers, a long name of an optimizer and of a metric, and narrow terminals."""
+def test_narrow_tables_show_the_whole_metric(project):
     long = jgd.grid(lambda peak, warmup: jgd.adam(peak + 0 * warmup), peak=[0.1], warmup=[5, 10])
     adam = jgd.grid(jgd.adam, learning_rate=[0.1], b1=[0.9], b2=[0.99])
     groups = {"a_cosine_decay_with_warmup_and_adam": long, "adam": adam}
-    result = jgd.sweep(importlib.import_module("mine").made, groups, 20, seeds=2)
+    result = jgd.sweep(importlib.import_module("mine").ready, groups, 20, seeds=2)
     shown = [console._spread(row, result.metric) for row in result.rows]
     for width in (60, 80, 120):
         file = io.StringIO()
@@ -291,7 +294,7 @@ def test_tables_keep_the_metric_whole(project):
         assert ("no room for" in file.getvalue()) == (width < 120)
 
 
-def test_killed_before_there_was_a_plan(project, monkeypatch, capsys):
+def test_a_sweep_that_was_killed_before_its_plan_starts_again(project, monkeypatch, capsys):
     options = ("--optimizer", "sgd", "--set", "learning_rate=0.1", "--steps", "20", "--seeds", "1")
     _jgd(monkeypatch, "sweep", "mine:task", *options, "--out", "whole")
     (project / "early").mkdir()
@@ -305,7 +308,9 @@ def test_killed_before_there_was_a_plan(project, monkeypatch, capsys):
     ("command", "file"), [(["sweep", "--resume"], "command.json"), (["report"], "results.json")]
 )
 @pytest.mark.parametrize("content", ["{", "[1]"])
-def test_a_damaged_file_is_named_in_one_line(command, file, content, project, monkeypatch, capsys):
+def test_the_error_about_a_damaged_file_is_one_line_with_its_name(
+    command, file, content, project, monkeypatch, capsys
+):
     for name in ("plan.json", "command.json", "results.json", "curves.npz"):
         (project / name).write_text("{}")
     (project / file).write_text(content)
@@ -316,10 +321,10 @@ def test_a_damaged_file_is_named_in_one_line(command, file, content, project, mo
     assert len(error.splitlines()) == 1
 
 
-def test_a_factory_of_optax(project, monkeypatch, capsys):
+def test_an_optax_factory_can_be_swept(project, monkeypatch, capsys):
     _jgd(
         monkeypatch,
-        *("sweep", "mine:made", "--optimizer", "optax:lion"),
+        *("sweep", "mine:ready", "--optimizer", "optax:lion"),
         *("--set", "learning_rate=0.01,0.1", "--steps", "20", "--seeds", "1"),
     )
     assert "lion" in capsys.readouterr().out
@@ -329,42 +334,54 @@ def test_a_factory_of_optax(project, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["digitz"], "no task named digitz; did you mean digits?"),
-        (["min:task"], "task: no module named min; did you mean mine?"),
+        (["digitz"], "no task named 'digitz'; did you mean digits?"),
+        (["min:task"], "task min:task: no module named min; did you mean mine?"),
         (["./mine.py:task"], "task must be module:name, got './mine.py:task'; did you mean mine:t"),
-        (["mine.py:made"], "task must be module:name, got 'mine.py:made'; did you mean mine:made?"),
-        (["mine.py"], "no task named mine.py; did you mean mine:task?"),
-        (["--out", "mine.py"], "sweep: folder must be a folder, got mine.py: mine.py is a file"),
-        (["jax.nmpy:task"], "task: no module named jax.nmpy; did you mean numpy?"),
+        (
+            ["mine.py:broken"],
+            "module:name, got 'mine.py:broken'; did you mean mine:broken?",
+        ),
+        (["mine.py"], "no task named 'mine.py'; did you mean mine:task?"),
+        (["--out", "mine.py"], "jgd: --out must be a folder, got mine.py: mine.py is a file"),
+        (["jax.nmpy:task"], "task jax.nmpy:task: no module named jax.nmpy; did you mean numpy?"),
         (["mine:needs"], "task mine:needs: TypeError: needs() missing 1 required"),
         (["mine:broken"], "(mine.py, line "),
         (["--optimizer", "mine:fails", "--set", "rate=1"], "no such rate (mine.py, line "),
-        (["--optimizer", "adam", "--optimizer", "adam"], "optimizer adam is named twice"),
-        (["--set", "learning_rate=log:1e-3:inf:4"], "must be log:LOW:HIGH:COUNT"),
-        (["mine:tusk"], "task: mine has no 'tusk'; did you mean task?"),
-        (["mine:number"], "task mine:number must be a jgd.Task or jgd.Run, got a int"),
+        (["--optimizer=adam", "--optimizer=adam"], "--optimizer must have distinct names, got ad"),
+        (["--set", "learning_rate=log:1e-3:inf:4"], "must be log:LOW:HIGH:COUNT with finite"),
+        (["mine:tusk"], "task mine:tusk: mine has no tusk; did you mean task?"),
+        (["mine:number"], "task mine:number must be a jgd.Task or jgd.Run, got 3"),
         (["--optimizer", "adm"], "no optimizer named 'adm'; did you mean 'adam'?"),
-        (["--optimizer", "optax:lyon"], "optimizer: optax has no 'lyon'; did you mean lion?"),
-        (["--optimizer", "mine:build"], "optimizer mine:build: say what to vary with --set"),
-        (["--set", "learning_rat=0.1"], "did you mean learning_rate?"),
-        (["--set", "learning_rate"], "--set must be name=values, got 'learning_rate'"),
-        (["--set", "learning_rate=lug:1:2:3"], "no form 'lug'; did you mean log?"),
-        (["--set", "learning_rate=log:1:2"], "must be log:LOW:HIGH:COUNT"),
-        (["--set", "learning_rate=log:0:2:3"], "must have 0 < LOW < HIGH"),
+        (["--optimizer", "optax:lyon"], "optimizer optax:lyon: optax has no lyon; did you mean li"),
+        (["--optimizer", "mine:number"], "optimizer mine:number must be a function, got 3"),
+        (["--optimizer", "mine:build"], "--set must give values for an argument of mine:build"),
+        (["--set", "learning_rat=0.1"], "has an argument learning_rat; did you mean learning_rate"),
+        (["--set", "learning_rate"], "--set must be NAME=VALUES, such as b1=0.8,0.9, got 'learn"),
+        (["--set", "learning_rate=lug:1:2:3"], "got lug:1:2:3; did you mean log?"),
+        (["--set", "learning_rate=log:1:2"], "--set learning_rate must be log:LOW:HIGH:COUNT"),
+        (["--set", "learning_rate=log:0:2:3"], "must have 0 < LOW < HIGH, got log:0:2:3"),
         (
             ["--optimizer", "adam", "--set", "b1=0.9,1.5"],
             "adam: b1 must be in [0, 1), got 1.5",
         ),
         (["--optuna", "4"], "--optuna needs one --optimizer, got 6"),
-        (["--optuna", "4", "--optimizer=sgd", "--budget=9"], "--optuna and --budget exclude"),
-        (["--optuna", "0", "--optimizer=sgd"], "optuna_search: trials must be at least 1, got 0"),
-        (["--optuna", "4", "--optimizer=sgd", "--set", "momentum=lin:1:1:2"], "low must be below"),
-        (["--seeds", "0"], "jgd: sweep: seeds must be at least 1, got 0"),
-        (["--optimizer", "adam", "--steps", "2"], "steps must be at least 4, got 2"),
-        (["mine:task", "--metric", "los", "--optimizer", "sgd"], "metric must be one of loss"),
+        (
+            ["--optuna", "4", "--optimizer=sgd", "--budget=9"],
+            "--budget must not be given with",
+        ),
+        (["--optuna", "0", "--optimizer=sgd"], "jgd: --optuna must be at least 1, got 0"),
+        (["--optuna=4", "--optimizer=sgd", "--set", "momentum=lin:1:1:2"], "must have LOW < HIGH"),
+        (["--seeds", "0"], "jgd: --seeds must be at least 1, got 0"),
+        (["--patience", "-1"], "jgd: --patience must be a step count, at least 0, got -1"),
+        (
+            ["--hyperband", "3", "--min-steps", "9"],
+            "--halving or --hyperband must have distinct r",
+        ),
+        (["--optimizer", "adam", "--steps", "2"], "jgd: --steps must be at least 4, got 2"),
+        (["mine:task", "--metric", "los", "--optimizer", "sgd"], "--metric must be one of loss"),
     ],
 )
-def test_errors_are_one_line_with_the_nearest_right_name(
+def test_errors_are_one_line_with_the_closest_valid_name(
     arguments, message, project, monkeypatch, capsys
 ):
     with pytest.raises(SystemExit) as ended:
@@ -373,15 +390,17 @@ def test_errors_are_one_line_with_the_nearest_right_name(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1, error
-    assert not list(Path("runs").glob("*"))  # nothing was begun, nothing is left
+    assert not list(Path("runs").glob("*"))  # no folder is left behind
 
 
 @pytest.mark.slow
 def test_the_default_job(tmp_path, monkeypatch):
-    """Six optimizers, 64 rates, three seeds, on digits, as a newcomer runs it.
+    """`jgd sweep` without arguments trains all six optimizers to an accuracy above 0.95.
 
-    DEFAULT_JOB may name a folder with what such a job wrote to `run` and printed to `screen`.
+    DEFAULT_JOB may name a folder with the files of such a sweep in `run` and its output in
+    `screen`.
     """
+
     folder = Path(os.environ.get("DEFAULT_JOB", tmp_path))
     if folder == tmp_path:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

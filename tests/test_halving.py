@@ -218,8 +218,8 @@ def test_bad_options_are_rejected_before_compilation():
         (dict(halving=2), "halving must be jgd.successive_halving"),
         (dict(halving=jgd.successive_halving(2, 40)), "distinct rungs"),
         (dict(halving=jgd.successive_halving(1.01, 1)), "distinct rungs"),
-        (dict(stop=early_stopping(3, mode="max")), "stop has mode 'max', the metric 'min'"),
-        (dict(stop=True), "stop must be jgd.stopping.early_stopping or an int, got True"),
+        (dict(stop=early_stopping(3, mode="max")), "stop must have mode 'min', .* got 'max'"),
+        (dict(stop=True), "stop must be .* or an integer, got True"),
         (dict(budget=0), "budget must be at least 1, got 0"),
         (dict(seconds=-1.0), "seconds must be above 0"),
     ):
@@ -371,11 +371,11 @@ def test_resume_rejects_another_sweep(tmp_path):
     options = dict(width=4, report_every=10)
     jgd.sweep(_line(), _adam(8), 40, folder=tmp_path / "run", **options)
     again = dict(folder=tmp_path / "run", resume=True, **options)
-    with pytest.raises(ValueError, match="another sweep: its steps was 40 and is now 44"):
+    with pytest.raises(ValueError, match="another sweep: steps was 40 and is now 44"):
         jgd.sweep(_line(), _adam(8), 44, **again)
-    with pytest.raises(ValueError, match="another sweep: its groups adam setting was"):
+    with pytest.raises(ValueError, match="another sweep: groups adam setting was"):
         jgd.sweep(_line(), _adam(9), 40, **again)
-    with pytest.raises(ValueError, match="another sweep: its task was"):
+    with pytest.raises(ValueError, match="another sweep: task was"):
         jgd.sweep(_line(batch_size=3), _adam(8), 40, **again)
     with pytest.raises(FileNotFoundError, match=r"there is no plan\.json"):
         jgd.sweep(_line(), _adam(8), 40, folder=tmp_path / "none", resume=True)

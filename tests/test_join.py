@@ -301,7 +301,7 @@ def test_a_sweep_with_a_changed_setting_is_not_resumed(tmp_path):
     settings = lambda middle: {"a": Lanes(build(middle), {"number": np.arange(3)})}
     _sweep(settings(0.2), folder=tmp_path / "run")
     with pytest.raises(
-        ValueError, match=r"resume: this is another sweep: its groups a digests \[1\]"
+        ValueError, match=r"resume: the folder holds another sweep: groups a digests \[1\]"
     ):
         _sweep(settings(0.25), **options)
 
@@ -337,7 +337,7 @@ def test_an_interrupted_extension_must_finish_before_another(tmp_path):
     assert {row["ended"] for row in error.value.result.rows} >= {"finished"}
     with pytest.raises(
         ValueError,
-        match=r"extend: an extension has not finished: .* its groups adam setting was",
+        match=r"extend: an extension has not finished: .* groups adam setting was",
     ):
         _sweep({"adam": _adam(RATES[:5])}, extend=folder)
     with pytest.raises(ValueError, match=r"load: .*segment-2 has not finished"):
@@ -358,21 +358,24 @@ def finished(tmp_path_factory):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(steps=32), "lanes of another sweep would differ: its steps was 24 and is now 32"),
+        (
+            dict(steps=32),
+            "a sweep with other arguments: steps was 24 and is now 32",
+        ),
         (
             dict(halving=jgd.successive_halving(2, 8)),
-            "extend: halving must be None.* ends lanes by",
+            "extend: halving must be None.* depend on the other lanes",
         ),
         (dict(budget=100), "extend: budget must be None"),
         (dict(seconds=9.0), "extend: seconds must be None"),
-        (dict(key=1), "its key was 0 and is now 1"),
-        (dict(report_every=6), "its report_every was 8 and is now 6"),
-        (dict(order="own"), "its order was 'shared' and is now 'own'"),
-        (dict(target=0.1), "its target was None and is now 0.1"),
-        (dict(stop=3), "its stop was None"),
-        (dict(drop_diverged=True), "its drop_diverged was False and is now True"),
-        (dict(mode="max"), "its mode was 'min' and is now 'max'"),
-        (dict(best="ever"), "its best was 'final' and is now 'ever'"),
+        (dict(key=1), "key was 0 and is now 1"),
+        (dict(report_every=6), "report_every was 8 and is now 6"),
+        (dict(order="own"), "order was 'shared' and is now 'own'"),
+        (dict(target=0.1), "target was None and is now 0.1"),
+        (dict(stop=3), "stop was None"),
+        (dict(drop_diverged=True), "drop_diverged was False and is now True"),
+        (dict(mode="max"), "mode was 'min' and is now 'max'"),
+        (dict(best="ever"), "best was 'final' and is now 'ever'"),
         (dict(folder="x"), "sweep: folder must be None with extend, got 'x'"),
         (dict(resume=True), "folder must be the folder of a sweep with resume=True"),
     ],
@@ -385,7 +388,7 @@ def test_an_extension_that_would_change_lanes_is_rejected(options, message, fini
 
 def test_sweeps_that_cannot_be_extended(finished, tmp_path):
     settings = {"adam": _adam(RATES[:4])}
-    with pytest.raises(ValueError, match="its task was"):
+    with pytest.raises(ValueError, match="task was"):
         jgd.sweep(_line(3), settings, 24, extend=finished, **OPTIONS)
     with pytest.raises(FileNotFoundError, match=r"no plan\.json"):
         _sweep(settings, extend=tmp_path / "nowhere")
@@ -400,11 +403,11 @@ def test_sweeps_that_cannot_be_extended(finished, tmp_path):
     batch, order = TASK.batch.args[0], TASK.batch.args[1]
     middle = batch[0].at[_unseen(TASK, 24)].add(1e-3), batch[1]
     other = TASK._replace(batch=jgd.minibatches(middle, 4, order))
-    with pytest.raises(ValueError, match="extend: lanes of another sweep would differ: its task"):
+    with pytest.raises(ValueError, match="the folder holds a sweep with other arguments: task"):
         jgd.sweep(other, settings, 24, extend=tmp_path / "run", **OPTIONS)
     halving = jgd.successive_halving(2, 8)
     _sweep(settings, folder=tmp_path / "halved", halving=halving)
-    with pytest.raises(ValueError, match="halving must be None, in the sweep that is there too"):
+    with pytest.raises(ValueError, match="halving must be None in both sweeps"):
         _sweep(settings, extend=tmp_path / "halved")
     task = TASK._replace(init=lambda key: {"w": _rounded_by_seeds(key), "b": jnp.zeros(())})
     jgd.sweep(task, settings, 24, seeds=2, folder=tmp_path / "sums", **OPTIONS)

@@ -90,7 +90,7 @@ def test_two_processes_run_one_sweep(tmp_path):
     for process in lost:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 2
-        assert "a process of this sweep was lost" in errors
+        assert "a process of the sweep was lost" in errors
         assert "jgd sweep --resume lost" in errors
     whole = _start(
         tmp_path, *COMMAND.replace("--steps 64", "--steps 4000").split(), "--out", "whole"

@@ -1,4 +1,4 @@
-"""Sequences that spread settings out, and Optuna as the one who proposes."""
+"""Searches: low-discrepancy sequences, and settings that Optuna proposes."""
 
 import collections
 import itertools
@@ -25,7 +25,7 @@ SPACE = {"learning_rate": jgd.loguniform(1e-4, 1.0), "b1": jgd.uniform(0.5, 0.95
 
 
 @pytest.mark.parametrize("search", [jgd.sobol_search, jgd.halton_search])
-def test_sequences_are_spread_out(search):
+def test_sequences_spread_settings_evenly(search):
     lanes = search(jgd.adam, 64, jax.random.key(0), **SPACE)
     assert len(lanes) == 64
     for name, values in lanes.axes.items():
@@ -36,7 +36,7 @@ def test_sequences_are_spread_out(search):
             if low == 1e-4
             else (values - low) / (high - low)
         )
-        # each of 16 bins gets its four, where chance leaves some empty; Halton nearly so
+        # 64 settings put four into each of 16 bins, Halton's about four; chance leaves some empty
         counts = np.bincount((u * 16).astype(int).clip(0, 15), minlength=16)
         assert counts.min() >= 3
         assert counts.max() <= 5
@@ -49,41 +49,43 @@ def test_sequences_are_spread_out(search):
         search(jgd.adam, 0, jax.random.key(0), **SPACE)
 
 
-def test_optuna_proposes_and_lanes_train(tmp_path):
+def test_a_search_returns_the_best_setting_and_its_study_can_be_continued(tmp_path):
     storage = f"sqlite:///{tmp_path / 'study.db'}"
-    found = jgd.optuna_search(
+    result = jgd.optuna_search(
         TASK, jgd.adam, 60, 24, SPACE, at_once=8, seeds=2, storage=storage, report_every=20
     )
-    assert len(found.study.trials) == 24
-    assert len(found.rows) == 24
-    assert found.best.row["loss"] == pytest.approx(found.study.best_value)
-    assert found.rows[0]["learning_rate"] == pytest.approx(found.study.best_params["learning_rate"])
-    alone = jgd.train(TASK, found.best.setting, 60, jax.random.fold_in(jax.random.key(0), 0))
-    ends = [found.best.params, alone[0]]
-    assert any(np.allclose(ends[0]["w"], end["w"], rtol=1e-3) for end in ends)
-    first = np.mean([t.value for t in found.study.trials[:8]])
-    assert np.mean([t.value for t in found.study.trials[16:]]) < first  # it learns
+    study = result.study
+    assert len(study.trials) == 24
+    assert len(result.rows) == 24
+    assert result.best.row["loss"] == pytest.approx(study.best_value)
+    assert result.rows[0]["learning_rate"] == pytest.approx(study.best_params["learning_rate"])
+    keys = [jax.random.fold_in(jax.random.key(0), seed) for seed in (0, 1)]
+    alone = [jgd.train(TASK, result.best.setting, 60, key)[0] for key in keys]
+    assert any(np.allclose(result.best.params["w"], end["w"], rtol=1e-3) for end in alone)
+    first = np.mean([t.value for t in study.trials[:8]])
+
+    assert np.mean([t.value for t in study.trials[16:]]) < first  # the sampler learns
     (name,) = optuna.get_all_study_names(storage)
-    kept = optuna.load_study(study_name=name, storage=storage)
-    assert kept.best_value == found.study.best_value
-    more = jgd.optuna_search(TASK, jgd.adam, 60, 8, SPACE, study=found.study)
+    stored = optuna.load_study(study_name=name, storage=storage)
+    assert stored.best_value == study.best_value
+    more = jgd.optuna_search(TASK, jgd.adam, 60, 8, SPACE, study=study)
     assert len(more.study.trials) == 32
 
 
-def test_structure_may_be_proposed_and_bad_trials_fail():
+def test_structure_can_be_proposed_and_diverged_trials_fail():
     space = {
         "learning_rate": jgd.loguniform(1e-3, 1e12),
         "momentum": jgd.choice([None, 0.9]),
         "nesterov": jgd.choice([False]),
     }
     sampler = optuna.samplers.RandomSampler(seed=0)
-    found = jgd.optuna_search(TASK, jgd.sgd, 40, 16, space, sampler=sampler)
-    states = [trial.state.name for trial in found.study.trials]
+    result = jgd.optuna_search(TASK, jgd.sgd, 40, 16, space, sampler=sampler)
+    states = [trial.state.name for trial in result.study.trials]
     assert set(states) == {"COMPLETE", "FAIL"}
-    for trial in found.study.trials:
+    for trial in result.study.trials:
         (row,) = [
             row
-            for row in found.rows
+            for row in result.rows
             if row["learning_rate"] == pytest.approx(trial.params["learning_rate"], rel=1e-6)
         ]
         assert ("momentum" in row and row["momentum"] != "None") == (
@@ -93,7 +95,7 @@ def test_structure_may_be_proposed_and_bad_trials_fail():
             assert trial.value == pytest.approx(row["loss"])
 
 
-def test_bad_proposals_are_refused(tmp_path):
+def test_bad_arguments_of_a_search_are_errors(tmp_path):
     study = optuna.create_study(direction="maximize")
     direction = "study must have the direction of loss, minimize, got maximize"
     (tmp_path / "full").mkdir()
@@ -117,13 +119,13 @@ def test_bad_proposals_are_refused(tmp_path):
 
 
 def _search(folder=None, resume=False, **options):
-    """A search of three batches, the last one smaller, that writes a checkpoint at every turn."""
+    """Run a search of three batches, the last one smaller, with a checkpoint at every turn."""
     given = dict(at_once=4, seeds=2, report_every=10, checkpoint_every=0) | options
     return jgd.optuna_search(TASK, jgd.adam, 40, 10, SPACE, folder=folder, resume=resume, **given)
 
 
 def _interrupts_at(count):
-    """Ctrl-C at a report."""
+    """Return a callback that raises KeyboardInterrupt at this report."""
     calls = itertools.count(1)
 
     def on_report(plan, report):
@@ -133,17 +135,17 @@ def _interrupts_at(count):
     return on_report
 
 
-def _known(found):
-    """What a search found, for a comparison bit for bit; NaN equals NaN."""
+def _contents(result):
+    """Return rows, trials and parameters of a search to compare bit for bit; NaN equals NaN."""
     study = [
         (t.number, t.params, t.state.name, t.values, t.intermediate_values)
-        for t in found.study.trials
+        for t in result.study.trials
     ]
-    return repr((found.rows, study)), jax.tree.map(np.asarray, found.best.params)
+    return repr((result.rows, study)), jax.tree.map(np.asarray, result.best.params)
 
 
 def _files(folder):
-    """Contents by path, without the random name of the search; states are compared as numbers."""
+    """Return contents by path, without the states and the files that hold a random name."""
     files = (path for path in folder.rglob("*") if path.is_file() and "states" not in path.parts)
     skipped = ("search.json", "lock")
     return {
@@ -163,7 +165,7 @@ def _files(folder):
     ],
     ids=["plain", "pruner", "halving", "target"],
 )
-def test_a_search_goes_on_after_ctrl_c(options, endings, stops, tmp_path):
+def test_a_search_resumes_after_ctrl_c(options, endings, stops, tmp_path):
     whole = _search(tmp_path / "whole", **options)
     assert endings <= {row["ended"] for row in whole.rows}
     states = collections.Counter(trial.state.name for trial in whole.study.trials)
@@ -173,24 +175,23 @@ def test_a_search_goes_on_after_ctrl_c(options, endings, stops, tmp_path):
         folder = tmp_path / str(stop)
         with pytest.raises(Interrupted) as caught:
             _search(folder, on_report=_interrupts_at(stop), **options)
-        result = caught.value.result  # the trials that had ended are those of the whole search
+        result = caught.value.result  # its finished trials equal those of the whole search
         for mine, other in zip(result.study.trials, whole.study.trials, strict=False):
             assert mine.params == other.params
             if mine.state.is_finished():
                 assert (mine.state, mine.values) == (other.state, other.values)
-        chex.assert_trees_all_equal(_known(_search(folder, True, **options)), _known(whole))
+        chex.assert_trees_all_equal(_contents(_search(folder, True, **options)), _contents(whole))
         assert _files(folder) == _files(tmp_path / "whole")
 
 
-def test_a_search_that_ctrl_c_ends_between_batches(tmp_path):
-    """The flag is not lost if it is set in the last turn of a batch."""
+def test_ctrl_c_in_the_last_turn_of_a_batch_ends_the_search():
     with pytest.raises(Interrupted) as caught:
         _search(on_report=_interrupts_at(4))
     assert len(caught.value.result.study.trials) == len(caught.value.result.rows) == 4
 
 
 @pytest.mark.slow
-def test_a_search_goes_on_after_kill_9(tmp_path):
+def test_a_search_resumes_after_kill_9(tmp_path):
     whole = _search(tmp_path / "whole")
     for kill in (2, 6):
         folder = tmp_path / str(kill)
@@ -202,38 +203,38 @@ def test_a_search_goes_on_after_kill_9(tmp_path):
         )
         done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent)
         assert done.returncode == -signal.SIGKILL
-        chex.assert_trees_all_equal(_known(_search(folder, True)), _known(whole))
+        chex.assert_trees_all_equal(_contents(_search(folder, True)), _contents(whole))
         assert _files(folder) == _files(tmp_path / "whole")
 
 
-def test_a_storage_is_told_after_every_batch(tmp_path):
+def test_finished_trials_are_copied_to_the_storage_after_each_batch(tmp_path):
     storage = optuna.storages.InMemoryStorage()
     load = lambda: optuna.load_study(study_name="mine", storage=storage)
-    told = []
+    trials = []  # in the storage, at each report
 
     def on_report(plan, report):
-        told.append(len(load().trials))
-        if len(told) == 7:
+        trials.append(len(load().trials))
+        if len(trials) == 7:
             raise KeyboardInterrupt
 
     names = dict(storage=storage, study_name="mine")
     with pytest.raises(Interrupted):
         _search(tmp_path / "a", on_report=on_report, **names)
-    assert (told[:4], set(told[4:])) == ([0] * 4, {4})
+    assert (trials[:4], set(trials[4:])) == ([0] * 4, {4})
     resumed = _search(tmp_path / "a", True, **names)
     again = _search(tmp_path / "a", True, **names)  # adds nothing
     copied = lambda study: [(t.params, t.values, t.intermediate_values) for t in study.trials]
     assert copied(load()) == copied(resumed.study) == copied(again.study)
-    more = _search(**names)  # another search goes on with the study
+    more = _search(**names)  # a second search continues the study
     assert len(more.rows) == 10
     assert copied(load()) == copied(more.study)
     assert copied(load())[:10] == copied(resumed.study)
-    # a study that lives in the storage: its trials are there already
-    found = _search(study=load(), storage=storage)
-    assert len(load().trials) == len(found.study.trials) == 30
+    # the trials of a study that is in the storage are not copied again
+    last = _search(study=load(), storage=storage)
+    assert len(load().trials) == len(last.study.trials) == 30
 
 
-def test_more_trials_may_be_asked_of_a_search_that_has_ended(tmp_path):
+def test_a_finished_search_can_be_resumed_with_more_trials(tmp_path):
     given = dict(space=SPACE, at_once=4, folder=tmp_path / "a")
     call = lambda n, **options: jgd.optuna_search(TASK, jgd.adam, 20, n, **given | options)
     first = call(4)
@@ -241,8 +242,8 @@ def test_more_trials_may_be_asked_of_a_search_that_has_ended(tmp_path):
         "learning_rate": SPACE["learning_rate"].suggest(trial, "learning_rate")
     }
     for changed, message in (
-        (dict(space=suggest), r"space was .* and is now a function"),
-        (dict(at_once=5), "at_once was 4 and is now 5"),
+        (dict(space=suggest), r"resume: space must be .* as in the search of .*, got a function"),
+        (dict(at_once=5), "resume: at_once must be 4 as in the search of .*, got 5"),
     ):
         with pytest.raises(ValueError, match=message):
             call(8, resume=True, **changed)
@@ -255,17 +256,17 @@ def test_more_trials_may_be_asked_of_a_search_that_has_ended(tmp_path):
     chex.assert_trees_all_equal(loaded.best.params, more.best.params)
 
 
-def test_a_damaged_search_is_named_or_mended(tmp_path):
+def test_a_damaged_search_is_repaired_or_its_file_is_named(tmp_path):
     whole = tmp_path / "whole"
     rows = _search(whole).rows
     for name, content, message in (
         ("search.json", None, "holds no search: there is no search.json"),
         ("search.json", "", "search.json must hold a JSON object"),
-        ("search.json", '{"steps": 40}', "at_once was None and is now 4"),
+        ("search.json", '{"steps": 40}', "at_once must be None as in the search of"),
         ("batch-1.json", "[1", "batch-1.json must hold a JSON object"),
-        ("batch-1.json", "{}", "batch-1.json was changed: KeyError('trials')"),
-        ("batch-1.json", '{"trials": [3]}', "batch-1.json was changed"),
-        ("batch-1.json", (whole / "batch-0.json").read_text(), "this is another sweep"),
+        ("batch-1.json", "{}", "batch-1.json is damaged: KeyError('trials')"),
+        ("batch-1.json", '{"trials": [3]}', "batch-1.json is damaged"),
+        ("batch-1.json", (whole / "batch-0.json").read_text(), "the folder holds another sweep"),
         ("batch-1.json", None, None),  # the default sampler proposes the same trials again
         ("batch-0.json", None, None),
         ("batch-1/plan.json", None, "batch-1 holds no sweep: there is no plan.json"),
@@ -286,10 +287,10 @@ def test_a_damaged_search_is_named_or_mended(tmp_path):
 
 
 def test_integers_are_numbers_and_a_space_may_have_conditions():
-    made = []
+    calls = []
 
     def build(optimizer, learning_rate, warmup, b1=None):
-        made.append((optimizer, b1 is None))
+        calls.append((optimizer, b1 is None))
         rate = jgd.linear_schedule(0.0, learning_rate, warmup)
         return jgd.sgd(rate) if b1 is None else jgd.adam(rate, b1=b1)
 
@@ -300,28 +301,28 @@ def test_integers_are_numbers_and_a_space_may_have_conditions():
         more = {"b1": trial.suggest_float("b1", 0.5, 0.95)} if name == "adam" else {}
         return {"optimizer": name, "learning_rate": rate, "warmup": warmup, **more}
 
-    found = jgd.optuna_search(TASK, build, 20, 16, space, at_once=8)
-    groups = {row["optimizer"] for row in found.rows}
+    result = jgd.optuna_search(TASK, build, 20, 16, space, at_once=8)
+    groups = {row["optimizer"] for row in result.rows}
     assert groups == {"build optimizer=adam", "build optimizer=sgd"}
-    assert set(made) == {("adam", False), ("sgd", True)}
-    for trial in found.study.trials:
+    assert set(calls) == {("adam", False), ("sgd", True)}
+    for trial in result.study.trials:
         assert isinstance(trial.params["warmup"], int)
         assert ("b1" in trial.params) == (trial.params["optimizer"] == "adam")
         assert any(
             row["warmup"] == trial.params["warmup"] and row.get("b1") == trial.params.get("b1")
-            for row in found.rows
+            for row in result.rows
         )
 
 
 @pytest.mark.parametrize("log", [False, True])
-def test_integers_are_spread_over_their_range(log):
-    drawn = jgd.random_search(
+def test_integers_are_uniform_or_log_uniform(log):
+    lanes = jgd.random_search(
         lambda warmup: jgd.sgd(0.1 * warmup),
         2000,
         jax.random.key(0),
         warmup=jgd.integers(1, 4, log=log),
     )
-    values, counts = np.unique(drawn.axes["warmup"], return_counts=True)
+    values, counts = np.unique(lanes.axes["warmup"], return_counts=True)
     assert values.tolist() == [1, 2, 3, 4]
     edges = np.log([0.5, 1.5, 2.5, 3.5, 4.5]) if log else np.arange(5.0)
     expected = 2000 * np.diff(edges) / (edges[-1] - edges[0])
@@ -338,7 +339,7 @@ def test_integers_are_spread_over_their_range(log):
 
 def test_pruned_trials_end_their_lanes():
     pruner = optuna.pruners.ThresholdPruner(upper=1.0)
-    found = jgd.optuna_search(
+    result = jgd.optuna_search(
         TASK,
         jgd.sgd,
         80,
@@ -347,13 +348,14 @@ def test_pruned_trials_end_their_lanes():
         pruner=pruner,
         report_every=8,
     )
-    ended = {row["ended"] for row in found.rows}
+    ended = {row["ended"] for row in result.rows}
     assert "cut" in ended
-    pruned = [t for t in found.study.trials if t.state.name == "PRUNED"]
-    assert len(pruned) == sum(row["ended"] == "cut" for row in found.rows)
+    pruned = [t for t in result.study.trials if t.state.name == "PRUNED"]
+    assert len(pruned) == sum(row["ended"] == "cut" for row in result.rows)
 
 
-def test_rows_as_a_data_frame():
+def test_the_rows_of_a_result_as_a_data_frame():
+
     result = jgd.sweep(TASK, jgd.grid(jgd.sgd, learning_rate=[0.1, 0.2]), 10)
     frame = result.to_pandas()
     assert list(frame["rank"]) == [1, 2]

@@ -219,7 +219,7 @@ def test_bad_ranking_options_are_rejected():
     lanes = {"sgd": jgd.grid(jgd.sgd, learning_rate=[0.1])}
     plain = _line()._replace(batch=lambda step: _line().batch(step))
     for task, wrong, message in (
-        (plain, dict(order="own"), r"needs a batch function of \(step, seed=None\)"),
+        (plain, dict(order="own"), r"order must be .* a function of \(step, seed=None\)"),
         (_line(), dict(order="mine"), "order must be 'shared' or 'own', got 'mine'"),
         (_line(), dict(best="last"), "best must be 'final' or 'ever', got 'last'"),
         (_line(), dict(keep=0), "keep must be at least 1, got 0"),

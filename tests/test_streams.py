@@ -1,4 +1,4 @@
-"""Batches from an iterator on the host: read once, ahead, and again from where a sweep stopped."""
+"""Streams: a sweep reads batches from an iterator on the host once and ahead, and resumes it."""
 
 import grain
 import jax
@@ -13,13 +13,12 @@ RATES = np.geomspace(1e-3, 0.3, 10)
 
 
 class _Loader:
-    """The batches of a task, and how many were asked for."""
+    """The batches of a task as iterators; records the steps whose batches were read."""
 
     def __init__(self, task, last=None):
-        self.task, self.last, self.made, self.read = task, last, 0, []
+        self.task, self.last, self.read = task, last, []
 
     def __call__(self):
-        self.made += 1
         step = 0
         while self.last is None or step < self.last:
             self.read.append(step)
@@ -41,7 +40,7 @@ def _lanes():
 @pytest.mark.parametrize(
     "options", [dict(), dict(halving=jgd.successive_halving(4, 6)), dict(stop=2)]
 )
-def test_a_stream_is_the_function_of_the_step(options):
+def test_a_stream_trains_like_a_function_of_the_step(options):
     loader = _Loader(_line())
     options = dict(width=4, report_every=5, seeds=2) | options
     streamed = jgd.sweep(_streamed(loader), _lanes(), 24, **options)
@@ -56,15 +55,15 @@ def test_a_stream_is_the_function_of_the_step(options):
 def test_a_stream_is_read_once_for_all_tiles_and_groups():
     loader = _Loader(_line())
     prepared = planned(_streamed(loader), _lanes(), 24, width=4, report_every=6)
-    looks = len(loader.read)
+    before = len(loader.read)
     for report in events(prepared):
         assert max(loader.read) < report.step + 6 + 6  # one chunk ahead
-    assert loader.read[looks:] == list(range(24))
+    assert loader.read[before:] == list(range(24))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["generator", "grain"])
-def test_a_resumed_sweep_goes_on_with_the_stream(kind, tmp_path):
+def test_a_resumed_sweep_continues_the_stream(kind, tmp_path):
     source = grain.MapDataset.source(list(zip(X, Y, strict=True))).shuffle(seed=3).repeat()
     loaders = []
 
@@ -81,11 +80,11 @@ def test_a_resumed_sweep_goes_on_with_the_stream(kind, tmp_path):
     lanes = {"adam": jgd.grid(jgd.adam, learning_rate=RATES)}
     whole = jgd.sweep(task, lanes, 24, **options)
     for crash_at in (2, 7):
-        seen, folder = [], tmp_path / str(crash_at)
+        reports, folder = [], tmp_path / str(crash_at)
 
-        def crash(plan, report, seen=seen, crash_at=crash_at):
-            seen.append(report)
-            if len(seen) == crash_at:
+        def crash(plan, report, reports=reports, crash_at=crash_at):
+            reports.append(report)
+            if len(reports) == crash_at:
                 raise RuntimeError
 
         with pytest.raises(RuntimeError):
@@ -96,8 +95,8 @@ def test_a_resumed_sweep_goes_on_with_the_stream(kind, tmp_path):
         assert repr(resumed.rows) == repr(whole.rows)
 
 
-def test_streams_that_cannot_be_trained_on():
-    lanes, ragged = _lanes(), _line(batch_size=3)
+def test_streams_that_a_sweep_cannot_use_are_errors():
+    lanes, smaller = _lanes(), _line(batch_size=3)
     short = _streamed(_Loader(_line(), last=10))
     with pytest.raises(
         ValueError, match="stream: the iterator ended after 10 batches; it must yield one"
@@ -105,19 +104,20 @@ def test_streams_that_cannot_be_trained_on():
         jgd.sweep(short, lanes, 24)
     with pytest.raises(TypeError, match="make must be a function that returns an iterator"):
         jgd.stream(iter([1]))  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"train with jgd\.sweep"):
+    with pytest.raises(TypeError, match=r"Train with jgd\.sweep"):
         jgd.train(_streamed(_Loader(_line())), jgd.sgd(0.1), 4, jax.random.key(0))
     with pytest.raises(ValueError, match="order must be 'shared' for a stream"):
         jgd.sweep(_streamed(_Loader(_line())), lanes, 24, order="own", seeds=2)
 
-    def unlike():
-        yield from (tuple(map(np.asarray, task.batch(0))) for task in (_line(), ragged))
+    def two_shapes():
+        yield from (tuple(map(np.asarray, task.batch(0))) for task in (_line(), smaller))
 
     with pytest.raises(ValueError, match="stream: all batches must have the shapes of the first"):
-        jgd.sweep(_line()._replace(batch=jgd.stream(unlike)), lanes, 24)
+        jgd.sweep(_line()._replace(batch=jgd.stream(two_shapes)), lanes, 24)
 
 
-def test_reports_come_often_enough_for_the_batches_to_fit(monkeypatch):
+def test_reports_are_as_frequent_as_the_memory_for_batches_requires(monkeypatch):
+
     from jgd.tuning import streams
 
     size = sum(x.nbytes for x in _line().batch(0))

@@ -1,4 +1,4 @@
-"""Grids, plans, the driver's promises, the table and the folder."""
+"""Sweeps: grids and samples, the plan, training as lanes, the result, and the folder."""
 
 import csv
 import functools
@@ -24,7 +24,7 @@ from jgd.tuning.tasks import digits
 
 
 def _curves(settings, steps=40, **options):
-    """The loss curves of a sweep over settings on a line, (lanes, reports)."""
+    """Return the loss curves, (lanes, reports), of a sweep that fits a line."""
     options = dict(report_every=1, width=4) | options
     return jgd.sweep(_line(), {"tx": settings}, steps, **options).curves["tx"].train_loss
 
@@ -42,7 +42,7 @@ def test_a_grid_is_the_product_of_its_axes():
     assert ends["w"].shape == (6, 2)
 
 
-def test_a_factory_may_be_any_function():
+def test_a_factory_can_be_any_function():
     build = lambda peak, warmup: jgd.adamw(
         jgd.warmup_cosine_decay_schedule(0.0, peak, warmup, 50), weight_decay=0.01
     )
@@ -51,7 +51,7 @@ def test_a_factory_may_be_any_function():
     assert jgd.lane(lanes, 3).learning_rate.warmup_steps == 10
 
 
-def test_structure_makes_groups():
+def test_values_that_change_the_structure_make_groups():
     groups = jgd.grid(jgd.sgd, learning_rate=[0.1, 0.2], momentum=[None, 0.9])
     assert set(groups) == {"momentum=None", "momentum=number"}
     assert groups["momentum=None"].axes.keys() == {"learning_rate"}
@@ -64,10 +64,10 @@ def test_structure_makes_groups():
     assert set(flags) == {"nesterov=True", "nesterov=False"}
 
 
-def test_bad_values_are_refused_before_any_training():
+def test_grids_and_distributions_refuse_bad_values():
     with pytest.raises(ValueError, match=r"adam: b1 must be in \[0, 1\), got 1.5"):
         jgd.grid(jgd.adam, learning_rate=[0.1], b1=[0.9, 1.5])
-    with pytest.raises(ValueError, match="axis learning_rate has no values"):
+    with pytest.raises(ValueError, match="axis learning_rate must have at least one value"):
         jgd.grid(jgd.adam, learning_rate=[])
     with pytest.raises(ValueError, match="at least one axis"):
         jgd.grid(jgd.adam)
@@ -75,7 +75,7 @@ def test_bad_values_are_refused_before_any_training():
         ValueError, match="loguniform: bounds must satisfy 0 < low < high, got 0 and 1"
     ):
         jgd.loguniform(0, 1)
-    with pytest.raises(ValueError, match="low must be below high"):
+    with pytest.raises(ValueError, match="uniform: bounds must satisfy low < high, got 1 and 1"):
         jgd.uniform(1, 1)
 
 
@@ -117,7 +117,7 @@ CHAINS = {
         lambda x: jgd.chain(jgd.adam(jgd.cosine_decay_schedule(x, 100 * x))),
         ["adam.learning_rate.init_value", "adam.learning_rate.decay_steps"],
     ),
-    "two links of a name": (
+    "two links of one name": (
         lambda x: jgd.chain(jgd.adam(x), jgd.adam(x)),
         ["links[0].learning_rate", "links[1].learning_rate"],
     ),
@@ -136,9 +136,9 @@ def test_axes_are_named_by_the_links_own_arguments(case):
     assert list(lanes_of(jax.vmap(build)(jnp.array([0.1, 0.2]))).axes) == names
 
 
-def test_groups_are_not_named_by_a_whole_repr():
-    half, whole = jgd.cosine_decay_schedule(0.1, 10), jgd.cosine_decay_schedule(0.1, 20)
-    rates = [half, whole, optax.constant_schedule(0.1), 0.3]
+def test_groups_are_named_by_the_factory_of_their_structure():
+    short, long = jgd.cosine_decay_schedule(0.1, 10), jgd.cosine_decay_schedule(0.1, 20)
+    rates = [short, long, optax.constant_schedule(0.1), 0.3]
     assert list(jgd.grid(jgd.sgd, learning_rate=rates)) == [
         "learning_rate=cosine_decay_schedule",
         "learning_rate=cosine_decay_schedule (1)",
@@ -166,7 +166,7 @@ def test_the_plan_is_plain_data():
 
 
 @pytest.mark.parametrize("wrong", [dict(seeds=0), dict(width=0), dict(report_every=0)])
-def test_counts_are_checked(wrong):
+def test_options_out_of_range_are_errors(wrong):
     lanes = jgd.grid(jgd.adam, learning_rate=[0.1])
     with pytest.raises(ValueError, match=f"sweep: {next(iter(wrong))} must be at least 1, got 0"):
         jgd.sweep(_line(), lanes, 10, **wrong)
@@ -178,8 +178,8 @@ def test_counts_are_checked(wrong):
         jgd.sweep(_line(), lanes, 10, metric="accuracy")
 
 
-def test_a_random_key_is_a_seed(tmp_path):
-    """The key that an int makes is that int; another one is its kind and its words."""
+def test_the_plan_holds_the_random_key_as_plain_data(tmp_path):
+    """A key that an int makes is stored as the int, any other key as its kind and words."""
     task = _line()._replace(
         init=lambda key: {"w": jax.random.normal(key, (2,)), "b": jnp.zeros(())}
     )
@@ -197,15 +197,15 @@ def test_a_random_key_is_a_seed(tmp_path):
     chex.assert_trees_all_close(result.best.params, alone, rtol=1e-5)
 
 
-# --- the driver ------------------------------------------------------------------------------
+# --- training as lanes -----------------------------------------------------------------------
 
 
 def test_a_lane_does_not_depend_on_neighbours_position_or_chunking():
     rates = [0.05, 0.1, 0.2, 0.3]
     reference = _curves(jgd.grid(jgd.momentum, learning_rate=rates))
-    blown = _curves(jgd.grid(jgd.momentum, learning_rate=[0.05, 1e30, 1e38, 1e6]))
-    np.testing.assert_array_equal(blown[0], reference[0])  # bit for bit, beside NaN and inf
-    assert not np.isfinite(blown[1:, -1]).any()
+    diverged = _curves(jgd.grid(jgd.momentum, learning_rate=[0.05, 1e30, 1e38, 1e6]))
+    np.testing.assert_array_equal(diverged[0], reference[0])  # bit for bit, beside NaN and inf
+    assert not np.isfinite(diverged[1:, -1]).any()
     moved = _curves(jgd.grid(jgd.momentum, learning_rate=rates[::-1]))
     np.testing.assert_array_equal(moved[::-1], reference)
     chunks = jgd.sweep(
@@ -217,11 +217,11 @@ def test_a_lane_does_not_depend_on_neighbours_position_or_chunking():
     np.testing.assert_array_equal(
         chunks.curves["tx"].metrics["loss"][:, -1], whole.curves["tx"].metrics["loss"][:, -1]
     )
-    filled = _curves(jgd.grid(jgd.momentum, learning_rate=[0.9, 0.8, 0.7, 0.6, *rates[:1]]))
-    np.testing.assert_array_equal(filled[4], reference[0])  # alone in a tile that is filled up
+    padded = _curves(jgd.grid(jgd.momentum, learning_rate=[0.9, 0.8, 0.7, 0.6, *rates[:1]]))
+    np.testing.assert_array_equal(padded[4], reference[0])  # the only lane of a padded tile
 
 
-def test_a_lane_is_the_setting_alone():
+def test_a_lane_equals_training_its_setting_alone():
     task, rates = digits(), [0.003, 0.03, 0.1]
     result = jgd.sweep(
         task, {"adam": jgd.grid(jgd.adam, learning_rate=rates)}, 50, report_every=1, width=3
@@ -239,7 +239,7 @@ def test_a_lane_is_the_setting_alone():
 
 
 class _Spy:
-    """Stands in for jax.jit in the programs, and keeps the text of what is compiled."""
+    """Replaces jax.jit in the engine, and records the text of each program that is compiled."""
 
     def __init__(self, monkeypatch):
         self.texts, self.jit = [], jax.jit
@@ -255,8 +255,8 @@ class _Spy:
         return lowered
 
 
-def test_the_width_asked_for_is_the_width():
-    """A tile with fewer lanes is filled up, so that a lane alone is the lane in company."""
+def test_tiles_are_padded_to_the_width_that_is_given():
+    """So a lane that trains alone equals bit for bit the lane that trains with others."""
     rates = [0.05, 0.1, 0.2, 0.3]
     together = _curves(jgd.grid(jgd.adam, learning_rate=rates))
     alone = _curves(jgd.grid(jgd.adam, learning_rate=rates[1:2]))
@@ -272,13 +272,13 @@ def test_the_width_is_bounded_by_memory(monkeypatch):
     assert planned(_line(), lanes, 30, width=64).plan.groups[0].width == 64
 
 
-def test_sweeps_under_x64(float64):
+def test_a_sweep_in_float64(float64):
     result = jgd.sweep(_line(), jgd.grid(jgd.adam, learning_rate=[0.01, 0.1]), 20, report_every=5)
     assert result.curves["adam"].train_loss.dtype == np.float64
     assert all(np.isfinite(row["loss"]) for row in result.rows)
 
 
-def test_states_may_begin_as_python_numbers():
+def test_init_can_return_python_numbers():
     run = jgd.Run(
         lambda setting, key: {"x": 0, "n": 0},
         lambda setting, state, batch: (
@@ -293,22 +293,22 @@ def test_states_may_begin_as_python_numbers():
     assert [row["loss"] for row in result.rows] == [-20.0, -5.0]
 
 
-def test_what_cannot_be_reported_is_refused_before_any_training(tmp_path):
+def test_bad_metrics_and_settings_are_errors_before_any_training(tmp_path):
     lanes, folder = jgd.grid(jgd.sgd, learning_rate=[0.1]), tmp_path / "new"
     wrong = {
         "dict of scalars": lambda params: jnp.sum(params["w"]),
         "metric w of evaluate must be a scalar": lambda params: {"w": params["w"]},
-        "evaluate reports 'rank', which is a column": lambda params: {"rank": jnp.sum(params["w"])},
-        "evaluate reports 'train_loss'": lambda params: {"train_loss": jnp.sum(params["w"])},
-        "evaluate reports 'learning_rate'": lambda params: {"learning_rate": jnp.sum(params["w"])},
     }
+    for name in ("rank", "train_loss", "learning_rate"):
+        message = f"evaluate must not report '{name}', which is a column of the table"
+        wrong[message] = lambda params, name=name: {name: jnp.sum(params["w"])}
     for message, evaluate in wrong.items():
         with pytest.raises(ValueError, match=message):
             jgd.sweep(_line()._replace(evaluate=evaluate), lanes, 10, folder=folder)
-    with pytest.raises(ValueError, match="no settings"):
+    with pytest.raises(ValueError, match="settings must hold at least one setting, got none"):
         jgd.sweep(_line(), {}, 10, folder=folder)
     both = jgd.grid(jgd.sgd, learning_rate=[0.1], momentum=[None, 0.9])
-    with pytest.raises(ValueError, match="two groups of settings are named"):
+    with pytest.raises(ValueError, match="distinct names of groups, got 'sgd momentum=None' twice"):
         jgd.sweep(_line(), {"sgd": both, "sgd momentum=None": lanes}, 10, folder=folder)
     with pytest.raises(TypeError, match="hides its numbers in functions"):
         jgd.grid(lambda rate: optax.chain(optax.clip(1.0), jgd.sgd(rate)), rate=[0.1])
@@ -317,7 +317,7 @@ def test_what_cannot_be_reported_is_refused_before_any_training(tmp_path):
     assert not folder.exists()
 
 
-def test_metrics_keep_the_order_of_the_task():
+def test_the_first_metric_of_the_task_is_the_default():
     evaluate = lambda params: {"r2": jnp.sum(params["w"]), "mae": jnp.sum(params["b"])}
     result = jgd.sweep(
         _line()._replace(evaluate=evaluate), jgd.grid(jgd.sgd, learning_rate=[0.1]), 10
@@ -325,7 +325,7 @@ def test_metrics_keep_the_order_of_the_task():
     assert result.metric == "r2"
 
 
-def test_axes_of_arrays_and_of_schedules():
+def test_axes_can_hold_arrays_and_schedules():
     rates = list(jnp.logspace(-3, -1, 3))
     assert len(jgd.grid(jgd.adam, learning_rate=[*rates, 0.2])) == 4
     steps = [
@@ -344,11 +344,11 @@ def test_one_program_for_each_group(monkeypatch):
     }
     task, spy = _line(), _Spy(monkeypatch)
     jgd.sweep(task, groups, 30, seeds=2, width=8, report_every=7)
-    assert len(spy.texts) == 2 + 2 * 2  # batches, parameters; for each group start and chunk
+    assert len(spy.texts) == 2 + 2 * 2  # batches, parameters; start and chunk of each group
 
 
-def test_a_program_for_each_structure_and_width(monkeypatch):
-    """And one start for each structure; parameters are made once for all."""
+def test_one_program_for_each_structure_and_width(monkeypatch):
+    """Each structure also has one program that starts it. One program makes all parameters."""
     groups = {
         name: jgd.grid(getattr(jgd, name), learning_rate=np.logspace(-3, -1, 32))
         for name in ("sgd", "adam", "momentum")
@@ -362,7 +362,7 @@ def test_a_program_for_each_structure_and_width(monkeypatch):
 
 
 def test_data_are_arguments_of_the_program(monkeypatch):
-    """Closed over, they would be constants in it, and dear to compile."""
+    """Data as constants in the program would make it slow to compile."""
     data = jnp.asarray(np.random.default_rng(0).normal(size=(5000, 7)), jnp.float32)
     task = jgd.Task(
         init=lambda key: jnp.zeros(7),
@@ -387,7 +387,7 @@ def test_full_batches_are_not_copied_ahead():
     assert (np.diff(curves.train_loss[0]) < 0).all()
 
 
-def test_seeds_differ_in_their_initial_parameters_only():
+def test_seeds_differ_only_in_their_initial_parameters():
     result = jgd.sweep(
         digits(), jgd.grid(jgd.sgd, learning_rate=[0.0, 0.1]), 4, seeds=3, report_every=1
     )
@@ -396,7 +396,7 @@ def test_seeds_differ_in_their_initial_parameters_only():
     np.testing.assert_array_equal(losses[:3, 0], losses[3:, 0])  # the same for both settings
 
 
-def test_iter_sweep_reports_as_it_goes():
+def test_iter_sweep_yields_a_report_per_tile_and_report_step():
     lanes = jgd.grid(jgd.sgd, learning_rate=[0.1, 0.2, 0.3])
     reports = list(jgd.iter_sweep(_line(), {"sgd": lanes}, 20, width=2, report_every=10))
     reports.sort(key=lambda r: (r.tile, r.step))  # tiles may run at the same time
@@ -410,7 +410,7 @@ def test_iter_sweep_reports_as_it_goes():
 
 
 def _scored(values):
-    """A sweep whose metric is what `values` says for each setting and seed."""
+    """Return a run and settings with these metrics, of shape (settings, seeds)."""
     table = jnp.asarray(values, jnp.float32)
 
     def init(setting, key):
@@ -431,9 +431,9 @@ def _scored(values):
     return run, lanes
 
 
-def test_ranking_by_the_mean_over_seeds():
+def test_settings_are_ranked_by_the_mean_over_seeds():
     run, lanes = _scored([[3.0, 5.0], [1.0, np.nan], [2.0, 2.0], [2.0, 2.0], [0.0, 9.0]])
-    # the seeds of a setting in two tiles
+    # a width of 3 puts the two seeds of a setting into different tiles
     result = jgd.sweep(run, lanes, 4, seeds=2, width=3, mode="min")
     assert [row["row"] for row in result.rows] == [2, 3, 0, 4, 1]
     assert result.rows[0]["score_se"] == 0
@@ -446,14 +446,14 @@ def test_ranking_by_the_mean_over_seeds():
     assert highest.best.setting["row"] == 4
 
 
-def test_the_best_parameters_are_those_of_the_row():
+def test_the_best_parameters_belong_to_the_first_row():
     task = digits()
     lanes = jgd.grid(jgd.adam, learning_rate=[1e-5, 3e-3, 1.0])
     result = jgd.sweep(task, lanes, 60, width=2)
     assert result.rows[0]["learning_rate"] == 3e-3
     assert task.evaluate(result.best.params)["accuracy"] == np.float32(result.rows[0]["accuracy"])
     assert result.best.setting == jgd.lane(lanes, 1)
-    state = result.best.state  # ready to go on
+    state = result.best.state  # can train further
     updates, _ = result.best.setting.update(state.params, state.opt_state, state.params)
     optax.apply_updates(state.params, updates)
     assert [row["verdict"] for row in result.rows][-1] in ("diverged", "too small", "oscillating")
@@ -483,7 +483,7 @@ def test_a_folder_holds_plan_journal_and_results(tmp_path):
     rows = list(csv.DictReader((folder / "results.csv").open()))
     assert [float(row["loss"]) for row in rows][:1] == [result.rows[0]["loss"]]
     plain = json.loads((folder / "results.json").read_text())
-    assert plain["rows"][1]["final_loss"] is None  # not finite, and JSON has no word for it
+    assert plain["rows"][1]["final_loss"] is None  # not finite, which JSON cannot express
     assert plain["rows"][1]["verdict"] == "diverged"
     lines = (folder / "journal.jsonl").read_text().splitlines()
     read = [decode(line, result.plan) for line in lines]
@@ -493,7 +493,7 @@ def test_a_folder_holds_plan_journal_and_results(tmp_path):
         jgd.sweep(_line(), {"sgd": lanes}, 20, folder=folder)
 
 
-def test_callbacks_see_every_report():
+def test_on_report_is_called_with_every_report():
     seen = []
     lanes = jgd.grid(jgd.sgd, learning_rate=[0.1])
     jgd.sweep(
@@ -502,7 +502,7 @@ def test_callbacks_see_every_report():
     assert seen == [5, 10, 15, 20]
 
 
-def test_batches_of_settings_pass_through_jax_as_settings():
+def test_jax_sees_only_the_settings_of_lanes():
     lanes = jgd.grid(jgd.adam, learning_rate=[0.1, 0.2])
     assert isinstance(jax.tree.map(lambda x: x, lanes), jgd.Transformation)
     chex.assert_trees_all_equal(jgd.lane(lanes, 1), jgd.lane(lanes.settings, 1))
@@ -526,8 +526,8 @@ def test_sweeps_of_one_task_share_their_programs(monkeypatch):
     assert spy.texts
 
 
-def test_programs_follow_the_data_of_the_task():
-    """Data that change in place are other data, though the functions are the same."""
+def test_data_that_change_in_place_are_not_cached():
+    """Sweeps of one task do not share programs once its data have changed in place."""
     data = np.ones((4, 2), np.float32)
     task = jgd.Task(
         init=lambda key: jnp.zeros(2),
@@ -543,7 +543,7 @@ def test_programs_follow_the_data_of_the_task():
 
 
 def test_a_kept_lane_stays_when_the_block_of_its_tile_goes():
-    """A lane that ended and is kept stays in its own block when the block of its tile goes."""
+    """A lane that ended keeps its own block when the block of its tile is removed."""
     pool, rows = Pool(4), np.arange(4.0)
     pool.put(np.array([1]), rows[:1])
     pool.put(np.arange(4), rows, np.array([True, False, True, True]))
@@ -552,7 +552,7 @@ def test_a_kept_lane_stays_when_the_block_of_its_tile_goes():
     assert pool.held().tolist() == [1]
 
 
-def test_few_tasks_are_remembered():
+def test_programs_of_few_tasks_are_cached():
     from jgd.tuning import engine
 
     for _ in range(engine.CACHED + 2):
@@ -560,7 +560,8 @@ def test_few_tasks_are_remembered():
     assert len(engine._cache) == engine.CACHED
 
 
-def test_the_options_are_in_help_and_a_misspelt_one_is_named():
+def test_help_lists_the_options_and_a_misspelt_option_is_named():
+
     for function in (jgd.sweep, jgd.iter_sweep, jgd.optuna_search):
         names = list(inspect.signature(function).parameters)
         assert "seeds" in names

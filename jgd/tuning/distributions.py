@@ -86,7 +86,7 @@ class Choice(NamedTuple):
         return [self.values[int(x * len(self.values))] for x in u]
 
     def suggest(self, trial: Any, name: str) -> Any:
-        """Return the value that an Optuna trial suggests; it knows plain values, others by repr."""
+        """Return the value that an Optuna trial suggests. Optuna stores the repr of structure."""
         plain = bool | int | float | str | None
         labels = [value if isinstance(value, plain) else repr(value) for value in self.values]
         return self.values[labels.index(trial.suggest_categorical(name, labels))]
@@ -99,7 +99,7 @@ def uniform(low: float, high: float) -> Uniform:
     """Return a uniform distribution. Raises ValueError unless low < high, both finite."""
     low, high = _bounds("uniform", low, high)
     if not low < high:
-        raise ValueError(f"uniform: low must be below high, got {low} and {high}")
+        raise ValueError(f"uniform: bounds must satisfy low < high, got {low} and {high}")
     return Uniform(low, high)
 
 
@@ -114,14 +114,14 @@ def loguniform(low: float, high: float) -> LogUniform:
 def integers(low: int, high: int, *, log: bool = False) -> Integers:
     """Return a distribution over the integers from low to high, both included.
 
-    They are numbers, not structure: the factory gets them as traced floats.
+    The integers are numbers, not structure: the factory gets them as traced floats.
 
     Args:
-      low: with log, at least 1.
-      high: above low.
-      log: whether their logarithm is uniform; False: all are equally likely.
+      low: smallest integer; at least 1 with log.
+      high: largest integer; above low.
+      log: whether the logarithm is uniform. False: all integers are equally likely.
 
-    Raises: ValueError for a bound out of its range, TypeError for one that is no integer.
+    Raises: ValueError for a bound out of its range, TypeError for a bound that is no integer.
     """
     low, high = admit("integers: low", low, int), admit("integers: high", high, int)
     if not low < high or (log and low < 1):
@@ -136,19 +136,19 @@ def _bounds(function: str, low: Any, high: Any) -> tuple[float, float]:
 
 
 def choice(values: Iterable[Any]) -> Choice:
-    """Return a uniform distribution over values. Raises ValueError if there are none."""
-    return Choice(tuple(sequence_of("choice: the sequence", values)))
+    """Return a uniform distribution over values. Raises ValueError unless there is at least one."""
+    return Choice(tuple(sequence_of("choice: values", values)))
 
 
 def sequence_of(label: str, values: Any) -> list[Any]:
-    """Return values as a list. Raises ValueError for none, or for something that has no order."""
-    unordered = isinstance(values, str | bytes | Mapping | Set | Distribution)
-    if unordered or not np.iterable(values):
+    """Return values as a list. Raises ValueError unless they are a sequence of at least one."""
+    no_sequence = isinstance(values, str | bytes | Mapping | Set | Distribution)
+    if no_sequence or not np.iterable(values):
         raise ValueError(f"{label} must be a sequence of values, got {brief(values)}")
-    several = list(np.asarray(values) if isinstance(values, jax.Array) else values)
-    if not several:
-        raise ValueError(f"{label} has no values")
-    return several
+    items = list(np.asarray(values) if isinstance(values, jax.Array) else values)
+    if not items:
+        raise ValueError(f"{label} must have at least one value, got none")
+    return items
 
 
 def check_distributions(function: str, distributions: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Checks of a user's arguments to a sweep: before anything is compiled, with errors of one line.
+"""Checks of the arguments of a sweep, before anything is compiled. Each error is one line.
 
 inputs = check_inputs(task, settings, options, stop)
 inputs.run, inputs.groups, inputs.metrics
@@ -48,7 +48,10 @@ class Inputs(NamedTuple):
 
 
 def check_inputs(task: Any, settings: Any, options: Training, stop: Any) -> Inputs:
-    """Return the checked inputs. Raises ValueError or TypeError for those a sweep cannot train."""
+    """Check the arguments of a sweep and return its inputs.
+
+    Raises: ValueError or TypeError, naming the argument, for inputs that a sweep cannot train.
+    """
     check_task(options.function, task, Task, Run)
     run = task if isinstance(task, Run) else supervised(task)
     groups = _groups(settings)
@@ -73,16 +76,18 @@ def _groups(settings: Any) -> dict[str, Lanes]:
         named = {f"{name} {label}": x for label, x in batch.items()} if several else {name: batch}
         for label, lanes in named.items():
             if label in groups:
-                raise ValueError(f"sweep: two groups of settings are named {label!r}")
+                raise ValueError(
+                    f"sweep: settings must have distinct names of groups, got {label!r} twice"
+                )
             groups[label] = lanes_of(lanes)
     if not any(map(len, groups.values())):
-        raise ValueError("sweep: no settings")
+        raise ValueError("sweep: settings must hold at least one setting, got none")
     for name, lanes in groups.items():
-        _refuse_rates(name, lanes)
+        _check_learning_rates(name, lanes)
     return groups
 
 
-def _refuse_rates(name: str, lanes: Lanes) -> None:
+def _check_learning_rates(name: str, lanes: Lanes) -> None:
     """Raise ValueError for a learning rate that is negative or NaN."""
     leaves = jax.tree_util.tree_leaves_with_path(lanes.settings)
     named = {jax.tree_util.keystr(path).lstrip("."): leaf for path, leaf in leaves}
@@ -98,13 +103,17 @@ def _refuse_rates(name: str, lanes: Lanes) -> None:
 
 
 def _name_of(settings: Any) -> str:
+    """Return the name of a group that was given without one: its optimizer, or "setting"."""
     inner = settings.settings if isinstance(settings, Lanes) else settings
     known = isinstance(inner, optax.GradientTransformation)
     return repr(inner).partition("(")[0] if known else "setting"
 
 
 def _first_batch(make: Callable[..., Any], order: str) -> Any:
-    """Return the first batch. Raises for data with NaN, and for an order it cannot have."""
+    """Return the first batch.
+
+    Raises: ValueError for NaN in the data, and for an order of batches that `make` cannot give.
+    """
     streamed = isinstance(make, Stream)
     if order == "own" and streamed:
         raise ValueError(
@@ -112,8 +121,8 @@ def _first_batch(make: Callable[..., Any], order: str) -> Any:
         )
     if order == "own" and "seed" not in inspect.signature(make).parameters:
         raise ValueError(
-            "sweep: order='own' needs a batch function of (step, seed=None), as jgd.minibatches"
-            " with a batch_size returns"
+            "sweep: order must be 'shared' unless batch is a function of (step, seed=None), got"
+            " 'own'. Use jgd.minibatches with a batch_size"
         )
     first = make.first if streamed else make(0)
     data = None if streamed or jax.tree_util.all_leaves([make]) else make
@@ -124,15 +133,20 @@ def _first_batch(make: Callable[..., Any], order: str) -> Any:
     for path, leaf in jax.tree_util.tree_leaves_with_path(first if data is None else data):
         if jnp.issubdtype(jax.typeof(leaf).dtype, jnp.floating) and jnp.isnan(leaf).any():
             nan = np.isnan(np.asarray(leaf, np.float64))
-            where = "the first batch" if data is None else "the data"
+            source = "the first batch" if data is None else "the data"
             row = f", first in row {np.argwhere(nan)[0][0]}" if nan.ndim else ""
             name = jax.tree_util.keystr(path) or "the array"
-            raise ValueError(f"sweep: NaN in {where}{row} of {name}. Remove or fill it")
+            raise ValueError(
+                f"sweep: {source} must not hold NaN, got NaN in {name}{row}. Remove or replace it"
+            )
     return first
 
 
 def _metrics(run: Run, groups: Mapping[str, Lanes], batch: Any) -> list[str]:
-    """Return the names that `evaluate` reports, the same for all groups, without training."""
+    """Return the names of the metrics that `evaluate` reports, without training.
+
+    Raises: ValueError unless they are the same for all groups, and no columns of the table.
+    """
     reported = {group: _metrics_of(run, lanes, batch) for group, lanes in groups.items()}
     first, expected = next(iter(reported.items()))
     for group, names in reported.items():
@@ -143,13 +157,17 @@ def _metrics(run: Run, groups: Mapping[str, Lanes], batch: Any) -> list[str]:
             )
     columns = {name for lanes in groups.values() for name in (*lanes.axes, *lanes.fixed, *RESERVED)}
     for name in columns.intersection(expected):
-        raise ValueError(f"sweep: evaluate reports {name!r}, which is a column of the table")
+        raise ValueError(
+            f"sweep: evaluate must not report {name!r}, which is a column of the table. Rename the"
+            " metric"
+        )
     return expected
 
 
 def _metrics_of(run: Run, lanes: Lanes, batch: Any) -> list[str]:
-    one = lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], jnp.asarray(x).dtype)
-    setting = jax.tree.map(one, lanes.settings)
+    """Return the names of the metrics of one group. Traces the run, and checks what it returns."""
+    without_lanes = lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], jnp.asarray(x).dtype)
+    setting = jax.tree.map(without_lanes, lanes.settings)
     with traceable("sweep: init"):
         state = jax.eval_shape(functools.partial(start, run), setting, jax.random.key(0))
     names: list[str] = []
@@ -162,7 +180,8 @@ def _metrics_of(run: Run, lanes: Lanes, batch: Any) -> list[str]:
             raise ValueError("sweep: update must report a scalar under the name 'loss'")
         shapes = [jax.tree.map(np.shape, tree) for tree in (state, after[0])]
         if shapes[0] != shapes[1]:
-            refuse("sweep: the state after update", f"shaped as before, {shapes[0]}", shapes[1])
+            expected = f"a state with the shapes before it, {shapes[0]}"
+            refuse("sweep: the state after update", expected, shapes[1])
         return after
 
     def evaluate(setting: Any, state: Any) -> None:
@@ -192,15 +211,19 @@ def _is_scalar(x: Any) -> bool:
 
 
 def _monitor(stop: Any, mode: Any) -> Monitor | None:
-    """Return the early stopping in the direction of the metric."""
+    """Return the monitor for early stopping, which must have the mode of the metric."""
     if stop is None:
         return None
     if isinstance(stop, Monitor):
         if getattr(stop, "mode", mode) != mode:
-            raise ValueError(f"sweep: stop has mode {stop.mode!r}, the metric {mode!r}")
+            raise ValueError(
+                f"sweep: stop must have mode {mode!r}, the mode of the metric, got {stop.mode!r}"
+            )
         return stop
     if isinstance(stop, bool) or not hasattr(stop, "__index__"):
-        raise ValueError(f"sweep: stop must be jgd.stopping.early_stopping or an int, got {stop!r}")
+        raise ValueError(
+            f"sweep: stop must be jgd.stopping.early_stopping(...) or an integer, got {stop!r}"
+        )
     return early_stopping(patience=admit("sweep: stop", stop, int), mode=mode)
 
 
@@ -208,36 +231,40 @@ def _monitor(stop: Any, mode: Any) -> Monitor | None:
 
 
 def resumed(plan: Plan, written: Plan, what: str = "resume") -> Plan:
-    """Return the plan of a resumed sweep, with the widths the sweep was started with.
+    """Return the plan of a resumed sweep, with the widths of the plan that it was started with.
 
     On another number or kind of devices, results agree to rounding.
 
-    Raises: ValueError, naming the difference, for the plan of another sweep.
+    Args:
+      what: start of the error.
+
+    Raises: ValueError, naming the difference, if `written` is the plan of another sweep.
     """
     if difference := _difference(_without_layout(plan), _without_layout(written), ""):
         raise ValueError(
-            f"{what}: this is another sweep: its {difference}. plan.json says how it was started"
+            f"{what}: the folder holds another sweep: {difference}. Give the arguments it was"
+            " started with, as written in plan.json"
         )
     return _with_layout(plan, written)
 
 
 def extended(plan: Plan, earlier: Sequence[Plan]) -> Plan:
-    """Return the plan of an extended sweep, with the widths of the groups that exist.
+    """Return the plan of an extended sweep; groups of the earlier plans keep their widths.
 
-    Raises: ValueError, with the reason, if its lanes would differ from those of one sweep.
+    Raises: ValueError, with the reason, if the lanes would differ from those of a single sweep.
     """
     for each in (plan, *earlier):
         for name in ("halving", "budget", "seconds"):
-            if getattr(each, name) is not None:
+            if (value := getattr(each, name)) is not None:
                 raise ValueError(
-                    f"extend: {name} must be None, in the sweep that is there too: it ends lanes by"
-                    " what all lanes of the sweep do. Start a sweep in a new folder"
+                    f"extend: {name} must be None in both sweeps, got {value}: it makes the end of"
+                    " a lane depend on the other lanes. Start a sweep in a new folder"
                 )
-    kept = lambda x: {k: v for k, v in _without_layout(x).items() if k not in EXTENDABLE}
-    if difference := _difference(kept(plan), kept(earlier[0]), ""):
+    comparable = lambda x: {k: v for k, v in _without_layout(x).items() if k not in EXTENDABLE}
+    if difference := _difference(comparable(plan), comparable(earlier[0]), ""):
         raise ValueError(
-            f"extend: lanes of another sweep would differ: its {difference}. Start a sweep in a new"
-            " folder"
+            f"extend: the folder holds a sweep with other arguments: {difference}. Start a sweep in"
+            " a new folder"
         )
     for each in earlier:
         plan = _with_layout(plan, each)
@@ -245,7 +272,10 @@ def extended(plan: Plan, earlier: Sequence[Plan]) -> Plan:
 
 
 def first_setting(groups: Mapping[str, Lanes], earlier: Sequence[Plan]) -> Any:
-    """Return the setting for the digest of the task: that of the first segment, if there is one."""
+    """Return the setting that the digest of the task uses: the first one of the first segment.
+
+    Without earlier segments, or if the groups lack that setting, it is the first of the groups.
+    """
     name, row = next(iter(groups)), 0
     for group in (plan.groups[0] for plan in earlier[:1]):
         if group.name in groups and group.digests[0] in groups[group.name].digests:
@@ -258,13 +288,13 @@ EXTENDABLE = ("groups", "seeds", "brackets", "keep")
 
 
 def _with_layout(plan: Plan, written: Plan) -> Plan:
-    """Return a plan with the widths of the groups of another one."""
+    """Return `plan` with the widths of the groups of `written`."""
     groups = list(plan.groups)
     for place, group in enumerate(groups):
         if group.name in written.index:
             old = written.groups[written.index[group.name]]
             widths = [devices.round_up(w, plan.devices) for w in old.widths]
-            costs = dict(zip(widths, old.costs, strict=True))  # the last of equal widths
+            costs = dict(zip(widths, old.costs, strict=True))  # of equal widths, the last cost
             sizes = dict(width=widths[0], widths=list(costs), costs=list(costs.values()))
             groups[place] = dataclasses.replace(group, **sizes)
     same = (plan.devices, plan.device) == (written.devices, written.device)
@@ -284,7 +314,7 @@ def _without_layout(plan: Plan) -> dict[str, Any]:
 
 
 def _difference(now: Any, was: Any, path: str) -> str:
-    """Return the first difference of two plans; empty if there is none."""
+    """Return the first difference between two plans, as text; empty if there is none."""
     if isinstance(now, dict) and isinstance(was, dict):
         for name in [*now, *(name for name in was if name not in now)]:
             label = f"{path} {name}".strip()
@@ -297,7 +327,8 @@ def _difference(now: Any, was: Any, path: str) -> str:
             if text := _difference(*pair, f"{path} {name}"):
                 return text
         return ""
-    same = now == was or repr(now) == repr(was)  # NaN
+    same = now == was or repr(now) == repr(was)  # NaN equals NaN
+
     return "" if same else f"{path} was {_short(was)} and is now {_short(now)}"
 
 

@@ -1,7 +1,7 @@
-"""The options of a sweep: each declared, documented, given its default and checked once.
+"""The options of a sweep. Each has its type, default, range and documentation in one place.
 
     class Training          options of `sweep`, of `optuna_search`, of the command and of the plan
-    class SweepOptions      adds limits of the whole and what to keep: not for `optuna_search`
+    class SweepOptions      adds limits of a sweep and `keep`, which `optuna_search` does not have
 
     @function_of(SweepArguments)        # SweepArguments(SweepOptions) adds task, settings, folder
     def sweep(arguments): ...           # called as sweep(task, settings, steps=100, seeds=3)
@@ -31,12 +31,14 @@ A = TypeVar("A")
 R = TypeVar("R")
 
 
-Steps = Annotated[int, at_least(4), below(2**31), Doc("Steps of each training, at least 4.")]
+Steps = Annotated[
+    int, at_least(4), below(2**31), Doc("Number of steps of each training, at least 4.")
+]
 Seeds = Annotated[
     int,
     at_least(1),
-    Doc("""Trainings of each setting, at least 1. Each seed has its own initial parameters, the same
-    for all settings."""),
+    Doc("""Number of trainings of each setting, at least 1. Each seed has its own initial
+    parameters, the same for all settings."""),
 ]
 
 
@@ -44,50 +46,52 @@ Seeds = Annotated[
 class Training:
     """Options of each lane's training.
 
-    Raises: ValueError for an option out of its range, TypeError for one of another type.
+    Raises: ValueError for an option out of its range, TypeError for an option of another type.
     """
 
-    function: ClassVar[str] = "sweep"  # named in errors
+    function: ClassVar[str] = "sweep"  # the function that errors name
 
     seeds: Seeds = 1
     key: Annotated[
         Any,
-        Doc("""Random seed of the initial parameters: an int, or a key of `jax.random.key`. The key
-        that an int makes gives the same parameters."""),
+        Doc("""Random seed of the initial parameters: an int, or a random key. 3 and
+        `jax.random.key(3)` give the same parameters."""),
     ] = 0
     order: Annotated[
         Literal["shared", "own"],
         Doc("""Order of the batches. shared: all lanes see the same batches. own: each seed has its
-        own order, the same for all settings; the task's `batch` must then take (step, seed), as
-        those of `jgd.minibatches` do."""),
+        own order, the same for all settings; the task's `batch` must then be a function of (step,
+        seed), such as `jgd.minibatches` returns."""),
     ] = "shared"
     width: Annotated[
         int | None,
         at_least(1),
-        Doc("""Lanes that step together, at least 1; a tile with fewer lanes is padded. None: the
-        smallest width within 5 per cent of the fastest, found by a probe if the sweep is long
-        enough; else 64, or fewer for a small group. Equal widths give equal bits, other widths
-        agree to rounding."""),
+        Doc("""Number of lanes that step together, at least 1; a tile with fewer lanes is padded.
+        None: if the sweep is long enough, a probe measures several widths and chooses the smallest
+        one within 5 per cent of the fastest; else 64, or fewer for a small group. Results at equal
+        widths are equal bit for bit, results at other widths agree to rounding."""),
     ] = None
     report_every: Annotated[
         int | None,
         at_least(1),
-        Doc("Steps between reports, at least 1. None: a twentieth of all steps."),
+        Doc("Number of steps between reports, at least 1. None: a twentieth of all steps."),
     ] = None
     metric: Annotated[
         str | None,
-        Doc("""Metric of `evaluate` to rank by. None: "accuracy", or "loss", or the first one."""),
+        Doc("""Metric of `evaluate` to rank by. None: "accuracy" if it is reported, else "loss" if
+        it is reported, else the first metric."""),
     ] = None
     mode: Annotated[
         Literal["min", "max"] | None,
-        Doc("""Which end of the metric is best. None: a word of its name says it. accuracy, acc,
-        auc, f1, r2, reward, return, score and bleu: max; loss, error, nll, mse, mae and perplexity:
-        min. A name without such a word, or with words of both, is refused."""),
+        Doc("""Whether a low (min) or a high (max) metric is better. None: decided by a word in its
+        name: max for accuracy, acc, auc, f1, r2, reward, return, score and bleu, and min for
+        loss, error, nll, mse, mae and perplexity. A name without such a word, or with words of both
+        kinds, is an error."""),
     ] = None
     best: Annotated[
         Literal["final", "ever"],
-        Doc("""Which report of a lane counts. final: its last one. ever: its best one, whose state
-        is then returned; each lane takes twice the memory."""),
+        Doc("""Which report of a lane counts. final: its last report. ever: its best report, whose
+        state is then returned; each lane takes twice the memory."""),
     ] = "final"
     drop_diverged: Annotated[
         bool, Doc("Whether to end a lane once its training loss is not finite.")
@@ -104,7 +108,9 @@ class Training:
         took. None: no target."""),
     ] = None
     checkpoint_every: Annotated[
-        float, at_least(0), Doc("Seconds between checkpoints: what a crash can lose.")
+        float,
+        at_least(0),
+        Doc("Seconds between checkpoints. A crash loses the work since the last checkpoint."),
     ] = 30.0
 
     def __post_init__(self) -> None:
@@ -117,7 +123,7 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepOptions(Training):
-    """Options of training, of the limits of a sweep and of what it keeps."""
+    """Options of training, limits of a sweep, and the number of states to return."""
 
     keep: Annotated[
         int,
@@ -127,14 +133,16 @@ class SweepOptions(Training):
     budget: Annotated[
         int | None,
         at_least(1),
-        Doc("""Limit on lane-steps, including those that pad tiles. Running chunks finish, no new
-        one starts: lanes end "out of budget" or "not run". None: no limit."""),
+        Doc("""Limit on lane-steps, including those that pad tiles. At the limit, running chunks
+        finish and no new chunk starts; unfinished lanes end as "out of budget" or "not run". None:
+        no limit."""),
     ] = None
     seconds: Annotated[
         float | None,
         above(0),
-        Doc("""Limit on wall-clock time, in seconds. Running chunks finish, no new one starts. A
-        sweep that reaches it does not repeat exactly. None: no limit."""),
+        Doc("""Limit on wall-clock time, in seconds. At the limit, running chunks finish and no new
+        chunk starts. A sweep that reaches the limit cannot be repeated exactly. None: no
+        limit."""),
     ] = None
 
 
@@ -145,15 +153,15 @@ def _hints_of(cls: type[Any]) -> dict[str, Any]:
 
 
 def values_of(options: Any, cls: type[Any]) -> dict[str, Any]:
-    """Return the fields that `cls` declares, from an instance of any class that has them."""
+    """Return name -> value of the fields of `cls`, from an instance of any class that has them."""
     return {field.name: getattr(options, field.name) for field in dataclasses.fields(cls)}
 
 
 def function_of(arguments: Callable[P, A]) -> Callable[[Callable[[A], R]], Callable[P, R]]:
-    """Return a decorator: a function of one dataclass becomes a function of its fields.
+    """Return a decorator that turns a function of a dataclass into a function of its fields.
 
-    The signature is that of the dataclass; `{arguments}` in the docstring becomes a list of the
-    documented fields.
+    The new function has the signature of the dataclass. `{arguments}` in the docstring becomes the
+    list of the fields with their documentation.
     """
 
     def decorate(function: Callable[[A], R]) -> Callable[P, R]:

@@ -1,4 +1,4 @@
-"""Parses strings of the command line: tasks, optimizers and their values.
+"""Parses the strings of the command line: a task, optimizers, and values of their arguments.
 
 task_of("mypackage.mymodule:task")
 groups_of(["adam"], ["learning_rate=log:1e-5:1e-1:64", "b1=0.8,0.9"])
@@ -28,58 +28,63 @@ class UserError(Exception):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
+    """Return the part of an error that asks for the closest known name; empty if none is close."""
     close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.45)
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _load(spec: str, what: str) -> Any:
-    """Return the object at module:name."""
+def _load(spec: str, noun: str) -> Any:
+    """Return the object at module:name. Errors call it `noun`: a task or an optimizer."""
     module_name, _, name = spec.partition(":")
     parts = [*module_name.split("."), name]
     if not all(map(str.isidentifier, parts)) or module_name.endswith(".py"):
-        raise UserError(f"{what} must be module:name, got {spec!r}{_as_module(spec)}")
+        raise UserError(f"{noun} must be module:name, got {spec!r}{_as_module(spec)}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
-            raise UserError(f"{what} {spec}: {where(error)}") from None
+            raise UserError(f"{noun} {spec}: {where(error)}") from None
         parent, _, last = error.name.rpartition(".")
         paths = getattr(sys.modules.get(parent), "__path__", None) if parent else None
         known = [module.name for module in pkgutil.iter_modules(paths)]
-        raise UserError(f"{what}: no module named {error.name}{nearest(last, known)}") from None
+        raise UserError(
+            f"{noun} {spec}: no module named {error.name}{nearest(last, known)}"
+        ) from None
     except Exception as error:
-        raise UserError(f"{what} {spec}: {where(error)}") from error
+        raise UserError(f"{noun} {spec}: {where(error)}") from error
     if not hasattr(module, name):
         known = [known for known in vars(module) if not known.startswith("_")]
-        raise UserError(f"{what}: {module_name} has no {name!r}{nearest(name, known)}")
+        raise UserError(f"{noun} {spec}: {module_name} has no {name}{nearest(name, known)}")
     return getattr(module, name)
 
 
 def _as_module(spec: str) -> str:
-    """Return the module:name that a path to a file may stand for."""
+    """Return the part of an error that suggests module:name for the path of a Python file."""
     path, _, name = spec.partition(":")
     module = os.path.relpath(path.removesuffix(".py")).replace(os.sep, ".")
     return f"; did you mean {module}:{name or 'task'}?" if path.endswith(".py") else ""
 
 
 def where(error: BaseException) -> str:
-    """Return an error of the user's code in one line, with file and line that raised it."""
+    """Return an error of the user's code as one line, with the file and line that raised it."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}{place_of(error)}"
 
 
 def task_of(spec: str) -> Any:
-    """Return the task of this name, or at module:name."""
+    """Return jgd's task of this name, or the task at module:name."""
+    from jgd.nodes import brief
     from jgd.training import Run, Task
 
     if ":" not in spec:
         from jgd.tuning import tasks
 
         if spec not in tasks.__all__:
-            hint = _as_module(spec) or nearest(spec, tasks.__all__) or "; your own is module:name"
-            raise UserError(f"no task named {spec}{hint}")
+            hint = _as_module(spec) or nearest(spec, tasks.__all__)
+            hint = hint or ". Give a task of your own as module:name"
+            raise UserError(f"no task named {spec!r}{hint}")
         return getattr(tasks, spec)()
     task = _load(spec, "task")
     if not isinstance(task, Task | Run) and callable(task):
@@ -88,17 +93,19 @@ def task_of(spec: str) -> Any:
         except Exception as error:
             raise UserError(f"task {spec}: {where(error)}") from error
     if not isinstance(task, Task | Run):
-        raise UserError(f"task {spec} must be a jgd.Task or jgd.Run, got a {type(task).__name__}")
+        raise UserError(f"task {spec} must be a jgd.Task or jgd.Run, got {brief(task)}")
+
     return task
 
 
 def factory_of(spec: str) -> Callable[..., Any]:
-    """Return the factory of jgd of this name, or the one at module:name."""
+    """Return jgd's factory of this name, or the factory at module:name."""
+    from jgd.nodes import brief
+
     if ":" in spec:
         factory = _load(spec, "optimizer")
         if not callable(factory):
-            kind = type(factory).__name__
-            raise UserError(f"optimizer {spec} must be a function, got a {kind}")
+            raise UserError(f"optimizer {spec} must be a function, got {brief(factory)}")
         return factory if hasattr(factory, "__jgd_spec__") else _lifted(factory)
     try:
         return jgd.get(spec)
@@ -107,57 +114,68 @@ def factory_of(spec: str) -> Callable[..., Any]:
 
 
 def _lifted(factory: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a factory whose results are settings: optimizers of optax become pytrees."""
+    """Return the factory, lifted to a pytree of its numbers if it builds a plain optax pair."""
     import optax
 
     plain = (optax.GradientTransformation, optax.GradientTransformationExtraArgs)
 
     @functools.wraps(factory)
     def build(**arguments: Any) -> Any:
-        made = factory(**arguments)
-        return jgd.as_pytree(factory)(**arguments) if type(made) in plain else made
+        optimizer = factory(**arguments)
+        return jgd.as_pytree(factory)(**arguments) if type(optimizer) in plain else optimizer
 
     return build
 
 
 def _values(spec: str) -> tuple[str, str, list[Any]]:
-    """Return name, form (empty for a list) and values of b1=0.8,0.9 or rate=log:1e-5:1e-1:64."""
+    """Parse b1=0.8,0.9 or rate=log:1e-5:1e-1:64.
+
+    Returns: the name, the form ("log", "lin", or empty for a list), and the values.
+    """
     import numpy as np
 
     name, equals, text = spec.partition("=")
     if not equals or not name or not text:
-        raise UserError(f"--set must be name=values, got {spec!r}")
+        raise UserError(f"--set must be NAME=VALUES, such as b1=0.8,0.9, got {spec!r}")
     form, *bounds = text.split(":")
     if not bounds:
-        return name, "", [_value(word) for word in text.split(",")]
+        return name, "", [_value(item) for item in text.split(",")]
     if form not in ("log", "lin"):
-        raise UserError(f"--set {spec}: no form {form!r}{nearest(form, ('log', 'lin'))}")
+        hint = nearest(form, ("log", "lin"))
+        raise UserError(
+            f"--set {name} must be a list, log:LOW:HIGH:COUNT or lin:LOW:HIGH:COUNT, got {text}"
+            f"{hint}"
+        )
     low = high = math.nan
     try:
         low, high, count = float(bounds[0]), float(bounds[1]), int(bounds[2])
     except (ValueError, IndexError):
         count = 0
     if len(bounds) != 3 or count < 1 or not math.isfinite(low + high):
-        raise UserError(f"--set {spec} must be {form}:LOW:HIGH:COUNT")
+        raise UserError(
+            f"--set {name} must be {form}:LOW:HIGH:COUNT with finite bounds and a COUNT of at least"
+            f" 1, got {text}"
+        )
     if form == "lin":
         return name, form, list(np.linspace(low, high, count))
     if not 0 < low < high:
-        raise UserError(f"--set {spec} must have 0 < LOW < HIGH")
+        raise UserError(f"--set {name} must have 0 < LOW < HIGH, got {text}")
     return name, form, list(np.geomspace(low, high, count))
 
 
-def _value(word: str) -> Any:
+def _value(text: str) -> Any:
+    """Return a value of a list: None, a bool, a number, or else the string."""
     named = {"none": None, "true": True, "false": False}
-    if word.lower() in named:
-        return named[word.lower()]
+    if text.lower() in named:
+        return named[text.lower()]
     try:
-        return float(word)
+        return float(text)
     except ValueError:
-        return word
+        return text
 
 
 def groups_of(optimizers: Iterable[str], sets: Iterable[str]) -> dict[str, Any]:
-    """Return a grid for each optimizer, over the arguments that it has."""
+    """Return a grid for each optimizer, over those arguments of --set that it has."""
     from jgd.tuning.space import grid
 
     values: dict[str, list[Any]] = {}
@@ -169,7 +187,7 @@ def groups_of(optimizers: Iterable[str], sets: Iterable[str]) -> dict[str, Any]:
         name = spec.rpartition(":")[2]
         name = spec if name in groups else name
         if name in groups:
-            raise UserError(f"optimizer {spec} is named twice")
+            raise UserError(f"--optimizer must have distinct names, got {spec} twice")
         try:
             groups[name] = grid(factory, **axes)
         except (ValueError, TypeError) as error:
@@ -189,7 +207,7 @@ def space_of(
     for spec in sets:
         name, values = _distribution(spec)
         if name in space:
-            raise UserError(f"--set {name} is given twice, which --optuna does not take")
+            raise UserError(f"--set {name} must be given once with --optuna, got it twice")
         space[name] = values
     rates = _distribution(f"learning_rate={RATES}")[1]
     ((_, factory, space),) = _varied(optimizers, space, rates)
@@ -197,22 +215,26 @@ def space_of(
 
 
 def _distribution(spec: str) -> tuple[str, Any]:
-    """Return name and distribution of an argument: the range of log and lin, or a choice."""
+    """Return an argument and its distribution: a range for log and lin, else a choice."""
     from jgd.tuning.distributions import choice, loguniform, uniform
 
     name, form, values = _values(spec)
     if not form:
         return name, choice(values)
-    try:
-        return name, (loguniform if form == "log" else uniform)(float(values[0]), float(values[-1]))
-    except ValueError as error:
-        raise UserError(f"--set {spec}: {error}") from None
+    text = spec.partition("=")[2]
+    low, high = map(float, text.split(":")[1:3])  # a COUNT of 1 has no last value
+    if not low < high:
+        raise UserError(f"--set {name} must have LOW < HIGH with --optuna, got {text}")
+    return name, (loguniform if form == "log" else uniform)(low, high)
 
 
 def _varied(
-    optimizers: Iterable[str], values: Mapping[str, Any], rates: Any
+    optimizers: Iterable[str], values: Mapping[str, Any], default_rates: Any
 ) -> list[tuple[str, Callable[..., Any], dict[str, Any]]]:
-    """Return each optimizer with its factory and the values of its arguments."""
+    """Return each optimizer with its factory and the values of its arguments.
+
+    An optimizer with a learning rate that --set does not name gets `default_rates`.
+    """
     varied, unused, known = list[Any](), set(values), set[str]()
     for spec in optimizers:
         factory = factory_of(spec)
@@ -221,10 +243,11 @@ def _varied(
         axes = {name: values[name] for name in values if name in parameters}
         unused -= set(axes)
         if "learning_rate" in parameters and "learning_rate" not in axes:
-            axes = {"learning_rate": rates, **axes}
+            axes = {"learning_rate": default_rates, **axes}
         if not axes:
-            raise UserError(f"optimizer {spec}: say what to vary with --set")
+            names = ", ".join(parameters) or "it has none"
+            raise UserError(f"--set must give values for an argument of {spec} ({names}), got none")
         varied.append((spec, factory, axes))
     for name in unused:
-        raise UserError(f"--set {name}: no optimizer here has that argument{nearest(name, known)}")
+        raise UserError(f"--set: no --optimizer has an argument {name}{nearest(name, known)}")
     return varied

@@ -1,4 +1,7 @@
-"""Plots of a sweep: the final metric against the learning rate, curves, ranges and survivors."""
+"""Plots of a sweep: the final metric against the learning rate, curves, ranges and survivors.
+
+A panel is one matplotlib axes; an axis is an argument that varies in the sweep.
+"""
 
 import itertools
 import textwrap
@@ -28,18 +31,21 @@ __all__ = [
     "save_plots",
 ]
 
-_DASHES = ["-", "--"]  # the curves of momentum and Nesterov coincide at small rates
+_DASHES = ["-", "--"]  # tell apart curves that coincide, as momentum and Nesterov at small rates
 # by Okabe and Ito: distinct for colour-blind readers, on white and on black
 _COLORS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F", "#B8A800"]
-_GRADUAL = matplotlib.colors.ListedColormap(  # without its yellow, which is hard to see on white
+_COLORMAP = matplotlib.colors.ListedColormap(  # its yellow end is hard to see on white
     matplotlib.colormaps["viridis"](np.linspace(0, 0.92, 256)), "values"
 )
-POINTS = 128  # along an axis; of more values, the best among neighbours is drawn
-LINES = 1000  # in a panel; of more lanes, evenly spaced ones are drawn
+POINTS = 128  # in a curve; if an axis has more values, the best among neighbours is drawn
+LINES = 1000  # in a panel; if there are more lanes, evenly spaced ones are drawn
 
 
 def _axis(result: Result) -> str | None:
-    """Return the axis to draw against: the learning rate, or the first one of all groups."""
+    """Return the axis to draw against: the learning rate, else the first axis of all groups.
+
+    None if the groups have no axis in common.
+    """
     shared = [set(group.axes) for group in result.plan.groups]
     common = [name for name in result.plan.groups[0].axes if all(name in axes for axes in shared)]
     return "learning_rate" if "learning_rate" in common else next(iter(common), None)
@@ -72,7 +78,7 @@ class _Points(NamedTuple):
 
 def _points(result: Result, group: Any) -> _Points | None:
     """Return the points of a group; None for one without an axis or without finite values."""
-    axis = _axis(result) or next(iter(group.axes), None)  # without a common one, its own first
+    axis = _axis(result) or next(iter(group.axes), None)  # without a common axis, its first axis
     if axis is None:
         return None
     at, values = np.array(group.axes[axis]), _last(result, group.name).reshape(group.settings, -1)
@@ -96,7 +102,7 @@ def _points(result: Result, group: Any) -> _Points | None:
 
 
 def _best_over(result: Result) -> str:
-    """Return the numbers of which the best is drawn, beside the one on the axis."""
+    """Return the end of a title that names the other axes, over which the best is drawn."""
     axis, groups = _axis(result), result.plan.groups
     others = [name for g in groups for name in g.axes if name != (axis or next(iter(g.axes)))]
     varied = [n for n in others if any(len(set(g.axes.get(n, []))) > 1 for g in groups)]
@@ -111,12 +117,13 @@ def _annotate(
 
 
 def _why_missing(result: Result, names: Sequence[str]) -> str:
+    """Return why groups have no finite values."""
     ended = {row["ended"] for row in result.rows if row["optimizer"] in names}
     return "not run" if ended == {"not run"} else "all lanes diverged"
 
 
-def _say_missing(panel: Any, result: Result, names: Sequence[str]) -> None:
-    """Say why these groups are not in the panel of all groups."""
+def _explain_missing(panel: Any, result: Result, names: Sequence[str]) -> None:
+    """Write into the panel why these groups have no curve."""
     if not names:
         return
     values = [row[result.metric] for row in result.rows if row["optimizer"] in names]
@@ -130,7 +137,7 @@ def _say_missing(panel: Any, result: Result, names: Sequence[str]) -> None:
 
 
 def _with_readable_ticks(panel: Any) -> None:
-    """Label a logarithmic axis of about a decade at 1, 2 and 5, a shorter one evenly."""
+    """Label a logarithmic axis of about a decade at 1, 2 and 5, and a shorter axis evenly."""
     for axis, limits in ((panel.xaxis, panel.get_xlim()), (panel.yaxis, panel.get_ylim())):
         low, high = sorted(limits)
         if axis.get_scale() == "log" and high < 40 * low:
@@ -143,7 +150,7 @@ def _with_readable_ticks(panel: Any) -> None:
 
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
-    """Return a figure and its panels, which share their axes."""
+    """Return a figure and its panels, which share their limits and scales."""
     figure = matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for panel in panels:
@@ -169,14 +176,14 @@ def _legend(figure: Any, panel: Any) -> None:
 
 
 def plot_sensitivity(result: Result) -> Any:
-    """Draw the metric against the learning rate, a curve per optimizer: the mean over seeds.
+    """Draw the metric against the learning rate: the mean over seeds, a curve per optimizer.
 
-    Bands span the seeds. Where other numbers vary as well, the best of them is drawn, and of very
-    many values the best among neighbours. A star marks the best value of each optimizer; the legend
-    says so if it is at the edge of the range, or of a setting that is too small.
+    Bands span the seeds. If other numbers vary as well, the best setting at each rate is drawn; if
+    there are very many rates, the best of neighbouring rates. A star marks the best rate of each
+    optimizer. The legend says if it is at the edge of the range, or has the verdict "too small".
     """
     figure, (panel,) = _figure(8, 4.8)
-    every, drawn, missing = [], {}, []
+    means, drawn, missing = [], {}, []
     for group, style in _styles(result):
         points = _points(result, group)
         if points is None:
@@ -184,17 +191,17 @@ def plot_sensitivity(result: Result) -> Any:
             continue
         drawn[points.axis] = [*drawn.get(points.axis, []), *points.x]
         x, mean, color = points.x, points.mean, style["color"]
-        every += list(mean)
+        means += list(mean)
         low, high = points.values.min(1), points.values.max(1)
         panel.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
         label = group.name + (points.remark and f": {points.remark}")
         panel.plot(x, mean, **style | {"label": label})
         star = x[points.top], mean[points.top]
         panel.plot(*star, "*", color=color, markersize=13, markeredgecolor="white")
-    _say_missing(panel, result, missing)
+    _explain_missing(panel, result, missing)
     if drawn and all(map(_spans_decades, drawn.values())):
         panel.set_xscale("log")
-    if result.mode == "min" and every and min(every) > 0:
+    if result.mode == "min" and means and min(means) > 0:
         panel.set_yscale("log")
     _with_readable_ticks(panel)
     panel.set_xlabel(", ".join(drawn).replace("_", " "))
@@ -206,7 +213,7 @@ def plot_sensitivity(result: Result) -> Any:
 
 
 def _lines(panel: Any, steps: np.ndarray, curves: np.ndarray, values: np.ndarray | None) -> Any:
-    """Draw curves of lanes, coloured by values; of very many, evenly spaced ones."""
+    """Draw the curves of lanes, coloured by values; of more than LINES, evenly spaced ones."""
     shown = np.unique(np.linspace(0, len(curves) - 1, min(LINES, len(curves))).astype(int))
     few = len(shown) < 10
     lines = matplotlib.collections.LineCollection(
@@ -217,7 +224,7 @@ def _lines(panel: Any, steps: np.ndarray, curves: np.ndarray, values: np.ndarray
     if values is None:
         lines.set_color(_COLORS[0])
     else:
-        lines.set_cmap(_GRADUAL)
+        lines.set_cmap(_COLORMAP)
         lines.set_array(values[shown])
     panel.add_collection(lines)
     panel.set_xlim(0, steps[-1])
@@ -230,10 +237,11 @@ def _lines(panel: Any, steps: np.ndarray, curves: np.ndarray, values: np.ndarray
 def _lane_panels(
     result: Result, groups: Sequence[Group], values: Sequence[np.ndarray], axis: str | None
 ) -> tuple[Any, Any]:
-    """Return a figure and a panel per group with the curves of its lanes, coloured by the axis.
+    """Return a figure with a panel per group: the curves of its lanes, coloured by the axis.
 
     Args:
-      values: of each group, (lanes, reports).
+      values: the curves of each group, of shape (lanes, reports).
+      axis: None for curves of one colour.
     """
     columns = min(3, len(groups))
     rows = -(-len(groups) // columns)
@@ -247,7 +255,7 @@ def _lane_panels(
         panel.set_title(group.name, fontsize=11)
     figure.supxlabel("step", fontsize=10)
     if axis:
-        mappable, label = matplotlib.cm.ScalarMappable(norm, _GRADUAL), axis.replace("_", " ")
+        mappable, label = matplotlib.cm.ScalarMappable(norm, _COLORMAP), axis.replace("_", " ")
         bar = figure.colorbar(mappable, ax=list(panels), label=label, fraction=0.03)
         _with_readable_ticks(bar.ax)
     return figure, panels
@@ -256,15 +264,15 @@ def _lane_panels(
 def plot_curves(result: Result) -> Any:
     """Draw the training loss over the steps, a panel per optimizer, coloured by learning rate.
 
-    Lanes whose loss left the picture end at its edge: they diverged.
+    A curve that leaves the picture belongs to a lane that diverged.
     """
     groups = result.plan.groups
     losses = [result.curves[group.name].train_loss for group in groups]
     figure, panels = _lane_panels(result, groups, losses, _axis(result))
     figure.supylabel("training loss", fontsize=10)
-    every = np.concatenate(losses)
-    first, finite = every[:, 0], every[np.isfinite(every)]
-    positive = finite[finite > 0]  # a loss of exactly 0 is at the foot of the picture
+    all_losses = np.concatenate(losses)
+    first, finite = all_losses[:, 0], all_losses[np.isfinite(all_losses)]
+    positive = finite[finite > 0]  # a loss of exactly 0 is drawn at the lower edge
     top = 10 * np.median(first[np.isfinite(first)]) if np.isfinite(first).any() else 1.0
     for panel, group, loss in zip(panels, groups, losses, strict=False):
         if positive.size and finite.min() >= 0:
@@ -281,6 +289,7 @@ def plot_curves(result: Result) -> Any:
 
 
 def _groups_with_sharpness(result: Result) -> list[Group]:
+    """Return the groups that have a sharpness to draw over 2 / learning rate."""
     reported = "sharpness" in result.plan.metrics
     return [g for g in result.plan.groups if reported and "learning_rate" in g.axes]
 
@@ -288,9 +297,9 @@ def _groups_with_sharpness(result: Result) -> list[Group]:
 def plot_sharpness(result: Result) -> Any:
     """Draw the sharpness of each lane over 2 / learning rate, a panel per optimizer.
 
-    Above 1 plain gradient descent oscillates along the sharpest direction; with momentum b the edge
-    is 1 + b. A lane that reaches the edge stays there: its loss falls, but not smoothly. An
-    optimizer that divides by a magnitude has another edge.
+    Above 1, plain gradient descent oscillates along the sharpest direction. With momentum b the
+    limit is 1 + b. A lane that reaches this edge of stability stays near it, and its loss falls,
+    but not smoothly. Optimizers that divide by a magnitude have other limits.
 
     Raises: ValueError if the sweep has no "sharpness" (`jgd.with_sharpness`) or no learning rates.
     """
@@ -318,7 +327,7 @@ def plot_sharpness(result: Result) -> Any:
 
 
 def plot_survivors(result: Result) -> Any:
-    """Draw the number of settings that still train against the steps, a line per optimizer."""
+    """Draw the number of settings that still train over the steps, a line per optimizer."""
     figure, (panel,) = _figure(8, 4.2)
     steps = np.array([0, *result.plan.reports])
     for group, style in _styles(result):
@@ -344,13 +353,13 @@ class Range(NamedTuple):
 
 
 def ranges(result: Result) -> list[Range]:
-    """Return for each optimizer the best learning rate, and the range of rates as good.
+    """Return the best learning rate of each optimizer, and the range of rates that are as good.
 
-    A value is as good if it lies within the standard error of the best mean over seeds, or within 1
-    per cent of it for one seed, and no value between them is worse. Where other numbers vary as
-    well, the best of them counts.
+    A rate is as good if its mean over seeds is worse than the best mean by at most the standard
+    error of the best mean (for one seed, 1 per cent of it), and if the rates between them are as
+    good. If other numbers vary as well, the best setting at each rate counts.
     """
-    found = []
+    best_ranges = []
     for group in result.plan.groups:
         points = _points(result, group)
         if points is None:
@@ -358,24 +367,24 @@ def ranges(result: Result) -> list[Range]:
         means = result.plan.sign * points.mean
         low = high = top = points.top
         of_best = points.values[top]
-        alone = len(of_best) == 1
-        error = abs(means[top]) * 0.01 if alone else of_best.std(ddof=1) / np.sqrt(len(of_best))
+        one_seed = len(of_best) == 1
+        error = abs(means[top]) * 0.01 if one_seed else of_best.std(ddof=1) / np.sqrt(len(of_best))
         good = means <= means[top] + error
         while low > 0 and good[low - 1]:
             low -= 1
         while high + 1 < len(points.x) and good[high + 1]:
             high += 1
-        found.append(
+        best_ranges.append(
             Range(group.name, *map(float, points.x[[top, low, high]]), remark=points.remark)
         )
-    return found
+    return best_ranges
 
 
 def plot_ranges(result: Result) -> Any:
-    """Draw the best value for each optimizer, and the range of values as good."""
-    found, axis = ranges(result), _axis(result)
-    figure, (panel,) = _figure(8, 1.2 + 0.32 * max(len(found), 1))
-    for place, one in enumerate(found):
+    """Draw the best learning rate of each optimizer, and the range of rates that are as good."""
+    best_ranges, axis = ranges(result), _axis(result)
+    figure, (panel,) = _figure(8, 1.2 + 0.32 * max(len(best_ranges), 1))
+    for place, one in enumerate(best_ranges):
         color = _COLORS[place % len(_COLORS)]
         panel.plot([one.low, one.high], [place] * 2, color=color, linewidth=6, alpha=0.35)
         panel.plot(one.best, place, "*", color=color, markersize=13, markeredgecolor="white")
@@ -387,17 +396,19 @@ def plot_ranges(result: Result) -> Any:
             ha="center",
             fontsize=8,
         )
-    if found and all(_spans_decades(group.axes[axis]) for group in result.plan.groups if axis):
+    if best_ranges and all(
+        _spans_decades(group.axes[axis]) for group in result.plan.groups if axis
+    ):
         panel.set_xscale("log")
-    panel.set_yticks(range(len(found)), [one.optimizer for one in found])
-    panel.set_ylim(len(found) - 0.4, -0.7)
-    named = {one.optimizer for one in found}
-    missing = [group.name for group in result.plan.groups if group.name not in named]
-    _say_missing(panel, result, missing)
+    panel.set_yticks(range(len(best_ranges)), [one.optimizer for one in best_ranges])
+    panel.set_ylim(len(best_ranges) - 0.4, -0.7)
+    drawn = {one.optimizer for one in best_ranges}
+    missing = [group.name for group in result.plan.groups if group.name not in drawn]
+    _explain_missing(panel, result, missing)
     panel.margins(x=0.15)
     _with_readable_ticks(panel)
     name = (axis or "").replace("_", " ")
-    panel.set_xlabel(f"{name}: the best, and what is as good{_best_over(result)}")
+    panel.set_xlabel(f"{name}: best value (star) and range of values as good{_best_over(result)}")
     panel.grid(visible=False, axis="y")
     panel.tick_params(axis="y", length=0)
     panel.spines["left"].set_visible(False)
@@ -405,22 +416,25 @@ def plot_ranges(result: Result) -> Any:
 
 
 def _spans_decades(values: Any) -> bool:
+    """Return whether values are positive and span at least one decade."""
     values = np.asarray(values)
     return bool(values.min() > 0 and values.max() / values.min() >= 10)
 
 
 def _norm(values: list[float]) -> Any:
+    """Return the scale of the colours for values: logarithmic if they span a decade."""
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     log = bool(values) and _spans_decades(values)
     return (matplotlib.colors.LogNorm if log else matplotlib.colors.Normalize)(low, high)
 
 
 def save_plots(result: Result, folder: str | Path) -> list[Path]:
-    """Write the plots into a folder as PNG, and return their paths.
+    """Write the plots into a folder as PNG files, and return their paths.
 
-    They are sensitivity, curves and ranges; survivors if lanes ended early; sharpness if it was
-    reported.
+    These are sensitivity, curves and ranges; survivors if settings ended early; sharpness if the
+    sweep reported it.
     """
+
     plots = {
         "sensitivity.png": plot_sensitivity,
         "curves.png": plot_curves,

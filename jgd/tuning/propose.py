@@ -1,4 +1,4 @@
-"""Optuna proposes settings, lanes train: ask for a batch, run it as one program, tell, repeat.
+"""A search: Optuna proposes a batch of settings, a sweep trains it, Optuna learns the results.
 
     result = jgd.optuna_search(
         task, jgd.adamw, steps=1000, trials=256,
@@ -6,11 +6,11 @@
     )
     result.best.params, result.study.best_params
 
-A batch is a sweep. With a folder, a search can be resumed:
+Each batch is a sweep. The folder of a search, from which it can be resumed, holds
 
 search.json          the arguments that a resumed search must share, and the name of the study
 batch-0.json         the trials of the batch, written before it trains
-batch-0/             the sweep of the batch; resumed, it shows the study all its reports again
+batch-0/             the sweep of the batch. A resumed batch reports its whole journal to the study
 """
 
 import math
@@ -47,7 +47,7 @@ from jgd.tuning.sweep import (
 
 __all__ = ["Proposed", "optuna_search"]
 
-TAG = "jgd"  # user attribute of a trial: its search, batch and place in it
+TAG = "jgd"  # user attribute of a trial: id of the search, number of the batch, place in the batch
 
 
 class Proposed(NamedTuple):
@@ -55,8 +55,8 @@ class Proposed(NamedTuple):
 
     study: Any  # optuna.Study
     best: Best
-    rows: list[dict[str, Any]]  # settings of all batches, best first
-    results: list[Result]  # one for each batch
+    rows: list[dict[str, Any]]  # settings of all batches, ranked, best first
+    results: list[Result]  # one per batch
 
 
 @dataclass(frozen=True)
@@ -66,20 +66,20 @@ class SearchInputs:
     task: Annotated[Task | Run, Doc("A `Task`, or any `Run`.")]
     factory: Annotated[
         Callable[..., Any],
-        Doc("""A function from numbers to a setting, called with each number of the space by its
-        name."""),
+        Doc("""A function from numbers to a setting, called with one value of each distribution by
+        keyword."""),
     ]
     steps: Steps
     trials: Annotated[
         int,
         at_least(1),
-        Doc("Number of settings in all, at least 1. A resumed search may ask for more."),
+        Doc("Total number of settings, at least 1. A resumed search may raise it."),
     ]
     space: Annotated[
         Mapping[str, Distribution] | Callable[[Any], Mapping[str, Any]],
         Doc("""Name -> `jgd.loguniform`, `jgd.uniform`, `jgd.integers` or `jgd.choice`. Or a
         function of an Optuna trial that returns the arguments of the factory, for a space in which
-        one value decides on others."""),
+        one value determines which others exist."""),
     ]
 
 
@@ -92,40 +92,40 @@ class SearchArguments(Recorded, SearchInputs):
     at_once: Annotated[
         int,
         at_least(1),
-        Doc("""Settings proposed and trained together, at least 1. All batches share their compiled
-        programs."""),
+        Doc("""Number of settings in a batch, which are proposed and trained together, at least 1.
+        All batches share their compiled programs."""),
     ] = 32
     sampler: Annotated[
         Any,
-        Doc("""An Optuna sampler, or a function of the number of the batch that returns one. None:
-        that of `study`, or TPE with constant_liar, for trials that run side by side, seeded by key
-        and batch."""),
+        Doc("""An Optuna sampler, or a function from the number of a batch to a sampler. None: the
+        sampler of `study`; without a study, TPE seeded by key and batch, with constant_liar because
+        the trials of a batch run together."""),
     ] = None
     pruner: Annotated[
         Any,
-        Doc("""An Optuna pruner, asked at each report, beside `halving` or without. None: that of
-        `study`, or no pruning. Some of Optuna's pruners compare with finished trials only: they cut
-        nothing in the first batch."""),
+        Doc("""An Optuna pruner, which is asked at each report, also beside `halving`. Some of
+        Optuna's pruners compare with finished trials only, so they cut nothing in the first batch.
+        None: the pruner of `study`; without a study, no pruning."""),
     ] = None
     study: Annotated[
         Any,
-        Doc("""An Optuna study to continue, with the direction of the metric. None: a new one, in
-        memory."""),
+        Doc("""An Optuna study to continue, which must have the direction of the metric. None: a new
+        study in memory."""),
     ] = None
     storage: Annotated[
         Any,
-        Doc("""An Optuna storage, or its URL, to which finished trials are added after each batch,
-        under the name of the study. None: no copy."""),
+        Doc("""An Optuna storage, or its URL. After each batch, its finished trials are copied to
+        the study of the same name there. None: no copy."""),
     ] = None
     study_name: Annotated[
         str | None,
-        Doc("""Name of a new study. If `storage` has a study of this name, the search continues it.
-        None: a random name."""),
+        Doc("""Name of a new study. If `storage` has a study of this name, the search continues that
+        study. None: a random name."""),
     ] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # the same for all batches, the last one too
+        # one width for all batches, so that a smaller last batch needs no programs of its own
         object.__setattr__(self, "width", self.width or min(64, self.at_once * self.seeds))
         if not callable(self.space):
             check_distributions(self.function, self.space)
@@ -135,31 +135,33 @@ class SearchArguments(Recorded, SearchInputs):
 
 @function_of(SearchArguments)
 def optuna_search(arguments: SearchArguments) -> Proposed:
-    """Train settings proposed by Optuna, as lanes.
+    """Train settings that Optuna proposes, as lanes.
 
-        def space(trial):  # one value may decide on others
+        def space(trial):  # b1 exists only for adam
             name = trial.suggest_categorical("optimizer", ["adam", "sgd"])
             rate = jgd.loguniform(1e-5, 1e-1).suggest(trial, "learning_rate")
             more = {"b1": trial.suggest_float("b1", 0.8, 0.99)} if name == "adam" else {}
             return {"optimizer": name, "learning_rate": rate, **more}
 
         build = lambda optimizer, **numbers: jgd.get(optimizer)(**numbers)
-        found = jgd.optuna_search(task, build, steps=100, trials=16, space=space)
+        result = jgd.optuna_search(task, build, steps=100, trials=16, space=space)
 
     Args:
       {arguments}
 
     Each batch is a sweep in a folder of its own, `folder`/batch-0 and so on. A resumed search reads
-    the finished batches, goes on with the one that was running, and proposes the others. They are
-    those of an uninterrupted search if the sampler is the default, or a function of the batch that
-    depends on nothing else; other samplers start with their own random numbers anew.
+    the finished batches, continues the batch that was running, and proposes the others. It proposes
+    what an uninterrupted search would if the sampler is the default, or a function that depends
+    only on the number of the batch. Any other sampler restarts its random numbers.
 
-    A setting that a rung or the pruner cuts is a pruned trial, one whose metric is not finite a
-    failed one. With a target, settings are ranked by their steps to it; Optuna sees the metric.
+    A setting that a rung or the pruner cuts becomes a pruned trial, and a setting whose metric is
+    not finite becomes a failed trial. With a target, settings are ranked by their steps to the
+    target, but Optuna gets the metric.
 
-    Returns: the study, the best setting with its trained state, and all rows.
-    Raises: ImportError without Optuna: pip install "jgd[optuna]". What `sweep` raises. Interrupted,
-      on Ctrl-C, with the result so far.
+    Returns: a `Proposed`: the study, the best setting with its trained state, all rows, and the
+      result of each batch.
+    Raises: as `sweep`, and ImportError without Optuna: pip install "jgd[optuna]". On Ctrl-C,
+      Interrupted with the result so far.
     """
     import optuna
 
@@ -200,7 +202,7 @@ def _check_optuna(arguments: SearchArguments) -> None:
 
 
 def _point(space: Any, trial: Any) -> Mapping[str, Any]:
-    """Return the arguments of the factory that a trial suggests: the same each time."""
+    """Return the arguments of the factory that a trial suggests. Each call returns the same."""
     if not callable(space):
         return {name: values.suggest(trial, name) for name, values in space.items()}
     point = space(trial)
@@ -210,7 +212,7 @@ def _point(space: Any, trial: Any) -> Mapping[str, Any]:
 
 
 def _groups(arguments: SearchArguments, trials: Sequence[Any]) -> dict[str, Lanes]:
-    """Return the settings of trials by structure, under names that all batches share."""
+    """Return the settings of trials as groups, whose names are the same in all batches."""
     lanes = batch(arguments.factory, [_point(arguments.space, trial) for trial in trials])
     name = getattr(arguments.factory, "__name__", "")
     groups = dict[str, Lanes]()
@@ -222,7 +224,7 @@ def _groups(arguments: SearchArguments, trials: Sequence[Any]) -> dict[str, Lane
 
 
 def _plan(arguments: SearchArguments) -> Plan:
-    """Return the plan of a sweep of one setting: its metric and mode. Checks the arguments."""
+    """Check the arguments and return the plan of one setting, which has the metric and its mode."""
     import optuna
 
     trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
@@ -238,11 +240,11 @@ class _Search:
 
     Attributes:
       study: proposes trials, and records how they end.
-      stored: its copy in the storage; None without one.
-      batches: the trials of each batch as they were asked, as JSON.
+      stored: the copy of the study in the storage; None without a storage.
+      batches: the trials of each batch as Optuna proposed them, as JSON.
 
-    Raises: FileExistsError for a new search in a folder that holds something, ValueError for a
-      resumed one with other arguments, and for a study of another direction.
+    Raises: FileExistsError for a new search in a folder that is not empty; ValueError for a resumed
+      search with other arguments, and for a study of another direction.
     """
 
     def __init__(self, arguments: SearchArguments, plan: Plan) -> None:
@@ -255,12 +257,13 @@ class _Search:
         if arguments.resume:
             self.id, name = self._read(same)
         else:
-            Folder(self.path)  # raises unless it is empty
+            Folder(self.path)  # raises unless the folder is empty
         devices.wait_for_all()  # all processes have read before process 0 writes
         self.study, self.stored = self._studies(name, plan)
         self._write("search.json", {"id": self.id, "study": self.study.study_name, **same})
 
     def _studies(self, name: str | None, plan: Plan) -> tuple[Any, Any]:
+        """Return the study that proposes trials, and its copy in the storage or None."""
         import optuna
 
         arguments, study, stored = self.arguments, self.arguments.study, None
@@ -283,7 +286,7 @@ class _Search:
                     f" got {' and '.join(got)}"
                 )
         if stored is not None and arguments.study is None:
-            for trial in stored.get_trials(deepcopy=False):  # of earlier searches
+            for trial in stored.get_trials(deepcopy=False):  # the trials of earlier searches
                 if trial.state.is_finished() and not _tag(trial).startswith(self.id):
                     study.add_trial(trial)
         return study, stored
@@ -293,7 +296,7 @@ class _Search:
         return sum(map(len, self.batches))
 
     def ask(self) -> None:
-        """Ask for the trials of the next batch, and record them."""
+        """Ask Optuna for the trials of the next batch, and record them."""
         arguments, number = self.arguments, len(self.batches)
         if sampler := _sampler(arguments, number):
             self.study.sampler = sampler
@@ -301,17 +304,18 @@ class _Search:
         for tag in tags:
             trial = self.study.ask()
             trial.set_user_attr(TAG, tag)
-            _point(arguments.space, trial)  # before the next one is asked
+            _point(arguments.space, trial)  # the sampler uses it for the next trial
         known = _by_tag(self.study)
-        parts = "params", "system_attrs"
-        self.batches.append([{part: getattr(known[tag], part) for part in parts} for tag in tags])
+        fields = "params", "system_attrs"
+        self.batches.append([{x: getattr(known[tag], x) for x in fields} for tag in tags])
         self._write(f"batch-{number}.json", {"trials": self.batches[-1]})
 
     def _tags(self, number: int, size: int) -> list[str]:
+        """Return the tags of the trials of a batch."""
         return [f"{self.id}/{number}/{place}" for place in range(size)]
 
     def _trials(self, number: int) -> list[Any]:
-        """Return the trials of a batch, after adding those that a resumed study lacks."""
+        """Return the trials of a batch. Adds trials that the study of a resumed search lacks."""
         import optuna
 
         entries, known = self.batches[number], _by_tag(self.study)
@@ -319,17 +323,17 @@ class _Search:
         for tag, entry in zip(tags, entries, strict=True):
             if tag not in known:
                 fixed = optuna.trial.FixedTrial(entry["params"])
-                _point(self.arguments.space, fixed)
+                _point(self.arguments.space, fixed)  # records the distributions
                 running = optuna.trial.TrialState.RUNNING
                 new: Any = {"distributions": fixed.distributions, "user_attrs": {TAG: tag}}
                 self.study.add_trial(optuna.trial.create_trial(state=running, **entry, **new))
         known = _by_tag(self.study)
-        # a frozen trial ignores reports
+        # trials from get_trials are frozen: they ignore reports
         live = lambda trial: optuna.Trial(self.study, trial._trial_id)
         return [known[t] if known[t].state.is_finished() else live(known[t]) for t in tags]
 
     def train(self, number: int, ctrl_c: CtrlC) -> Result:
-        """Train or resume a batch, and tell the study how each setting ended."""
+        """Train or resume a batch, and tell the study how the trial of each setting ended."""
         arguments, trials = self.arguments, self._trials(number)
         groups = _groups(arguments, trials)
         by_setting = [trials[point] for lanes in groups.values() for point in lanes.points]
@@ -344,7 +348,7 @@ class _Search:
         plan = result.plan
         setting = lambda row: int(plan.first[plan.index[row["optimizer"]]]) + row["setting"]
         rows = {by_setting[setting(row)].number: row for row in result.rows}
-        for number, row in sorted(rows.items()):  # in the order in which they were asked
+        for number, row in sorted(rows.items()):  # in the order of the proposals
             _tell(self.study, number, row["ended"], row[plan.metric])
         return result
 
@@ -365,7 +369,7 @@ class _Search:
         return Proposed(self.study, merged.best, merged.rows, results)
 
     def _read(self, same: dict[str, Any]) -> tuple[str, str]:
-        """Read the batches of a search that is resumed; return its id and the name of its study."""
+        """Read the batches of a search to resume. Return its id and the name of its study."""
         assert self.path is not None
         file = self.path / "search.json"
         if not file.exists():
@@ -373,14 +377,16 @@ class _Search:
         written = read_json(file)
         for name, now in same.items():
             if (was := written.get(name)) != now:
-                raise ValueError(f"resume: {self.path}: {name} was {was} and is now {now}")
+                raise ValueError(
+                    f"resume: {name} must be {was} as in the search of {self.path}, got {now}"
+                )
         try:
             for folder in batches_of(self.path):
                 file = folder.with_suffix(".json")
                 self.batches.append([{**trial} for trial in read_json(file)["trials"]])
             return written["id"], written["study"]
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{file} was changed: {error!r}. Start a new search") from None
+            raise ValueError(f"{file} is damaged: {error!r}. Start a new search") from None
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         if self.path is not None and devices.is_writer():
@@ -388,15 +394,17 @@ class _Search:
 
 
 def _tag(trial: Any) -> str:
+    """Return the tag of a trial; empty if it is not of a search of jgd."""
     return trial.user_attrs.get(TAG, "")
 
 
 def _by_tag(study: Any) -> dict[str, Any]:
+    """Return the trials of a study by tag."""
     return {_tag(trial): trial for trial in study.get_trials(deepcopy=False)}
 
 
 def _sampler(arguments: SearchArguments, number: int) -> Any:
-    """Return the sampler of a batch; None: that of the study."""
+    """Return the sampler of a batch. None: the study keeps its sampler."""
     import optuna
 
     if arguments.sampler is None and arguments.study is None:
@@ -408,7 +416,7 @@ def _sampler(arguments: SearchArguments, number: int) -> Any:
 
 
 def _tell(study: Any, number: int, ended: str, value: float) -> None:
-    """Tell the study how a setting ended, unless it was Ctrl-C that ended it."""
+    """Tell the study how a setting ended, unless Ctrl-C ended it."""
     from optuna.trial import TrialState
 
     if ended == "cut":
@@ -420,9 +428,9 @@ def _tell(study: Any, number: int, ended: str, value: float) -> None:
 
 
 class _Pruner:
-    """Reports the metric of settings, the mean over their seeds, to their trials.
+    """Reports the metric of each setting, a mean over its seeds, to its trial.
 
-    Called with the events of a turn, it yields the settings that Optuna's pruner cuts.
+    A call with the events of a turn yields the settings that Optuna's pruner cuts.
     """
 
     def __init__(self, trials: Sequence[Any]) -> None:

@@ -31,9 +31,9 @@ __all__ = ["Best", "Curves", "Facts", "Result", "make_result"]
 class Curves(NamedTuple):
     """One value per report for all lanes of a group; row setting * seeds + seed."""
 
-    step: np.ndarray  # (reports,): steps done; the curves of a lane are NaN after its end
-    train_loss: np.ndarray  # (lanes, reports): means since the report before
-    metrics: dict[str, np.ndarray]  # of `evaluate`, each (lanes, reports)
+    step: np.ndarray  # (reports,): steps done; curves of a lane are NaN after its end
+    train_loss: np.ndarray  # (lanes, reports): means since the previous report
+    metrics: dict[str, np.ndarray]  # by name in `evaluate`, each (lanes, reports)
 
 
 class Best(NamedTuple):
@@ -41,17 +41,22 @@ class Best(NamedTuple):
 
     row: dict[str, Any]
     setting: Any  # without a lane axis
-    state: Any  # of the run, for its best seed, at the report that counts; None if there is none
+    state: Any  # of the best seed at the report that counts; None if it is not stored
 
     @property
     def params(self) -> Any:
-        """The trained parameters of a supervised task. Raises ValueError if there are none."""
+        """The trained parameters of a supervised task.
+
+        Raises: ValueError if the state is not stored, or is the state of a `Run`.
+        """
         if self.state is None:
-            raise ValueError("the best setting did not come to an end, so there are no parameters")
+            raise ValueError(
+                "best.params: the state of the best setting is not stored. Give jgd.load the task,"
+                " or train the setting to its end"
+            )
         if not hasattr(self.state, "params"):
             raise ValueError(
-                "best.params: the sweep must be of a jgd.Task, got the state of a jgd.Run. It is"
-                " best.state"
+                "best.params: the sweep must train a jgd.Task, got a jgd.Run. Use best.state"
             )
         return self.state.params
 
@@ -66,7 +71,7 @@ class Result(NamedTuple):
     metric: str
     mode: Literal["min", "max"]
     plan: Plan
-    ledger: Ledger  # the facts about each lane
+    ledger: Ledger  # step, value, loss and ending of each lane
 
     def to_pandas(self) -> Any:
         """Return the rows as a `pandas.DataFrame`; pandas must be installed."""
@@ -80,13 +85,13 @@ class Result(NamedTuple):
             result.save_best("best")
             orbax.checkpoint.StandardCheckpointer().restore(os.path.abspath("best"))["params"]
 
-        It holds "setting", "state" and, for a `Task`, "params". The row of the table and the repr
-        of the setting are its metadata.
+        The checkpoint holds "setting", "state" and, for a `Task`, "params". Its metadata are the
+        row of the table and the repr of the setting.
 
         Args:
-          path: of the new checkpoint, a folder.
+          path: a new folder for the checkpoint.
 
-        Raises: FileExistsError if there is something, ValueError if the state is not stored.
+        Raises: FileExistsError if the path exists, ValueError if the state is not stored.
         """
         path, (row, setting, state) = Path(path).absolute(), self.best
         if path.exists():
@@ -111,7 +116,7 @@ class Result(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What the events of a sweep say about its lanes."""
+    """Ledger and curves of a sweep, as its events so far determine them."""
 
     plan: Plan
     ledger: Ledger
@@ -146,7 +151,7 @@ def make_result(
     """Return the result of a sweep. Lanes that are alive count as out of budget.
 
     Args:
-      held: mask of the lanes whose states are stored; None: no state is.
+      held: mask of the lanes whose states are stored. None: no state is stored.
       stored: (setting, lane of its best seed) -> the setting and the state of the lane. The lane is
         None if its state is not stored.
     """
@@ -163,11 +168,11 @@ def make_result(
         for place, setting in enumerate(order.tolist())
     ]
     kept = list[Best]()
-    begun = ledger.step[plan.lanes_of(settings)].all(1)
-    whole = np.full(len(rows), False) if held is None else held[best] & begun
-    for place in sorted({0, *np.flatnonzero(whole[order])[: plan.keep].tolist()}):
+    all_started = ledger.step[plan.lanes_of(settings)].all(1)
+    has_state = np.full(len(rows), False) if held is None else held[best] & all_started
+    for place in sorted({0, *np.flatnonzero(has_state[order])[: plan.keep].tolist()}):
         setting = int(order[place])
-        lane = int(best[setting]) if whole[setting] else None
+        lane = int(best[setting]) if has_state[setting] else None
         kept.append(Best(ranked[place], *stored(setting, lane)))
     return Result(ranked, curves, kept[0], kept, plan.metric, plan.mode, plan, ledger)
 
@@ -205,7 +210,7 @@ def _rows(plan: Plan, group: Group, ledger: Ledger, curves: Curves) -> list[dict
 
 
 def _at(plan: Plan, steps: np.ndarray, curve: np.ndarray) -> np.ndarray:
-    """Return the value of each lane at its report of this step; NaN before the first report."""
+    """Return the value of each lane at its report at this step; NaN before the first report."""
     columns = np.minimum(np.searchsorted(plan.reports, steps), len(plan.reports) - 1)
     return np.where(steps > 0, curve[np.arange(len(steps)), columns], np.nan)
 
@@ -213,7 +218,7 @@ def _at(plan: Plan, steps: np.ndarray, curve: np.ndarray) -> np.ndarray:
 def _verdicts(
     plan: Plan, ledger: Ledger, mine: slice, curves: Curves
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the verdict on each lane, empty without one, and its final loss."""
+    """Return the verdict on each lane (empty if there is none), and its final loss."""
     ending, steps = ledger.ending[mine], ledger.step[mine]
     seen = jax.tree.map(lambda x: x[mine], ledger.seen)
     verdicts = diagnosis.verdict(seen, np.maximum(steps, 4)).astype(object)
@@ -236,7 +241,10 @@ def _standard_error(values: np.ndarray) -> np.ndarray:
 
 @np.errstate(invalid="ignore")
 def _tied(ledger: Ledger, order: np.ndarray) -> np.ndarray:
-    """Return which ranked settings are no worse than the best by the error of the difference."""
+    """Return a mask of the ranked settings that are tied with the best one.
+
+    A setting is tied if its mean is worse by at most the standard error of the difference.
+    """
     scores = ledger.scores(order)
     if scores.shape[1] == 1:
         tied = scores[:, 0] == scores[0, 0]
@@ -245,7 +253,7 @@ def _tied(ledger: Ledger, order: np.ndarray) -> np.ndarray:
         means = scores.mean(1)
         tied = means - means[0] <= np.hypot(errors, errors[0])
     tied &= np.isfinite(scores).all(1) & (ledger.shortfall(order) == ledger.shortfall(order[:1]))
-    # a number of steps does not compare with a metric
+    # with a target, the score is a number of steps or a metric, which are not comparable
     reached = np.isfinite(ledger.reached[ledger.plan.lanes_of(order)].max(1))
     tied &= reached == reached[0]
     tied[0] = True
@@ -253,7 +261,8 @@ def _tied(ledger: Ledger, order: np.ndarray) -> np.ndarray:
 
 
 def _most_frequent(verdicts: np.ndarray) -> str:
-    """Return the most frequent verdict of the seeds, the worst of several."""
+    """Return the most frequent verdict of the seeds; of equally frequent ones, the worst."""
+
     names, counts = np.unique(verdicts.astype(str), return_counts=True)
     badness = lambda v: diagnosis.VERDICTS.index(v) if v in diagnosis.VERDICTS else -1
     return str(max(names[counts == counts.max()], key=lambda name: badness(str(name))))

@@ -2,7 +2,7 @@
 
     lanes = grid(jgd.adam, learning_rate=np.logspace(-4, -1, 64), b1=[0.8, 0.9])     # 128 lanes
     lanes = random_search(jgd.adam, 500, key, learning_rate=loguniform(1e-5, 1e-1))
-    jax.vmap(train)(lanes)                                  # to jax, just the batch of settings
+    jax.vmap(train)(lanes)                                  # JAX sees only the batch of settings
 
 The factory is any function from numbers to a setting. Numbers make lanes of one program; values
 that change the structure (None, a bool, a string) make groups.
@@ -35,7 +35,7 @@ __all__ = ["Lanes", "batch", "grid", "halton_search", "lanes_of", "random_search
 class Lanes:
     """A batch of settings of one structure, and the values of its axes.
 
-    Any transformation of jax sees the settings alone: `jax.vmap(train)(lanes)` trains them, and
+    Transformations of JAX see only the settings: `jax.vmap(train)(lanes)` trains them, and
     `jgd.lane(lanes, k)` is setting k.
 
     Attributes:
@@ -63,7 +63,7 @@ class Lanes:
 
     @functools.cached_property
     def structure(self) -> str:
-        """A digest of what all settings share: structure, and paths and dtypes of the numbers."""
+        """A digest of what all settings share: structure, and the paths and dtypes of numbers."""
         bare = jax.tree.map(lambda _: 0, self.settings)
         paths = [f"{path} {x.dtype} {x.shape[1:]}" for path, x in self._numbers()]
         text = " ".join([repr(bare), str(jax.tree.structure(bare)), *paths])
@@ -71,14 +71,14 @@ class Lanes:
 
     @functools.cached_property
     def digests(self) -> list[str]:
-        """A digest of each setting: equal for equal structure and numbers, in any process."""
+        """A digest of each setting: the same for equal structure and numbers, in any process."""
         flat = lambda x: np.ascontiguousarray(x).reshape(len(x), math.prod(x.shape[1:]))
         columns = [flat(x).view(np.uint8) for _, x in self._numbers()]
         rows = np.concatenate([np.zeros((len(self), 0), np.uint8), *columns], axis=1)
         return [_digest(self.structure.encode() + row.tobytes()) for row in rows]
 
     def _numbers(self) -> list[tuple[str, np.ndarray]]:
-        """Return the numbers, in the dtypes they are trained in, with their paths."""
+        """Return path and value of each number, in the dtype in which it is trained."""
         leaves = jax.tree_util.tree_leaves_with_path(self.settings)
         return [(jax.tree_util.keystr(path), np.asarray(jnp.asarray(x))) for path, x in leaves]
 
@@ -91,7 +91,7 @@ class Lanes:
 
     @classmethod
     def tree_unflatten(cls, _: None, children: tuple[Any]) -> Any:
-        return children[0]  # after a transformation of jax: the settings themselves
+        return children[0]  # a transformation of JAX returns plain settings
 
 
 def _digest(data: bytes) -> str:
@@ -101,15 +101,16 @@ def _digest(data: bytes) -> str:
 def lanes_of(settings: Any) -> Lanes:
     """Return a batch of settings as `Lanes`; leaves that differ become the axes.
 
-    They are named by their paths; a link of a chain is named by its factory, as in
-    adam.learning_rate, and so is what differs in a schedule if nothing else in it does.
+    An axis is named by the path of its leaf. In it, a link of a chain is named by its factory, as
+    in adam.learning_rate. If a schedule differs in one number only, the axis has the name of the
+    argument that holds the schedule.
 
     Raises: ValueError if the leaves have no leading axis of one length.
     """
     if isinstance(settings, Lanes):
         return settings
     if not length("sweep", settings):
-        raise ValueError("sweep: no settings")
+        raise ValueError("sweep: settings must hold at least one setting, got none")
     leaves = jax.tree_util.tree_leaves_with_path(settings)
     columns = list[tuple[list[str], np.ndarray]]()
     for names, (path, leaf) in zip(_names(settings), leaves, strict=True):
@@ -126,7 +127,7 @@ def lanes_of(settings: Any) -> Lanes:
 
 
 def _names(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield two names of each leaf: by the argument it belongs to, and by its path in its link."""
+    """Yield two names for each leaf: by the argument that holds it, and by its path in its link."""
     inside = lambda x: isinstance(x, Transformation) and x is not node
     for path, child in jax.tree_util.tree_leaves_with_path(node, is_leaf=inside):
         text = jax.tree_util.keystr(path).lstrip(".")
@@ -136,7 +137,7 @@ def _names(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield prefix + (argument if scheduled else text), prefix + text
         elif isinstance(node, Transformation):
             named = isinstance(path[-1], jax.tree_util.DictKey)
-            yield from _names(child, f"{path[-1].key if named else _word(child)}.")
+            yield from _names(child, f"{path[-1].key if named else _short_name(child)}.")
         else:
             yield from _names(child, f"{prefix}{text}.")
 
@@ -148,11 +149,11 @@ def grid(factory: Callable[..., Any], /, **axes: Any) -> Any:
     """Return settings over the product of the axes; the last axis varies fastest.
 
     Args:
-      factory: function from numbers to a setting; called with a value of each axis by its name.
+      factory: function from numbers to a setting, called with one value of each axis by keyword.
       axes: sequences of values. Numbers make lanes; None, bools and strings make structure.
 
     Returns: `Lanes`; or, if structure varies, a dict of `Lanes` by the label of each structure.
-    Raises: ValueError for no axes or an empty one, and what the factory raises for a value.
+    Raises: ValueError without axes or for an empty axis, and any error of the factory.
     """
     if not axes:
         raise ValueError("grid: axes must hold at least one axis, got none")
@@ -167,10 +168,11 @@ def random_search(
     """Return n settings drawn from distributions.
 
     Args:
-      factory: function from numbers to a setting; called with each number by its name.
+      factory: function from numbers to a setting, called with one value of each distribution by
+        keyword.
       n: number of settings, at least 1.
-      key: random key; one key gives the same settings on all machines.
-      distributions: `loguniform`, `uniform` or `choice`, by name.
+      key: random key. Equal keys give equal settings on all machines.
+      distributions: `loguniform`, `uniform`, `integers` or `choice`, by name.
 
     Returns and raises: as `grid`.
     """
@@ -181,7 +183,7 @@ def random_search(
 def sobol_search(
     factory: Callable[..., Any], n: int, key: jax.Array, /, **distributions: Distribution
 ) -> Any:
-    """Return n settings of a scrambled Sobol sequence: evenly spread, best for n a power of two.
+    """Return n settings of a scrambled Sobol sequence: evenly spread, best if n is a power of two.
 
     Args, returns and raises: as `random_search`. The sequence is SciPy's.
     """
@@ -216,7 +218,12 @@ def _drawn(
     distributions: Mapping[str, Distribution],
     quantiles: Callable[[int], np.ndarray],
 ) -> Any:
-    """Return settings at quantiles of shape (distributions, n) in [0, 1)."""
+    """Return the settings at n quantiles of each distribution.
+
+    Args:
+      name: function that errors name.
+      quantiles: number of distributions -> an array of shape (distributions, n) in [0, 1).
+    """
     n = admit(f"{name}: n", n, int)
     check_key(f"{name}: key", key)
     check_distributions(name, distributions)
@@ -232,16 +239,16 @@ def _drawn(
 
 
 def is_scalar(x: Any) -> bool:
-    """Return whether a value makes lanes; other values are structure."""
+    """Return whether a value makes lanes. Other values are structure."""
     return is_number(x) and np.ndim(x) == 0
 
 
 def batch(factory: Callable[..., Any], points: Sequence[Mapping[str, Any]]) -> Any:
-    """Return the settings at points: `Lanes`, or a dict of `Lanes` where structure varies.
+    """Return the settings at points: `Lanes`, or a dict of `Lanes` if structure varies.
 
     Args:
-      points: the arguments of each call of the factory. Where one lacks a name that others have,
-        the factory's default is structure.
+      points: the arguments of each call of the factory. If a point lacks a name that others have,
+        the factory's default for it counts as structure.
     """
     names = list(dict.fromkeys(name for point in points for name in point))
     groups = dict[tuple[Any, ...], list[int]]()
@@ -265,15 +272,15 @@ def batch(factory: Callable[..., Any], points: Sequence[Mapping[str, Any]]) -> A
             one = factory(**fixed)
             settings = jax.tree.map(lambda x: jnp.asarray(x, float)[None], one)
         shown = {**dict.fromkeys(names, "default"), **dict.fromkeys(varied, "number"), **fixed}
-        shown = {name: _word(x) for name, x in shown.items() if name not in constant}
+        shown = {name: _short_name(x) for name, x in shown.items() if name not in constant}
         label = ", ".join(f"{name}={x}" for name, x in shown.items())
         label = f"{label} ({len(batches)})" if label in batches else label
         batches[label] = Lanes(settings, axes, fixed, members)
     return batches if len(batches) > 1 else next(iter(batches.values()))
 
 
-def _word(value: Any) -> str:
-    """Return a structural value in a word: itself if it is plain, else the name of its factory."""
+def _short_name(value: Any) -> str:
+    """Return a plain structural value as text, and the name of the factory of any other."""
     if value is None or isinstance(value, bool | int | float | str):
         return str(value)
     if isinstance(value, Transformation | Schedule):
@@ -282,7 +289,8 @@ def _word(value: Any) -> str:
 
 
 def _try_each_value(factory: Callable[..., Any], points: Sequence[Mapping[str, Any]]) -> None:
-    """Call the factory once with each value, so that it refuses a bad one before any training."""
+    """Call the factory once with each value, so that it rejects a bad value before any training."""
+
     if not callable(factory):
         refuse("factory", "a function from numbers to a setting", factory)
     tried = set()

@@ -1,9 +1,9 @@
-"""Batches from an iterator on the host, for data that do not fit the device.
+"""Batches from an iterator on the host, for data that do not fit on the device.
 
     task = jgd.Task(init, loss, jgd.stream(lambda: iter(loader)), evaluate)
 
-A sweep reads a stream once: all tiles do the steps between two reports before any tile does the
-next ones, whose batches are read meanwhile.
+A sweep reads a stream once: all tiles train up to a report before any tile goes past it. Meanwhile,
+a thread reads the batches up to the next report.
 """
 
 import concurrent.futures
@@ -22,24 +22,24 @@ from jgd.tuning.batches import pick
 
 __all__ = ["Stream", "StreamBatches", "stream"]
 
-BYTES_AHEAD = 256 * 2**20  # of the batches of a chunk; as many are read ahead
+BYTES_AHEAD = 256 * 2**20  # limit on the batches of a chunk; the next chunk is read ahead
 
 
 class Stream:
-    """Result of `stream`, in place of a task's function from step to batch."""
+    """Result of `stream`, which takes the place of a task's function from step to batch."""
 
     def __init__(self, make: Callable[[], Iterator[Any]]) -> None:
         self.make = make
 
     def __call__(self, step: Any) -> Any:
         raise TypeError(
-            "a stream has no batch for a step alone: train with jgd.sweep, and give"
-            " jgd.with_sharpness a batch"
+            "stream: batches must be read in order, got a call for one step. Train with jgd.sweep,"
+            " and give jgd.with_sharpness a batch"
         )
 
     @functools.cached_property
     def first(self) -> Any:
-        """The first batch, of an iterator of its own."""
+        """The first batch, read from a separate iterator."""
         return _next(self.open(), 0)
 
     def open(self) -> Iterator[Any]:
@@ -50,7 +50,7 @@ class Stream:
         return iterator
 
     def usual_every(self, steps: int) -> int:
-        """Return the steps between reports for which their batches fit."""
+        """Return a number of steps between reports whose batches fit in BYTES_AHEAD."""
         size = sum(np.asarray(x).nbytes for x in jax.tree.leaves(self.first))
         return max(1, min(steps // 20, BYTES_AHEAD // max(size, 1)))
 
@@ -59,18 +59,18 @@ def stream(make: Callable[[], Iterator[Any]]) -> Stream:
     """Return batches for a `Task` or `Run` from an iterator on the host.
 
     Args:
-      make: called without arguments for a new iterator over batches, pytrees of NumPy arrays of
-        equal shapes. Each iterator must begin with the same first batch and yield one batch per
-        step of the sweep; let it repeat its data (for example `itertools.cycle`) if there are
-        fewer.
+      make: function without arguments that returns a new iterator over batches: pytrees of NumPy
+        arrays of equal shapes. Each iterator must begin with the same first batch and yield one
+        batch per step of the sweep; if the data are fewer, let it repeat them (for example with
+        `itertools.cycle`).
 
-    A resumed sweep continues the stream by `get_state` and `set_state`, or `state_dict` and
-    `load_state_dict`, if the iterator has them and the state is JSON or bytes (Grain's iterators,
-    PyTorch's stateful loaders); else it reads and drops the batches of the steps that are done.
+    A resumed sweep restores the iterator with `set_state`, or `load_state_dict`, if the iterator
+    has it and `get_state`, or `state_dict`, returns JSON or bytes (Grain's iterators, PyTorch's
+    stateful loaders). Otherwise it reads and drops the batches of the steps that are done.
 
     All batches between two reports are on the device at once. Unless `report_every` is given, it is
-    chosen so that they take at most 256 MiB; as much again waits on the host. With several
-    processes, each of them must read the same batches.
+    chosen so that they take at most 256 MiB; the batches up to the next report take as much again
+    on the host. With several processes, each process must read the same batches.
 
     Raises: TypeError if `make` is an iterator itself.
     """
@@ -80,7 +80,7 @@ def stream(make: Callable[[], Iterator[Any]]) -> Stream:
 
 
 class StreamBatches:
-    """The batches of a stream, chunk by chunk, as a `BatchSource`."""
+    """The batches of a stream as a `BatchSource`: one chunk on the device, the next on the host."""
 
     sequential = True
 
@@ -101,7 +101,7 @@ class StreamBatches:
     def of(self, first: int) -> Any:
         if self._now[0] != first:
             ahead, self._ahead = self._ahead, None
-            self._now = (-1, None)  # frees the batches of the chunk before
+            self._now = (-1, None)  # frees the batches of the previous chunk
             batches = None if ahead is None else ahead[1].result()
             if ahead is None or ahead[0] != first:
                 batches = self._read(first)
@@ -132,6 +132,7 @@ class StreamBatches:
             self._position = mark["step"]
 
     def _read(self, first: int) -> Any:
+        """Return the batches of the chunk that begins at step `first`, stacked."""
         if self._iterator is None or self._position > first:
             self._iterator, self._position = self.stream.open(), 0
         while self._position < first:
@@ -139,10 +140,11 @@ class StreamBatches:
         self._marks = {k: v for k, v in self._marks.items() if self.ends.get(k) == first}
         self._marks[first] = _state_of(self._iterator)
         batches = [self._batch(self._iterator) for _ in range(first, self.ends[first])]
-        batches += batches[-1:] * (self.size - len(batches))  # one program for chunks of all sizes
+        batches += batches[-1:] * (self.size - len(batches))  # chunks of all sizes: one program
         return jax.tree.map(lambda *x: np.stack(x), *batches)
 
     def _batch(self, iterator: Iterator[Any]) -> Any:
+        """Return the next batch, in the dtypes of the first one."""
         batch = jax.tree.map(np.asarray, _next(iterator, self._position))
         expected, shapes = (jax.tree.map(np.shape, x) for x in (self.shape, batch))
         if expected != shapes:
@@ -165,15 +167,16 @@ def _next(iterator: Iterator[Any], position: int) -> Any:
 
 
 def _state_of(iterator: Any) -> Any:
-    """Return the state of an iterator as JSON; None if it has none, or none that JSON can hold."""
+    """Return the state of an iterator as JSON; None if it has no state, or JSON cannot hold it."""
     for name, restore in (("get_state", "set_state"), ("state_dict", "load_state_dict")):
         if hasattr(iterator, name) and hasattr(iterator, restore):
             state = getattr(iterator, name)()
             state = {"hex": state.hex()} if isinstance(state, bytes) else state
             with contextlib.suppress(TypeError, ValueError):
-                return json.loads(json.dumps(state))  # a copy, in case the iterator changes it
+                return json.loads(json.dumps(state))  # a copy, since the iterator may change it
     return None
 
 
 def _of_json(state: Any) -> Any:
+    """Return the state of an iterator from its JSON."""
     return bytes.fromhex(state["hex"]) if isinstance(state, dict) and "hex" in state else state

@@ -1,4 +1,4 @@
-"""`sweep` and `iter_sweep`: many settings and seeds as lanes of compiled programs."""
+"""`sweep` and `iter_sweep`: train many settings and seeds as lanes of compiled programs."""
 
 import dataclasses
 import warnings
@@ -41,19 +41,19 @@ class Cutting(Training):
 
     halving: Annotated[
         Halving | None,
-        Doc("""`jgd.successive_halving(...)` or `jgd.hyperband(...)`: at some steps only the best
-        settings continue. None: all settings run to their end."""),
+        Doc("""`jgd.successive_halving(...)` or `jgd.hyperband(...)`: at some steps, only the best
+        settings continue. None: all settings train for all steps."""),
     ] = None
     stop: Annotated[
         Monitor | int | None,
-        Doc("""`jgd.stopping.early_stopping(...)` on the metric of each lane, or its patience
-        alone; a report is an epoch. None: no lane stops early."""),
+        Doc("""`jgd.stopping.early_stopping(...)`, or only its patience: stop each lane by its
+        metric, with one epoch per report. None: no lane stops early."""),
     ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recorded(Cutting):
-    """Options of `sweep` and of `optuna_search`: those of training, a folder, and a callback."""
+    """Options of `sweep` and of `optuna_search`: options of training, a folder, and a callback."""
 
     folder: Annotated[
         str | Path | None,
@@ -61,13 +61,13 @@ class Recorded(Cutting):
     ] = None
     resume: Annotated[
         bool,
-        Doc("""Whether to resume the sweep of `folder` from its last checkpoint. It ends with
-        the numbers of an uninterrupted sweep, bit for bit on the same machine. All other arguments
-        must be those it was started with."""),
+        Doc("""Whether to resume the sweep of `folder` from its last checkpoint. Its results equal
+        those of an uninterrupted sweep, bit for bit on the same machine. All other arguments must
+        be those that the sweep was started with."""),
     ] = False
     on_report: Annotated[
         Callable[[Plan, Report], None] | None,
-        Doc("Called with the `Plan` and each `Report`, in their order."),
+        Doc("Function of the `Plan` and a `Report`, called with each report in order."),
     ] = None
 
     def __post_init__(self) -> None:
@@ -85,16 +85,16 @@ class SweepInputs:
     task: Annotated[Task | Run, Doc("A `Task`, or any `Run`.")]
     settings: Annotated[
         Any,
-        Doc("""A batch of settings, or a dict of batches by name: what `grid`, `random_search`,
-        `stack` or `jax.vmap` of a factory returns. One program is compiled for each structure, at
-        each width."""),
+        Doc("""A batch of settings, or a dict of batches by name. `grid`, `random_search`, `stack`
+        and `jax.vmap` of a factory return batches. One program is compiled for each structure and
+        width."""),
     ]
     steps: Steps
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingArguments(SweepOptions, Cutting, SweepInputs):
-    """Arguments of `iter_sweep`: those of `sweep` that concern no folder."""
+    """Arguments of `iter_sweep`: the arguments of `sweep` except for the folder and callback."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,18 +103,18 @@ class SweepArguments(TrainingArguments, Recorded):
 
     extend: Annotated[
         str | Path | None,
-        Doc("""The folder of a finished sweep, in place of `folder`. The arguments describe the
-        whole sweep; only lanes that the folder lacks are trained: more settings, groups or seeds.
-        Other lanes of the folder stay in it, and are not in the result. The same call resumes an
-        extension that was interrupted. None: a new sweep."""),
+        Doc("""The folder of a finished sweep to extend with more settings, groups or seeds, in
+        place of `folder`. The arguments describe the whole sweep; only lanes that the folder lacks
+        are trained. Lanes of the folder that the arguments lack stay in the folder, but not in the
+        result. The same call resumes an extension that was interrupted. None: a new sweep."""),
     ] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.extend is not None and self.folder is not None:
             raise ValueError(
-                f"sweep: folder must be None with extend, got {str(self.folder)!r}. An extension is"
-                " written into the folder that it extends"
+                f"sweep: folder must be None with extend, got {str(self.folder)!r}. The folder in"
+                " extend also receives the extension"
             )
 
 
@@ -129,18 +129,19 @@ def sweep(arguments: SweepArguments) -> Result:
     Args:
       {arguments}
 
-    A lane that has ended costs nothing from the next report on, as far as the others fit narrower
-    programs; at a rung they always do. Sweeps of one task that differ in numbers only share their
-    compiled programs within a process.
+    A lane that has ended costs nothing from the next report on if the other lanes fit narrower
+    programs, which they always do at a rung. Within a process, sweeps of the same task share their
+    compiled programs if they differ only in numbers.
 
-    Settings are ranked by the mean over their seeds; the table has its standard error, and says
-    which settings are tied with the best: no worse than the standard error of the difference.
+    Settings are ranked by the mean over their seeds. The table has the standard error of the mean,
+    and marks the settings that are tied with the best: worse by at most the standard error of the
+    difference.
 
     Returns: a `Result`: ranked rows, curves, and the best settings with their trained states.
     Raises: ValueError, before anything is trained or written, for settings that are no batch, NaN
       in the data, a learning rate that is negative or NaN, an `evaluate` that returns no dict of
-      scalars, or an option out of its range. BlockingIOError, naming the holder, if a sweep of
-      another process runs in `folder`. Interrupted, on Ctrl-C.
+      scalars, or an option out of its range. BlockingIOError, naming the process, if another
+      process runs a sweep in `folder`. Interrupted, on Ctrl-C.
     """
     return run_sweep(arguments)
 
@@ -151,9 +152,9 @@ def run_sweep(
     """Run a sweep.
 
     Args:
-      prune: called with the events of each turn. First, if the sweep is resumed, with those of the
-        journal: their cuts are in it, so what it returns is ignored.
-      ctrl_c: of several sweeps; None: of this one.
+      prune: events of a turn -> settings to cut. A resumed sweep first calls it with the events of
+        the journal and ignores its return value, since the journal already has the cuts.
+      ctrl_c: handler of Ctrl-C that several sweeps share. None: a new one.
     """
     extend = arguments.extend is not None
     path = arguments.extend if extend else arguments.folder
@@ -161,15 +162,15 @@ def run_sweep(
         prepared = prepare(arguments, folder.segment and folder.segment.plan, folder.earlier)
         try:
             if extend and folder.segment is None and not prepared.sweep.schedule.queue:
-                return prepared.result()  # nothing is new
-            whole = _run(arguments, prepared, folder, prune, ctrl_c or CtrlC())
+                return prepared.result()  # the folder has all lanes
+            finished = _run(arguments, prepared, folder, prune, ctrl_c or CtrlC())
             result = prepared.result()
             folder.write_result(result, prepared.groups)
-            if whole:  # else the last poll asked for a checkpoint
+            if finished:  # on Ctrl-C, the last poll has asked for a checkpoint
                 _checkpoint(prepared, folder)
         finally:
             prepared.sweep.engine.close()
-    if not whole:
+    if not finished:
         raise Interrupted(result)
     return result
 
@@ -181,7 +182,7 @@ def _run(
     prune: Prune,
     ctrl_c: CtrlC,
 ) -> bool:
-    """Run a sweep to its end. Returns False on Ctrl-C."""
+    """Run a sweep to its end. Return False if Ctrl-C ended it."""
     if folder.segment is not None:
         _resume(prepared, folder, folder.segment)
         list(prune(prepared.plan, list(folder.events(prepared.plan))))
@@ -203,10 +204,12 @@ def _run(
 
 @function_of(TrainingArguments)
 def iter_sweep(arguments: TrainingArguments) -> Iterator[Report | Cut]:
-    """Return the reports and cuts of a sweep as they come.
+    """Run a sweep and yield its reports and cuts as they come. Writes no files.
 
     Args:
       {arguments}
+
+    Raises: as `sweep`.
     """
     return _events(prepare(arguments).sweep)
 
@@ -226,11 +229,10 @@ def _events(sweep: Sweep) -> Iterator[Report | Cut]:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, with the result so far.
+    """Raised on Ctrl-C, with the result so far.
 
     Attributes:
-      result: a `Result` in which the lanes that had not ended are out of budget; a `Proposed` if it
-        was a search.
+      result: a `Result` in which unfinished lanes are out of budget; for a search, a `Proposed`.
     """
 
     def __init__(self, result: Any) -> None:
@@ -248,7 +250,7 @@ class Prepared:
     plan: Plan
     groups: dict[str, Lanes]
     sweep: Sweep
-    earlier: Sequence[Segment] = ()  # of an extension
+    earlier: Sequence[Segment] = ()  # the segments that an extension extends
 
     def result(self) -> Result:
         """Return the result so far."""
@@ -269,10 +271,10 @@ class Prepared:
 def prepare(
     arguments: TrainingArguments, written: Plan | None = None, earlier: Sequence[Segment] = ()
 ) -> Prepared:
-    """Plan a sweep; the inputs are checked before anything is compiled.
+    """Check the inputs of a sweep before anything is compiled, and plan it.
 
     Args:
-      written: the plan of the sweep to resume.
+      written: the plan of the sweep to resume. None: a new sweep.
       earlier: the segments to extend.
     """
     task = arguments.task
@@ -322,7 +324,7 @@ def prepare(
 
 
 def _checkpoint(prepared: Prepared, folder: Folder) -> None:
-    """Record where a sweep is between two turns."""
+    """Write a checkpoint of a sweep between two turns, if it has a folder."""
     if not folder.enabled:
         return
     sweep, states, blocks = prepared.sweep, dict[str, Any](), dict[str, Any]()
@@ -344,7 +346,8 @@ def _checkpoint(prepared: Prepared, folder: Folder) -> None:
 
 
 def _resume(prepared: Prepared, folder: Folder, segment: Segment) -> None:
-    """Return to the last checkpoint: take the facts of the journal, and load the states."""
+    """Restore the last checkpoint: the facts from the journal, the states from their blocks."""
+
     manifest, sweep = segment.manifest, prepared.sweep
     for note in segment.notes:
         warnings.warn(note, stacklevel=5)

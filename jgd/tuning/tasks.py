@@ -15,10 +15,15 @@ __all__ = ["digits"]
 
 
 def digits(batch_size: int | None = 128, hidden: int = 64) -> Task:
-    """Return a task: 1797 images of 8 x 8 pixels in ten classes, 450 of them held out.
+    """Return a task on 1797 images of digits, 8 x 8 pixels each, of which 450 are held out.
 
-    A network 64-hidden-10 with rectified linear units; cross-entropy; "accuracy" and "loss" on the
-    held-out images. The data come with scikit-learn, nothing is downloaded.
+    It trains a network 64-hidden-10 with rectified linear units on the cross-entropy, and reports
+    "accuracy" and "loss" on the held-out images. The data come with scikit-learn; nothing is
+    downloaded.
+
+    Args:
+      batch_size: images per batch. None: all images in each batch.
+      hidden: width of the hidden layer.
     """
     images, labels = sklearn.datasets.load_digits(return_X_y=True)
     order = jax.random.permutation(jax.random.key(0), len(labels))
@@ -35,9 +40,10 @@ def digits(batch_size: int | None = 128, hidden: int = 64) -> Task:
 def _init(sizes: tuple[int, ...], key: jax.Array) -> list[dict[str, jax.Array]]:
     layers = []
     for fan_in, fan_out in itertools.pairwise(sizes):
-        key, now = jax.random.split(key)
+        key, layer_key = jax.random.split(key)
         scale = jnp.sqrt(2 / fan_in)
-        weight = scale * jax.random.normal(now, (fan_in, fan_out))
+        weight = scale * jax.random.normal(layer_key, (fan_in, fan_out))
+
         layers.append({"weight": weight, "bias": jnp.zeros(fan_out)})
     return layers
 
