@@ -33,7 +33,7 @@ CHECKS = {
         and len(n["kept"].kept) == 5
     ),
     "own-task": lambda n: (
-        n["streamed"].rows[0]["loss"] < 0.1 and n["pulled"].rows[0]["value"] > 0.7
+        n["streamed"].rows[0]["loss"] < 0.1 and n["result"].rows[0]["value"] > 0.7
     ),
     "resume": lambda n: (
         n["resumed"].rows == n["alone"].rows
