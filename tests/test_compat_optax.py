@@ -347,7 +347,7 @@ def test_a_constant_number_gets_a_schedule() -> None:
     ("theirs", "ours", "message"),
     [
         (optax.sgd(1.0), jgd.sgd(1.0, 0.9), "expected TraceState of trace"),
-        (optax.sgd(1.0, 0.9), jgd.sgd(1.0), "trace, which tx does not keep"),
+        (optax.sgd(1.0, 0.9), jgd.sgd(1.0), "trace, but the state of tx does not"),
         (optax.sgd(1.0), jgd.sgd(jgd.linear_schedule(1.0, 0.1, 9)), "needs a count of the steps"),
         (optax.adabelief(1.0), jgd.adam(1.0), "expected ScaleByAdamState of count, mu, nu, got"),
         (optax.adan(1.0), jgd.adan(1.0), "expected ScaleByAdanState of count, g, m, n, v, got"),
@@ -379,7 +379,7 @@ def test_parameters_of_another_shape_are_refused() -> None:
         state_from(3, ours)
     galore = optax.contrib.galore(0.1, rank=2).init({"w": jnp.ones([4, 4])})
     with pytest.raises(
-        jgd.TreeError, match=r"give the parameters: state_from\(state, tx, params\)"
+        jgd.TreeError, match=r"pass the parameters: state_from\(state, tx, params\)"
     ):
         state_from(galore, jgd.galore(0.1, rank=2))
     state_from(galore, jgd.galore(0.1, rank=2), {"w": jnp.ones([4, 4])})

@@ -410,7 +410,7 @@ def test_bad_arguments_are_named():
             factory(*arguments, **keywords)
 
     refused(
-        "piecewise_constant_decay: values must be 3 for 2 boundaries, got 2",
+        "piecewise_constant_decay: values must have length 3 for 2 boundaries, got length 2",
         jk.piecewise_constant_decay,
         [1, 2],
         [0.1, 0.2],
@@ -448,7 +448,13 @@ def test_bad_arguments_are_named():
             cycle_momentum=False,
         )
     line = jt.linear_lr(0.1)
-    refused("schedulers must be 2 for 1 milestones, got 1", jt.sequential_lr, 0.1, [line], [5])
+    refused(
+        "schedulers must have length 2 for 1 milestones, got length 1",
+        jt.sequential_lr,
+        0.1,
+        [line],
+        [5],
+    )
     refused(
         "sequential_lr: milestones must be in rising order",
         jt.sequential_lr,
@@ -456,9 +462,9 @@ def test_bad_arguments_are_named():
         [line] * 3,
         [9, 5],
     )
-    refused("must be at least one, got none", jt.chained_scheduler, 0.1, [])
+    refused("must have at least one schedule, got none", jt.chained_scheduler, 0.1, [])
     refused(
-        "chained_scheduler: schedulers must be such that scale the rate, got cyclic_lr",
+        "chained_scheduler: schedulers must be schedules that multiply .* got cyclic_lr",
         jt.chained_scheduler,
         0.1,
         [line, jt.cyclic_lr(0.1, max_lr=0.2)],

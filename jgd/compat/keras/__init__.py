@@ -1,4 +1,4 @@
-"""Keras 3's optimizers, schedules and callbacks, exact, under its names.
+"""Keras 3's optimizers, schedules and callbacks, with its names, defaults and results.
 
 import jgd.compat.keras as jk
 
