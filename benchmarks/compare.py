@@ -40,6 +40,7 @@ from problems import PROBLEMS
 
 import jgd
 import jgd.optimizers
+from jgd.training import start
 
 RATES = np.geomspace(1e-5, 1e2, 22)  # three per decade
 TUNING_SEEDS, SEEDS = 4, 10
@@ -118,7 +119,7 @@ def measure(task: str, name: str, steps: int, relative_time: Callable[..., float
     arrived = test <= problem.target
     scores = tuned.curves[name].metrics["validation"][:, -1].reshape(len(RATES), -1)
     tx = factory(rate)
-    params = jax.eval_shape(lambda: run.init(tx, jax.random.key(KEY))).params
+    params = jax.eval_shape(lambda: start(run, tx, jax.random.key(KEY))).params
     return Row(
         task=task,
         optimizer=name,

@@ -1,9 +1,9 @@
 """optax's own tests, from its wheel, pass with jgd's functions in the place of optax's.
 
 The plugin `in_optax_place` replaces the functions. `DIFFERENCES` lists the tests that fail for this
-reason, and why. Some tests of optax run each optimizer with each dtype and problem; a sample of them
-runs, in which every optimizer occurs. With `TESTS=all` all of them run, in three times the time, as
-in the weekly workflow.
+reason, and why. Some tests of optax run each optimizer with each dtype and problem. Of these a
+sample runs, in which every optimizer occurs. `TESTS=all` runs all tests, as the weekly workflow
+does, in three times the time.
 """
 
 import fnmatch
