@@ -125,10 +125,12 @@ def _plain(text: str) -> str:
 
 
 def _code(text: str, module: str) -> str:
-    name = text.strip("`").removeprefix("jgd.")
-    if module != "jgd" and name in _names(module):
-        return f"{{py:obj}}`{name} <{module}.{name}>`"
-    return f"{{py:obj}}`{text.strip('`')} <jgd.{name}>`" if name in jgd.__all__ else text
+    """Return a text in backticks as a link if it is a name of `module` or, with "jgd.", of jgd."""
+    shown = text.strip("`")
+    name = shown.removeprefix("jgd.")
+    if module != "jgd" and shown in _names(module):
+        return f"{{py:obj}}`{shown} <{module}.{shown}>`"
+    return f"{{py:obj}}`{shown} <jgd.{name}>`" if name in jgd.__all__ else text
 
 
 def _block(text: str) -> str:

@@ -89,6 +89,11 @@ def test_sections_become_fields():
     assert shown.endswith("2015, [arXiv:1412.6980](https://arxiv.org/abs/1412.6980).")
 
 
+def test_names_of_jgd_and_of_a_module_link_to_their_own_pages():
+    linked = pages.markdown("`jgd.adam` and `adam`", "jgd.compat.torch")
+    assert linked == ("{py:obj}`jgd.adam <jgd.adam>` and {py:obj}`adam <jgd.compat.torch.adam>`")
+
+
 def test_every_section_of_a_public_docstring_is_a_field():
     for name in jgd.__all__:
         text = inspect.getdoc(getattr(jgd, name))

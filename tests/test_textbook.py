@@ -150,11 +150,11 @@ def test_states_agree_with_the_docstrings(name):
     like = jax.tree.map(lambda p: jnp.zeros(p.shape), params)
     tx = getattr(textbook, name)()
     state = tx.init(params)
-    memories = [part for part in state if not isinstance(part, optax.EmptyState)]
+    accumulators = [part for part in state if not isinstance(part, optax.EmptyState)]
     if STATES[name] is None:
         assert not jax.tree.leaves(state)
     else:
-        chex.assert_trees_all_equal(memories, [STATES[name](like, jnp.int32(0))], strict=True)
+        chex.assert_trees_all_equal(accumulators, [STATES[name](like, jnp.int32(0))], strict=True)
     updates, after = jax.eval_shape(tx.update, params, state, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)

@@ -76,7 +76,7 @@ def piecewise_constant_decay(
       values: n + 1 values.
       name: ignored.
 
-    Raises: ValueError if there is not one value more than boundaries.
+    Raises: ValueError if there are not n + 1 values for n boundaries.
     Differs from: `jgd.piecewise_constant` and PyTorch, which have the next value at a boundary.
     """
     edges, levels = as_vector(boundaries), as_vector(values)

@@ -282,7 +282,7 @@ def adadelta(
     maximize: bool = False,
     **switches: Unpack[Switches],
 ) -> GradientTransformation:
-    """AdaDelta: `jgd.adadelta`, which has the formula, with L2 weight decay.
+    """AdaDelta with L2 weight decay: see `jgd.adadelta` for the formula.
 
     Args:
       lr: 1 by default.

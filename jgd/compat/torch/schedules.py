@@ -466,7 +466,7 @@ def sequential_lr(lr: NonNegative, schedulers: Numbers, milestones: Boundaries) 
       schedulers: n + 1 schedules of this module, or other functions of the step.
       milestones: n steps in rising order.
 
-    Raises: ValueError if there is not one schedule more than milestones.
+    Raises: ValueError if there are not n + 1 schedules for n milestones.
     Differs from: PyTorch for a `sequential_lr` or a `chained_scheduler` among the schedules, where
       PyTorch raises or, if it comes first, is one step off. Also where PyTorch's values depend on
       the steps before: a `cosine_annealing_lr` before a `one_cycle_lr` after its T_max, and a

@@ -73,7 +73,7 @@ def state_from(
     """
     if not isinstance(state_dict, Mapping) or "param_groups" not in state_dict:
         raise ValueError(
-            "state_from: state_dict must be the state_dict of an optimizer, got a"
+            "state_from: state_dict must be the state_dict of an optimizer, got"
             f" {type(state_dict).__name__} without param_groups. Pass optimizer.state_dict()"
         )
     group = _one_group(state_dict["param_groups"])
