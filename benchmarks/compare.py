@@ -1,22 +1,22 @@
-"""Every own optimizer of jgd at its own tuned rate, on four tasks that fit two cores.
+"""Compare the optimizers that jgd implements, each at its tuned learning rate, on four small tasks.
 
-    python benchmarks/compare.py                     # all of it; goes on where it was interrupted
+    python benchmarks/compare.py                     # everything; resumes where it was interrupted
     python benchmarks/compare.py --tasks digits --optimizers adam sgd --steps 100
-    python benchmarks/compare.py --publish           # benchmarks/README.md and its picture as well
+    python benchmarks/compare.py --publish           # also updates benchmarks/README.md
 
-The budget is the same for all. Each optimizer is tuned over `RATES`, the settings of its first
-number (the learning rate; the multiplier of those that find their own; the bound of Polyak's step),
-with all other numbers at jgd's defaults and no schedule. `TUNING_SEEDS` seeds and the validation
-data choose; `SEEDS` fresh seeds are trained at the chosen rate, and the test data are reported. A
-seed is an initial point with batches of its own, and on the regression a problem of its own; one
-seed is the same to all optimizers, so that differences are paired.
+All optimizers have the same budget. Each is tuned over `RATES`, the values of its first number: the
+learning rate, its multiplier where an optimizer finds the learning rate itself, or the upper bound
+of Polyak's step. All other numbers have jgd's defaults, and there is no schedule. The best rate is
+chosen on validation data with `TUNING_SEEDS` seeds. Then `SEEDS` new seeds are trained at this rate
+and evaluated on test data. A seed determines the initial parameters and the batches, and on the
+regression also the data. All optimizers have the same seeds, so that results are paired.
 
-results.jsonl in the folder gets a row as soon as an optimizer has finished a task.
+A row is added to results.jsonl in the output folder when an optimizer has finished a task.
 """
 
 import os
 
-os.environ["OPENBLAS_NUM_THREADS"] = "1"  # two make eigenvectors of 64 rows ten times slower
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # with two, eigenvectors of 64 rows take ten times as long
 
 import argparse
 import functools
@@ -40,13 +40,14 @@ from problems import PROBLEMS
 
 import jgd
 import jgd.optimizers
+from jgd.training import start
 
-RATES = np.geomspace(1e-5, 1e2, 22)  # three to a decade
+RATES = np.geomspace(1e-5, 1e2, 22)  # three per decade
 TUNING_SEEDS, SEEDS = 4, 10
 TUNING_KEY, KEY = 0, 1
-WIDTH = 11  # lanes in a tile: eight of 22 rates x 4 seeds, and one program for both sweeps
-REPORTS = 50  # of each final training: the resolution of the steps to the target
-ROUNDS = 15  # of the clock
+WIDTH = 11  # lanes per tile: 22 rates x 4 seeds fill eight tiles, and both sweeps share a program
+REPORTS = 50  # reports of each final training: the resolution of the steps to the target
+ROUNDS = 15  # rounds of timing
 
 HERE = Path(__file__).resolve().parent
 README, PICTURE = HERE / "README.md", HERE.parent / ".github" / "comparison.png"
@@ -56,39 +57,39 @@ BEGIN, END = "<!-- comparison: begin -->", "<!-- comparison: end -->"
 
 
 class Row(NamedTuple):
-    """What one optimizer did on one task; a line of results.jsonl."""
+    """Results of one optimizer on one task: a line of results.jsonl."""
 
     task: str
     optimizer: str
     steps: int
-    rate: float  # the chosen setting of the first number
-    edge: bool  # whether that is the first or the last of RATES
-    test: list[float]  # for each seed, after the last step
-    reached: list[float]  # for each seed, the first report at or below the target; inf: none
-    time: float  # of a step, in those of sgd
-    state: float  # numbers in it for each parameter
-    tuning: list[float]  # for each rate, the mean of "validation" over the tuning seeds
+    rate: float  # the chosen value of the first number
+    edge: bool  # whether it is the first or the last of RATES
+    test: list[float]  # "test" of each seed after the last step
+    reached: list[float]  # first reported step of each seed at or below the target; inf: none
+    time: float  # time of a step relative to sgd
+    state: float  # numbers in the state per parameter
+    tuning: list[float]  # mean of "validation" over the tuning seeds for each rate
 
     @property
     def mean(self) -> float:
-        """The mean over seeds; inf if one of them is not finite."""
+        """Mean over seeds; inf if a seed is not finite."""
         return statistics.fmean(self.test) if np.isfinite(self.test).all() else math.inf
 
     @property
     def spread(self) -> float:
-        """The standard deviation over seeds."""
+        """Standard deviation over seeds; NaN if a seed is not finite."""
         return statistics.stdev(self.test) if np.isfinite(self.test).all() else math.nan
 
 
 def own_optimizers() -> dict[str, str]:
-    """Return every optimizer whose rule is jgd's own, and its family."""
+    """Return the family of each optimizer that jgd implements itself."""
     families = [f for f in jgd.optimizers.families if f is not jgd.optimizers.lifted]
     names = {name: f.__name__.rpartition(".")[2] for f in families for name in f.__all__}
     return {name: family for name, family in names.items() if not name.startswith("scale_by_")}
 
 
-def at_the_average(run: jgd.Run) -> jgd.Run:
-    """The run of a schedule-free optimizer, evaluated where its paper does."""
+def evaluated_at_average(run: jgd.Run) -> jgd.Run:
+    """Return the run of a schedule-free optimizer, evaluated at the average of its paper."""
 
     def evaluate(setting: Any, state: Any) -> dict[str, Any]:
         average = jgd.schedule_free_eval_params(state.opt_state, state.params)
@@ -97,12 +98,12 @@ def at_the_average(run: jgd.Run) -> jgd.Run:
     return run._replace(evaluate=evaluate)
 
 
-def compared(task: str, name: str, steps: int, relative_time: Callable[..., float]) -> Row:
-    """Tune an optimizer on a task, train it afresh at the rate found, and look at the clock."""
+def measure(task: str, name: str, steps: int, relative_time: Callable[..., float]) -> Row:
+    """Tune an optimizer on a task, train it with new seeds at the best rate, and time it."""
     problem, factory = PROBLEMS[task], getattr(jgd, name)
-    run = made(task)
+    run = run_of(task)
     if name.startswith("schedule_free"):
-        run = at_the_average(run)
+        run = evaluated_at_average(run)
     number = next(iter(inspect.signature(factory).parameters))
     options: dict[str, Any] = dict(width=WIDTH, metric="validation", mode="min")
 
@@ -118,7 +119,7 @@ def compared(task: str, name: str, steps: int, relative_time: Callable[..., floa
     arrived = test <= problem.target
     scores = tuned.curves[name].metrics["validation"][:, -1].reshape(len(RATES), -1)
     tx = factory(rate)
-    params = jax.eval_shape(lambda: run.init(tx, jax.random.key(KEY))).params
+    params = jax.eval_shape(lambda: start(run, tx, jax.random.key(KEY))).params
     return Row(
         task=task,
         optimizer=name,
@@ -134,17 +135,17 @@ def compared(task: str, name: str, steps: int, relative_time: Callable[..., floa
 
 
 @functools.cache
-def made(task: str) -> jgd.Run:
+def run_of(task: str) -> jgd.Run:
     return jgd.supervised(PROBLEMS[task].make())
 
 
 def _numbers(tree: Any) -> int:
-    """How many floating numbers a tree holds."""
+    """Return how many floating-point numbers a tree holds."""
     return sum(x.size for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact))
 
 
-def beside_sgd(task: str) -> Callable[[jgd.Run, Any, int], float]:
-    """A clock: the time of one training alone in that of sgd's, turn by turn, both warm."""
+def timer(task: str) -> Callable[[jgd.Run, Any, int], float]:
+    """Return a function that times a training relative to sgd's, in turns, after compilation."""
 
     def seconds(run: jgd.Run, tx: Any, steps: int) -> float:
         started = time.perf_counter()
@@ -152,26 +153,26 @@ def beside_sgd(task: str) -> Callable[[jgd.Run, Any, int], float]:
         return time.perf_counter() - started
 
     def relative_time(run: jgd.Run, tx: Any, steps: int) -> float:
-        plain = made(task), jgd.sgd(RATES[0]), steps
-        seconds(*plain), seconds(run, tx, steps)  # compiled
-        turns = [(seconds(run, tx, steps), seconds(*plain)) for _ in range(ROUNDS)]
-        ours, plain_ones = zip(*turns, strict=True)
-        return min(ours) / min(plain_ones)  # the least: others use this machine too
+        sgd = run_of(task), jgd.sgd(RATES[0]), steps
+        seconds(*sgd), seconds(run, tx, steps)  # compile
+        rounds = [(seconds(run, tx, steps), seconds(*sgd)) for _ in range(ROUNDS)]
+        own, of_sgd = zip(*rounds, strict=True)
+        return min(own) / min(of_sgd)  # the minimum, since other programs may slow this one
 
     return relative_time
 
 
-# --- what is kept ----------------------------------------------------------------------------
+# --- the file of results ---------------------------------------------------------------------
 
 
 def append(path: Path, row: Row) -> None:
-    """Add a line; it is on disk when this returns."""
+    """Append a row to a file."""
     with path.open("a") as file:
         file.write(json.dumps(row._asdict()) + "\n")
 
 
-def kept(path: Path) -> list[Row]:
-    """The rows of a file that may not be there yet."""
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a file, none if it does not exist."""
     lines = path.read_text().splitlines() if path.exists() else []
     return [Row(**json.loads(line)) for line in lines]
 
@@ -182,7 +183,10 @@ Rows = dict[str, dict[str, Row]]  # by optimizer and task
 
 
 def mean_ranks(rows: Rows, tasks: Sequence[str]) -> dict[str, float]:
-    """The rank by the mean over seeds, averaged over tasks, best first; ties share theirs."""
+    """Return the ranks by the mean over seeds, averaged over tasks, the best first.
+
+    Optimizers with equal means share the mean of their ranks.
+    """
     ranks: dict[str, list[float]] = {name: [] for name in rows}
     for task in tasks:
         means = {name: row[task].mean for name, row in rows.items()}
@@ -195,20 +199,20 @@ def mean_ranks(rows: Rows, tasks: Sequence[str]) -> dict[str, float]:
 
 
 def among_the_best(rows: Rows, task: str) -> set[str]:
-    """Those that a paired rank test (Wilcoxon's) at 5 per cent does not tell from the best mean."""
+    """Return the optimizers that Wilcoxon's paired test at 5 per cent cannot tell from the best."""
     best = min((row[task] for row in rows.values()), key=lambda row: row.mean)
 
     def worse(test: list[float]) -> bool:
         if test == best.test:
             return False
-        found = scipy.stats.wilcoxon(test, best.test, alternative="greater")
-        return not math.isfinite(sum(test)) or found.pvalue < 0.05  # type: ignore[attr-defined]
+        result = scipy.stats.wilcoxon(test, best.test, alternative="greater")
+        return not math.isfinite(sum(test)) or result.pvalue < 0.05  # type: ignore[attr-defined]
 
     return {name for name, row in rows.items() if not worse(row[task].test)}
 
 
 def table(rows: Rows, tasks: Sequence[str]) -> str:
-    """Two Markdown tables: what was reached, and at which rate and how fast."""
+    """Return two Markdown tables: the results, and the chosen rates with their speed."""
     ranks = mean_ranks(rows, tasks)
     best = {task: among_the_best(rows, task) for task in tasks}
 
@@ -263,7 +267,7 @@ def table(rows: Rows, tasks: Sequence[str]) -> str:
     )
 
 
-# colour and shape both tell families apart: Okabe and Ito's colours, and one of Tol's
+# Families differ in both color and shape. The colors are Okabe and Ito's, and one of Tol's.
 FAMILIES = {
     "classic": ("classic", "#000000", "o"),
     "adaptive": ("Adam's relatives", "#0072B2", "s"),
@@ -279,11 +283,11 @@ FAMILIES = {
 
 
 def draw(rows: Rows, tasks: Sequence[str]) -> Any:
-    """A panel per task, a line per optimizer: a small mark for each seed, a large one for the mean.
+    """Draw a panel per task with a line per optimizer: small marks for seeds, large ones for means.
 
-    What lies beyond the right edge is drawn there, hollow.
+    A mean beyond the right edge is drawn at the edge, with a hollow mark.
     """
-    ranks, rooms = mean_ranks(rows, tasks), own_optimizers()
+    ranks, families = mean_ranks(rows, tasks), own_optimizers()
     figure = matplotlib.figure.Figure(
         figsize=(2.4 + 2.4 * len(tasks), 1.5 + 0.215 * len(ranks)), layout="constrained"
     )
@@ -297,15 +301,15 @@ def draw(rows: Rows, tasks: Sequence[str]) -> Any:
             panel.axvline(min(level, problem.edge), color="black", linewidth=0.8, linestyle=":")
         for place, name in enumerate(ranks):
             row = rows[name][task]
-            _, color, shape = FAMILIES[rooms[name]]
+            _, color, shape = FAMILIES[families[name]]
             inside = [max(x, floor) for x in row.test if x <= problem.edge]
-            look = dict(color=color, linestyle="none")
-            panel.plot(inside, [place] * len(inside), "|", markersize=5, alpha=0.45, **look)
+            style = dict(color=color, linestyle="none")
+            panel.plot(inside, [place] * len(inside), "|", markersize=5, alpha=0.45, **style)
             beyond = not row.mean <= problem.edge
-            look |= dict(markerfacecolor="white") if beyond else dict(markeredgecolor="white")
+            style |= dict(markerfacecolor="white") if beyond else dict(markeredgecolor="white")
             size = 10 if shape == "*" else 6.5
-            look |= dict(markersize=size, markeredgewidth=0.7, zorder=4, clip_on=False)
-            panel.plot(problem.edge if beyond else max(row.mean, floor), place, shape, **look)
+            style |= dict(markersize=size, markeredgewidth=0.7, zorder=4, clip_on=False)
+            panel.plot(problem.edge if beyond else max(row.mean, floor), place, shape, **style)
         if problem.log:
             panel.set_xscale("log")
             panel.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
@@ -321,7 +325,7 @@ def draw(rows: Rows, tasks: Sequence[str]) -> Any:
     beside = dict(transform=panels[-1].get_yaxis_transform(), va="center", ha="right", fontsize=9)
     for place, rank in enumerate(["rank", *(f"{rank:.1f}" for rank in ranks.values())], -1):
         panels[-1].text(1.16, place, rank, **beside)
-    shown = dict.fromkeys(FAMILIES[rooms[name]] for name in ranks)
+    shown = dict.fromkeys(FAMILIES[families[name]] for name in ranks)
     handles = [
         matplotlib.lines.Line2D([], [], color=color, marker=shape, linestyle="none", label=label)
         for label, color, shape in shown
@@ -337,12 +341,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
     parser.add_argument("--optimizers", nargs="+", default=list(own_optimizers()))
-    parser.add_argument("--steps", type=int, help="of each training; default: each task's own")
+    parser.add_argument(
+        "--steps", type=int, help="steps of each training; default: set by each task"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/comparison"))
-    parser.add_argument("--publish", action="store_true", help="write README.md and its picture")
+    parser.add_argument(
+        "--publish", action="store_true", help="also write README.md and its picture"
+    )
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    # the sweeps of tuning and of the final seeds are one program: the second finds it compiled
+    # the two sweeps of an optimizer share one program, which the second takes from this cache
     jax.config.update("jax_compilation_cache_dir", str(options.out / "programs"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -350,27 +358,27 @@ def main() -> None:
     path = options.out / "results.jsonl"
     rows: Rows = {name: {} for name in options.optimizers}
     steps = {task: options.steps or PROBLEMS[task].steps for task in options.tasks}
-    for row in kept(path):
+    for row in read_rows(path):
         if row.optimizer in rows and row.steps == steps.get(row.task):
             rows[row.optimizer][row.task] = row
     for task in options.tasks:
-        clock = beside_sgd(task)
+        clock = timer(task)
         for name in options.optimizers:
             if task not in rows[name]:
                 started = time.perf_counter()
-                row = rows[name][task] = compared(task, name, steps[task], clock)
+                row = rows[name][task] = measure(task, name, steps[task], clock)
                 append(path, row)
-                took = time.perf_counter() - started
-                print(f"{task:11} {name:20} {row.mean:8.4f} at {row.rate:.1e} ({took:.0f} s)")
+                elapsed = time.perf_counter() - started
+                print(f"{task:11} {name:20} {row.mean:8.4f} at {row.rate:.1e} ({elapsed:.0f} s)")
     text, figure = table(rows, options.tasks), draw(rows, options.tasks)
-    look: Any = dict(dpi=130, bbox_inches="tight")
+    image: Any = dict(dpi=130, bbox_inches="tight")
     (options.out / "table.md").write_text(text + "\n")
-    figure.savefig(options.out / "comparison.png", **look)
+    figure.savefig(options.out / "comparison.png", **image)
     if options.publish:
         before, _, rest = README.read_text().partition(BEGIN)
         after = rest.partition(END)[2]
         README.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
-        figure.savefig(PICTURE, **look)
+        figure.savefig(PICTURE, **image)
     print(text)
 
 

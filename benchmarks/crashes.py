@@ -1,10 +1,10 @@
-"""What surviving a crash costs, and whether it works.
+"""Measure what checkpoints cost, and test that a sweep survives crashes.
 
-    python benchmarks/crashes.py             # checkpoints every 5 seconds against none
-    python benchmarks/crashes.py --kills 20  # kill -9 at random moments, each time to the same end
+    python benchmarks/crashes.py             # time with checkpoints every 5 seconds and without
+    python benchmarks/crashes.py --kills 20  # kill -9 at random moments, then compare the results
 
-Both on the default task, with halving, so that there are tiles at work, lanes that wait and best
-states to keep.
+Both run the default task with halving, so that checkpoints contain running tiles, waiting lanes and
+best states.
 """
 
 import argparse
@@ -28,32 +28,33 @@ LANES = {
 }
 
 
-def trained(steps: int, folder: Path | None, every: float, *, resume: bool = False) -> None:
+def train(steps: int, folder: Path | None, every: float, *, resume: bool = False) -> None:
+    """Run or resume the sweep with a checkpoint every `every` seconds."""
     halving = jgd.successive_halving(2, steps // 4)
     where = dict(folder=folder, checkpoint_every=every, resume=resume)
     jgd.sweep(digits(), LANES, steps, halving=halving, width=64, **where)
 
 
 def overhead(steps: int, every: float, rounds: int) -> None:
-    """Of checkpoints: the same sweep with and without them, in turns."""
+    """Print what checkpoints cost: the same sweep runs with and without them, in turns."""
     seconds: dict[float, list[float]] = {every: [], np.inf: []}
     with tempfile.TemporaryDirectory() as scratch:
-        for turn in range(rounds + 1):  # the first one warms the caches of the system
-            for interval, seen in seconds.items():
+        for turn in range(rounds + 1):  # the first turn warms the caches of the system
+            for interval, measured in seconds.items():
                 started = time.perf_counter()
-                trained(steps, Path(scratch) / f"{turn}-{interval}", interval)
-                seen.append(time.perf_counter() - started)
+                train(steps, Path(scratch) / f"{turn}-{interval}", interval)
+                measured.append(time.perf_counter() - started)
     ratios = [a / b - 1 for a, b in zip(seconds[every], seconds[np.inf], strict=True)][1:]
-    alone = statistics.median(seconds[np.inf])
+    without = statistics.median(seconds[np.inf])
     print(
-        f"checkpoints every {every:g} s cost {statistics.median(ratios):.1%} of {alone:.0f} s"
+        f"checkpoints every {every:g} s cost {statistics.median(ratios):.1%} of {without:.0f} s"
         f" (rounds: {', '.join(f'{r:.1%}' for r in ratios)})"
     )
 
 
-def killed(kills: int, steps: int, longest: float, seed: int) -> None:
-    """Begin a sweep, kill it, resume it, kill it ...: the end is that of one nobody touched."""
-    dice = random.Random(seed)
+def kill_and_resume(kills: int, steps: int, longest: float, seed: int) -> None:
+    """Kill a sweep and resume it, again and again; compare its files with an uninterrupted one."""
+    rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as scratch:
         whole, broken = Path(scratch) / "whole", Path(scratch) / "broken"
         child = [sys.executable, __file__, "--child", str(steps)]
@@ -62,7 +63,7 @@ def killed(kills: int, steps: int, longest: float, seed: int) -> None:
         while True:
             process = subprocess.Popen([*child, str(broken)], stderr=subprocess.DEVNULL)
             try:
-                process.wait(dice.uniform(0.5, longest) if done < kills else None)
+                process.wait(rng.uniform(0.5, longest) if done < kills else None)
                 break
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
@@ -72,27 +73,27 @@ def killed(kills: int, steps: int, longest: float, seed: int) -> None:
         same = [(whole / name).read_bytes() == (broken / name).read_bytes() for name in names]
         with np.load(whole / "curves.npz") as a, np.load(broken / "curves.npz") as b:
             same.append(all(np.array_equal(a[name], b[name], equal_nan=True) for name in a))
-        print(f"{done} kills; table, summary, journal, curves the same: {same}")
+        print(f"{done} kills; table, summary, journal and curves are the same: {same}")
         if not all(same) or process.returncode:
             raise SystemExit(1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--every", type=float, default=5.0)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--kills", type=int, default=0)
-    parser.add_argument("--longest", type=float, default=12.0, help="seconds before a kill")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=4000, help="steps of each lane")
+    parser.add_argument("--every", type=float, default=5.0, help="seconds between checkpoints")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of timing")
+    parser.add_argument("--kills", type=int, default=0, help="kill the sweep this many times")
+    parser.add_argument("--longest", type=float, default=12.0, help="most seconds before a kill")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments of the kills")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         steps, folder = int(options.child[0]), Path(options.child[1])
         resume = (folder / "plan.json").exists()
-        trained(steps, folder, 0.5, resume=resume)
+        train(steps, folder, 0.5, resume=resume)
     elif options.kills:
-        killed(options.kills, options.steps, options.longest, options.seed)
+        kill_and_resume(options.kills, options.steps, options.longest, options.seed)
     else:
         overhead(options.steps, options.every, options.rounds)
 

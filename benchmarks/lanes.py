@@ -1,19 +1,19 @@
-"""Lane-steps per second of the default task: jgd's sweep beside what one would write instead.
+"""Compare the speed of a sweep, in lane-steps per second, with that of its alternatives.
 
-    python benchmarks/lanes.py                       # 512 lanes, a few rounds, two to five minutes
+    python benchmarks/lanes.py                       # 512 lanes, two to five minutes
     python benchmarks/lanes.py --lanes 64 512 4096   # as in benchmarks/README.md
-    python benchmarks/lanes.py --halving 1000        # what halving gains, and of what is ideal
+    python benchmarks/lanes.py --halving 1000        # the gain from successive halving
 
-All contenders run in this process, one after the other in each round, so that a busy machine slows
-them alike; the ratios are medians of those of each round. The task is that of `jgd sweep`: a
-64-64-10 network on the digits, batches of 128, Adam at many learning rates; everything is compiled.
+All contenders run in this process and take turns in each round, so that a busy machine slows them
+alike. A ratio is the median over rounds. The task is that of `jgd sweep`: a 64-64-10 network on the
+digits, batches of 128, and Adam at many learning rates. All programs are compiled before timing.
 
-    sweep         jgd.sweep's loop: verdicts, held-out metrics and reports included
+    sweep         the loop of jgd.sweep, with verdicts, held-out metrics and reports
     all at once   the same lanes in one hand-written jax.vmap of optax, inside a scan
     jitted step   one setting after another: a jitted optax step in a Python loop
-    optuna        the same, each setting asked of Optuna's TPE and told to it
+    optuna        the same loop, with settings proposed by Optuna's TPE sampler
     torch         the same loop in PyTorch
-    keras fit     the same in Keras on its JAX backend
+    keras fit     the same training with Keras's `fit` on its JAX backend
 """
 
 import argparse
@@ -32,11 +32,11 @@ import jgd
 from jgd.tuning.sweep import Prepared, TrainingArguments, prepare
 from jgd.tuning.tasks import digits
 
-Contender = Callable[[], tuple[int, float]]  # -> lane-steps done, seconds they took
+Contender = Callable[[], tuple[int, float]]  # returns the number of lane-steps and their seconds
 
 
-def trained(prepared: Prepared) -> float:
-    """Run a sweep to its end; its seconds."""
+def seconds_of(prepared: Prepared) -> float:
+    """Run a sweep to its end and return its seconds."""
     started = time.perf_counter()
     while prepared.sweep.start():
         prepared.sweep.take()
@@ -44,23 +44,24 @@ def trained(prepared: Prepared) -> float:
     return time.perf_counter() - started
 
 
-def swept(task: jgd.Task, rates: np.ndarray, steps: int, width: int | None) -> Contender:
+def sweep(task: jgd.Task, rates: np.ndarray, steps: int, width: int | None) -> Contender:
+    """Return jgd's sweep as a contender."""
     lanes = {"adam": jgd.grid(jgd.adam, learning_rate=rates)}
-    # as `jgd sweep` reports, held-out metrics and all
+    # reports with held-out metrics, as often as in `jgd sweep`
     options = dict(width=width, report_every=max(steps // 4, 1))
 
     def measure() -> tuple[int, float]:
         prepared = prepare(TrainingArguments(task, lanes, steps, **options))
-        return prepared.plan.lane_steps, trained(prepared)
+        return prepared.plan.lane_steps, seconds_of(prepared)
 
     measure()
     return measure
 
 
-def halved(task: jgd.Task, rates: np.ndarray, steps: int, rounds: int) -> None:
-    """Halving's gain in time over the full run, warm, in turns with it, and its share of the ideal.
+def measure_halving(task: jgd.Task, rates: np.ndarray, steps: int, rounds: int) -> None:
+    """Print how many times as fast a sweep is with halving as without, in turns, after compilation.
 
-    The ideal is that of lane-steps: what the full run takes over what the halved one takes.
+    The ideal is the ratio of the planned lane-steps.
     """
     lanes = {"adam": jgd.grid(jgd.adam, learning_rate=rates)}
     kinds = {
@@ -73,7 +74,7 @@ def halved(task: jgd.Task, rates: np.ndarray, steps: int, rounds: int) -> None:
     for _turn in range(rounds + 1):
         for name, halving in kinds.items():
             prepared = prepare(TrainingArguments(task, lanes, steps, width=64, halving=halving))
-            seconds[name].append(trained(prepared))
+            seconds[name].append(seconds_of(prepared))
             executed[name] = prepared.sweep.schedule.lane_steps
             planned[name] = prepared.plan.lane_steps
     full, *others = kinds
@@ -85,13 +86,13 @@ def halved(task: jgd.Task, rates: np.ndarray, steps: int, rounds: int) -> None:
         )
         print(
             f"halving, {name}: {warm:.2f} times as fast, {warm / ideal:.2f} of the ideal"
-            f" {ideal:.2f}; cold {cold:.2f}; executed {executed[name] / planned[name]:.3f} of"
-            " what survives"
+            f" {ideal:.2f}; with compilation {cold:.2f}; executed"
+            f" {executed[name] / planned[name]:.3f} of the planned lane-steps"
         )
 
 
 def all_at_once(task: jgd.Task, rates: np.ndarray, steps: int) -> Contender:
-    """A user's own: every lane in one vmap, batches made in the scan."""
+    """Return a hand-written vmap over all lanes, with batches generated inside the scan."""
 
     def one_step(params, state, rate, batch):
         tx = optax.adam(rate)
@@ -122,6 +123,7 @@ def all_at_once(task: jgd.Task, rates: np.ndarray, steps: int) -> Contender:
 
 
 def jitted_step(task: jgd.Task, steps: int) -> Contender:
+    """Return a Python loop over a jitted optax step."""
     tx = optax.adam(1e-3)
 
     @jax.jit
@@ -146,6 +148,7 @@ def jitted_step(task: jgd.Task, steps: int) -> Contender:
 
 
 def optuna_loop(task: jgd.Task, steps: int, trials: int) -> Contender:
+    """Return a Python loop over a jitted optax step, for trials that Optuna proposes."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -177,6 +180,7 @@ def optuna_loop(task: jgd.Task, steps: int, trials: int) -> Contender:
 
 
 def keras_fit(task: jgd.Task, steps: int) -> Contender:
+    """Return Keras's `fit` on its JAX backend."""
     os.environ.setdefault("KERAS_BACKEND", "jax")
     import keras
 
@@ -196,6 +200,7 @@ def keras_fit(task: jgd.Task, steps: int) -> Contender:
 
 
 def torch_loop(task: jgd.Task, steps: int) -> Contender:
+    """Return a training loop in PyTorch."""
     import torch
 
     as_torch = lambda x: torch.tensor(np.asarray(x))
@@ -217,9 +222,10 @@ def torch_loop(task: jgd.Task, steps: int) -> Contender:
 
 
 def race(task: jgd.Task, lanes: int, steps: int, rounds: int, width: int | None) -> None:
+    """Measure all contenders in turns and print their speeds."""
     rates = np.geomspace(1e-5, 1e-2, lanes)
     contenders: dict[str, Contender] = {
-        "sweep": swept(task, rates, steps, width),
+        "sweep": sweep(task, rates, steps, width),
         "all at once": all_at_once(task, rates, steps),
         "jitted step": jitted_step(task, 400),
     }
@@ -233,32 +239,34 @@ def race(task: jgd.Task, lanes: int, steps: int, rounds: int, width: int | None)
     speeds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, measure in contenders.items():
-            done, seconds = measure()
-            speeds[name].append(done / seconds)
+            lane_steps, seconds = measure()
+            speeds[name].append(lane_steps / seconds)
     print(
         f"{lanes} settings, {steps} steps, {jax.devices()[0].device_kind}, {os.cpu_count()} cores"
     )
-    for name, seen in speeds.items():
-        ratio = statistics.median(a / b for a, b in zip(speeds["sweep"], seen, strict=True))
-        middle, low, high = (f(seen) / 1e3 for f in (statistics.median, min, max))
+    for name, of_rounds in speeds.items():
+        ratio = statistics.median(a / b for a, b in zip(speeds["sweep"], of_rounds, strict=True))
+        median, low, high = (f(of_rounds) / 1e3 for f in (statistics.median, min, max))
         print(
-            f"{name:12} {middle:6.1f} thousand lane-steps/s ({low:.1f} to {high:.1f})"
+            f"{name:12} {median:6.1f} thousand lane-steps/s ({low:.1f} to {high:.1f})"
             f"   the sweep is {ratio:5.2f} times as fast"
         )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lanes", type=int, nargs="+", default=[512])
-    parser.add_argument("--steps", type=int, help="of each lane; default: 100,000 lane-steps")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--width", type=int, help="of a tile; default: as the sweep chooses")
-    parser.add_argument("--halving", type=int, metavar="STEPS", help="halving's gain instead")
+    parser.add_argument("--lanes", type=int, nargs="+", default=[512], help="numbers of lanes")
+    parser.add_argument("--steps", type=int, help="steps of each lane; default: 100,000 / lanes")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of timing")
+    parser.add_argument("--width", type=int, help="lanes per tile; default: chosen by the sweep")
+    parser.add_argument(
+        "--halving", type=int, metavar="STEPS", help="measure the gain from halving over so many"
+    )
     options = parser.parse_args()
     task = digits()
     for lanes in options.lanes:
         if options.halving:
-            halved(task, np.geomspace(1e-5, 1e-2, lanes), options.halving, options.rounds)
+            measure_halving(task, np.geomspace(1e-5, 1e-2, lanes), options.halving, options.rounds)
         else:
             steps = options.steps or max(100_000 // lanes, 20)
             race(task, lanes, steps, options.rounds, options.width)

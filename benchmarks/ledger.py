@@ -1,8 +1,9 @@
-"""Times the host's part of a sweep: 100,000 lanes with 20 reports, and their journal.
+"""Time what a sweep does outside of training, for 100,000 lanes with 20 reports.
 
-    python benchmarks/ledger.py             # about a minute; --lanes for another number
+    python benchmarks/ledger.py             # about a minute; --lanes sets another number of lanes
 
-The events are those of a sweep with a rung in its middle, of tiles of 64 lanes; nothing is trained.
+The events are those of a sweep in tiles of 64 lanes with a rung halfway. Their values are random:
+nothing is trained.
 """
 
 import argparse
@@ -43,30 +44,30 @@ def plan_of(lanes: int) -> Plan:
 
 
 def reports(plan: Plan, ledger: Ledger, begin: int, end: int) -> Iterator[Report]:
-    """The reports of the living lanes from one step to another, tile by tile."""
+    """Yield the reports of the living lanes after step `begin` up to `end`, tile by tile."""
     rng = np.random.default_rng(begin)
     alive = np.flatnonzero(ledger.alive)
-    for place in range(0, len(alive), WIDTH):
-        lanes = alive[place : place + WIDTH]
+    for first in range(0, len(alive), WIDTH):
+        lanes = alive[first : first + WIDTH]
         n = len(lanes)
         for step in (step for step in plan.reports if begin < step <= end):
             draw = lambda n=n: rng.random(n, np.float32).astype(np.float64)
-            over = step in plan.rounds
-            seen = LossStatistics(*[np.full(n, 0.1)] * len(LossStatistics._fields))
+            ends_round = step in plan.rounds
+            statistics = LossStatistics(*[np.full(n, 0.1)] * len(LossStatistics._fields))
             yield Report(
-                tile=place // WIDTH,
+                tile=first // WIDTH,
                 group="adam",
                 step=step,
                 lanes=lanes,
                 loss=draw(),
                 metrics={"accuracy": draw(), "loss": draw()},
                 ended=np.full(n, FINISHED if step == plan.steps else 0, np.int8),
-                seen=seen if over else None,
+                seen=statistics if ends_round else None,
             )
 
 
-def folded(lanes: int) -> None:
-    """Fold the events of a sweep, rank at its rung and at its end."""
+def time_folding(lanes: int) -> None:
+    """Print the seconds to fold the events of a sweep, rank at its rung, and make its table."""
     plan = plan_of(lanes)
     facts, seconds, events, begin = Facts.of(plan), {"apply": 0.0}, 0, 0
     for end in plan.rounds:
@@ -87,8 +88,8 @@ def folded(lanes: int) -> None:
     print(f"{lanes:,} lanes, {events:,} events: {parts}")
 
 
-def read_again(lanes: int) -> None:
-    """Write the journal of a sweep, and read it as a resume does."""
+def time_reading(lanes: int) -> None:
+    """Write the journal of a sweep, and print the seconds to read it as a resume does."""
     plan = plan_of(lanes)
     with tempfile.TemporaryDirectory() as scratch:
         with opened(Path(scratch) / "run") as folder:
@@ -104,10 +105,10 @@ def read_again(lanes: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lanes", type=int, default=100_000)
+    parser.add_argument("--lanes", type=int, default=100_000, help="number of lanes")
     options = parser.parse_args()
-    folded(options.lanes)
-    read_again(options.lanes)
+    time_folding(options.lanes)
+    time_reading(options.lanes)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Four small tasks to compare optimizers on: digits, sparse features, recall, a regression.
+"""Four small tasks for comparing optimizers: digits, sparse features, recall and regression.
 
-Each is a `jgd.Task` whose `evaluate` reports "validation" and "test", both better if lower.
+Each is a `jgd.Task` whose `evaluate` reports "validation" and "test"; lower is better.
 """
 
 import math
@@ -20,21 +20,23 @@ HELD_OUT = ("validation", "test")
 
 
 class Problem(NamedTuple):
+    """A task with its number of steps and the format of its results."""
+
     make: Callable[[], jgd.Task]
     steps: int
     title: str
-    measure: str  # what "test" is
+    measure: str  # name of the quantity that "test" reports
     target: float
-    edge: float  # of the picture; what is worse is drawn there
-    log: bool  # whether to draw it so
-    digits: int  # after the point, in the table
+    edge: float  # right edge of the picture, where worse values are drawn
+    log: bool  # True for a logarithmic axis
+    digits: int  # decimals in the table
 
 
 def digits() -> jgd.Task:
-    """scikit-learn's digits: 897 to train on, 400 to choose the rate by, 500 to report.
+    """Return the task on scikit-learn's digits: 897 for training, 400 for validation, 500 for test.
 
-    The 64-64-10 network of `jgd sweep`, batches of 64 drawn with replacement; the error, and the
-    cross-entropy where two rates have the same.
+    The model is the 64-64-10 network of `jgd sweep`; batches of 64 are drawn with replacement. The
+    measure is the error in per cent; the cross-entropy decides between rates with equal errors.
     """
     network = jgd.tuning.tasks.digits()
     images, labels = sklearn.datasets.load_digits(return_X_y=True)
@@ -51,11 +53,11 @@ def digits() -> jgd.Task:
         return network.loss(params, (data[0][rows], data[1][rows])), ({}, None)
 
     def evaluate(validation: Any, test: Any, params: Any) -> dict[str, Any]:
-        seen, unseen = (network.evaluate.func(*data, params) for data in (validation, test))
+        tuning, final = (network.evaluate.func(*data, params) for data in (validation, test))
         return {
-            "validation": 100 * (1 - seen["accuracy"]),
-            "loss": seen["loss"],
-            "test": 100 * (1 - unseen["accuracy"]),
+            "validation": 100 * (1 - tuning["accuracy"]),
+            "loss": tuning["loss"],
+            "test": 100 * (1 - final["accuracy"]),
         }
 
     return jgd.Task(
@@ -67,11 +69,11 @@ def digits() -> jgd.Task:
 
 
 def sparse(words: int = 2000, length: int = 20) -> jgd.Task:
-    """Logistic regression on bags of words, where rare words say more.
+    """Return a logistic regression on bags of words in which rare words are more informative.
 
-    20 words of 2,000, word j with a frequency of 1 / j; a teacher whose weights grow like sqrt(j)
-    draws the labels. Every batch of 8 is new. What the loss exceeds the teacher's by, on 2,000
-    bags.
+    A bag has 20 of 2,000 words; word j has a frequency proportional to 1 / j. Labels are drawn from
+    a teacher whose weights grow like sqrt(j). Every batch of 8 is new. The measure is the excess of
+    the loss over the teacher's, on 2,000 bags.
     """
     rank = np.arange(1, words + 1)
     weights = np.random.default_rng(0).normal(size=words) * 2 * np.sqrt(rank / words)
@@ -99,8 +101,8 @@ def sparse(words: int = 2000, length: int = 20) -> jgd.Task:
     def evaluate(teacher: Any, held_out: dict[str, jax.Array], params: Any) -> dict[str, Any]:
         def excess(bag: jax.Array) -> jax.Array:
             expected = jax.nn.sigmoid(logits(teacher, bag))
-            of = lambda p: optax.sigmoid_binary_cross_entropy(logits(p, bag), expected).mean()
-            return of(params) - of(teacher)
+            loss = lambda p: optax.sigmoid_binary_cross_entropy(logits(p, bag), expected).mean()
+            return loss(params) - loss(teacher)
 
         return {name: excess(bag) for name, bag in held_out.items()}
 
@@ -114,10 +116,10 @@ def sparse(words: int = 2000, length: int = 20) -> jgd.Task:
 
 
 def recall(words: int = 32, values: int = 16, pairs: int = 12, width: int = 24) -> jgd.Task:
-    """A sequence of pairs of a word and its value, then one of the words: which value was it?
+    """Return a recall task: a sequence of words with values, then a word whose value is asked for.
 
-    One block of attention, 3,840 parameters. Every batch of 32 sequences is new; cross-entropy on
-    500 sequences.
+    The model is one block of attention with 3,840 parameters. Every batch of 32 sequences is new.
+    The measure is the cross-entropy on 500 sequences.
     """
     shapes = {
         "word": (words, width),
@@ -131,11 +133,11 @@ def recall(words: int = 32, values: int = 16, pairs: int = 12, width: int = 24) 
 
     def sequences(key: jax.Array, n: int) -> tuple[jax.Array, ...]:
         uniform = jax.random.uniform(key, (n, words + pairs + 1))
-        shown = jnp.argsort(uniform[:, :words], axis=-1)[:, :pairs]  # no word twice
-        held = (uniform[:, words:-1] * values).astype(jnp.int32)
-        asked = (uniform[:, -1:] * pairs).astype(jnp.int32)
-        at = lambda x: jnp.take_along_axis(x, asked, axis=1)[:, 0]
-        return shown, held, at(shown), at(held)
+        shown = jnp.argsort(uniform[:, :words], axis=-1)[:, :pairs]  # without repeated words
+        shown_values = (uniform[:, words:-1] * values).astype(jnp.int32)
+        index = (uniform[:, -1:] * pairs).astype(jnp.int32)
+        at_index = lambda x: jnp.take_along_axis(x, index, axis=1)[:, 0]
+        return shown, shown_values, at_index(shown), at_index(shown_values)
 
     def init(key: jax.Array) -> tuple[Any, None]:
         sizes = [math.prod(shape) for shape in shapes.values()]
@@ -145,12 +147,12 @@ def recall(words: int = 32, values: int = 16, pairs: int = 12, width: int = 24) 
         return {name: part.reshape(shape) for (name, shape), part in pairs}, None
 
     def cross_entropy(params: Any, data: tuple[jax.Array, ...]) -> jax.Array:
-        shown, held, asked, answer = data
-        pair, word = params["word"][shown] + params["value"][held], params["word"][asked]
+        shown, shown_values, query, answer = data
+        pair, word = params["word"][shown] + params["value"][shown_values], params["word"][query]
         scores = jnp.einsum("nd,npd->np", word @ params["query"], pair @ params["key"])
         attention = jax.nn.softmax(scores / math.sqrt(width))
-        found = jnp.einsum("np,npd->nd", attention, pair @ params["read"])
-        hidden = word + found @ params["write"]
+        read = jnp.einsum("np,npd->nd", attention, pair @ params["read"])
+        hidden = word + read @ params["write"]
         hidden = hidden * jax.lax.rsqrt((hidden**2).mean(-1, keepdims=True) + 1e-6)
         logits = hidden @ params["head"]
         return optax.softmax_cross_entropy_with_integer_labels(logits, answer).mean()
@@ -166,19 +168,19 @@ def recall(words: int = 32, values: int = 16, pairs: int = 12, width: int = 24) 
 
 
 def regression(size: int = 48, rows: int = 128, condition: float = 1e4) -> jgd.Task:
-    """Linear least squares with a condition number of 10,000, full batch, no noise.
+    """Return linear least squares with a condition number of 10,000, full batches and no noise.
 
-    Each seed has features of its own, turned at random, so that no coordinate is an eigenvector.
-    The logarithm (base 10) of what is left of the squared error on other rows.
+    Each seed has its own features, rotated at random so that no coordinate is an eigenvector. The
+    measure is log10 of the squared error on other rows, relative to the error of zero weights.
     """
     spectrum = jnp.geomspace(1, condition**-0.5, size)
 
     def init(key: jax.Array) -> tuple[Any, Any]:
         normal = jax.random.normal(key, (size + 3 * rows + 1, size))
-        turn = jnp.linalg.qr(normal[:size])[0]
-        # orthonormal columns: the condition number is exact for each of the three sets
-        white = jnp.linalg.qr(normal[size:-1].reshape(3, rows, size) @ turn)[0] * math.sqrt(rows)
-        features = white * spectrum @ turn.T
+        rotation = jnp.linalg.qr(normal[:size])[0]
+        # orthonormal columns, so that the condition number is exact in each of the three sets
+        white = jnp.linalg.qr(normal[size:-1].reshape(3, rows, size) @ rotation)[0]
+        features = math.sqrt(rows) * white * spectrum @ rotation.T
         solution = normal[-1]
         return {"weight": 0.1 * jnp.roll(solution, 1)}, (features, features @ solution)
 
@@ -191,8 +193,8 @@ def regression(size: int = 48, rows: int = 128, condition: float = 1e4) -> jgd.T
 
     def evaluate(params: Any, data: Any) -> dict[str, Any]:
         zero = jax.tree.map(jnp.zeros_like, params)
-        left = lambda part: jnp.log10(error(params, data, part) / error(zero, data, part))
-        return {"validation": left(1), "test": left(2)}
+        log_ratio = lambda part: jnp.log10(error(params, data, part) / error(zero, data, part))
+        return {"validation": log_ratio(1), "test": log_ratio(2)}
 
     return jgd.Task(init, loss, lambda step: (), evaluate)
 

@@ -1,26 +1,26 @@
-"""What one step costs in jgd relative to optax: tracing, compiling and running an update.
+"""Measure what a step costs in jgd relative to optax: tracing, compiling and running an update.
 
     python -m benchmarks.step             # everything: about six minutes on two idle cores
-    python -m benchmarks.step --quick     # the small tree alone: less than a minute
+    python -m benchmarks.step --quick     # only the small tree: less than a minute
     python -m benchmarks.step --optimizers adam muon --trees small GPT-2 --measurements trace run
 
-Both libraries run in this process, in turns, so that a busy machine slows both alike. A ratio is
-the median over rounds of seconds in jgd over seconds in optax. `--seconds` bounds the rounds.
+Both libraries run in this process and take turns, so that a busy machine slows both alike. A ratio
+is the median over rounds of the seconds of jgd over those of optax. `--seconds` limits the rounds.
 
-    trace       jax.jit(update).trace of a new function; jax's other caches are warm
+    trace       jax.jit(update).trace of a new function; JAX's other caches are warm
     argument    the same with the optimizer as an argument of the function, relative to optax's
                 plain trace
     cold        the first trace after jax.clear_caches(), for the small tree
-    compile     XLA, without the persistent cache: smallest of five times, of fewer where they take
-                more than four times `--seconds`
+    compile     compilation without the persistent cache: the smallest of five times, or of fewer if
+                they take more than four times `--seconds`
     run         a compiled update whose state is donated
     counts      equations, bytes, kernels and stack frames: see tests/costs.py
     eager       an update of Adam without jit, for the small tree
-    construct   `adam(1e-3)`
+    construct   the call `adam(1e-3)`
 
-Two things are left out. Muon does not run on the leaf of 5000 x 5000, where one step takes minutes.
-The thousand leaves are only traced, unless `--optimizers` names what to compile and run there,
-since some of those compilations take half a minute.
+Two cases are omitted. Muon does not run on the leaf of 5000 x 5000, where one step takes minutes.
+The tree of a thousand leaves is only traced, since some of its compilations take half a minute;
+`--optimizers` compiles and runs it for the optimizers named.
 """
 
 import argparse
@@ -72,6 +72,7 @@ Call = Callable[[], Any]
 
 
 def seconds_of(call: Call, repeats: int = 1) -> float:
+    """Return the seconds of a call, averaged over `repeats`."""
     started = time.perf_counter()
     for _ in range(repeats):
         call()
@@ -81,9 +82,9 @@ def seconds_of(call: Call, repeats: int = 1) -> float:
 def in_turns(calls: list[Call], limit: float) -> np.ndarray:
     """Return the seconds of each call in each of up to 50 rounds.
 
-    The first calls only fill caches, unless they take more than four seconds: then they are the
-    only round. A round repeats calls of less than two milliseconds. Every other round goes
-    backwards, so that no call gains by its place.
+    The first calls only fill caches, unless they take more than four seconds; then they are the
+    only round. In a round, calls of less than two milliseconds are repeated. Every other round runs
+    in reverse order, so that no call profits from its position.
     """
     first = [seconds_of(call) for call in calls]
     if sum(first) > 4:
@@ -99,11 +100,12 @@ def in_turns(calls: list[Call], limit: float) -> np.ndarray:
 
 
 def median_ratio(seconds: np.ndarray, ours: int = 0, theirs: int = 1) -> float:
+    """Return the median over rounds of the ratio of two calls."""
     return float(np.median(seconds[:, ours] / seconds[:, theirs]))
 
 
 class Results:
-    """Ratios by row of the table, then by tree and optimizer."""
+    """Ratios for each row of the table, by tree and optimizer."""
 
     def __init__(self) -> None:
         self.ratios: dict[str, dict[tuple[str, str], float]] = {row: {} for row in TARGETS}
@@ -117,7 +119,7 @@ class Results:
         print(f"{self.elapsed()}, {tree}, {name}: {row} {ratio:.3g}", file=sys.stderr, flush=True)
 
     def table(self, trees: list[str]) -> str:
-        """Return a Markdown table of medians and worst cases; those above their target are bold."""
+        """Return a Markdown table of medians and worst cases; values above a target are bold."""
         columns = [*trees, "all"] if len(trees) > 1 else trees
         lines = [["jgd relative to optax: median / worst", "target", *columns]]
         lines.append(["---", *["---:"] * (len(columns) + 1)])
@@ -132,6 +134,7 @@ class Results:
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def worst(self, number: int = 4) -> str:
+        """Return a list of the largest ratios of each row."""
         lines = []
         for row, ratios in self.ratios.items():
             ordered = sorted(ratios.items(), key=lambda item: -item[1])[:number]
@@ -152,6 +155,7 @@ def _cell(ratios: list[float], row: str) -> str:
 
 
 def trace_as_argument(tx: Any, shapes: tuple[Any, Any, Any]) -> None:
+    """Trace an update with the optimizer as an argument of the function."""
     update = lambda tx, updates, state, params: tx.update(updates, state, params)
     jax.jit(update, donate_argnums=2).trace(tx, *shapes)
 
@@ -159,11 +163,11 @@ def trace_as_argument(tx: Any, shapes: tuple[Any, Any, Any]) -> None:
 def compile_in_turns(
     lowered: list[jax.stages.Lowered], limit: float
 ) -> tuple[list[float], list[jax.stages.Compiled]]:
-    """Return the smallest seconds of up to five compilations of each, and the programs."""
+    """Return for each program the least seconds of up to five compilations, and the result."""
     rounds, stop = [], time.perf_counter() + limit
     programs: list[Any] = [None] * len(lowered)
     while not rounds or (len(rounds) < 5 and time.perf_counter() < stop):
-        # an option without effect, since jax would return the program it compiled before
+        # a new value of an irrelevant option, so that JAX does not reuse the compiled program
         options = {"xla_dump_max_hlo_modules": len(rounds)}
         seconds = []
         for i, one in enumerate(lowered):
@@ -175,8 +179,9 @@ def compile_in_turns(
 
 
 def stepper(program: jax.stages.Compiled, tx: Any, gradients: Any, params: Any) -> Call:
+    """Return a call that runs a compiled update on the state of the call before."""
     state = tx.init(params)
-    # donation accepts no buffer that is an argument twice
+    # a buffer that is an argument twice cannot be donated
     state = jax.tree.map(lambda x: jnp.array(x, copy=True), state)
 
     def step() -> None:
@@ -189,41 +194,45 @@ def stepper(program: jax.stages.Compiled, tx: Any, gradients: Any, params: Any) 
 
 @lru_cache(maxsize=2)
 def arrays(tree: str, seed: int) -> Any:
+    """Return random arrays with the shapes of a tree."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape, s.dtype)), TREES[tree])
 
 
-def measure(results: Results, name: str, tree: str, wanted: set[str], limit: float) -> None:
+def measure(results: Results, name: str, tree: str, measurements: set[str], limit: float) -> None:
     """Measure one optimizer on one tree."""
     build = {**OPTIMIZERS, **COMPOSITIONS}[name]
     both = [build(jgd), build(OPTAX)]
     shapes = [shapes_of_arguments(tx, TREES[tree]) for tx in both]
     calls = [partial(trace, tx, s) for tx, s in zip(both, shapes, strict=True)]
-    if wanted & {"trace", "argument"}:
-        argument = [partial(trace_as_argument, both[0], shapes[0])] if "argument" in wanted else []
+    if measurements & {"trace", "argument"}:
+        argument = (
+            [partial(trace_as_argument, both[0], shapes[0])] if "argument" in measurements else []
+        )
         seconds = in_turns(calls + argument, limit)
         row = f"trace, {name}" if name in COMPOSITIONS else "trace"
         results.add(row, tree, name, median_ratio(seconds))
         if argument:
             results.add("trace, optimizer as argument", tree, name, median_ratio(seconds, 2))
-    if not wanted & {"compile", "run", "counts"}:
+    if not measurements & {"compile", "run", "counts"}:
         return
     traced = [call() for call in calls]
     lowered = [one.lower() for one in traced]
-    least, programs = compile_in_turns(lowered, 4 * limit if "compile" in wanted else 0)
-    if "compile" in wanted:
+    least, programs = compile_in_turns(lowered, 4 * limit if "compile" in measurements else 0)
+    if "compile" in measurements:
         results.add("compile", tree, name, least[0] / least[1])
-    if "counts" in wanted:
+    if "counts" in measurements:
         ours, theirs = map(counts, traced, programs)
         for count in BOUNDS:
             results.add(count, tree, name, ours[count] / theirs[count])
-    if "run" in wanted:
+    if "run" in measurements:
         inputs = arrays(tree, 0), arrays(tree, 1)
         steps = [stepper(p, tx, *inputs) for p, tx in zip(programs, both, strict=True)]
         results.add("run", tree, name, median_ratio(in_turns(steps, 4 * limit)))
 
 
 def measure_cold(results: Results, name: str, rounds: int) -> None:
+    """Measure the first trace of one optimizer after JAX's caches were cleared."""
     both = [OPTIMIZERS[name](library) for library in (jgd, OPTAX)]
     ratios = []
     for _ in range(rounds):
@@ -236,15 +245,15 @@ def measure_cold(results: Results, name: str, rounds: int) -> None:
     results.add("cold trace", "small", name, statistics.median(ratios))
 
 
-def measure_python(results: Results, wanted: set[str], limit: float) -> None:
-    """Measure what Adam does outside of jit."""
-    if "eager" in wanted:
+def measure_python(results: Results, measurements: set[str], limit: float) -> None:
+    """Measure Adam outside of jit: an eager update, and the call that creates it."""
+    if "eager" in measurements:
         inputs, calls = (arrays("small", 0), arrays("small", 1)), []
         for tx in (jgd.adam(1e-3), optax.adam(1e-3)):
             state = tx.init(inputs[1])
             calls.append(lambda tx=tx, state=state: tx.update(inputs[0], state, inputs[1]))
         results.add("eager Adam", "small", "adam", median_ratio(in_turns(calls, 2 * limit)))
-    if "construct" in wanted:
+    if "construct" in measurements:
         calls = [lambda: jgd.adam(1e-3), lambda: optax.adam(1e-3)]
         seconds = in_turns(calls, limit)
         results.add("construct `adam(1e-3)`", "small", "adam", median_ratio(seconds))
@@ -256,33 +265,35 @@ def main() -> None:
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, metavar="NAME")
     parser.add_argument("--trees", nargs="+", choices=TREES, default=list(TREES))
     parser.add_argument("--measurements", nargs="+", choices=MEASUREMENTS, default=MEASUREMENTS)
-    parser.add_argument("--seconds", type=float, default=0.5, help="for each cell; default: 0.5")
-    parser.add_argument("--quick", action="store_true", help="the small tree, 0.1 s for each cell")
+    parser.add_argument("--seconds", type=float, default=0.5, help="seconds per measurement")
+    parser.add_argument(
+        "--quick", action="store_true", help="only the small tree, with 0.1 seconds"
+    )
     options = parser.parse_args()
     if options.quick:
         options.trees, options.seconds = ["small"], 0.1
     jax.config.update("jax_enable_compilation_cache", False)
-    wanted, limit = set(options.measurements), options.seconds
+    measurements, limit = set(options.measurements), options.seconds
     names = options.optimizers or list(OPTIMIZERS)
     results = Results()
-    measure_python(results, wanted, limit)
+    measure_python(results, measurements, limit)
     for tree in options.trees:
         for name in names:
-            here = set(wanted)
+            chosen = set(measurements)
             if tree == "thousand" and not options.optimizers:
-                here -= {"argument", "compile", "run", "counts"}
+                chosen -= {"argument", "compile", "run", "counts"}
             if tree == "one leaf" and name == "muon":
-                here -= {"run"}
-            measure(results, name, tree, here, limit)
-        if "trace" in wanted and tree != "thousand" and not options.optimizers:
+                chosen -= {"run"}
+            measure(results, name, tree, chosen, limit)
+        if "trace" in measurements and tree != "thousand" and not options.optimizers:
             for name in COMPOSITIONS:
                 measure(results, name, tree, {"trace"}, limit)
-    for name in names:  # last, because they clear jax's caches
+    for name in names:  # last, because these measurements clear JAX's caches
         if "small" not in options.trees:
             break
-        if "cold" in wanted:
+        if "cold" in measurements:
             measure_cold(results, name, 1 if options.quick else 3)
-        if "counts" in wanted:
+        if "counts" in measurements:
             for library, module, row in ((jgd, jgd, "jgd"), (OPTAX, optax, "optax")):
                 deepest = frames(OPTIMIZERS[name](library), TREES["small"], module)
                 results.add(f"frames of {row} (number)", "small", name, deepest)

@@ -1,21 +1,21 @@
-"""How far optimizers stray from their formulas: jgd beside optax and PyTorch, against float64.
+"""Measure rounding errors of optimizers: jgd, optax and PyTorch against float64.
 
     python -m benchmarks.truth                   # all optimizers: about four minutes
     python -m benchmarks.truth --optimizers adam adopt
 
-Each optimizer takes 500 steps with the same random gradients, nine of ten along one direction, and
-with the decimals that a user types (0.9999). An error is the largest distance of the parameters
-from the path in float64 during these steps, over how far that path leads from its start. jgd and
-optax are compared with the formula of the paper, written in NumPy (`tests/oracles`); PyTorch, whose
-conventions differ, with itself in float64. The table has four parts:
+Each optimizer takes 500 steps with the same random gradients, nine in ten of which point along one
+direction, and with the decimals that a user types (0.9999). An error is the largest distance of the
+parameters from their path in float64, relative to the largest distance of that path from its start.
+jgd and optax are compared with the formula of the paper, written in NumPy (`tests/oracles`).
+PyTorch, whose conventions differ, is compared with itself in float64. The table has four parts:
 
     float32           parameters and gradients are float32
     bfloat16          both are bfloat16, without a wrapper
-    compensated       both are bfloat16, and jgd keeps one more bfloat16 tree
+    compensated       both are bfloat16, and jgd keeps a second bfloat16 tree
     master_weights    both are bfloat16, and jgd keeps a float32 copy of the parameters
 
-A row where jgd is further away than the better of the other two says why. Two errors count as equal
-within 10 per cent. A rounding is that of the largest parameter, over how far the path leads.
+Where jgd's error is more than 10 per cent above the better of the other two, a remark explains it.
+One rounding in a remark is that of the largest parameter, in the units of the errors.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from table import FIRST, Row, losses, noisy_gradients, oracle_updates, parameter
 STEPS = 500
 
 Tree = dict[str, np.ndarray]
-Path64 = dict[str, np.ndarray]  # for each leaf the parameters after each step
+Path64 = dict[str, np.ndarray]  # the parameters after each step, stacked in each leaf
 
 TORCH: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, 0.1),
@@ -58,40 +58,40 @@ TORCH: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adafactor": lambda p: torch.optim.Adafactor(p, 0.01),
 }
 
-WHY = {
+EXPLANATIONS = {
     "amsgrad": "PyTorch takes the maximum before the bias correction, another path",
 }
 
 
 def drawn_gradients(row: Row) -> list[Tree]:
-    """Return gradients of many sizes, of which nine in ten have one sign at each entry.
+    """Return gradients of many sizes; at each entry nine in ten have the same sign.
 
-    Rules that find their own rate would accelerate along them, and get random signs instead.
+    Optimizers that find their own learning rate would accelerate along it; they get random signs.
     """
     if row.whole_tree:
         return noisy_gradients(STEPS, row.shapes)
     rng = np.random.default_rng(5)
     sign = lambda shape, odds: np.where(rng.uniform(size=shape) < odds, 1, -1)
     directions = {name: sign(shape, 0.5) for name, shape in row.shapes.items()}
-    turned = lambda g, d: np.abs(g) * d * sign(g.shape, 0.9)
-    return [jax.tree.map(turned, g, directions) for g in noisy_gradients(STEPS, row.shapes)]
+    with_signs = lambda g, d: np.abs(g) * d * sign(g.shape, 0.9)
+    return [jax.tree.map(with_signs, g, directions) for g in noisy_gradients(STEPS, row.shapes)]
 
 
 def path_of(tx: Any, gradients: Any, params: Any) -> Path64:
     """Return the parameters after each step of a transformation."""
     tx = optax.with_extra_args_support(tx)
 
-    def step(carry: Any, seen: Any) -> Any:
+    def step(carry: Any, inputs: Any) -> Any:
         params, state = carry
-        gradient, value = seen
+        gradient, value = inputs
         updates, state = tx.update(gradient, state, params, value=value)
         params = optax.apply_updates(params, updates)
         return (params, state), params
 
-    def go(gradients: Any, params: Any, values: Any) -> Any:
+    def run(gradients: Any, params: Any, values: Any) -> Any:
         return jax.lax.scan(step, (params, tx.init(params)), (gradients, values))[1]
 
-    path = jax.jit(go)(gradients, params, jnp.asarray(losses(STEPS)))
+    path = jax.jit(run)(gradients, params, jnp.asarray(losses(STEPS)))
     return jax.tree.map(lambda x: np.asarray(x, np.float64), path)
 
 
@@ -119,47 +119,47 @@ def path_of_torch(
 
 
 def reach(truth: Path64, start: Tree) -> float:
-    """Return how far a path leads from its start."""
+    """Return the largest distance of a path from its start."""
     return max(float(np.abs(truth[name] - start[name]).max()) for name in truth)
 
 
 def error(path: Path64, truth: Path64, start: Tree) -> float:
-    """Return the largest distance of two paths over how far the second one leads."""
+    """Return the largest distance of `path` from `truth` relative to the reach of `truth`."""
     gap = max(float(np.abs(path[name] - truth[name]).max()) for name in truth)
     return gap / reach(truth, start)
 
 
 def errors_of(row: Row) -> dict[str, float]:
-    """Return the errors of one optimizer, by library and dtype."""
-    found: dict[str, float] = {}
+    """Return the errors of one optimizer by library and dtype, and the size of a rounding."""
+    errors: dict[str, float] = {}
     for name, dtype, torch_dtype in (
         ("float32", jnp.float32, torch.float32),
         ("bfloat16", jnp.bfloat16, torch.bfloat16),
     ):
-        held = lambda x, dtype=dtype: np.asarray(jnp.asarray(x, dtype), np.float64)
-        start = jax.tree.map(held, parameters(row.shapes))
-        drawn = jax.tree.map(held, drawn_gradients(row))
+        rounded = lambda x, dtype=dtype: np.asarray(jnp.asarray(x, dtype), np.float64)
+        start = jax.tree.map(rounded, parameters(row.shapes))
+        drawn = jax.tree.map(rounded, drawn_gradients(row))
         truth = path_of_paper(row, drawn, start)
         params = jax.tree.map(lambda x, dtype=dtype: jnp.asarray(x, dtype), start)
         gradients = jax.tree.map(lambda *xs, dtype=dtype: jnp.asarray(np.stack(xs), dtype), *drawn)
         largest = max(float(np.abs(x).max()) for x in truth.values())
-        found[f"rounding {name}"] = float(jnp.finfo(dtype).eps) * largest / reach(truth, start)
+        errors[f"rounding {name}"] = float(jnp.finfo(dtype).eps) * largest / reach(truth, start)
         ours = row.ours(**row.arguments)
-        found[f"jgd {name}"] = error(path_of(ours, gradients, params), truth, start)
+        errors[f"jgd {name}"] = error(path_of(ours, gradients, params), truth, start)
         if row.peer is not None:
             theirs = path_of(row.peer(**row.arguments), gradients, params)
-            found[f"optax {name}"] = error(theirs, truth, start)
+            errors[f"optax {name}"] = error(theirs, truth, start)
         if row.name in TORCH:
             build = TORCH[row.name]
             exact = path_of_torch(build, drawn, start, torch.float64)
-            found[f"torch {name}"] = error(
+            errors[f"torch {name}"] = error(
                 path_of_torch(build, drawn, start, torch_dtype), exact, start
             )
         if name == "bfloat16":
             for wrapper in (jgd.compensated, jgd.master_weights):
                 path = path_of(wrapper(ours), gradients, params)
-                found[wrapper.__name__] = error(path, truth, start)
-    return found
+                errors[wrapper.__name__] = error(path, truth, start)
+    return errors
 
 
 LIBRARIES = ("jgd", "optax", "torch")
@@ -171,19 +171,19 @@ COLUMNS = [
 ]
 
 
-def remark(name: str, found: dict[str, float]) -> str:
-    """Return why jgd is further from the truth than the better of the others, where it is."""
+def remark(name: str, errors: dict[str, float]) -> str:
+    """Return why jgd's error exceeds the better of the other libraries, or an empty text."""
     remarks = []
     for dtype in ("float32", "bfloat16"):
-        others = [found[f"{one} {dtype}"] for one in LIBRARIES[1:] if f"{one} {dtype}" in found]
-        ours, best = found[f"jgd {dtype}"], min(others, default=np.inf)
-        rounding = found[f"rounding {dtype}"]
+        others = [errors[f"{one} {dtype}"] for one in LIBRARIES[1:] if f"{one} {dtype}" in errors]
+        ours, best = errors[f"jgd {dtype}"], min(others, default=np.inf)
+        rounding = errors[f"rounding {dtype}"]
         if rounding > 0.5:
             remarks.append(f"the path is shorter than two roundings in {dtype}")
         elif ours > 1.1 * best and ours - best <= 4 * rounding:
             remarks.append(f"{dtype}: four roundings of a parameter at most")
         elif ours > 1.1 * best:
-            remarks.append(WHY.get(name, f"{dtype}: not explained"))
+            remarks.append(EXPLANATIONS.get(name, f"{dtype}: not explained"))
     return "; ".join(remarks)
 
 
@@ -195,9 +195,9 @@ def main() -> None:
     cells = [["optimizer", *COLUMNS, "remark"], ["---", *["---:"] * len(COLUMNS), "---"]]
     for row in FIRST:
         if row.name in options.optimizers:
-            found = errors_of(row)
-            shown = [f"{found[c]:.1e}" if c in found else "" for c in COLUMNS]
-            cells.append([row.name, *shown, remark(row.name, found)])
+            errors = errors_of(row)
+            shown = [f"{errors[c]:.1e}" if c in errors else "" for c in COLUMNS]
+            cells.append([row.name, *shown, remark(row.name, errors)])
             print(" | ".join(cells[-1]), file=sys.stderr, flush=True)
     print("\n".join(f"| {' | '.join(line)} |" for line in cells))
 

@@ -1,4 +1,4 @@
-"""Settings of Sphinx: `python -m sphinx -W docs build/docs`. Builds without a network."""
+"""Configuration of Sphinx: `python -m sphinx -W docs build/docs` builds the site offline."""
 
 import os
 import re
@@ -29,20 +29,21 @@ html_static_path = ["_static"]
 html_css_files = ["jgd.css"]
 html_show_sphinx = False
 
-OUTSIDE = {  # links of the repository, as pages of the site
+LINKS = {  # links to files of the repository, and the pages of the site that replace them
     r"\]\((?:\.\./)+benchmarks/README\.md": "](/benchmarks.md",
     r"\]\((?:\.\./)+notebooks/": "](/notebooks/",
 }
-linkcheck_ignore = [r"https://doi\.org/"]  # publishers refuse programs
+linkcheck_ignore = [r"https://doi\.org/"]  # publishers reject automatic requests
 
 
-def _for_the_site(app, name, text):
-    for link, page in OUTSIDE.items():
+def _replace_links(app, name, text):
+    """Replace links of the repository in the source of a page by links of the site."""
+    for link, page in LINKS.items():
         text[0] = re.sub(link, page, text[0])
-    if name == "optimizers":  # the names in the table lead to their pages
+    if name == "optimizers":  # link the names in the table to their pages
         text[0] = re.sub(r"(?m)^\| `(\w+)` \|", r"| [`\1`](/optimizers/\1.md) |", text[0])
 
 
 def setup(app):
     pages.write(HERE)
-    app.connect("source-read", _for_the_site)
+    app.connect("source-read", _replace_links)

@@ -1,8 +1,8 @@
-"""The formulas of docstrings as LaTeX: `latex("u = -a g / (sqrt(v) + eps)")`.
+"""Conversion of docstring formulas to LaTeX: `latex("u = -a g / (sqrt(v) + eps)")`.
 
-A block has statements, one or several on a line: `target <- expression, words`. Products need no
+A block has statements `target <- expression, words`, one or several on a line. Products need no
 sign, and `/` divides the whole product before it: `a b / c d` is a b d / c. Angle brackets are an
-inner product, `m^` is a hat, `d'` a prime. Words after a comma stay words.
+inner product, `m^` is a hat and `d'` a prime. Words after a comma become text.
 """
 
 import re
@@ -20,11 +20,11 @@ WORDS = re.compile(
 
 
 class _Unknown(ValueError):
-    """A statement that is not a formula."""
+    """Raised for a statement that is not a formula."""
 
 
 def latex(block: str) -> str | None:
-    """Return the statements of an indented block as one LaTeX `aligned`; None if one is unknown."""
+    """Return an indented block as a LaTeX `aligned`, or None if a statement is not a formula."""
     rows = []
     for line in filter(str.strip, block.splitlines()):
         try:
@@ -36,7 +36,7 @@ def latex(block: str) -> str | None:
 
 
 def _statement(text: str) -> str:
-    """Return `target <- expression, words` as LaTeX, or words alone as text."""
+    """Return `target <- expression, words` as LaTeX; words without a target become text."""
     found = re.match(r"([^=]*?)\s+(<-|=)\s+(.*)", text)
     if not found:
         return _words(text)
@@ -47,7 +47,7 @@ def _statement(text: str) -> str:
 
 
 def _right_side(text: str) -> str:
-    """Return an expression, and what follows its first comma or word outside brackets."""
+    """Return an expression with the words after its first comma outside brackets, if any."""
     depth = 0
     for index, sign in enumerate(text):
         depth += (sign in "(<") - (sign in ")>")
@@ -55,7 +55,7 @@ def _right_side(text: str) -> str:
             break
     else:
         return _expression(text)
-    if not text.startswith(",", index):  # words from the start, as "averages of g^2"
+    if not text.startswith(",", index):  # words without a comma, as in "averages of g^2"
         words, *statements = re.split(r", (?=\w+ (?:=|<-) )", text)
         return r", \quad ".join([_words(words), *map(_statement, statements)])
     rest = text[index + 2 :]
@@ -64,7 +64,7 @@ def _right_side(text: str) -> str:
 
 
 def _words(text: str) -> str:
-    return rf"\text{{{text}}}"  # MathJax reads ^ and _ here as they are
+    return rf"\text{{{text}}}"  # MathJax shows ^ and _ in \text unchanged
 
 
 def _expression(text: str) -> str:
@@ -76,14 +76,17 @@ def _expression(text: str) -> str:
 
 
 class _Parser:
-    """Recursive descent over the tokens; `kind`, `value` and `spaced` describe the next one."""
+    """Recursive descent parser whose methods each read a part of a formula and return its LaTeX.
+
+    `kind`, `value` and `spaced` (whether a space precedes it) describe the next token.
+    """
 
     def __init__(self, text: str) -> None:
         self.text, self.end = text, 0
         self.next()
 
     def next(self) -> str:
-        """Return the current token and read another one."""
+        """Return the current token and read the next one."""
         value, self.spaced = getattr(self, "value", ""), False
         self.kind, self.value = "", ""
         while self.end < len(self.text):
@@ -98,6 +101,7 @@ class _Parser:
         return value
 
     def take(self, value: str) -> None:
+        """Read a token that must have this value."""
         if self.value != value:
             raise _Unknown(self.text)
         self.next()
@@ -140,7 +144,7 @@ class _Parser:
         if self.value != "^":
             return result
         at = self.end
-        if not self.text[at : at + 1].strip(" ),/"):  # nothing to raise to
+        if not self.text[at : at + 1].strip(" ),/"):  # no exponent: a hat
             self.next()
             head, *index = result.split("_", 1)
             return "_".join([rf"\hat{{{head}}}", *index])
@@ -150,7 +154,7 @@ class _Parser:
         sign = self.next() if self.value == "-" else ""
         return f"{result}^{{{sign}{self.atom()}}}"
 
-    closing = ""  # of the norm that is open
+    closing = ""  # the bar that closes the innermost open norm
 
     def atom(self) -> str:
         if self.kind == "number":
@@ -159,7 +163,7 @@ class _Parser:
             name = self.next()
             if self.value == "(" and not self.spaced:
                 return self.call(name)
-            if name in ("max", "min"):  # of what follows
+            if name in ("max", "min"):  # without parentheses, of the next power
                 return rf"\{name} {self.power()}"
             return _name(name)
         if self.value == "(":
@@ -209,7 +213,7 @@ class _Parser:
 
 
 def _inside(text: str, opening: str, closing: str) -> str | None:
-    """Return what stands between two brackets that enclose all of `text`, else None."""
+    """Return the text between two brackets that enclose all of `text`, else None."""
     if not (text.startswith(opening) and text.endswith(closing)):
         return None
     inside, depth = text[len(opening) : -len(closing)], 0

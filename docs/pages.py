@@ -1,11 +1,11 @@
-"""The pages that the code already contains: `write(folder)` writes them as Markdown.
+"""Pages generated from the code: `write(folder)` writes them as Markdown.
 
-    reference/jgd.schedules.md      a module: its docstring, and that of each public name
+    reference/jgd.schedules.md      a module: its docstring and those of its public names
     optimizers/adam.md              an optimizer: docstring, trajectory, numbers, comparison
-    notebooks/...                   the notebooks, copied
+    notebooks/...                   copies of the notebooks
 
-A docstring has a summary, paragraphs, indented blocks (Python or formulas) and sections (Args,
-State, Raises, Differs from, Source), which become fields.
+A docstring consists of a summary, paragraphs, indented blocks (Python or formulas) and sections
+(Args, State, Raises, Differs from, Source). Sections become fields.
 """
 
 import ast
@@ -25,7 +25,7 @@ from jgd import catalog
 __all__ = ["markdown", "write"]
 
 ROOT = Path(jgd.__file__).parent.parent
-MORE = {  # public modules whose names are not names of jgd
+MORE = {  # public modules with names that `jgd` does not export; empty: all names of the module
     "jgd.compat.keras": "",
     "jgd.compat.torch": "",
     "jgd.compat.textbook": "",
@@ -46,7 +46,7 @@ SECTION = re.compile(
 
 
 def markdown(text: str, module: str = "jgd") -> str:
-    """Return a docstring as Markdown of MyST; names in backticks become links."""
+    """Return a docstring as MyST Markdown, in which names in backticks become links."""
     parts: list[str] = []
     lines = [*inspect.cleandoc(text).splitlines(), ""]
     while lines:
@@ -57,9 +57,9 @@ def markdown(text: str, module: str = "jgd") -> str:
             parts.append(_block(textwrap.dedent("\n".join(_take(lines, "    ")))))
         elif lines[0].strip():
             paragraph = "\n".join(_take(lines, ""))
-            if _runs(paragraph):  # nothing but code below the summary: it has no indentation
+            if _is_code(paragraph):  # cleandoc removed the indentation: only code follows
                 parts.append(_block(paragraph))
-            elif "\n    " in paragraph:  # columns
+            elif "\n    " in paragraph:  # a table in columns
                 parts.append(f"```text\n{paragraph}\n```")
             else:
                 parts.append(_prose(paragraph, module))
@@ -69,7 +69,7 @@ def markdown(text: str, module: str = "jgd") -> str:
 
 
 def _take(lines: list[str], indent: str) -> list[str]:
-    """Remove and return the lines of a paragraph, or of an indented block with its empty lines."""
+    """Remove and return the lines of a paragraph or of an indented block, with its empty lines."""
     taken = [lines.pop(0)]
     while lines and not SECTION.fullmatch(lines[0]):
         following = lines[0] if lines[0].strip() or not indent else _next(lines)
@@ -80,6 +80,7 @@ def _take(lines: list[str], indent: str) -> list[str]:
 
 
 def _next(lines: list[str]) -> str:
+    """Return the next line that is not empty."""
     return next((line for line in lines if line.strip()), "")
 
 
@@ -95,7 +96,7 @@ def _section(lines: list[str]) -> list[str]:
 
 
 def _field(title: str, body: list[str], module: str) -> str:
-    """Return a section as a field. Lines `name: text` are a list."""
+    """Return a section as a field, in which entries `name: text` become a list."""
     first, rest = body[0], textwrap.dedent("\n".join(body[1:])).splitlines()
     entries: list[list[str]] = []
     for line in rest:
@@ -105,13 +106,13 @@ def _field(title: str, body: list[str], module: str) -> str:
             entries[-1][1] += "\n" + line.strip()
         else:
             first += "\n" + line.strip()
-    items = [f"- {names}: {_prose(said, module)}".replace("\n", "\n  ") for names, said in entries]
+    items = [f"- {names}: {_prose(text, module)}".replace("\n", "\n  ") for names, text in entries]
     content = "\n".join(filter(None, [_prose(first, module) if first.strip() else "", *items]))
     return f":{title}:\n{textwrap.indent(content, '    ')}"
 
 
 def _prose(text: str, module: str) -> str:
-    """Escape what Markdown would take for markup, and link names and papers."""
+    """Escape the markup of Markdown in a text, and link names and papers."""
     parts = re.split(r"(`[^`]*`)", text.strip())
     return "".join(_code(p, module) if p.startswith("`") else _plain(p) for p in parts)
 
@@ -124,21 +125,24 @@ def _plain(text: str) -> str:
 
 
 def _code(text: str, module: str) -> str:
-    name = text.strip("`").removeprefix("jgd.")
-    if module != "jgd" and name in _names(module):
-        return f"{{py:obj}}`{name} <{module}.{name}>`"
-    return f"{{py:obj}}`{text.strip('`')} <jgd.{name}>`" if name in jgd.__all__ else text
+    """Return a text in backticks as a link if it is a name of `module` or, with "jgd.", of jgd."""
+    shown = text.strip("`")
+    name = shown.removeprefix("jgd.")
+    if module != "jgd" and shown in _names(module):
+        return f"{{py:obj}}`{shown} <{module}.{shown}>`"
+    return f"{{py:obj}}`{shown} <jgd.{name}>`" if name in jgd.__all__ else text
 
 
 def _block(text: str) -> str:
-    """Return an indented block: a formula, or what runs or is neither as code."""
-    if _runs(text):
+    """Return an indented block as Python, as a formula or as plain text."""
+    if _is_code(text):
         return f"```python\n{text}\n```"
     formula = latex(text) if re.search(r"<-|=", text) else None
     return f"```{{math}}\n{formula}\n```" if formula else f"```text\n{text}\n```"
 
 
-def _runs(text: str) -> bool:
+def _is_code(text: str) -> bool:
+    """Return whether a text is Python with a call in it, and not a formula."""
     try:
         tree = ast.parse(text)
     except SyntaxError:
@@ -151,6 +155,7 @@ def _runs(text: str) -> bool:
 
 
 def _names(module: str) -> list[str]:
+    """Return the public names of a module."""
     listed = MORE.get(module) or " ".join(jgd._MODULES.get(module, "").split())
     if listed:
         return listed.split()
@@ -160,7 +165,7 @@ def _names(module: str) -> list[str]:
 
 
 def _signature(value: Any) -> str:
-    """Return names and defaults; annotations are in the docstring in words."""
+    """Return the signature without annotations, which the docstring states in words."""
     try:
         signature = inspect.signature(value)
     except (TypeError, ValueError):
@@ -202,11 +207,11 @@ def _fields(value: type, module: str) -> Iterator[str]:
     items = []
     for node, after in zip(tree.body, [*tree.body[1:], None], strict=True):
         if isinstance(node, ast.AnnAssign):
-            said = lines[node.lineno - 1].partition("  # ")[2]
+            text = lines[node.lineno - 1].partition("  # ")[2]
             if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-                said = re.sub(r"\s+", " ", str(after.value.value))
+                text = re.sub(r"\s+", " ", str(after.value.value))
             items.append(
-                f"- `{ast.unparse(node.target)}`" + (f": {_prose(said, module)}" if said else "")
+                f"- `{ast.unparse(node.target)}`" + (f": {_prose(text, module)}" if text else "")
             )
     if items:
         yield f":Fields:\n{textwrap.indent(chr(10).join(items), '    ')}"
@@ -218,7 +223,6 @@ def _fields(value: type, module: str) -> Iterator[str]:
 def _module_page(module: str, optimizers: list[str]) -> str:
     loaded = importlib.import_module(module)
     home = module if module in MORE else "jgd"
-    # an indented block may open a docstring whose first lines are not: keep it as it is written
     parts = [f"# {module}", markdown(loaded.__doc__ or "", home)]
     for name in _names(module):
         if module not in MORE and name in optimizers:
@@ -239,14 +243,18 @@ def _optimizer_page(entry: catalog.Entry, rows: dict[str, list[str]], head: list
         kinds = [getattr(kind, "description", "") for kind in get_args(parameters[name].annotation)]
         shown = "" if default is ... else f"`{default!r}`"
         parts[-1] += f"\n| `{name}` | {shown} | {next(filter(None, kinds), '')} |"
-    copies = f"{entry.trees:g} copies of a 1024 x 1024 weight matrix."
-    parts += ["Each is a leaf: a new value does not retrace, and a batch of values makes lanes."]
-    parts += ["## State", f"The state takes {copies}"]
+    parts += ["Each number is a leaf: a new value does not retrace, and batched values make lanes."]
+    parts += [
+        "## State",
+        f"For a weight matrix of 1024 x 1024 the state has {entry.trees:g} times its size.",
+    ]
     picture = f"_static/trajectories/{entry.name}.svg"
     if (ROOT / "docs" / picture).exists():
         alt = f"The path of {entry.name} over an ellipse-shaped valley"
         parts += ["## Trajectory", f"![{alt}](/{picture}){{.trajectory}}"]
-        parts += ["50 steps on [a badly scaled quadratic](../optimizers.md#trajectories)."]
+        parts += [
+            "The path of 50 steps on [a badly scaled quadratic](../optimizers.md#trajectories)."
+        ]
     if entry.name in rows:
         cells = "\n".join(f"| {h} | {c} |" for h, c in zip(head, rows[entry.name], strict=True))
         parts += ["## Comparison", f"| | {entry.name} |\n| --- | --- |\n{cells}"]
@@ -255,17 +263,17 @@ def _optimizer_page(entry: catalog.Entry, rows: dict[str, list[str]], head: list
 
 
 def _comparison() -> tuple[list[str], dict[str, list[str]]]:
-    """Return head and rows, by optimizer, of the first table of the comparison."""
+    """Return the head of the first comparison table, and its rows by optimizer."""
     text = (ROOT / "benchmarks" / "README.md").read_text()
     table = text.partition("<!-- comparison: begin -->")[2].strip().partition("\n\n")[0]
     head, _, *rows = [[c.strip() for c in row.strip("| ").split("|")] for row in table.splitlines()]
     head = [h for h in head if h]
-    found = {row[1].strip("`"): [row[0], *row[2:]] for row in rows}
-    return ["place", *head[1:]], found
+    by_name = {row[1].strip("`"): [row[0], *row[2:]] for row in rows}
+    return ["place", *head[1:]], by_name
 
 
 def write(folder: Path) -> None:
-    """Write the pages under `folder`; what is there and unchanged keeps its date."""
+    """Write the pages under `folder` and delete old ones. Unchanged files are not touched."""
     entries = catalog.entries()
     names = [entry.name for entry in entries]
     head, rows = _comparison()

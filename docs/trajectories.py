@@ -1,8 +1,9 @@
 """Draw the path of every optimizer on one problem: `python docs/trajectories.py`.
 
-f = (a^2 + 20 b^2) / 2, where a and b are the coordinates of x - (1, 1) turned by 30 degrees, from
-x = (-0.6, 1.9). The rate is the one of 40, from 1e-4 to 1e4, with the least geometric mean of
-f + 1e-6 over 50 steps that stay in the picture; all other numbers have their defaults.
+The problem is f = (a^2 + 20 b^2) / 2, where a and b are the coordinates of x - (1, 1) rotated by 30
+degrees. A path starts at x = (-0.6, 1.9) and has 50 steps. Of 40 learning rates, from 1e-4 to 1e4,
+it has the one with the least geometric mean of f + 1e-6 whose path stays in the picture. All other
+numbers have their defaults.
 """
 
 import warnings
@@ -22,7 +23,7 @@ TURN = np.array([[np.cos(ANGLE), np.sin(ANGLE)], [-np.sin(ANGLE), np.cos(ANGLE)]
 RATES = np.geomspace(1e-4, 1e4, 40)
 FOLDER = Path(__file__).parent / "_static" / "trajectories"
 
-SCALE, WIDTH, HEIGHT = 90, 400, 260  # pixels for a unit, and of the picture
+SCALE, WIDTH, HEIGHT = 90, 400, 260  # pixels per unit of x, and size of the picture
 LEVELS = (0.02, 0.1, 0.3, 0.7, 1.4, 2.5, 4.0, 6.0)
 
 
@@ -42,7 +43,7 @@ def make(entry):
 
 @jax.jit
 def path(tx):
-    """Return the points of a training, the first one included."""
+    """Return the points of a path, including its start."""
     tx = optax.with_extra_args_support(tx)
 
     def step(carry, _):
@@ -52,24 +53,24 @@ def path(tx):
         x = optax.apply_updates(x, updates)
         return (x, state), x
 
-    start = jnp.array(START)[:, None]  # a matrix, so that rules for matrices see one
+    start = jnp.array(START)[:, None]  # a matrix, so that optimizers treat it as one
     _, points = jax.lax.scan(step, (start, tx.init(start)), length=STEPS)
     return jnp.concatenate([start[None], points])[..., 0]
 
 
 def best(entry):
-    """Return the rate of the least mean loss, of the paths that do not leave the picture."""
+    """Return the best rate whose path stays in the picture, and this path."""
     values = jnp.asarray(RATES, jnp.float32)
     paths = np.asarray(jax.vmap(path)(jax.vmap(make(entry))(values)))
     losses = jax.vmap(jax.vmap(lambda x: loss(x[:, None])))(paths)
     losses = np.mean(np.log(losses + 1e-6), 1)
-    far = np.abs(paths - CENTER).max(1) > np.array([WIDTH, HEIGHT]) / (2 * SCALE)
-    index = np.argmin(np.where(far.any(1) | ~np.isfinite(losses), np.inf, losses))
+    outside = np.abs(paths - CENTER).max(1) > np.array([WIDTH, HEIGHT]) / (2 * SCALE)
+    index = np.argmin(np.where(outside.any(1) | ~np.isfinite(losses), np.inf, losses))
     return RATES[index], paths[index]
 
 
 def svg(points, text):
-    """Return contours, path, points and a text. The colors are legible on white and on black."""
+    """Return a picture of a path over contours. Its colors are legible on white and on black."""
     x, y = SCALE * (points - CENTER).T * [[1], [-1]] + [[WIDTH / 2], [HEIGHT / 2]]
     spots = [(f"{a:.1f}", f"{b:.1f}") for a, b in zip(x, y, strict=True)]
     radii = [SCALE * np.sqrt(2 * level) for level in LEVELS]
@@ -87,7 +88,7 @@ def svg(points, text):
 
 
 def main():
-    warnings.simplefilter("ignore")  # of names that optax calls deprecated
+    warnings.simplefilter("ignore")  # some optimizers are deprecated in optax
     FOLDER.mkdir(parents=True, exist_ok=True)
     for entry in catalog.entries():
         rate, points = best(entry)

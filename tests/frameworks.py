@@ -1,4 +1,4 @@
-"""Keras and PyTorch at work beside jgd: paths of parameters, and how far two of them part."""
+"""Paths of parameters under Keras, PyTorch and jgd, and the distance between two paths."""
 
 import os
 
@@ -11,15 +11,15 @@ import numpy as np
 import optax
 import torch
 
-torch.set_num_threads(1)  # the tensors are small, and pytest-xdist has a worker for each core
+torch.set_num_threads(1)  # the tensors are small, and pytest-xdist runs a worker per core
 
 SHAPES = {"scalar": (), "matrix": (6, 4), "kernel": (2, 3, 4, 5)}
 STEPS = 200
-PULL = 0.05  # of the parameters themselves: gradients depend on where the path has led
+PULL = 0.05  # gradients contain this multiple of the parameters, so that they depend on the path
 
 
 def problem(shapes=None, steps=STEPS, seed=0):
-    """Parameters and stacked gradients between 1e-5 and 1e2 in size, with exact zeros."""
+    """Return parameters, and stacked gradients of sizes from 1e-5 to 1e2 with exact zeros."""
     rng = np.random.default_rng(seed)
     shapes = SHAPES if shapes is None else shapes
     params = {name: rng.normal(size=shape) for name, shape in shapes.items()}
@@ -32,6 +32,8 @@ def problem(shapes=None, steps=STEPS, seed=0):
 
 
 def jgd_path(tx, params, noise):
+    """Return the parameters after each step of a jgd optimizer."""
+
     def step(carry, drawn):
         params, state = carry
         grads = jax.tree.map(lambda n, p: n + PULL * p, drawn, params)
@@ -44,6 +46,7 @@ def jgd_path(tx, params, noise):
 
 
 def keras_path(optimizer, params, noise):
+    """Return the parameters after each step of a Keras optimizer."""
     names = list(params)
     variables = [keras.Variable(params[n], dtype="float64", name=n) for n in names]
     optimizer.build(variables)
@@ -59,7 +62,10 @@ def keras_path(optimizer, params, noise):
 
 
 def torch_path(make, params, noise, schedulers=(), clip=None):
-    """`make` gives the optimizer of a list of parameters, `schedulers` its schedulers."""
+    """Return the parameters after each step of a PyTorch optimizer.
+
+    `make` creates it from a list of parameters, and each of `schedulers` a scheduler from it.
+    """
     names = list(params)
     tensors = [torch.nn.Parameter(torch.tensor(params[n])) for n in names]
     optimizer = make(tensors)
@@ -77,14 +83,14 @@ def torch_path(make, params, noise, schedulers=(), clip=None):
     return {n: np.stack(values) for n, values in zip(names, zip(*path, strict=True), strict=True)}
 
 
-def parted(ours, theirs, params):
-    """The largest distance between two paths, for each coordinate in units of its path so far."""
+def distance(ours, theirs, params):
+    """Return the largest distance of two paths relative to the length so far, by coordinate."""
     worst = 0.0
     for name, start in params.items():
-        mine, other = np.asarray(ours[name]), np.asarray(theirs[name])
-        steps = np.abs(np.diff(other, axis=0, prepend=np.asarray(start)[None]))
+        own, expected = np.asarray(ours[name]), np.asarray(theirs[name])
+        steps = np.abs(np.diff(expected, axis=0, prepend=np.asarray(start)[None]))
         length = np.cumsum(steps, axis=0)
-        gap = np.abs(mine - other) / np.maximum(length, 1e-12)
+        gap = np.abs(own - expected) / np.maximum(length, 1e-12)
         assert np.isfinite(gap).all(), name
         worst = max(worst, float(gap.max()))
     return worst

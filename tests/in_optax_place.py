@@ -1,14 +1,14 @@
-"""A pytest plugin: optax's own tests, with jgd's functions in optax's place.
+"""A pytest plugin that runs optax's own tests with jgd's functions in optax's place.
 
     PYTHONPATH=tests pytest -p in_optax_place .../site-packages/optax/_src/alias_test.py
 
-Every public function of jgd that bears the name of one of optax's takes its place in all modules of
-optax, so that optax's functions call it as well as the tests. What `jgd.optimizers.lifted` has from
-optax stays, and so does `optax.bias_correction`, a helper of another call than jgd's word.
+Every public function of jgd that has the name of a function of optax replaces it in all modules of
+optax, so that optax's tests and functions call it. The functions that `jgd.optimizers.lifted` takes
+from optax are not replaced, nor is `optax.bias_correction`, whose signature differs from jgd's.
 
-If IN_OPTAX_PLACE names a file, the names that were reached, how many tests reached one, and how
-each test ended are written there as JSON. A test reaches a name when it calls the function, or runs
-what the function made when the module of the test was imported.
+If IN_OPTAX_PLACE names a file, a JSON report is written to it: the names that tests reached, how
+many tests reached one, and the outcome of each test. A test reaches a name when it calls the
+function, or runs a value that the function returned when the test's module was imported.
 """
 
 import functools
@@ -35,13 +35,13 @@ from jgd.optimizers import lifted
 APART = {"bias_correction", *lifted.__all__}
 HOMES = (optax, optax.contrib, optax.schedules, optax.transforms)
 
-_reached = set()  # by the test that runs now
-_made = weakref.WeakKeyDictionary()  # the name for each call whose value a test or optax holds
+_reached = set()  # the names that the current test has reached
+_name_of_call = weakref.WeakKeyDictionary()  # for each value that is still referenced
 _names, _tests = [], {}
 
 
 def _pairs():
-    """For each name that both have: it, the function of optax, and that of jgd."""
+    """Yield each name that both libraries have, optax's function and jgd's function."""
     for name in sorted(set(jgd.__all__) - APART):
         ours = getattr(jgd, name)
         theirs = next((vars(home)[name] for home in HOMES if name in vars(home)), None)
@@ -50,21 +50,25 @@ def _pairs():
 
 
 def _recorded(name, function):
+    """Return a function that records its calls and the values it returns."""
+
     @functools.wraps(function)
     def call(*args, **kwargs):
         _reached.add(name)
         value = function(*args, **kwargs)
         if isinstance(value, jgd.Transformation | jgd.Schedule):
-            _made[value._call] = name
+            _name_of_call[value._call] = name
         return value
 
     return call
 
 
-def _recorded_later(method, call_of):
+def _recorded_method(method, call_of):
+    """Return a method that records the name of the function that returned the value."""
+
     @functools.wraps(method)
     def run(self, *args, **kwargs):
-        name = _made.get(call_of(self))
+        name = _name_of_call.get(call_of(self))
         if name is not None:
             _reached.add(name)
         return method(self, *args, **kwargs)
@@ -77,7 +81,7 @@ def _modules(package):
 
 
 def _copies(modules):
-    """Each module as it is now, by its id; they refer to one another, not to the originals."""
+    """Return copies of modules by the id of the original; copies refer to one another."""
     copies = {id(module): types.ModuleType(module.__name__) for module in modules}
     for module in modules:
         for name, value in vars(module).items():
@@ -86,7 +90,7 @@ def _copies(modules):
 
 
 def _exchange(modules, table):
-    """Replace in the modules each value whose id is in the table."""
+    """Replace each value in the modules whose id is in the table."""
     for module in modules:
         for name, value in list(vars(module).items()):
             if id(value) in table:
@@ -94,22 +98,25 @@ def _exchange(modules, table):
 
 
 def replace():
-    """Put jgd's functions in optax's place, and leave jgd an optax as it was. Returns the names."""
-    for found in pkgutil.walk_packages(jgd.__path__, "jgd."):
-        importlib.import_module(found.name)
+    """Put jgd's functions in optax's place and return their names.
+
+    jgd itself continues to use a copy of the original modules of optax.
+    """
+    for module in pkgutil.walk_packages(jgd.__path__, "jgd."):
+        importlib.import_module(module.name)
     pairs = list(_pairs())
     _exchange(_modules("jgd"), _copies(_modules("optax")))
     _exchange(_modules("optax"), {id(old): _recorded(name, new) for name, old, new in pairs})
     call_class, schedule = jgd.pytree.Call, jgd.Schedule
     for method in ("init", "update"):
-        later = _recorded_later(getattr(call_class, method), lambda call: call)
-        setattr(call_class, method, later)
-    schedule.__call__ = _recorded_later(schedule.__call__, lambda value: value._call)
+        recorded = _recorded_method(getattr(call_class, method), lambda call: call)
+        setattr(call_class, method, recorded)
+    schedule.__call__ = _recorded_method(schedule.__call__, lambda value: value._call)
     return [name for name, _, _ in pairs]
 
 
-# Tests of each optimizer with each of several other arguments: the sample has one of so many, so
-# that two neighbours share each of these tests.
+# Tests that run each optimizer with each value of other arguments. The sample has one in so many,
+# with another value of the arguments for each optimizer.
 PRODUCTS = {
     "AccumulationTest::test_multi_steps_mixed_precision": 2,
     "AliasTest::test_gradient_accumulation": 4,
@@ -122,7 +129,7 @@ PRODUCTS = {
     "ContribTest::test_preserve_dtype": 4,
     "ContribTest::test_state_shape_dtype_shard_stability": 8,
 }
-# L-BFGS and its line searches are optax's own; of jgd they reach at most `chain` and `scale`.
+# Tests of L-BFGS and its line searches, which reach at most `chain` and `scale` of jgd.
 OPTAX_ALONE = ("LBFGSTest", "linesearch_test.py")
 
 
@@ -136,8 +143,8 @@ def _in_sample(nodeid):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--optax-itself", action="store_true", help="replace nothing, to compare")
-    parser.addoption("--sample", action="store_true", help="some arguments for each optimizer")
+    parser.addoption("--optax-itself", action="store_true", help="replace nothing")
+    parser.addoption("--sample", action="store_true", help="run a sample of the tests")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -158,7 +165,7 @@ def pytest_runtest_protocol(item):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    # what is in the properties of a report comes home from the workers of pytest-xdist
+    # the workers of pytest-xdist send the properties of a report to the main process
     item.user_properties[:] = [("jgd", sorted(_reached))]
     return (yield)
 
@@ -171,14 +178,14 @@ def pytest_runtest_logreport(report):
 
 
 def pytest_sessionfinish(session):
-    to = os.environ.get("IN_OPTAX_PLACE")
-    if not to or hasattr(session.config, "workerinput"):
+    path = os.environ.get("IN_OPTAX_PLACE")
+    if not path or hasattr(session.config, "workerinput"):
         return
     reaching = [test["jgd"] for test in _tests.values() if test["jgd"]]
-    found = dict(
+    report = dict(
         replaced=_names,
         reached=sorted({name for names in reaching for name in names}),
         tests_that_reach=len(reaching),
         tests=_tests,
     )
-    Path(to).write_text(json.dumps(found, indent=1))
+    Path(path).write_text(json.dumps(report, indent=1))

@@ -1,4 +1,4 @@
-"""Trainings of optax and of jgd 0.1 continue under jgd, and those of jgd under optax."""
+"""jgd continues trainings of optax and of jgd 0.1, and optax those of jgd."""
 
 from pathlib import Path
 from typing import Any
@@ -20,41 +20,38 @@ from jgd.pytree import ScheduledState, SteppedState
 
 SHAPES = {"vector": (5,), "matrix": (4, 3)}
 OLD = Path(__file__).parent / "data" / "states_of_jgd_0_1.msgpack"
-# The states of all others agree where no number follows a schedule.
-CONVERTED = {
-    "rmsprop(eps_in_sqrt=False, bias_correction=True)",  # a class that optax does not export
-    "schedule_free_adamw",  # the same class
-}
-# optax takes no schedule there.
+# Optimizers whose states always need a conversion: optax does not export their class.
+CONVERTED = {"rmsprop(eps_in_sqrt=False, bias_correction=True)", "schedule_free_adamw"}
+# Optimizers that take no schedule in optax.
 NO_SCHEDULE = {"sm3", "schedule_free_adamw"}
 
 
 def _shared() -> list[Row]:
-    """Return a row for each optimizer of optax, and those whose flags change the state."""
+    """Return the first row of each optimizer of optax, and all rows if flags change its state."""
     with_flags = {"sgd", "rmsprop", "adafactor"}
     rows: list[Row] = []
     for row in ROWS:
         new = row.name in with_flags or row.name not in {other.name for other in rows}
-        if row.peer is not None and row.peer32 < 5e-3 and new:  # further, and optax is wrong itself
+        if row.peer is not None and row.peer32 < 5e-3 and new:  # else optax is wrong
             rows.append(row)
     return rows
 
 
 def _pair(row: Row, scheduled: bool) -> tuple[Any, Any]:
-    """Return the optimizers of jgd and of optax, with a learning rate that follows a schedule."""
+    """Return the optimizers of jgd and of optax, with a scheduled learning rate if asked for."""
     if not scheduled:
         return row.ours(**row.arguments), row.peer(**row.arguments)
     rate = "scaling" if row.name == "polyak_sgd" else row.rate
     peak = row.arguments.get(rate, 1.0)
-    schedule = lambda of: {**row.arguments, rate: of.linear_schedule(peak, peak / 10, 20)}
+    schedule = lambda lib: {**row.arguments, rate: lib.linear_schedule(peak, peak / 10, 20)}
     return row.ours(**schedule(jgd)), row.peer(**schedule(optax))
 
 
-def _single(tree: Any) -> Any:
+def _as_float32(tree: Any) -> Any:
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
 
 
-GRADIENTS = [_single(gradient) for gradient in noisy_gradients(10, SHAPES)]
+GRADIENTS = [_as_float32(gradient) for gradient in noisy_gradients(10, SHAPES)]
 LOSSES = losses(10)
 
 
@@ -70,7 +67,7 @@ def _train(tx: Any, state: Any, params: Any, steps: range) -> tuple[list[Any], A
 
 
 def _raw(state: Any) -> Any:
-    """Return a state as it comes back from a file of flax, without named tuples."""
+    """Return a state as flax restores it from a file, without named tuples."""
     return flax.serialization.msgpack_restore(flax.serialization.to_bytes(state))
 
 
@@ -93,30 +90,31 @@ CASES = [
 
 
 @pytest.mark.parametrize(("row", "scheduled"), CASES)
-def test_five_steps_there_three_here_two_there(row: Row, scheduled: bool) -> None:
+def test_training_continues_from_optax_to_jgd_and_back(row: Row, scheduled: bool) -> None:
+    """Five steps of optax, three of jgd and two of optax equal ten steps of optax."""
     ours, theirs = _pair(row, scheduled)
-    params = _single(parameters(SHAPES))
-    _, there, moved = _train(theirs, theirs.init(params), params, range(5))
-    expected, _, _ = _train(theirs, there, moved, range(5, 10))
+    params = _as_float32(parameters(SHAPES))
+    _, optax_state, moved = _train(theirs, theirs.init(params), params, range(5))
+    expected, _, _ = _train(theirs, optax_state, moved, range(5, 10))
 
-    here = state_from(there, ours)
-    chex.assert_trees_all_equal_structs(here, ours.init(params))
-    chex.assert_trees_all_equal_shapes_and_dtypes(here, ours.init(params))
-    if row.name != "noisy_sgd":  # flax writes no random keys
-        chex.assert_trees_all_equal(state_from(_raw(there), ours), here)
+    jgd_state = state_from(optax_state, ours)
+    chex.assert_trees_all_equal_structs(jgd_state, ours.init(params))
+    chex.assert_trees_all_equal_shapes_and_dtypes(jgd_state, ours.init(params))
+    if row.name != "noisy_sgd":  # flax cannot write random keys
+        chex.assert_trees_all_equal(state_from(_raw(optax_state), ours), jgd_state)
     if _agree(row, scheduled):
-        chex.assert_trees_all_equal(there, here)
+        chex.assert_trees_all_equal(optax_state, jgd_state)
         if row.name != "noisy_sgd":
-            file = flax.serialization.to_bytes(there)
+            file = flax.serialization.to_bytes(optax_state)
             restored = flax.serialization.from_bytes(ours.init(params), file)
-            chex.assert_trees_all_equal_structs(restored, there)
+            chex.assert_trees_all_equal_structs(restored, optax_state)
 
-    updates, here, moved = _train(ours, here, moved, range(5, 8))
-    back = to_optax(here, theirs)
-    chex.assert_trees_all_equal_structs(back, there)
-    chex.assert_trees_all_equal_shapes_and_dtypes(back, there)
+    updates, jgd_state, moved = _train(ours, jgd_state, moved, range(5, 8))
+    back = to_optax(jgd_state, theirs)
+    chex.assert_trees_all_equal_structs(back, optax_state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(back, optax_state)
     if row.name != "noisy_sgd":
-        chex.assert_trees_all_equal(to_optax(_raw(here), theirs), back)
+        chex.assert_trees_all_equal(to_optax(_raw(jgd_state), theirs), back)
     rest, _, _ = _train(theirs, back, moved, range(8, 10))
     _assert_close(updates + rest, expected, max(row.peer32, 2e-5))
 
@@ -125,12 +123,14 @@ def _agree(row: Row, scheduled: bool) -> bool:
     return not scheduled and row.name not in CONVERTED and row.label not in CONVERTED
 
 
-def test_which_states_agree_without_a_call() -> None:
-    params = _single(parameters(SHAPES))
+def test_states_that_need_no_conversion() -> None:
+    params = _as_float32(parameters(SHAPES))
     for row in _shared():
         for scheduled in (False,) if row.name in NO_SCHEDULE else (False, True):
-            here, there = (jax.eval_shape(tx.init, params) for tx in _pair(row, scheduled))
-            same = jax.tree.structure(here) == jax.tree.structure(there)
+            jgd_state, optax_state = (
+                jax.eval_shape(tx.init, params) for tx in _pair(row, scheduled)
+            )
+            same = jax.tree.structure(jgd_state) == jax.tree.structure(optax_state)
             assert same == _agree(row, scheduled), (row.label, scheduled)
 
 
@@ -153,33 +153,33 @@ def _row(name: str) -> Row:
 )
 def test_orbax(checkpointer: Any, name: str, scheduled: bool, tmp_path: Path) -> None:
     ours, theirs = _pair(_row(name), scheduled)
-    params = _single(parameters(SHAPES))
-    _, there, _ = _train(theirs, theirs.init(params), params, range(2))
-    _, here, _ = _train(ours, state_from(there, ours), params, range(1))
+    params = _as_float32(parameters(SHAPES))
+    _, optax_state, _ = _train(theirs, theirs.init(params), params, range(2))
+    _, jgd_state, _ = _train(ours, state_from(optax_state, ours), params, range(1))
     with checkpointer() as saver:
-        saver.save(tmp_path / "there", there)
-        saver.save(tmp_path / "here", here)
+        saver.save(tmp_path / "optax_state", optax_state)
+        saver.save(tmp_path / "jgd_state", jgd_state)
     with checkpointer() as saver:
         chex.assert_trees_all_equal(
-            state_from(saver.restore(tmp_path / "there"), ours), state_from(there, ours)
+            state_from(saver.restore(tmp_path / "optax_state"), ours), state_from(optax_state, ours)
         )
         chex.assert_trees_all_equal(
-            to_optax(saver.restore(tmp_path / "here"), theirs), to_optax(here, theirs)
+            to_optax(saver.restore(tmp_path / "jgd_state"), theirs), to_optax(jgd_state, theirs)
         )
 
 
 def test_orbax_with_the_template_of_jgd(tmp_path: Path) -> None:
-    """Also where optax does not export its class: the names of the fields are the same."""
-    params = _single(parameters(SHAPES))
+    """This includes classes that optax does not export, since their fields have the same names."""
+    params = _as_float32(parameters(SHAPES))
     arguments = dict(decay=0.9, bias_correction=True)
     ours, theirs = jgd.rmsprop(1e-2, **arguments), optax.rmsprop(1e-2, **arguments)
-    _, there, moved = _train(theirs, theirs.init(params), params, range(2))
+    _, optax_state, moved = _train(theirs, theirs.init(params), params, range(2))
     with ocp.StandardCheckpointer() as saver:
-        saver.save(tmp_path / "there", there)
+        saver.save(tmp_path / "optax_state", optax_state)
         saver.wait_until_finished()
-        here = saver.restore(tmp_path / "there", ours.init(params))
-    updates, _, _ = _train(ours, here, moved, range(2, 4))
-    _assert_close(updates, _train(theirs, there, moved, range(2, 4))[0], 2e-5)
+        jgd_state = saver.restore(tmp_path / "optax_state", ours.init(params))
+    updates, _, _ = _train(ours, jgd_state, moved, range(2, 4))
+    _assert_close(updates, _train(theirs, optax_state, moved, range(2, 4))[0], 2e-5)
 
 
 # --- states of jgd 0.1 -----------------------------------------------------------------------
@@ -198,7 +198,7 @@ OF_0_1 = {
 
 
 def _as_orbax(node: Any) -> Any:
-    """Return a state of flax as orbax restores it: lists for tuples, None for what is empty."""
+    """Return a state of flax as orbax restores it: lists for tuples, None for empty nodes."""
     if not isinstance(node, dict):
         return node
     if node and all(key.isdigit() for key in node):
@@ -208,7 +208,7 @@ def _as_orbax(node: Any) -> Any:
 
 @pytest.mark.parametrize("name", OF_0_1)
 def test_states_of_0_1(name: str) -> None:
-    """The file was written by jgd 0.1: states after 5 steps, as flax keeps them, and 4 updates."""
+    """A file of jgd 0.1 has its states after 5 steps, as flax writes them, and 4 more updates."""
     old = flax.serialization.msgpack_restore(OLD.read_bytes())
     case, tx = old["cases"][name], OF_0_1[name]()
     state, params = state_from(case["state"], tx), case["params"]
@@ -228,56 +228,56 @@ def test_states_of_0_1(name: str) -> None:
 
 
 def _adam_states() -> tuple[Any, Any, Any]:
-    params = _single(parameters(SHAPES))
+    params = _as_float32(parameters(SHAPES))
     theirs = optax.adam(optax.linear_schedule(0.1, 0.01, 20))
     return _train(theirs, theirs.init(params), params, range(5))
 
 
 def test_injected_hyperparams() -> None:
-    params = _single(parameters(SHAPES))
+    params = _as_float32(parameters(SHAPES))
     theirs = optax.inject_hyperparams(optax.adam)(optax.linear_schedule(0.1, 0.01, 20))
     ours = jgd.adam(jgd.linear_schedule(0.1, 0.01, 20))
-    _, there, moved = _train(theirs, theirs.init(params), params, range(5))
-    expected, _, _ = _train(theirs, there, moved, range(5, 10))
-    updates, here, moved = _train(ours, state_from(there, ours), moved, range(5, 8))
-    rest, _, _ = _train(theirs, to_optax(here, theirs), moved, range(8, 10))
+    _, optax_state, moved = _train(theirs, theirs.init(params), params, range(5))
+    expected, _, _ = _train(theirs, optax_state, moved, range(5, 10))
+    updates, jgd_state, moved = _train(ours, state_from(optax_state, ours), moved, range(5, 8))
+    rest, _, _ = _train(theirs, to_optax(jgd_state, theirs), moved, range(8, 10))
     _assert_close(updates + rest, expected, 2e-5)
 
 
-def test_logarithms_of_scheduled_decays_are_those_after_as_many_steps() -> None:
-    params = _single(parameters(SHAPES))
-    _, there, _ = _train(optax.nadam(0.1), optax.nadam(0.1).init(params), params, range(5))
+def test_missing_logarithms_of_scheduled_decays_are_computed() -> None:
+    params = _as_float32(parameters(SHAPES))
+    _, optax_state, _ = _train(optax.nadam(0.1), optax.nadam(0.1).init(params), params, range(5))
     ours = jgd.nadam(0.1, b1=jgd.linear_schedule(0.5, 0.9, 8))
     _, expected, _ = _train(ours, ours.init(params), params, range(5))
-    here = state_from(there, ours)
-    chex.assert_trees_all_equal_structs(here, expected)
-    chex.assert_trees_all_close(here.inner[0].logs, expected.inner[0].logs, rtol=1e-6)
+    jgd_state = state_from(optax_state, ours)
+    chex.assert_trees_all_equal_structs(jgd_state, expected)
+    chex.assert_trees_all_close(jgd_state.inner[0].logs, expected.inner[0].logs, rtol=1e-6)
     chex.assert_trees_all_equal(state_from(_raw(expected), ours), expected)
 
 
 def test_lookahead_keeps_the_slow_parameters_in_its_pair() -> None:
-    fast = _single(parameters(SHAPES))
+    fast = _as_float32(parameters(SHAPES))
     params = optax.LookaheadParams(fast, fast)
     ours = jgd.lookahead(jgd.adam(jgd.linear_schedule(0.1, 0.01, 20)), 3, 0.5)
     theirs = optax.lookahead(optax.adam(optax.linear_schedule(0.1, 0.01, 20)), 3, 0.5)
-    there = theirs.init(params)
-    chex.assert_trees_all_equal(state_from(_raw(there), ours, params), ours.init(params))
-    chex.assert_trees_all_equal(to_optax(ours.init(params), theirs, params), there)
+    optax_state = theirs.init(params)
+    chex.assert_trees_all_equal(state_from(_raw(optax_state), ours, params), ours.init(params))
+    chex.assert_trees_all_equal(to_optax(ours.init(params), theirs, params), optax_state)
     with pytest.raises(jgd.TreeError, match=r"expected LookaheadState of slow, steps_since_sync"):
-        state_from(there, ours)
+        state_from(optax_state, ours)
 
 
 @pytest.mark.parametrize("name", ["acprop", "cocob", "momo", "optimistic_gradient_descent"])
 def test_lifted_optimizers_have_the_states_of_optax(name: str) -> None:
-    params = _single(parameters(SHAPES))
+    params = _as_float32(parameters(SHAPES))
     peer = getattr(optax, name, None) or getattr(optax.contrib, name)
     ours, theirs = getattr(jgd, name)(0.1), peer(0.1)
     chex.assert_trees_all_equal(ours.init(params), theirs.init(params))
     scheduled = getattr(jgd, name)(jgd.linear_schedule(0.1, 0.01, 20))
-    _, there, _ = _train(theirs, theirs.init(params), params, range(2))
-    if optax.tree.get_all_with_path(there, "count"):
-        here = state_from(_raw(there), scheduled)
-        chex.assert_trees_all_equal(here, SteppedState(jnp.asarray(2), there))
+    _, optax_state, _ = _train(theirs, theirs.init(params), params, range(2))
+    if optax.tree.get_all_with_path(optax_state, "count"):
+        jgd_state = state_from(_raw(optax_state), scheduled)
+        chex.assert_trees_all_equal(jgd_state, SteppedState(jnp.asarray(2), optax_state))
 
 
 def test_parameters_in_lists_and_tuples() -> None:
@@ -287,23 +287,23 @@ def test_parameters_in_lists_and_tuples() -> None:
     theirs = optax.contrib.muon(
         optax.linear_schedule(0.1, 0.01, 20), weight_decay=0.1, weight_decay_mask=mask
     )
-    there = theirs.init(params)
-    chex.assert_trees_all_equal(state_from(there, ours), ours.init(params))
-    chex.assert_trees_all_equal(state_from(_raw(there), ours, params), ours.init(params))
+    optax_state = theirs.init(params)
+    chex.assert_trees_all_equal(state_from(optax_state, ours), ours.init(params))
+    chex.assert_trees_all_equal(state_from(_raw(optax_state), ours, params), ours.init(params))
 
 
 def test_dtypes_are_those_of_the_optimizer() -> None:
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), parameters(SHAPES))
     ours = jgd.adam(jgd.linear_schedule(0.1, 0.01, 20))
     theirs = optax.adam(optax.linear_schedule(0.1, 0.01, 20))
-    here, there = ours.init(params), theirs.init(params)
-    chex.assert_trees_all_equal_shapes_and_dtypes(state_from(there, ours), here)
-    chex.assert_trees_all_equal_shapes_and_dtypes(to_optax(here, theirs, params), there)
-    assert to_optax(here, theirs)[0].mu["vector"].dtype == jnp.float32
+    jgd_state, optax_state = ours.init(params), theirs.init(params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state_from(optax_state, ours), jgd_state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(to_optax(jgd_state, theirs, params), optax_state)
+    assert to_optax(jgd_state, theirs)[0].mu["vector"].dtype == jnp.float32
 
 
 def test_groups_wrappers_and_lanes() -> None:
-    params = _single(parameters(SHAPES))
+    params = _as_float32(parameters(SHAPES))
     rate = jgd.linear_schedule(0.1, 0.01, 20)
     for tx in (
         jgd.param_groups(jgd.adamw(rate), {"vector": jgd.sgd(0.1, 0.9)}),
@@ -313,41 +313,41 @@ def test_groups_wrappers_and_lanes() -> None:
         chex.assert_trees_all_equal(state_from(_raw(state), tx, params), state)
         chex.assert_trees_all_equal(state_from(_as_orbax(_raw(state)), tx), state)
     lanes = jax.vmap(lambda scale: optax.adam(0.1).init(optax.tree.scale(scale, params)))
-    there = lanes(jnp.ones(3))
-    here = jax.vmap(lambda state: state_from(state, jgd.adam(rate)))(there)
-    chex.assert_trees_all_equal(here.inner, there)
-    chex.assert_shape(here.step, (3,))
+    optax_state = lanes(jnp.ones(3))
+    jgd_state = jax.vmap(lambda state: state_from(state, jgd.adam(rate)))(optax_state)
+    chex.assert_trees_all_equal(jgd_state.inner, optax_state)
+    chex.assert_shape(jgd_state.step, (3,))
 
 
 # --- errors ----------------------------------------------------------------------------------
 
 
-def test_errors_of_the_optimizers_name_a_call_that_helps() -> None:
-    _, there, params = _adam_states()
+def test_errors_of_the_optimizers_name_state_from() -> None:
+    _, optax_state, params = _adam_states()
     for tx in (jgd.adam(0.1), jgd.adam(jgd.linear_schedule(0.1, 0.01, 20))):
         with pytest.raises(jgd.TreeError, match=r"jgd\.compat\.optax\.state_from\(state, tx\)"):
-            tx.update(GRADIENTS[5], there, params)
-        tx.update(GRADIENTS[5], jgd.compat.optax.state_from(there, tx), params)
+            tx.update(GRADIENTS[5], optax_state, params)
+        tx.update(GRADIENTS[5], jgd.compat.optax.state_from(optax_state, tx), params)
 
 
-def test_a_constant_number_gets_a_schedule() -> None:
-    """Adam counts its steps itself; for a rule that does not, the error says what to do."""
-    params = _single(parameters(SHAPES))
+def test_a_schedule_replaces_a_constant_number() -> None:
+    """Adam's state has a count; for a state without one the error says what to do."""
+    params = _as_float32(parameters(SHAPES))
     rate = jgd.linear_schedule(0.1, 0.01, 20)
-    _, there, _ = _train(optax.adam(0.1), optax.adam(0.1).init(params), params, range(5))
-    chex.assert_trees_all_equal(state_from(there, jgd.adam(rate)).step, jnp.asarray(5))
-    there = optax.sgd(0.1, 0.9).init(params)
+    _, optax_state, _ = _train(optax.adam(0.1), optax.adam(0.1).init(params), params, range(5))
+    chex.assert_trees_all_equal(state_from(optax_state, jgd.adam(rate)).step, jnp.asarray(5))
+    optax_state = optax.sgd(0.1, 0.9).init(params)
     with pytest.raises(jgd.TreeError, match=r"jgd\.pytree\.ScheduledState\(count, state\)"):
-        state_from(there, jgd.sgd(rate, 0.9))
-    here = ScheduledState(jnp.asarray(5), state_from(there, jgd.sgd(0.1, 0.9)))
-    _train(jgd.sgd(rate, 0.9), here, params, range(1))
+        state_from(optax_state, jgd.sgd(rate, 0.9))
+    jgd_state = ScheduledState(jnp.asarray(5), state_from(optax_state, jgd.sgd(0.1, 0.9)))
+    _train(jgd.sgd(rate, 0.9), jgd_state, params, range(1))
 
 
 @pytest.mark.parametrize(
     ("theirs", "ours", "message"),
     [
         (optax.sgd(1.0), jgd.sgd(1.0, 0.9), "expected TraceState of trace"),
-        (optax.sgd(1.0, 0.9), jgd.sgd(1.0), "trace, which tx does not keep"),
+        (optax.sgd(1.0, 0.9), jgd.sgd(1.0), "trace, but the state of tx does not"),
         (optax.sgd(1.0), jgd.sgd(jgd.linear_schedule(1.0, 0.1, 9)), "needs a count of the steps"),
         (optax.adabelief(1.0), jgd.adam(1.0), "expected ScaleByAdamState of count, mu, nu, got"),
         (optax.adan(1.0), jgd.adan(1.0), "expected ScaleByAdanState of count, g, m, n, v, got"),
@@ -355,31 +355,31 @@ def test_a_constant_number_gets_a_schedule() -> None:
     ],
 )
 def test_states_of_other_optimizers_are_refused(theirs: Any, ours: Any, message: str) -> None:
-    state = theirs.init(_single(parameters(SHAPES)))
+    state = theirs.init(_as_float32(parameters(SHAPES)))
     for refused in (state, _raw(state)) if "Belief" not in repr(state) else (state,):
         with pytest.raises(jgd.TreeError, match=rf"^state_from: .*{message}"):
             state_from(refused, ours)
 
 
 def test_parameters_of_another_shape_are_refused() -> None:
-    _, there, _ = _adam_states()
-    params = _single(parameters(SHAPES))
+    _, optax_state, _ = _adam_states()
+    params = _as_float32(parameters(SHAPES))
     ours = jgd.adam(jgd.linear_schedule(0.1, 0.01, 20))
     with pytest.raises(jgd.TreeError, match=r"mu\[vector\] must have shape \(3,\), got \(5,\)"):
-        state_from(there, ours, {**params, "vector": jnp.ones(3)})
+        state_from(optax_state, ours, {**params, "vector": jnp.ones(3)})
     with pytest.raises(jgd.TreeError, match=r"mu of the state has a leaf at \[vector\]"):
-        state_from(there, ours, {"matrix": params["matrix"]})
-    odd = there[0]._replace(nu=jax.tree.map(lambda x: x + 0j, there[0].nu))
+        state_from(optax_state, ours, {"matrix": params["matrix"]})
+    odd = optax_state[0]._replace(nu=jax.tree.map(lambda x: x + 0j, optax_state[0].nu))
     with pytest.raises(jgd.TreeError, match=r"nu\[matrix\] must be real, got complex64"):
-        state_from((odd, there[1]), ours, params)
+        state_from((odd, optax_state[1]), ours, params)
     counters = [optax.ScaleByScheduleState(np.int32(n)) for n in (2, 5)]
     with pytest.raises(jgd.TreeError, match=r"the counts of the state must agree, got \[2, 5\]"):
-        state_from((there[0], *counters), ours)
+        state_from((optax_state[0], *counters), ours)
     with pytest.raises(jgd.TreeError, match="expected a state of tuples, lists and dicts, got int"):
         state_from(3, ours)
     galore = optax.contrib.galore(0.1, rank=2).init({"w": jnp.ones([4, 4])})
     with pytest.raises(
-        jgd.TreeError, match=r"give the parameters: state_from\(state, tx, params\)"
+        jgd.TreeError, match=r"pass the parameters: state_from\(state, tx, params\)"
     ):
         state_from(galore, jgd.galore(0.1, rank=2))
     state_from(galore, jgd.galore(0.1, rank=2), {"w": jnp.ones([4, 4])})

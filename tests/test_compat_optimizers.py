@@ -1,4 +1,4 @@
-"""The optimizers of Keras and PyTorch beside the real ones, in float64, over 200 steps."""
+"""jgd's optimizers of Keras and PyTorch equal the originals in float64, over 200 steps."""
 
 import inspect
 
@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from frameworks import PULL, jgd_path, keras_path, parted, problem, torch_path
+from frameworks import PULL, distance, jgd_path, keras_path, problem, torch_path
 
 import jgd
 import jgd.compat.keras as jk
@@ -45,8 +45,8 @@ def _class(name):
     return CLASSES.get(name, name.capitalize())
 
 
-# Keras keeps its learning rate in float32, so that two paths part by 6e-8 of their length.
-# 2e-5 where it computes more than that in float32: the means of Adafactor, the norm of Muon.
+# Keras's learning rate is float32, so that paths differ by 6e-8 of their length. The tolerance is
+# 2e-5 where Keras computes more in float32: the means of Adafactor, the norm of Muon.
 KERAS = [
     ("sgd", {}),
     ("sgd", dict(learning_rate=0.03, momentum=0.9, nesterov=True, clipvalue=0.5)),
@@ -105,11 +105,11 @@ FLOAT32_INSIDE = ("adafactor", "muon")
 
 
 @pytest.mark.parametrize(("name", "numbers"), KERAS)
-def test_keras(name, numbers):
+def test_optimizers_equal_keras(name, numbers):
     params, noise = problem()
     ours = jgd_path(getattr(jk, name)(**numbers), params, noise)
     theirs = keras_path(of_keras(name)(**numbers), params, noise)
-    assert parted(ours, theirs, params) < (2e-5 if name in FLOAT32_INSIDE else 1e-6)
+    assert distance(ours, theirs, params) < (2e-5 if name in FLOAT32_INSIDE else 1e-6)
 
 
 TORCH = [
@@ -146,13 +146,13 @@ TORCH = [
 
 
 def test_get_takes_the_names_that_keras_takes():
-    """Each class of Keras by its name, in any case; what needs another optimizer is no name."""
-    unnamed = {"Optimizer", "OptimizerMap", "MultiOptimizer", "LossScaleOptimizer"}
-    classes = {name for name in dir(keras.optimizers) if name[0].isupper()} - unnamed
-    for name in classes - {"Lamb"}:  # Keras has the class, but does not find it by name
-        there = type(keras.optimizers.get(name.lower())).__name__
+    """Each class of Keras has its name in any case, except those that wrap other optimizers."""
+    wrappers = {"Optimizer", "OptimizerMap", "MultiOptimizer", "LossScaleOptimizer"}
+    classes = {name for name in dir(keras.optimizers) if name[0].isupper()} - wrappers
+    for name in classes - {"Lamb"}:  # Keras has the class, but `get` does not know its name
+        expected = type(keras.optimizers.get(name.lower())).__name__
         for spelling in (name, name.lower(), name.upper()):
-            assert _class(jk.get(spelling).__name__).lower() == there.lower()
+            assert _class(jk.get(spelling).__name__).lower() == expected.lower()
     assert {jk.get(name) for name in classes} == {jk.get(name) for name, _ in KERAS}
     for name, _ in KERAS:
         assert jk.get(name) is getattr(jk, name)
@@ -164,25 +164,25 @@ def test_get_takes_the_names_that_keras_takes():
 
 
 @pytest.mark.parametrize(("name", "numbers"), TORCH)
-def test_torch(name, numbers):
+def test_optimizers_equal_torch(name, numbers):
     params, noise = problem(MATRICES if name == "muon" else None)
     ours = jgd_path(getattr(jt, name)(**numbers), params, noise)
     theirs = torch_path(lambda ps: of_torch(name)(ps, **numbers), params, noise)
-    # PyTorch keeps NAdam's product of momenta in float32. Muon's iteration is in bfloat16: where a
-    # sum lies between two of its numbers, the order of addition decides
+    # PyTorch's product of momenta in NAdam is float32. Muon's iteration is in bfloat16, where the
+    # order of additions decides how sums are rounded.
     tolerance = {"nadam": 1e-7, "muon": 1e-3}.get(name, 1e-9)
-    assert parted(ours, theirs, params) < tolerance
+    assert distance(ours, theirs, params) < tolerance
 
 
 def test_every_optimizer_has_a_row():
     assert {name for name, _ in KERAS} == set(jgd.compat.keras.optimizers.__all__)
-    extra = {"clip_grad_norm"}
-    assert {name for name, _ in TORCH} | extra == set(jgd.compat.torch.optimizers.__all__)
+    others = {"clip_grad_norm"}
+    assert {name for name, _ in TORCH} | others == set(jgd.compat.torch.optimizers.__all__)
     theirs = {name for name in dir(keras.optimizers) if name[0].isupper()}
     wrappers = {"Optimizer", "OptimizerMap", "MultiOptimizer", "LossScaleOptimizer"}
     assert {_class(n).lower() for n, _ in KERAS} == {n.lower() for n in theirs - wrappers}
     theirs = {name for name in dir(torch.optim) if name[0].isupper()}
-    # ASGD averages, L-BFGS searches along lines, SparseAdam wants sparse gradients
+    # ASGD averages, L-BFGS searches along lines, and SparseAdam needs sparse gradients
     others = {"Optimizer", "ASGD", "LBFGS", "SparseAdam"}
     assert {_class(n).lower() for n, _ in TORCH} == {n.lower() for n in theirs - others}
 
@@ -190,8 +190,8 @@ def test_every_optimizer_has_a_row():
 @pytest.mark.parametrize("name", [name for name, numbers in KERAS if not numbers])
 def test_names_and_defaults_are_those_of_keras(name):
     theirs = inspect.signature(of_keras(name).__init__).parameters
-    unlike = {"self", "kwargs"}
-    _same_defaults(getattr(jk, name), {n: p for n, p in theirs.items() if n not in unlike})
+    expected = {n: p for n, p in theirs.items() if n not in {"self", "kwargs"}}
+    _check_defaults(getattr(jk, name), expected)
     optimizer = of_keras(name)(0.1)
     assert float(getattr(jk, name)(**optimizer.get_config()).learning_rate) == pytest.approx(0.1)
 
@@ -200,30 +200,30 @@ def test_names_and_defaults_are_those_of_keras(name):
 def test_names_and_defaults_are_those_of_torch(name):
     theirs = inspect.signature(of_torch(name).__init__).parameters
     switches = {"foreach", "fused", "capturable", "differentiable"}
-    wanted = {n: p for n, p in theirs.items() if n not in {"self", "params", *switches}}
-    _same_defaults(getattr(jt, name), wanted, switches)
+    expected = {n: p for n, p in theirs.items() if n not in {"self", "params", *switches}}
+    _check_defaults(getattr(jt, name), expected, switches)
     getattr(jt, name)(**dict.fromkeys(switches))
 
 
-def _same_defaults(factory, theirs, more=()):
+def _check_defaults(factory, theirs, without=()):
     ours = inspect.signature(factory).parameters
-    ours = {name: p for name, p in ours.items() if name not in more}
+    ours = {name: p for name, p in ours.items() if name not in without}
     assert {n: p.default for n, p in ours.items()} == {n: p.default for n, p in theirs.items()}
     positional = [n for n, p in ours.items() if p.kind is not p.KEYWORD_ONLY]
     assert positional == list(theirs)[: len(positional)]
 
 
-# --- schedules at work -----------------------------------------------------------------------
+# --- optimizers with schedules ---------------------------------------------------------------
 
 
-def test_a_keras_schedule_counts_gradients_even_where_steps_are_fewer():
+def test_a_keras_schedule_counts_gradients_under_accumulation():
     params, noise = problem()
     options = dict(momentum=0.9, nesterov=True, weight_decay=0.1, gradient_accumulation_steps=4)
     decay = dict(initial_learning_rate=0.1, decay_steps=20, decay_rate=0.8)
     ours = jgd_path(jk.sgd(jk.exponential_decay(**decay), **options), params, noise)
     schedule = keras.optimizers.schedules.ExponentialDecay(**decay)
     theirs = keras_path(keras.optimizers.SGD(schedule, **options), params, noise)
-    assert parted(ours, theirs, params) < 1e-6
+    assert distance(ours, theirs, params) < 1e-6
 
 
 def test_torch_schedules_drive_the_rate_and_the_momentum():
@@ -236,7 +236,7 @@ def test_torch_schedules_drive_the_rate_and_the_momentum():
         (jt.adam(rate, betas=(momentum, 0.99)), lambda ps: torch.optim.Adam(ps, betas=(0.9, 0.99))),
     ):
         theirs = torch_path(make, params, noise, schedulers)
-        assert parted(jgd_path(tx, params, noise), theirs, params) < 1e-9
+        assert distance(jgd_path(tx, params, noise), theirs, params) < 1e-9
 
 
 def test_clip_grad_norm():
@@ -244,12 +244,12 @@ def test_clip_grad_norm():
     tx = jgd.chain(jt.clip_grad_norm(2.0), jt.sgd(0.1, momentum=0.9))
     make = lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9)
     theirs = torch_path(make, params, noise, clip=2.0)
-    assert parted(jgd_path(tx, params, noise), theirs, params) < 1e-9
+    assert distance(jgd_path(tx, params, noise), theirs, params) < 1e-9
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30, 0.0])
-def test_clip_grad_norm_of_extremes_is_torch_s(bad):
-    """torch in float64, ours in float32, whose squares overflow."""
+def test_clip_grad_norm_of_extremes_equals_torch(bad):
+    """PyTorch clips in float64, jgd in float32, whose squares overflow."""
     gradients = [np.array([1.0, bad, 0.0]), np.array([0.0, 3.0 * (bad != 0)])]
     tensors = [torch.nn.Parameter(torch.zeros(len(g), dtype=torch.float64)) for g in gradients]
     for tensor, g in zip(tensors, gradients, strict=True):
@@ -279,7 +279,7 @@ def test_derivatives_of_clips_are_finite_for_gradients_of_0():
 
 
 @pytest.mark.parametrize("option", CLIPS)
-def test_clipping_of_what_is_not_finite_is_keras_s(option):
+def test_clipping_of_nonfinite_gradients_equals_keras(option):
     params = {"a": np.ones(3), "b": np.ones(2)}
     for bad in (np.inf, -np.inf, np.nan, 0.0):
         noise = {"a": np.array([[1.0, bad, 0.0]]), "b": np.array([[0.0, 0.0]])}
@@ -289,35 +289,37 @@ def test_clipping_of_what_is_not_finite_is_keras_s(option):
             np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-6)
 
 
-def test_the_average_is_what_keras_ends_with():
+def test_averaged_params_equal_the_final_variables_of_keras():
     params, noise = problem({"matrix": (6, 4), "vector": (5,)}, steps=10)
     options = dict(use_ema=True, ema_momentum=0.9, gradient_accumulation_steps=4)
     tx = jk.adam(0.1, **options)
     state = tx.init(params)
-    now = jax.tree.map(jnp.asarray, params)
+    moved = jax.tree.map(jnp.asarray, params)
     optimizer = keras.optimizers.Adam(0.1, **options)
     variables = [keras.Variable(p, dtype="float64", name=n) for n, p in params.items()]
     step = jax.jit(tx.update)
     for k in range(10):
         grads = {name: noise[name][k] for name in params}
         optimizer.apply(list(grads.values()), variables)
-        updates, state = step(grads, state, now)
-        now = jax.tree.map(jnp.add, now, updates)
+        updates, state = step(grads, state, moved)
+        moved = jax.tree.map(jnp.add, moved, updates)
     optimizer.finalize_variable_values(variables)
     averages = jk.averaged_params(state)
     for name, variable in zip(params, variables, strict=True):
         np.testing.assert_allclose(averages[name], variable, rtol=1e-6)
-    with pytest.raises(ValueError, match="use_ema=True keeps one"):
+    with pytest.raises(ValueError, match=r"must have an average .* use_ema=True"):
         jk.averaged_params(jk.adam().init(params))
 
 
-def test_what_does_not_go_together_is_refused_in_the_call():
+def test_incompatible_arguments_raise_in_the_call():
     with pytest.raises(ValueError, match=r"adam: only one of .* got clipnorm, clipvalue"):
         jk.adam(clipnorm=1.0, clipvalue=1.0)
     with pytest.raises(ValueError, match=r"only one of .* got clipnorm, clipvalue"):
         jk.adam(clipnorm=1.0)._replace(clipvalue=1.0)
     for wrong in (dict(), dict(momentum=0.9, dampening=0.1)):
-        with pytest.raises(ValueError, match="sgd: nesterov wants a momentum above 0"):
+        with pytest.raises(
+            ValueError, match="sgd: nesterov must be False unless momentum is above 0"
+        ):
             jt.sgd(nesterov=True, **wrong)
     with pytest.raises(ValueError, match=r"adam: betas must be two numbers in \[0, 1\), got 0\.9"):
         jt.adam(betas=0.9)
@@ -341,7 +343,7 @@ def test_loss_scale_optimizer():
     ours = jgd_path(jk.loss_scale_optimizer(jk.adam(0.1), **options), params, noise)
     optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.1), **options)
     theirs = keras_path(optimizer, params, noise)
-    assert parted(ours, theirs, params) < 1e-6
+    assert distance(ours, theirs, params) < 1e-6
 
 
 # --- pytrees of their numbers ----------------------------------------------------------------
@@ -379,10 +381,12 @@ def test_numbers_are_lanes_of_one_program(name):
     np.testing.assert_allclose(lanes, jnp.stack([one, two]), rtol=1e-9, atol=1e-12)
 
 
-# --- moving house ----------------------------------------------------------------------------
+# --- states of the frameworks ----------------------------------------------------------------
 
 
 def _rest(tx, state, params, noise):
+    """Return the parameters after each further step of a jgd optimizer."""
+
     def step(carry, drawn):
         params, state = carry
         grads = jax.tree.map(lambda n, p: n + PULL * p, drawn, params)
@@ -390,21 +394,19 @@ def _rest(tx, state, params, noise):
         params = jax.tree.map(jnp.add, params, updates)
         return (params, state), params
 
-    go = lambda noise: jax.lax.scan(step, (params, state), noise)[1]
-    return jax.jit(go)(noise)
+    return jax.jit(lambda noise: jax.lax.scan(step, (params, state), noise)[1])(noise)
 
 
 def _torch_halves(make, params, noise, half):
-    """The optimizer and the parameters after `half` steps, and the path from there."""
+    """Yield the state_dict and the parameters after `half` steps, then the rest of the path."""
     names = list(params)
     tensors = [torch.nn.Parameter(torch.tensor(params[n])) for n in names]
     optimizer = make(tensors)
     path = []
     for k in range(len(noise[names[0]])):
         if k == half:
-            kept = optimizer.state_dict()
             moved = {n: jnp.array(p.detach()) for n, p in zip(names, tensors, strict=True)}
-            yield kept, moved
+            yield optimizer.state_dict(), moved
         for n, p in zip(names, tensors, strict=True):
             p.grad = torch.tensor(noise[n][k]) + PULL * p.detach()
         optimizer.step()
@@ -424,14 +426,14 @@ MOVED = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "numbers"), MOVED)
-def test_half_the_way_there_and_half_here_torch(name, numbers):
+def test_state_from_continues_a_training_of_torch(name, numbers):
     params, noise = problem(MATRICES if name == "muon" else None)
     halves = _torch_halves(lambda ps: of_torch(name)(ps, **numbers), params, noise, 100)
-    kept, moved = next(halves)
-    tx, state = jt.state_from(kept, moved)
+    state_dict, moved = next(halves)
+    tx, state = jt.state_from(state_dict, moved)
     ours = _rest(tx, state, moved, {n: x[100:] for n, x in noise.items()})
-    tolerance = {"nadam": 1e-7, "muon": 1e-3}.get(name, 1e-9)  # as above
-    assert parted(ours, next(halves), moved) < tolerance
+    tolerance = {"nadam": 1e-7, "muon": 1e-3}.get(name, 1e-9)  # as in test_optimizers_equal_torch
+    assert distance(ours, next(halves), moved) < tolerance
 
 
 KERAS_MOVED = [
@@ -455,8 +457,8 @@ KERAS_MOVED = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "numbers"), KERAS_MOVED)
-def test_half_the_way_there_and_half_here_keras(name, numbers):
-    half = 102  # two gradients are waiting where four make a step
+def test_state_from_continues_a_training_of_keras(name, numbers):
+    half = 102  # with four gradients per step, two are accumulated at this point
     params, noise = problem()
     names = list(params)
     if name in ("sgd", "adam"):
@@ -473,16 +475,16 @@ def test_half_the_way_there_and_half_here_keras(name, numbers):
         return (values, slots), dict(zip(names, values, strict=True))
 
     start = [v.value for v in variables], [v.value for v in optimizer.variables]
-    go = jax.jit(lambda start, noise: jax.lax.scan(step, start, noise))
-    (values, slots), _ = go(start, {n: x[:half] for n, x in noise.items()})
+    run = jax.jit(lambda start, noise: jax.lax.scan(step, start, noise))
+    (values, slots), _ = run(start, {n: x[:half] for n, x in noise.items()})
     rest = {n: x[half:] for n, x in noise.items()}
-    _, theirs = go((values, slots), rest)
+    _, theirs = run((values, slots), rest)
     for variable, value in zip([*variables, *optimizer.variables], [*values, *slots], strict=True):
         variable.assign(value)
     moved = dict(zip(names, values, strict=True))
     tx, state = jk.state_from(optimizer, moved)
     ours = _rest(tx, state, moved, rest)
-    assert parted(ours, theirs, moved) < (2e-5 if name in FLOAT32_INSIDE else 1e-6)
+    assert distance(ours, theirs, moved) < (2e-5 if name in FLOAT32_INSIDE else 1e-6)
 
 
 def _stepped(optimizer, tensors):
@@ -492,80 +494,82 @@ def _stepped(optimizer, tensors):
     return optimizer.state_dict()
 
 
-def test_a_schedule_goes_on_where_the_checkpoint_stopped():
+def test_a_schedule_continues_at_the_step_of_the_checkpoint():
     tensors = [torch.nn.Parameter(torch.ones(3))]
-    kept = _stepped(torch.optim.Adam(tensors, lr=0.5), tensors)
+    state_dict = _stepped(torch.optim.Adam(tensors, lr=0.5), tensors)
     params = [jnp.ones(3)]
-    tx, state = jt.state_from(kept, params, lr=jt.exponential_lr(1.0, gamma=0.5))
+    tx, state = jt.state_from(state_dict, params, lr=jt.exponential_lr(1.0, gamma=0.5))
     updates, _ = tx.update([jnp.ones(3)], state, params)
     np.testing.assert_allclose(updates[0], -0.5, rtol=1e-6)
-    kept = _stepped(torch.optim.SGD(tensors, lr=0.5), tensors)
-    tx, state = jt.state_from(kept, params, lr=jt.exponential_lr(1.0, gamma=0.5), step=1)
+    state_dict = _stepped(torch.optim.SGD(tensors, lr=0.5), tensors)
+    tx, state = jt.state_from(state_dict, params, lr=jt.exponential_lr(1.0, gamma=0.5), step=1)
     np.testing.assert_allclose(tx.update([jnp.ones(3)], state, params)[0][0], -0.5)
 
 
-def test_what_does_not_fit_is_refused_by_name():
+def test_state_from_names_what_does_not_match():
     square = [torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
-    kept = _stepped(torch.optim.Adam(square), square)
+    state_dict = _stepped(torch.optim.Adam(square), square)
     eye = jnp.eye(2)
-    with pytest.raises(ValueError, match="state_dict must be that of an optimizer"):
-        jt.state_from({"model": {}, "optimizer": kept}, [eye, eye])
-    with pytest.raises(ValueError, match="1 parameters here, 2 in the state"):
-        jt.state_from(kept, [eye])
-    with pytest.raises(ValueError, match=r"0 has shape \(3,\), that of the state has \(2, 2\)"):
-        jt.state_from(kept, [jnp.ones(3), eye])
+    with pytest.raises(ValueError, match="state_dict must be the state_dict of an optimizer"):
+        jt.state_from({"model": {}, "optimizer": state_dict}, [eye, eye])
+    with pytest.raises(ValueError, match=r"params must have 2 leaves, .* got 1"):
+        jt.state_from(state_dict, [eye])
+    with pytest.raises(ValueError, match=r"leaf '0' of params must have shape \(2, 2\)"):
+        jt.state_from(state_dict, [jnp.ones(3), eye])
     groups = torch.optim.Adam([{"params": square[:1]}, {"params": square[1:], "lr": 0.1}])
-    with pytest.raises(ValueError, match=r"groups have lr=0\.001 and 0\.1"):
+    with pytest.raises(ValueError, match=r"groups must have the same lr, got 0\.001 and 0\.1"):
         jt.state_from(_stepped(groups, square), [eye, eye])
-    with pytest.raises(ValueError, match="no optimizer here has the numbers lr, lambd"):
+    with pytest.raises(
+        ValueError, match=r"optimizer in jgd\.compat\.torch, .* arguments lr, lambd"
+    ):
         jt.state_from(_stepped(torch.optim.ASGD(square), square), [eye, eye])
-    with pytest.raises(ValueError, match="this Adam has no state: build it"):
+    with pytest.raises(ValueError, match="optimizer must be built, got Adam"):
         jk.state_from(keras.optimizers.Adam(), [eye])
     named = torch.optim.Adam([("w.10", square[0]), ("w.2", square[1])])
-    kept = _stepped(named, square)
-    kept["state"][0]["exp_avg"] = torch.zeros(2, 2)
-    _, state = jt.state_from(kept, {"w": {"2": eye, "10": eye}})
+    state_dict = _stepped(named, square)
+    state_dict["state"][0]["exp_avg"] = torch.zeros(2, 2)
+    _, state = jt.state_from(state_dict, {"w": {"2": eye, "10": eye}})
     assert float(jnp.sum(jnp.abs(optax.tree.get(state, "mu")["w"]["10"]))) == 0
 
 
-def test_parameters_are_found_by_name_or_in_the_order_they_were_written():
-    """Keys sort as text, "10" before "2", where the other framework counts."""
+def test_parameters_match_by_name_or_in_the_order_in_which_they_were_written():
+    """JAX sorts keys as text, "10" before "2"; the frameworks number their parameters."""
     tensors = [torch.nn.Parameter(torch.ones(2)) for _ in range(11)]
     for k, tensor in enumerate(tensors):
         tensor.grad = torch.full((2,), float(k + 1))
     optimizer = torch.optim.SGD(tensors, momentum=0.9)
     optimizer.step()
-    kept = optimizer.state_dict()
+    state_dict = optimizer.state_dict()
 
     def buffers(params, **options):
-        _, state = jt.state_from(kept, params, **options)
-        found = optax.tree.get(state, "momentum_buffer")
-        return [int(leaf[0]) - 1 for leaf in jax.tree.leaves(found)]
+        _, state = jt.state_from(state_dict, params, **options)
+        tree = optax.tree.get(state, "momentum_buffer")
+        return [int(leaf[0]) - 1 for leaf in jax.tree.leaves(tree)]
 
     one, names = jnp.ones(2), [str(k) for k in range(11)]
     assert buffers([one] * 11) == list(range(11))
-    counted = [int(name) for name in sorted(names)]  # where each of jax's leaves is
-    assert buffers(dict.fromkeys(names, one)) == counted
-    assert buffers({n: {"w": one} for n in names}) == counted
-    with pytest.raises(ValueError, match="may be in the order of the other framework or not"):
+    numbered = [int(name) for name in sorted(names)]  # the index of each leaf in JAX's order
+    assert buffers(dict.fromkeys(names, one)) == numbered
+    assert buffers({n: {"w": one} for n in names}) == numbered
+    with pytest.raises(ValueError, match="keys that fit it sorted as text and as numbers"):
         buffers(dict.fromkeys(sorted(names), one))
     full = [f"model.{name}" for name in names]
-    assert buffers(dict.fromkeys(sorted(names), one), names=full) == counted
+    assert buffers(dict.fromkeys(sorted(names), one), names=full) == numbered
 
 
-def test_a_schedule_without_a_step_is_refused():
+def test_a_schedule_for_a_state_without_steps_needs_step():
     tensors = [torch.nn.Parameter(torch.ones(3))]
-    kept = _stepped(torch.optim.SGD(tensors, lr=0.5, momentum=0.9), tensors)
-    with pytest.raises(ValueError, match="sgd keeps no step to begin the schedule at"):
-        jt.state_from(kept, [jnp.ones(3)], lr=jt.exponential_lr(1.0, gamma=0.5))
+    state_dict = _stepped(torch.optim.SGD(tensors, lr=0.5, momentum=0.9), tensors)
+    with pytest.raises(ValueError, match=r"step must be a number of steps .* sgd does not count"):
+        jt.state_from(state_dict, [jnp.ones(3)], lr=jt.exponential_lr(1.0, gamma=0.5))
 
 
-def test_keras_muon_wants_the_paths_that_it_goes_by():
+def test_state_from_of_keras_muon_needs_the_paths_of_the_parameters():
     variables = [keras.Variable(np.ones((3, 2)), name=n) for n in ("embedding", "kernel")]
     optimizer = keras.optimizers.Muon()
     optimizer.build(variables)
     params = [jnp.ones((3, 2))] * 2
-    with pytest.raises(ValueError, match="'0' does not say that it is 'embedding'"):
+    with pytest.raises(ValueError, match="leaf '0' of params must have the path 'embedding'"):
         jk.state_from(optimizer, params)
     jk.state_from(optimizer, dict(zip(("embedding", "kernel"), params, strict=True)))
 

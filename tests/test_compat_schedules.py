@@ -1,4 +1,4 @@
-"""The schedules of Keras and PyTorch beside the real ones, 200 steps each, by their names."""
+"""jgd's schedules of Keras and PyTorch equal the originals over 200 steps."""
 
 import inspect
 import itertools
@@ -20,7 +20,7 @@ from jgd.compat.keras import schedules as jk
 from jgd.compat.torch import schedules as jt
 
 STEPS = np.arange(200)
-at = jax.jit(lambda schedule, steps: schedule(steps))  # every number traced
+compiled = jax.jit(lambda schedule, steps: schedule(steps))  # traces the schedule's numbers too
 random = np.random.default_rng(20)
 
 
@@ -28,12 +28,12 @@ def snake(name):
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
-def close(ours, expected, tolerance):
-    """As arrays of steps and mapped over them, eager and compiled, and one by one."""
+def assert_close(ours, expected, tolerance):
+    """Compare a schedule on an array of steps (eager, compiled and mapped) and on single steps."""
     assert expected.shape == STEPS.shape
     assert np.isfinite(expected).all()
     scale = np.abs(expected).max()
-    for values in (ours(STEPS), at(ours, STEPS), jax.vmap(ours)(jnp.asarray(STEPS))):
+    for values in (ours(STEPS), compiled(ours, STEPS), jax.vmap(ours)(jnp.asarray(STEPS))):
         assert values.dtype == jnp.zeros([]).dtype
         np.testing.assert_allclose(values, expected, rtol=tolerance, atol=tolerance * scale)
     some = STEPS[::66]
@@ -79,7 +79,7 @@ KERAS = [
 
 
 def of_keras(name, arguments, number):
-    """The real schedule, which computes in the type of its first rate."""
+    """Return the schedule of Keras, which computes in the type of its initial rate."""
     if "values" in arguments:
         arguments = dict(arguments, values=[number(v) for v in arguments["values"]])
     else:
@@ -88,8 +88,8 @@ def of_keras(name, arguments, number):
 
 
 def values_of_keras(theirs):
-    """Step by step and eager: compiled or on arrays, some of its stairs come late in float32."""
-    with pytest.MonkeyPatch.context() as patch:  # else `cond` compiles its branches at each step
+    """Return the values one by one without jit, since stairs may come a step late under jit."""
+    with pytest.MonkeyPatch.context() as patch:  # so that `cond` does not compile at each step
         branch = lambda condition, true_fun, false_fun: (true_fun if condition else false_fun)()
         patch.setattr(jax.lax, "cond", branch)
         return np.array([theirs(int(step)) for step in STEPS])
@@ -101,17 +101,17 @@ def test_equals_keras(name, arguments, float64):
     config = theirs.get_config()
     ours = getattr(jk, snake(name))(**config)
     expected = values_of_keras(theirs)
-    # the pi of CosineDecay is a float32 there, and so is its cosine
+    # Keras computes the cosine of CosineDecay in float32
     tolerance = 2e-5 if name == "CosineDecay" else 1e-6
-    close(ours, expected, tolerance)
+    assert_close(ours, expected, tolerance)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "arguments"), KERAS[:20])  # without the random ones
+@pytest.mark.parametrize(("name", "arguments"), KERAS[:20])  # without random numbers
 def test_equals_keras_in_float32(name, arguments):
     theirs = of_keras(name, arguments, float)
     ours = getattr(jk, snake(name))(**theirs.get_config())
-    close(ours, values_of_keras(theirs), 2e-5)
+    assert_close(ours, values_of_keras(theirs), 2e-5)
 
 
 # --- PyTorch ---------------------------------------------------------------------------------
@@ -224,20 +224,20 @@ def of_jgd(lr, config, suffix="lr"):
 
 
 def drive(config, lr=0.3, gradient=None):
-    """Rates, momenta and the parameter before each of the updates of a real optimizer."""
+    """Return the rates, the momenta and the parameters before each update of torch.optim.SGD."""
     x = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
     optimizer = torch.optim.SGD([x], lr=lr, momentum=0.9)
-    seen = []
+    rows = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # schedulers made one after another warn of their order
+        warnings.simplefilter("ignore")  # PyTorch warns when one scheduler is created after another
         scheduler = of_torch(optimizer, config)
         for step in STEPS:
             group = optimizer.param_groups[0]
-            seen.append((group["lr"], group["momentum"], x.detach().numpy().copy()))
+            rows.append((group["lr"], group["momentum"], x.detach().numpy().copy()))
             x.grad = torch.zeros_like(x) if gradient is None else gradient(x.detach(), step)
             optimizer.step()
             scheduler.step()
-    return [np.array(column) for column in zip(*seen, strict=True)]
+    return [np.array(column) for column in zip(*rows, strict=True)]
 
 
 def label(config):
@@ -249,21 +249,21 @@ def label(config):
 @pytest.mark.parametrize("config", TORCH, ids=label)
 def test_equals_torch(config, float64):
     rates, momenta, _ = drive(config)
-    close(of_jgd(0.3, config), rates, 1e-6)
+    assert_close(of_jgd(0.3, config), rates, 1e-6)
     if config[0] in ("OneCycleLR", "CyclicLR"):
-        close(of_jgd(None, config, "momentum"), momenta, 1e-6)
+        assert_close(of_jgd(None, config, "momentum"), momenta, 1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [c for c in TORCH if c[0] != "SequentialLR"], ids=label)
 def test_equals_torch_in_float32(config):
-    close(of_jgd(0.3, config), drive(config)[0], 2e-5)
+    assert_close(of_jgd(0.3, config), drive(config)[0], 2e-5)
 
 
 # --- both ------------------------------------------------------------------------------------
 
 
-def test_every_schedule_is_tried():
+def test_every_schedule_has_a_row():
     assert set(jk.__all__) == {snake(name) for name, _ in KERAS}
     momenta = {"one_cycle_momentum", "cyclic_momentum"}
     assert set(jt.__all__) == {snake(name) for name, _ in TORCH} | momenta
@@ -282,7 +282,7 @@ def test_arguments_are_those_of_the_frameworks():
         theirs = defaults(getattr(torch.optim.lr_scheduler, name), ["optimizer", "last_epoch"])
         (first, _), *ours = defaults(getattr(jt, snake(name)))
         assert first == "lr"
-        if name in ("OneCycleLR", "CyclicLR"):  # theirs may be left out, for lr
+        if name in ("OneCycleLR", "CyclicLR"):  # jgd may take lr instead of a required argument
             missing = inspect.Parameter.empty
             theirs = [(n, None if default is missing else default) for n, default in theirs]
         assert ours == theirs
@@ -297,21 +297,21 @@ def test_the_maximum_or_the_base_may_be_lr():
     assert jnp.array_equal(both(STEPS), jt.cyclic_lr(0.1, max_lr=0.3, step_size_up=9)(STEPS))
 
 
-def test_the_rate_of_a_sequence_is_one():
-    """Those of its schedulers do not matter, so that a sweep of it is a sweep."""
+def test_lr_of_a_sequence_replaces_that_of_its_schedulers():
+    """A sweep over `lr` of `sequential_lr` therefore changes all of its schedulers."""
     schedulers = [jt.linear_lr(7.0, total_iters=5), jt.exponential_lr(0.0, 0.9), lambda k: 0.5 + k]
-    assert_close = np.testing.assert_allclose
+    assert_allclose = np.testing.assert_allclose
     lanes = jax.vmap(lambda lr: jt.sequential_lr(lr, schedulers, [10, 20])(STEPS))(
         jnp.array([0.1, 0.3])
     )
     for lr, lane in zip([0.1, 0.3], lanes, strict=True):
-        assert_close(lane[:10], jt.linear_lr(lr, total_iters=5)(STEPS[:10]), rtol=1e-6)
-        assert_close(lane[10:20], jt.exponential_lr(lr, 0.9)(STEPS[:10]), rtol=1e-6)
-        assert_close(lane[20:], 0.5 + STEPS[:180], rtol=1e-6)
+        assert_allclose(lane[:10], jt.linear_lr(lr, total_iters=5)(STEPS[:10]), rtol=1e-6)
+        assert_allclose(lane[10:20], jt.exponential_lr(lr, 0.9)(STEPS[:10]), rtol=1e-6)
+        assert_allclose(lane[20:], 0.5 + STEPS[:180], rtol=1e-6)
 
 
-def test_beyond_the_end_the_last_value_holds():
-    """Torch takes a step more, to below the minimum, and then raises."""
+def test_one_cycle_keeps_its_last_value():
+    """PyTorch takes one more step, below the minimum, and then raises."""
     for strategy, three_phase in itertools.product(("cos", "linear"), (False, True)):
         rate, momentum = (
             schedule(0.5, total_steps=50, anneal_strategy=strategy, three_phase=three_phase)
@@ -330,7 +330,7 @@ def test_integer_rates_are_numbers():
     assert jk.exponential_decay(1, 100, 0.96)(50) == jk.exponential_decay(1.0, 100, 0.96)(50) > 0.9
 
 
-# what of each structure can be swept: numbers of steps, boundaries and lists of schedules too
+# Numbers that can be swept include numbers of steps, boundaries and values. Lists have two lanes.
 SWEPT = [
     (jk.polynomial_decay, dict(decay_steps=[60, 41], cycle=True), 0.1),
     (jk.piecewise_constant_decay, dict(boundaries=[[9, 50], [20, 30]], values=[[3, 2, 1]] * 2), ()),
@@ -357,8 +357,8 @@ def test_one_program_for_all_numbers_of_a_structure(factory, arguments, lr):
 
     first = () if lr == () else (lr,)
     numbers = {name: x for name, x in arguments.items() if isinstance(x, list)}
-    words = {name: x for name, x in arguments.items() if name not in numbers}
-    make = lambda numbers: factory(*first, **numbers, **words)
+    structure = {name: x for name, x in arguments.items() if name not in numbers}
+    make = lambda numbers: factory(*first, **numbers, **structure)
     each = [make({name: x[lane] for name, x in numbers.items()}) for lane in range(2)]
     program = jax.jit(values)
     alone = [program(schedule) for schedule in each]
@@ -383,11 +383,11 @@ def test_numbers_have_finite_derivatives():
         assert all(np.isfinite(number) for number in jax.tree.leaves(slope)), schedule
 
 
-def test_closed_loop_with_torch(float64):
-    """Rate and momentum of one cycle, 200 steps of descent on a noisy bowl."""
+def test_one_cycle_drives_sgd_as_in_torch(float64):
+    """Rate and momentum follow one cycle, over 200 steps on a noisy quadratic."""
     config = "OneCycleLR", dict(max_lr=0.05, total_steps=200)
-    bowl = np.array([1.0, 3.0, 10.0])
-    gradient = lambda x, step: bowl * x + 0.3 * (7 * step % 5 - 2)
+    curvature = np.array([1.0, 3.0, 10.0])
+    gradient = lambda x, step: curvature * x + 0.3 * (7 * step % 5 - 2)
     tx = jgd.sgd(of_jgd(None, config), momentum=of_jgd(None, config, "momentum"))
 
     def update(carry, step):
@@ -395,72 +395,76 @@ def test_closed_loop_with_torch(float64):
         updates, state = tx.update(gradient(x, step), state, x)
         return (x + updates, state), x
 
-    def force(x, step):
+    def torch_gradient(x, step):
         return torch.tensor(gradient(x.numpy(), step))
 
     start = jnp.ones(3)
     _, path = jax.lax.scan(update, (start, tx.init(start)), jnp.asarray(STEPS))
-    _, _, expected = drive(config, gradient=force)
+    _, _, expected = drive(config, gradient=torch_gradient)
     np.testing.assert_allclose(path, expected, rtol=1e-6, atol=1e-9)
 
 
-def test_bad_arguments_are_named():
-    def refused(message, factory, *arguments, error: type[Exception] = ValueError, **keywords):
+def test_errors_name_the_argument():
+    def check(message, factory, *arguments, error: type[Exception] = ValueError, **keywords):
         with pytest.raises(error, match=message):
             factory(*arguments, **keywords)
 
-    refused(
-        "piecewise_constant_decay: values must be 3 for 2 boundaries, got 2",
+    check(
+        "piecewise_constant_decay: values must have length 3 for 2 boundaries, got length 2",
         jk.piecewise_constant_decay,
         [1, 2],
         [0.1, 0.2],
     )
-    refused(
+    check(
         r"piecewise_constant_decay: boundaries must be in rising order, got \(2, 1\)",
         jk.piecewise_constant_decay,
         [2, 1],
         [3, 2, 1],
     )
-    refused("cosine_decay: decay_steps must be above 0, got 0", jk.cosine_decay, 0.1, 0)
-    refused("staircase must be True or False", jk.exponential_decay, 1, 1, 1, 2, error=TypeError)
-    refused("step_lr: step_size must be a number of steps, at least 1, got 0", jt.step_lr, 0.1, 0)
-    refused(r"linear_lr: start_factor must be in \(0, 1\], got 0.0", jt.linear_lr, 0.1, 0.0)
-    refused(
-        r"multi_step_lr: milestones must be at least 0, got \(-1,\)", jt.multi_step_lr, 0.1, [-1]
-    )
-    refused(
+    check("cosine_decay: decay_steps must be above 0, got 0", jk.cosine_decay, 0.1, 0)
+    check("staircase must be True or False", jk.exponential_decay, 1, 1, 1, 2, error=TypeError)
+    check("step_lr: step_size must be a number of steps, at least 1, got 0", jt.step_lr, 0.1, 0)
+    check(r"linear_lr: start_factor must be in \(0, 1\], got 0.0", jt.linear_lr, 0.1, 0.0)
+    check(r"multi_step_lr: milestones must be at least 0, got \(-1,\)", jt.multi_step_lr, 0.1, [-1])
+    check(
         r"one_cycle_lr: anneal_strategy must be one of \('cos', 'linear'\), got 'cosine'",
         jt.one_cycle_lr,
         0.1,
         total_steps=9,
         anneal_strategy="cosine",
     )
-    refused("one_cycle_lr: max_lr or lr must be a number, got None", jt.one_cycle_lr, total_steps=9)
-    refused("steps_per_epoch=None", jt.one_cycle_lr, 0.1, epochs=3)
-    refused("epochs=None", jt.one_cycle_momentum, 0.1)
-    refused("cyclic_lr: base_lr or lr must be a number", jt.cyclic_lr, max_lr=0.1)
-    refused("cyclic_lr: max_lr must be a number", jt.cyclic_lr, 0.1)
-    refused("cyclic_lr: mode must be one of .* got 'square'", jt.cyclic_lr, 0.1, mode="square")
+    check("one_cycle_lr: max_lr or lr must be a number, got None", jt.one_cycle_lr, total_steps=9)
+    check("steps_per_epoch=None", jt.one_cycle_lr, 0.1, epochs=3)
+    check("epochs=None", jt.one_cycle_momentum, 0.1)
+    check("cyclic_lr: base_lr or lr must be a number", jt.cyclic_lr, max_lr=0.1)
+    check("cyclic_lr: max_lr must be a number", jt.cyclic_lr, 0.1)
+    check("cyclic_lr: mode must be one of .* got 'square'", jt.cyclic_lr, 0.1, mode="square")
     for momentum in (jt.one_cycle_momentum, jt.cyclic_momentum):
-        refused(
+        check(
             f"{momentum.__name__}: cycle_momentum must be True, got False",
             momentum,
             cycle_momentum=False,
         )
     line = jt.linear_lr(0.1)
-    refused("schedulers must be 2 for 1 milestones, got 1", jt.sequential_lr, 0.1, [line], [5])
-    refused(
+    check(
+        "schedulers must have length 2 for 1 milestones, got length 1",
+        jt.sequential_lr,
+        0.1,
+        [line],
+        [5],
+    )
+    check(
         "sequential_lr: milestones must be in rising order",
         jt.sequential_lr,
         0.1,
         [line] * 3,
         [9, 5],
     )
-    refused("must be at least one, got none", jt.chained_scheduler, 0.1, [])
-    refused(
-        "chained_scheduler: schedulers must be such that scale the rate, got cyclic_lr",
+    check("must have at least one schedule, got none", jt.chained_scheduler, 0.1, [])
+    check(
+        "chained_scheduler: schedulers must be schedules that multiply .* got cyclic_lr",
         jt.chained_scheduler,
         0.1,
         [line, jt.cyclic_lr(0.1, max_lr=0.2)],
     )
-    refused("lr_lambda must be a function of the step", jt.lambda_lr, 0.1, 0.5, error=TypeError)
+    check("lr_lambda must be a function of the step", jt.lambda_lr, 0.1, 0.5, error=TypeError)

@@ -1,4 +1,4 @@
-"""The pages that the site writes from the docstrings: formulas, sections, pictures."""
+"""The site's pages, generated from docstrings, have correct formulas, sections and pictures."""
 
 import inspect
 import re
@@ -35,7 +35,7 @@ FORMULAS = {
 
 
 @pytest.mark.parametrize("formula", FORMULAS)
-def test_formulas_become_mathematics(formula):
+def test_formulas_become_latex(formula):
     expected = FORMULAS[formula]
     if expected is not None:
         expected = f"\\begin{{aligned}}\n& {expected}\n\\end{{aligned}}"
@@ -48,8 +48,8 @@ MARKUP = re.compile(
 )
 
 
-def test_the_formula_of_every_optimizer_is_mathematics():
-    """All of its letters and digits are there, in their order: a fraction does not change it."""
+def test_the_formula_of_every_optimizer_becomes_latex():
+    """The LaTeX has the letters and digits of the formula in their order, fractions included."""
     for entry in catalog.entries():
         block = re.search(r"\n\n((?: {4}.+\n)+)", inspect.getdoc(jgd.get(entry.name)))[1]
         math = formulas.latex(block)
@@ -89,6 +89,11 @@ def test_sections_become_fields():
     assert shown.endswith("2015, [arXiv:1412.6980](https://arxiv.org/abs/1412.6980).")
 
 
+def test_names_of_jgd_and_of_a_module_link_to_their_own_pages():
+    linked = pages.markdown("`jgd.adam` and `adam`", "jgd.compat.torch")
+    assert linked == ("{py:obj}`jgd.adam <jgd.adam>` and {py:obj}`adam <jgd.compat.torch.adam>`")
+
+
 def test_every_section_of_a_public_docstring_is_a_field():
     for name in jgd.__all__:
         text = inspect.getdoc(getattr(jgd, name))
@@ -97,12 +102,12 @@ def test_every_section_of_a_public_docstring_is_a_field():
 
 
 def test_each_optimizer_has_a_picture():
-    """`python docs/trajectories.py` draws them."""
+    """`python docs/trajectories.py` draws the pictures."""
     pictures = {path.stem for path in (DOCS / "_static" / "trajectories").iterdir()}
     assert pictures == {entry.name for entry in catalog.entries()}
 
 
-def test_each_optimizer_that_was_compared_has_its_row():
+def test_each_optimizer_of_jgd_has_a_row_in_the_comparison():
     head, rows = pages._comparison()
     assert {entry.name for entry in catalog.entries() if entry.own} == set(rows)
     assert all(len(row) == len(head) for row in rows.values())

@@ -1,4 +1,4 @@
-"""The examples in docstrings run, each with what the text around it takes for granted."""
+"""The examples in docstrings run, each with the names that its text assumes to exist."""
 
 import ast
 import os
@@ -19,7 +19,7 @@ import jgd
 
 
 def _examples():
-    """Indented blocks that are Python and say `jgd.`, by where they stand."""
+    """Yield the indented Python blocks of docstrings that use jgd, with the place as id."""
     root = Path(jgd.__file__).parent
     for path in sorted(root.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -50,7 +50,8 @@ def _keras_model():
     return model
 
 
-def _taken_for_granted(code):
+def _assumed_names(code):
+    """Return the names that an example uses without defining them."""
     import torch
 
     import jgd.compat.keras as jk
@@ -105,7 +106,7 @@ EXAMPLES = list(_examples())
 
 @pytest.mark.parametrize("code", EXAMPLES)
 def test_examples_run(code):
-    exec(compile(code, "docstring", "exec"), _taken_for_granted(code))
+    exec(compile(code, "docstring", "exec"), _assumed_names(code))
 
 
 def test_examples_are_found():

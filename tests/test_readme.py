@@ -1,4 +1,4 @@
-"""The examples of the README and of `docs/` run, in their order, in one session for each page."""
+"""The examples of the README and of `docs/` run: those of a page in order, with shared names."""
 
 import re
 from pathlib import Path
@@ -10,16 +10,19 @@ import pytest
 import jgd
 
 ROOT = Path(jgd.__file__).parent.parent
-# without the folders that a build of the site writes
+# the other folders of docs/ are written by a build of the site
 FOLDERS = [ROOT / "docs", ROOT / "docs" / "concepts", ROOT / "docs" / "howto"]
-WRITTEN = [ROOT / "README.md", *sorted(page for folder in FOLDERS for page in folder.glob("*.md"))]
-PAGES = [page for page in WRITTEN if "```python" in page.read_text()]
+DOCUMENTS = [
+    ROOT / "README.md",
+    *sorted(page for folder in FOLDERS for page in folder.glob("*.md")),
+]
+PAGES = [page for page in DOCUMENTS if "```python" in page.read_text()]
 
-# what the examples of a page end with
+# what is true of the names of a page after its examples
 CHECKS = {
-    "README": lambda n: n["train"]._cache_size() == 1,  # for both rates
+    "README": lambda n: n["train"]._cache_size() == 1,  # one program for both learning rates
     "start": lambda n: (
-        n["step"]._cache_size() == 1  # for both rates
+        n["step"]._cache_size() == 1  # one program for both learning rates
         and jnp.allclose(n["w"], jnp.array([1, -2, 3]), atol=0.1)
     ),
     "pytree": lambda n: n["tx"] == jgd.adam(1e-3) and n["update"]._cache_size() == 1,
@@ -73,7 +76,7 @@ def test_the_readme_is_short():
     assert text.count("```") <= 2 * 4
 
 
-def test_the_worked_example_is_its_oracle():
+def test_the_worked_example_equals_its_oracle():
     blocks = _blocks(ROOT / "docs" / "howto" / "own-optimizer.md")
     names: dict = {"jgd": jgd}
     exec(next(b for b in blocks if "def qhm" in b), names)
@@ -85,8 +88,8 @@ def test_the_worked_example_is_its_oracle():
         np.testing.assert_allclose(updates, step(g, None), rtol=1e-4, atol=1e-7)
 
 
-def test_links_lead_somewhere():
-    for page in [ROOT / "benchmarks" / "README.md", *WRITTEN]:
+def test_links_lead_to_files():
+    for page in [ROOT / "benchmarks" / "README.md", *DOCUMENTS]:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
@@ -94,6 +97,6 @@ def test_links_lead_somewhere():
             assert (ROOT / path).exists(), f"{page.name}: {path}"
 
 
-def test_the_version_is_said_alike():
+def test_documents_have_the_version_of_the_package():
     for name, form in (("CITATION.cff", "version: {}\n"), ("CHANGELOG.md", "\n## {} ")):
         assert form.format(jgd.__version__) in (ROOT / name).read_text()

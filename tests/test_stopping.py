@@ -451,7 +451,7 @@ def test_bad_numbers_and_modes_raise():
         (lambda: early_stopping(-1), ValueError, r"early_stopping: patience .* got -1\.0"),
         (lambda: early_stopping(mode="auto"), ValueError, "mode must be one of .*'min', 'max'"),
         (lambda: jk.early_stopping(mode="up"), ValueError, "mode must be one of .*'auto'"),
-        (lambda: jk.early_stopping("val_hinge2"), ValueError, "val_hinge2.* must be 'min' or"),
+        (lambda: jk.early_stopping("val_hinge2"), ValueError, "must be 'min' or .* 'val_hinge2'"),
         (lambda: early_stopping(jgd.linear_schedule(1, 2, 3)), TypeError, "must be constant, got"),
         (lambda: jt.reduce_lr_on_plateau("auto"), ValueError, "reduce_lr_on_plateau: mode"),
         (lambda: jt.reduce_lr_on_plateau(min_lr=[0, 1]), TypeError, "min_lr must be a number"),

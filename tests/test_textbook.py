@@ -1,4 +1,4 @@
-"""The textbook chapter: every snippet that runs, with Keras beside it, ends in the same number."""
+"""The optimizers of a textbook chapter: its snippets, its formulas and Keras give equal numbers."""
 
 import os
 
@@ -22,7 +22,7 @@ from jgd.transforms import MovingAverageState
 
 
 def _steps(tx, count=1):
-    """Where each step leads, from 1 on var^2 / 2, whose gradient is var."""
+    """Return the points of a path on var^2 / 2, whose gradient is var, from 1."""
     var, path = jnp.float32(1.0), []
     state = tx.init(var)
     for _ in range(count):
@@ -44,7 +44,7 @@ SNIPPETS = [
 
 
 @pytest.mark.parametrize(("ours", "theirs", "numbers", "printed"), SNIPPETS)
-def test_one_step(ours, theirs, numbers, printed):
+def test_one_step_equals_keras_and_the_printed_number(ours, theirs, numbers, printed):
     (after,) = _steps(getattr(jk, ours)(0.1, **numbers))
     variable = keras.Variable(1.0)
     optimizer = getattr(keras.optimizers, theirs)(0.1, **numbers)
@@ -53,18 +53,18 @@ def test_one_step(ours, theirs, numbers, printed):
     chex.assert_trees_all_close(after, jnp.float32(printed), rtol=0, atol=6e-6)  # five digits
 
 
-def test_momentum_steps_a_tenth_and_then_eighteen_hundredths():
+def test_momentum_steps_by_a_tenth_and_then_by_eighteen_hundredths():
     for tx in (jk.sgd(0.1, momentum=0.9), textbook.momentum(0.1), jgd.momentum(0.1)):
         first, second = _steps(tx, 2)
         steps = 1 - first, first - second
         chex.assert_trees_all_close(steps, (jnp.float32(0.1), jnp.float32(0.18)), rtol=1e-6)
 
 
-# --- the textbook's forms against its formulas, in float64 -----------------------------------
+# --- the optimizers against the formulas of the chapter, in float64 --------------------------
 
 
 def _textbook_rules():
-    """The formulas of the chapter, right where it is wrong, on NumPy arrays."""
+    """Return the formulas of the chapter in NumPy, with its misprints corrected."""
     zero = lambda g: 0 * g
 
     def momentum(g, s, t, eta=0.01, a=0.9):
@@ -104,7 +104,7 @@ def _textbook_rules():
     )
 
 
-# other numbers than the defaults, in the order of the arguments, the root's epsilon among them
+# Numbers other than the defaults, in the order of the arguments, with both epsilons.
 NUMBERS = {
     "sgd": (0.3,),
     "momentum": (0.3, 0.7),
@@ -114,14 +114,14 @@ NUMBERS = {
     "rmsprop": (0.3, 0.7, 0.02, 1e-3),
     "adam": (0.3, 0.7, 0.95, 0.02, 1e-3),
 }
-# one epsilon alone, and inside the root alone
+# The same with epsilon only inside the root.
 ALONE = {"adagrad": (0.3, 0.0, 1e-3), "rmsprop": (0.3, 0.7, 0.0, 1e-3)}
 ALONE |= {"adam": (0.3, 0.7, 0.95, 0.0, 1e-3)}
 
 
 @pytest.mark.parametrize("name", textbook.__all__)
-def test_forms_are_the_formulas_of_the_chapter(name, float64):
-    """With the defaults, with other numbers, and with epsilon inside the root alone."""
+def test_optimizers_equal_the_formulas_of_the_chapter(name, float64):
+    """They do with the defaults, with other numbers, and with epsilon only inside the root."""
     gradients = np.random.default_rng(0).normal(size=(50, 6)) * 10.0 ** np.arange(-3, 3)
     for numbers in ((), NUMBERS[name], *([ALONE[name]] if name in ALONE else ())):
         ours = run(getattr(textbook, name)(*numbers), jnp.asarray(gradients), jnp.ones(6))
@@ -129,7 +129,7 @@ def test_forms_are_the_formulas_of_the_chapter(name, float64):
         for t, g in enumerate(gradients, 1):
             u, state = rule(g, state, t, *numbers)
             expected.append(u)
-        # a velocity crosses 0, where its rounding is that of the velocities before
+        # where a velocity crosses 0, its error is that of the larger velocities before
         chex.assert_trees_all_close(ours, np.stack(expected), rtol=1e-11, atol=1e-15)
 
 
@@ -145,23 +145,22 @@ STATES = {
 
 
 @pytest.mark.parametrize("name", textbook.__all__)
-def test_states_are_those_of_the_docstrings(name):
+def test_states_agree_with_the_docstrings(name):
     params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2, jnp.bfloat16)}
     like = jax.tree.map(lambda p: jnp.zeros(p.shape), params)
     tx = getattr(textbook, name)()
     state = tx.init(params)
-    memories = [part for part in state if not isinstance(part, optax.EmptyState)]
+    accumulators = [part for part in state if not isinstance(part, optax.EmptyState)]
     if STATES[name] is None:
         assert not jax.tree.leaves(state)
     else:
-        chex.assert_trees_all_equal(memories, [STATES[name](like, jnp.int32(0))], strict=True)
+        chex.assert_trees_all_equal(accumulators, [STATES[name](like, jnp.int32(0))], strict=True)
     updates, after = jax.eval_shape(tx.update, params, state, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
 
 
-def test_misprints_are_what_the_docstrings_say(float64):
-    """Adam without the second correction and with the root of the first; Nesterov with v'."""
+def test_misprints_have_the_effects_that_the_docstrings_state(float64):
     g = 0.5
     m, v = 0.1 * g, 0.001 * g**2
     printed = m / np.sqrt(1 - 0.9) / np.sqrt(v)
@@ -172,11 +171,11 @@ def test_misprints_are_what_the_docstrings_say(float64):
     chex.assert_trees_all_close(first, jnp.array([-1.9]), rtol=1e-12)
 
 
-# --- the line y = 3 x + 2, and the net that diverges -----------------------------------------
+# --- the line y = 3 x + 2, and a network that diverges ---------------------------------------
 
 
 def _fit_keras(x, y, weights, stages, epochs=100, batch_size=32, callbacks=()):
-    """The loss of each epoch of each stage, which has an optimizer of its own."""
+    """Return the loss of each epoch with Keras, for stages with one optimizer each."""
     model = keras.Sequential([keras.Input(x.shape[1:]), keras.layers.Dense(weights.shape[1])])
     model.layers[0].set_weights([weights, np.zeros(weights.shape[1])])
     losses = []
@@ -188,7 +187,7 @@ def _fit_keras(x, y, weights, stages, epochs=100, batch_size=32, callbacks=()):
 
 
 def _fit(x, y, weights, stages, epochs=100, batch_size=32):
-    """The same with jgd: the mean over the examples of an epoch, each loss before its step."""
+    """Return the loss of each epoch with jgd: its mean over examples, each before its step."""
     params = {"w": jnp.asarray(weights, jnp.float32), "b": jnp.zeros(weights.shape[1])}
     parts = [slice(i, i + batch_size) for i in range(0, len(x), batch_size)]
 
@@ -212,44 +211,44 @@ def _fit(x, y, weights, stages, epochs=100, batch_size=32):
 
     losses = []
     for tx in stages:
-        params, of_stage = stage(tx, params)
-        losses.append(of_stage)
+        params, stage_losses = stage(tx, params)
+        losses.append(stage_losses)
     return losses
 
 
-def test_the_line():
-    """The tutorial compiles a second time and so goes on; from the start Adam has no chance."""
+def test_losses_of_a_line_fit_equal_keras():
+    """They do for SGD followed by Adam, as in the tutorial, and for Adam from the start."""
     rng = np.random.RandomState(0)
     x = rng.rand(100, 1).astype("float32")
     y = 3 * x + 2 + rng.normal(0, 0.1, (100, 1)).astype("float32")
     start = np.full((1, 1), 0.4, "float32")
     optimizers = keras.optimizers
-    there = _fit_keras(x, y, start, [optimizers.SGD(0.01), optimizers.Adam(0.001)])
-    here = _fit(x, y, start, [jk.sgd(0.01), jk.adam(0.001)])
-    here += _fit(x, y, start, [jk.adam(0.001)])
-    there += _fit_keras(x, y, start, [optimizers.Adam(0.001)])
-    chex.assert_shape(here, (100,))
-    chex.assert_type(here, jnp.float32)
-    chex.assert_trees_all_close(jnp.stack(here), np.float32(there), rtol=2e-5)
-    # it looks as if Adam were better; 400 steps of a thousandth cannot reach 3 and 2
-    last = jnp.stack([losses[-1] for losses in here])
+    theirs = _fit_keras(x, y, start, [optimizers.SGD(0.01), optimizers.Adam(0.001)])
+    ours = _fit(x, y, start, [jk.sgd(0.01), jk.adam(0.001)])
+    ours += _fit(x, y, start, [jk.adam(0.001)])
+    theirs += _fit_keras(x, y, start, [optimizers.Adam(0.001)])
+    chex.assert_shape(ours, (100,))
+    chex.assert_type(ours, jnp.float32)
+    chex.assert_trees_all_close(jnp.stack(ours), np.float32(theirs), rtol=2e-5)
+    # Adam alone has a large loss: 400 steps of a thousandth cannot reach the weights 3 and 2
+    last = jnp.stack([losses[-1] for losses in ours])
     chex.assert_trees_all_close(last, np.float32([0.05065016, 0.02416707, 7.6705737]), rtol=5e-5)
 
 
-def test_the_net_that_diverges_stops_after_four_epochs():
-    """Five rows of twenty numbers up to 99: the loss explodes, and the first stays the best."""
+def test_a_network_that_diverges_stops_after_four_epochs():
+    """The loss grows from the first epoch on, which stays the best one for a patience of 3."""
     x = np.arange(100, dtype="float32").reshape(5, 20)
     y = np.array([[0], [1], [2], [1], [2]], "float32")
     start = np.random.RandomState(0).uniform(-0.4, 0.4, (20, 10)).astype("float32")
     callback = keras.callbacks.EarlyStopping(monitor="loss", patience=3)
     sgd = keras.optimizers.SGD()
-    (there,) = _fit_keras(x, y, start, [sgd], epochs=10, batch_size=1, callbacks=[callback])
-    (here,) = _fit(x, y, start, [jk.sgd()], epochs=10, batch_size=1)
+    (theirs,) = _fit_keras(x, y, start, [sgd], epochs=10, batch_size=1, callbacks=[callback])
+    (ours,) = _fit(x, y, start, [jk.sgd()], epochs=10, batch_size=1)
     init, update = jk.early_stopping(monitor="loss", patience=3)
     state, epochs = init(), 0
-    for value in here:
+    for value in ours:
         stop, state = update(value, state)
         epochs += 1
         if stop:
             break
-    assert epochs == len(there) == 4
+    assert epochs == len(theirs) == 4

@@ -1,13 +1,14 @@
-"""Recipes of other frameworks, exact: `keras`, `torch` and the `textbook`; the states of `optax`.
+"""Optimizers, schedules and callbacks that compute what Keras, PyTorch and a textbook compute.
 
-    import jgd.compat.torch as jt       # not `torch`: the real one stays visible
+    import jgd.compat.torch as jt       # the name `torch` would hide PyTorch itself
     tx = jt.sgd(jt.multi_step_lr(0.1, milestones=[30, 60]), momentum=0.9)
 
-The names are mechanical: an optimizer is the framework's class in lower case, a schedule or a
-callback its class in snake case, and the arguments bear the framework's own names and defaults. All
-are pytrees of their numbers. Neither framework is imported.
+The modules `keras` and `torch` name an optimizer like the framework's class in lower case, and a
+schedule or a callback like its class in snake case. Arguments have the framework's names and
+defaults. All are pytrees of their numbers. Neither framework is imported. `textbook` has the
+optimizers of a textbook chapter.
 
-`jgd.compat.optax` converts states between optax and jgd, and those of jgd 0.1.
+`optax` converts states between optax and jgd, and states of jgd 0.1.
 """
 
 from jgd.compat import keras as keras

@@ -1,12 +1,12 @@
-"""States of optax's optimizers and of jgd 0.1, for the optimizers of jgd, and back.
+"""Conversion of optimizer states from optax and jgd 0.1 to jgd, and from jgd to optax.
 
     state = jgd.compat.optax.state_from(optax_state, tx)       # tx of jgd
     state = jgd.compat.optax.to_optax(jgd_state, optax_tx)
 
-Most states need no call: jgd returns optax's classes. These two convert the others: a learning rate
-that follows a schedule (optax counts its steps inside the chain, jgd around it), the classes that
-optax does not export, and all states of jgd 0.1. A conversion asks the optimizer for the structure
-of its state and fills it, memory by memory and in order, with the fields of the same names.
+Most states need no conversion, since jgd uses optax's classes. These functions convert the others:
+states with a scheduled learning rate (optax counts its steps inside the chain, jgd around it),
+states whose class optax does not export, and all states of jgd 0.1. A conversion creates a state
+with `tx.init` and fills its accumulators, in their order, from fields with the same names.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,26 +29,27 @@ def state_from(
     tx: optax.GradientTransformation,
     params: optax.Params | None = None,
 ) -> optax.OptState:
-    """Return the state with which `tx` continues a training of optax or of jgd 0.1.
+    """Return a state with which `tx`, an optimizer of jgd, continues training of optax or jgd 0.1.
 
         state = jgd.compat.optax.state_from(state, jgd.adamw(jgd.linear_schedule(1e-3, 0, 1000)))
 
     Args:
-      state: the state of the optimizer of that name; or what orbax, without a template, or
-        `flax.serialization.msgpack_restore` returns for its checkpoint: dicts and lists instead of
-        named tuples. The state inside `optax.inject_hyperparams` counts, its numbers do not: those
-        are in `tx`.
+      state: the state of the optimizer with the same name. It may consist of dicts and lists
+        instead of named tuples, as orbax returns it without a template, and
+        `flax.serialization.msgpack_restore`. The hyperparameters of `optax.inject_hyperparams` are
+        ignored, since `tx` has them.
       tx: the optimizer of jgd that continues.
-      params: the parameters or their `jax.ShapeDtypeStruct`s. None: found in the memories of the
-        state. Give them if they hold lists or tuples and the state dicts and lists; if the state
-        has no memory of their shapes (`galore`); as `optax.LookaheadParams` for `lookahead`.
+      params: the parameters or their `jax.ShapeDtypeStruct`s. None: inferred from the accumulators.
+        They are needed if they contain lists or tuples and `state` consists of dicts and lists, if
+        no accumulator has their shapes (`galore`), and, as `optax.LookaheadParams`, for
+        `lookahead`.
 
-    Returns: a state as `tx.init` returns it, in the dtypes of `tx`. The step of its schedules is
-      the count of the schedules in `state`, else that of its memories. Where a decay follows a
-      schedule and `state` has no logarithms of it, they are those of `tx` after as many steps.
-    Raises: TreeError, naming the memory, if `state` lacks one or has one more, or one of another
-      shape. Memories of dicts and lists are told apart by their fields alone.
-    Differs from: optax in `adan`, whose average of squares is another one: it is not converted.
+    Returns: a state like that of `tx.init`, with the same dtypes. Its schedules continue at the
+      count of the schedules in `state` or, if there are none, of its accumulators. If a decay
+      follows a schedule and `state` lacks its logarithms, they are computed by stepping `tx`.
+    Raises: TreeError if `state` lacks an accumulator, has one too many, or has one of another
+      shape; the error names it. In dicts and lists an accumulator is known by its field names only.
+    Differs from: optax in `adan`, whose average of squares is different and is not converted.
     """
     return _converted("state_from", state, tx, params)
 
@@ -58,18 +59,18 @@ def to_optax(
     tx: optax.GradientTransformation,
     params: optax.Params | None = None,
 ) -> optax.OptState:
-    """Return the state with which `tx`, an optimizer of optax, continues a training of jgd.
+    """Return a state with which `tx`, an optimizer of optax, continues training of jgd.
 
         state = jgd.compat.optax.to_optax(state, optax.adamw(optax.linear_schedule(1e-3, 0, 1000)))
 
     Args:
-      state: the state of the optimizer of jgd with that name, or what a checkpoint of it restores
-        to without a template.
+      state: the state of the optimizer of jgd with the same name, of named tuples or, as restored
+        without a template, of dicts and lists.
       tx: the optimizer of optax that continues.
-      params: as in `state_from`. Give them as well if they have 16 bits, as optax's memories then
-        have; without them memories stay float32.
+      params: as in `state_from`. They are also needed for 16-bit parameters, for which optax's
+        accumulators have 16 bits; without `params` they stay float32.
 
-    Returns: a state as `tx.init` returns it.
+    Returns: a state like that of `tx.init`.
     Raises: TreeError as `state_from`.
     """
     return _converted("to_optax", state, tx, params)
@@ -82,8 +83,8 @@ _INNER_DICTS = ["hyperparams_states", "inner_states"]
 _INNER_STATES = ["base_optimizer_state", "fast_state", "hessian_fn_state", "inner"]
 _INNER = [*_INNER_STATES, "inner_opt_state", "inner_state", *_INNER_DICTS]
 _COUNTS = {"count", "count_m2", "step"}
-_CONSTANTS = {"ns_coeffs", "hyperparams"}  # `tx` has its own
-# What jgd 0.1 called the mean logarithm of the decay of an average.
+_CONSTANTS = {"ns_coeffs", "hyperparams"}  # taken from `tx`
+# The names in jgd 0.1 of the mean logarithm of an average's decay.
 _OLD_LOGS = {
     "log_mu": ["log_b1", "log_beta", "log_decay"],
     "log_nu": ["log_b2", "log_decay"],
@@ -102,8 +103,8 @@ class _Record(NamedTuple):
     fields: dict[str, Any]
 
     @property
-    def memories(self) -> dict[str, Any]:
-        """The fields by which a state is recognised: none for a counter of steps."""
+    def accumulators(self) -> dict[str, Any]:
+        """The fields that identify a state; a counter of steps has none."""
         derived = _COUNTS | _CONSTANTS
         return {n: x for n, x in self.fields.items() if n not in derived and n[:4] != "log_"}
 
@@ -123,7 +124,7 @@ def _record_of(node: Any) -> _Record:
 
 
 def _records(state: Any) -> list[_Record]:
-    """Return the records of a state, depth first, whether of named tuples or of dicts."""
+    """Return the records of a state of named tuples or dicts, depth first."""
     if state is None:
         return []
     if isinstance(state, Mapping) and all(str(key).isdigit() for key in state):
@@ -147,38 +148,38 @@ def _records(state: Any) -> list[_Record]:
 
 
 def _candidates(records: list[_Record]) -> Iterator[Any]:
-    """Yield what may have the shapes of the parameters: each memory, the largest first."""
+    """Yield trees that may have the shapes of the parameters: the largest accumulators first."""
     shapes: list[Any] = []
     for record in records:
-        memories = jax.eval_shape(lambda trees: trees, record.memories)
-        shapes += memories.values()
-        if "v_row" in memories:
-            means = (memories.get(name) for name in ("v_row", "v_col", "v"))
+        accumulators = jax.eval_shape(lambda trees: trees, record.accumulators)
+        shapes += accumulators.values()
+        if "v_row" in accumulators:
+            means = (accumulators.get(name) for name in ("v_row", "v_col", "v"))
             shapes.append(jax.tree.map(_unfactored, *means))
     is_float = lambda tree: all(jnp.issubdtype(x.dtype, jnp.inexact) for x in jax.tree.leaves(tree))
     size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
     shapes = sorted(filter(is_float, shapes), key=size, reverse=True)
     for tree in shapes:
-        for other in shapes:  # each group of parameters has a memory of its own
+        for other in shapes:  # each group of parameters has an accumulator of its own
             tree = _joined(tree, other)
         yield tree
     if not shapes:
-        yield jax.ShapeDtypeStruct((), float)  # without memories all parameters are alike
+        yield jax.ShapeDtypeStruct((), float)  # without accumulators the shapes do not matter
 
 
 def _joined(tree: Any, other: Any) -> Any:
-    """Return `tree` with the leaves of `other` where it has none: a mask hides them."""
-    is_hidden = lambda node: not jax.tree.leaves(node)
-    join = lambda x, y: y if is_hidden(x) else x
+    """Return `tree` with the leaves of `other` where a mask left it without leaves."""
+    is_empty = lambda node: not jax.tree.leaves(node)
+    join = lambda x, y: y if is_empty(x) else x
     try:
-        return jax.tree.map(join, tree, other, is_leaf=is_hidden)
+        return jax.tree.map(join, tree, other, is_leaf=is_empty)
     except ValueError:
         return tree
 
 
 def _unfactored(row: Any, column: Any, v: Any) -> Any:
     """Return the shape of a parameter from Adafactor's means over its rows and columns."""
-    if row.shape == (1,):  # there are no means
+    if row.shape == (1,):  # not factored
         return v
     for axis in range(row.ndim + 1):
         shape = (*row.shape[:axis], max(column.shape), *row.shape[axis:])
@@ -192,7 +193,7 @@ def _unfactored(row: Any, column: Any, v: Any) -> Any:
 
 
 class _Mismatch(TreeError):
-    """Raised where a state does not fit the optimizer, or the shapes taken for the parameters."""
+    """Raised if a state does not fit the optimizer or the inferred shapes of the parameters."""
 
 
 def _converted(
@@ -211,33 +212,33 @@ def _converted(
         raise TreeError(error.detail, where) from None
     detail = f"{first.detail if first else ''}. Was the state created by another optimizer?"
     if params is None:
-        detail += f" If not, give the parameters: {where}(state, tx, params)"
+        detail += f" If not, pass the parameters: {where}(state, tx, params)"
     raise TreeError(detail, where)
 
 
 class _Filling:
-    """A walk over the state of `tx`, depth first, that takes the records of another in turn."""
+    """A depth-first walk over the state of `tx` that fills it with the records of another state."""
 
     def __init__(self, records: list[_Record], tx: Any, params: Any) -> None:
         self.tx = optax.with_extra_args_support(tx)
         try:
             self.params = jax.eval_shape(lambda tree: tree, params)
             self.template = jax.eval_shape(tx.init, params)
-        except Exception as error:  # what `init` raises for shapes that are not the parameters'
+        except Exception as error:  # `init` may raise anything if the inferred shapes are wrong
             raise _Mismatch(str(error)) from error
         self.records = records
-        self.left = [record for record in records if record.memories]
+        self.left = [record for record in records if record.accumulators]
         self.counters = self.matching_counters()
         self.latest = _Record("", {})
-        self.decays = 0  # states of scheduled decays so far
+        self.decays = 0  # number of states of scheduled decays so far
 
     def state(self) -> Any:
         """Return the state of `tx`, filled."""
         leaves, structure = jax.tree.flatten(self.node(self.template))
         if self.left:
-            raise _Mismatch(f"the state has {self.left[0]}, which tx does not keep")
+            raise _Mismatch(f"the state has {self.left[0]}, but the state of tx does not")
         missing = [i for i, x in enumerate(leaves) if isinstance(x, jax.ShapeDtypeStruct)]
-        if missing:  # compiled, so that what else `init` returns is not computed
+        if missing:  # compiled, so that the other results of `init` are not computed
             zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.params)
             initial = lambda: jax.tree.leaves(self.tx.init(zeros()))
             constants = jax.jit(lambda: [initial()[i] for i in missing])()
@@ -269,36 +270,39 @@ class _Filling:
 
     def matching(self, target: _Record) -> _Record:
         """Return the record of the state for one of the template."""
-        if not target.memories:
+        if not target.accumulators:
             return next(self.counters)
         if not self.left:
             raise _Mismatch(f"expected {target}, got a state without it")
-        found = self.left.pop(0)
-        if [*target.memories, *found.memories] == ["ema", "average"]:  # in jgd 0.1, Keras's average
-            found = _Record("", {**found.fields, "ema": found.fields["average"]})
-            del found.fields["average"]
-        kinds = {target.kind, found.kind} - {""}
-        if found.memories.keys() != target.memories.keys() or len(kinds) > 1:
-            raise _Mismatch(f"expected {target}, got {found}")
-        return found
+        record = self.left.pop(0)
+        names, known = target.accumulators.keys(), record.accumulators.keys()
+        if [*names, *known] == ["ema", "average"]:  # the name that jgd 0.1 gave an average
+            record = _Record("", {**record.fields, "ema": record.fields["average"]})
+            del record.fields["average"]
+        kinds = {target.kind, record.kind} - {""}
+        if record.accumulators.keys() != names or len(kinds) > 1:
+            raise _Mismatch(f"expected {target}, got {record}")
+        return record
 
     def matching_counters(self) -> Iterator[_Record]:
-        """Yield for each counter of the template that of the state, or what all agree on."""
-        counters = lambda records: [record for record in records if not record.memories]
-        here, there = counters(_records(self.template)), counters(self.records)
-        common = None if len(here) == len(there) else _Record("", {"count": self.common_count()})
-        yield from there if common is None else [common] * len(here)
+        """Yield a counter of the state for each of the template, or the count they all agree on."""
+        counters = lambda records: [record for record in records if not record.accumulators]
+        targets, sources = counters(_records(self.template)), counters(self.records)
+        if len(targets) == len(sources):
+            yield from sources
+        else:
+            yield from [_Record("", {"count": self.common_count()})] * len(targets)
 
     def common_count(self) -> Any:
-        """Return the count of the counters or, where there are none, of the memories."""
-        counters = [record for record in self.records if not record.memories]
+        """Return the count of the counters or, if there are none, of the accumulators."""
+        counters = [record for record in self.records if not record.accumulators]
         fields = [record.fields for record in counters or self.records]
         counts = [x for own in fields for name, x in own.items() if name in _COUNTS]
         counts = counts or [own["step_count"] - 1 for own in fields if "step_count" in own]
         if not counts:
             raise TreeError(
-                "a schedule needs a count of the steps so far, the state has none. Convert it for a"
-                " constant number and put that state in jgd.pytree.ScheduledState(count, state)"
+                "a schedule needs a count of the steps so far, but the state has none. Convert it"
+                " for a constant number and wrap it in jgd.pytree.ScheduledState(count, state)"
             )
         known = {int(x) for x in counts if not isinstance(x, Tracer) and not jnp.ndim(x)}
         if len(known) > 1:
@@ -318,7 +322,7 @@ class _Filling:
         return _like(target, fields[name], name)
 
     def logs(self, target: dict[str, Any], steps: Any) -> dict[str, Any]:
-        """Return the mean logarithms of decays: those of the state, or of `tx` after `steps`."""
+        """Return the mean logarithms of decays, from the state or from stepping `tx`."""
         own, index = self.latest.fields, self.decays
         self.decays += 1
         known = {n: [own[k] for k in (n, *_OLD_LOGS.get(n, [])) if k in own] for n in target}
@@ -327,19 +331,20 @@ class _Filling:
         small = jax.tree.map(lambda x: jnp.zeros([1] * len(x.shape), x.dtype), self.params)
         step = lambda _, state: self.tx.update(small, state, small, value=jnp.ones([]))[1]
         state = jax.lax.fori_loop(0, steps, step, self.tx.init(small))
-        is_found = lambda node: isinstance(node, ScheduledDecayState)
-        return [n for n in jax.tree.leaves(state, is_leaf=is_found) if is_found(n)][index].logs
+        is_scheduled = lambda node: isinstance(node, ScheduledDecayState)
+        nodes = jax.tree.leaves(state, is_leaf=is_scheduled)
+        return list(filter(is_scheduled, nodes))[index].logs
 
 
 def _like(target: Any, value: Any, name: str) -> Any:
     """Return `value` in the containers and dtypes of `target`."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(target)
-    there = {_path(path): x for path, x in jax.tree_util.tree_leaves_with_path(value)}
-    here = {_path(path): x for path, x in leaves}
-    for path in sorted(here.keys() ^ there.keys()):
-        has = "has a leaf" if path in there else "has no leaf"
+    values = {_path(path): x for path, x in jax.tree_util.tree_leaves_with_path(value)}
+    targets = {_path(path): x for path, x in leaves}
+    for path in sorted(targets.keys() ^ values.keys()):
+        has = "has a leaf" if path in values else "has no leaf"
         raise _Mismatch(f"{name} of the state {has} at {path or 'its root'}, unlike the parameters")
-    return structure.unflatten([_cast(there[path], x, name + path) for path, x in here.items()])
+    return structure.unflatten([_cast(values[path], x, name + path) for path, x in targets.items()])
 
 
 def _cast(x: Any, target: jax.ShapeDtypeStruct, name: str) -> Any:
@@ -352,6 +357,6 @@ def _cast(x: Any, target: jax.ShapeDtypeStruct, name: str) -> Any:
 
 
 def _path(path: Any) -> str:
-    """Return a path as checkpoints spell it: keys of dicts, places in lists and fields alike."""
+    """Return a path in one spelling for dict keys, indices and field names, as in checkpoints."""
     parts = (getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))) for key in path)
     return "".join(f"[{part}]" for part in parts)

@@ -1,7 +1,7 @@
-"""What Keras and PyTorch need beyond jgd's own transformations: their decays, and three rules.
+"""Transformations of Keras and PyTorch that jgd does not have: bias correction, decay and rules.
 
-Both correct a bias with the decay of this step, 1 - decay^t, where jgd keeps the product of all
-decays under a schedule. For a decay that does not move the two are one.
+Under a scheduled decay both frameworks correct the bias with the decay of the current step,
+1 - decay^t, and jgd with the product of all decays. For a constant decay the two are equal.
 """
 
 import functools
@@ -59,17 +59,18 @@ P = ParamSpec("P")
 def with_parameters_of_options(
     rule: Callable[P, Any], defaults: Mapping[str, Any], *, keyword_only: bool = False
 ) -> Callable[P, Any]:
-    """The rule with real parameters in the place of its `**options: Unpack[SomeTypedDict]`.
+    """Return `rule` with parameters in place of its `**options: Unpack[SomeTypedDict]`.
 
-    They come before those of the rule that are for keywords only. A default not named is None.
+    Each field of the TypedDict becomes a parameter, in front of the keyword-only parameters of
+    `rule`. Its default is that of `defaults`, or None.
     """
     signature = inspect.signature(rule)
-    *own, rest = signature.parameters.values()
-    (kind,) = typing.get_args(rest.annotation)
-    how = rest.KEYWORD_ONLY if keyword_only else rest.POSITIONAL_OR_KEYWORD
+    *own, var_keyword = signature.parameters.values()
+    (typed_dict,) = typing.get_args(var_keyword.annotation)
+    kind = var_keyword.KEYWORD_ONLY if keyword_only else var_keyword.POSITIONAL_OR_KEYWORD
     options = [
-        inspect.Parameter(name, how, default=defaults.get(name), annotation=hint)
-        for name, hint in typing.get_type_hints(kind, include_extras=True).items()
+        inspect.Parameter(name, kind, default=defaults.get(name), annotation=hint)
+        for name, hint in typing.get_type_hints(typed_dict, include_extras=True).items()
     ]
     front = [p for p in own if p.kind is not p.KEYWORD_ONLY]
     parameters = [*front, *options, *own[len(front) :]]
@@ -82,22 +83,21 @@ def with_parameters_of_options(
         arguments: Any = expanded.bind(*args, **kwargs).arguments
         return call(**arguments)
 
-    setattr(factory, "__signature__", expanded)  # noqa: B010 (functions have none)
+    setattr(factory, "__signature__", expanded)  # noqa: B010 (not an attribute of functions)
     return factory
 
 
-# A decay whose schedule, if it has one, does not show in the bias correction: only its value at
-# this step does.
+# A decay that may follow a schedule. The bias correction uses only its value at the current step.
 Beta = Annotated[Any, NumberKind("in [0, 1)", lambda x: (x >= 0) & (x < 1))]
 
 
 @as_pytree
 def correct(decay: Beta, *, power: Structure) -> GradientTransformation:
-    """u = g (1 - decay^t)^power, with t = 1 at the first step.
+    """Scale updates by u = g (1 - decay^t)^power, with t = 1 at the first step.
 
     Args:
-      decay: in [0, 1), that of an average which started at 0.
-      power: 0.5 is what Keras's Adam does where its magnitude is not yet corrected.
+      decay: in [0, 1), the decay of an average that starts at 0.
+      power: -1 corrects the average; 0.5 corrects a quotient by the average's root.
 
     State: `BiasCorrectionState(count)`.
     Differs from: `jgd.bias_correction`, whose power is -1.
@@ -114,9 +114,11 @@ def correct(decay: Beta, *, power: Structure) -> GradientTransformation:
 def scale_by_uncorrected_adam(
     b1: Any, b2: Any, eps: Any, eps_root: Any = 0.0, *, amsgrad: bool = False
 ) -> GradientTransformation:
-    """u = sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v + eps_root) + eps): Adam with "epsilon hat".
+    """Scale updates by Adam's rule with "epsilon hat", added before the bias correction of v.
 
-    With `amsgrad` the largest v so far takes the place of v.
+        u = sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v + eps_root) + eps)
+
+    With `amsgrad` the largest v so far replaces v.
     """
     largest = [running_max(name="nu_max")] if amsgrad else []
     roots = chain(square(), moving_average(b2, name="nu"), *largest, root(eps, eps_root))
@@ -128,15 +130,14 @@ def scale_by_uncorrected_adam(
 
 @as_pytree
 def after_decay(inner: GradientTransformation, factor: Number) -> GradientTransformation:
-    """u = inner(g, p - factor p) - factor p: the parameters decay before `inner` sees them.
+    """Decay the parameters before `inner` sees them: u = inner(g, p - factor p) - factor p.
 
     Args:
       inner: the optimizer.
-      factor: usually learning rate times weight decay.
+      factor: usually the learning rate times the weight decay.
 
     State: that of `inner`.
-    Differs from: `add_decayed_weights`, after which a rule that looks at the parameters has seen
-      them undecayed.
+    Differs from: `add_decayed_weights`, with which a rule sees the parameters before their decay.
     """
     tx = optax.with_extra_args_support(inner)
 
@@ -164,7 +165,7 @@ class NadamState(NamedTuple):
 def scale_by_nadam(
     b1: Beta, b2: Beta, eps: NonNegative, momentum_decay: NonNegative
 ) -> GradientTransformation:
-    """NAdam's quotient, with the momentum that the paper's schedule gives.
+    """Scale updates by NAdam's rule, whose momentum follows the paper's schedule.
 
         d_t = b1 (1 - 0.96^(t momentum_decay) / 2)            D = d_1 d_2 ... d_t
         u = (d_(t+1) m / (1 - D d_(t+1)) + (1 - d_t) g / (1 - D)) / (sqrt(v / (1 - b2^t)) + eps)
@@ -173,10 +174,10 @@ def scale_by_nadam(
     Source: Dozat 2016, algorithm 2.
     """
 
-    def quotient_of(now: Any, coming: Any) -> GradientTransformation:
+    def quotient_of(gradient_weight: Any, mean_weight: Any) -> GradientTransformation:
         with plainly():
             mean = moving_average(b1, name="mu")
-            direction = add(chain(mean, scale(coming)), scale(now))
+            direction = add(chain(mean, scale(mean_weight)), scale(gradient_weight))
             quotient = divide(direction, rms(b2, eps, name="nu"))
             return named(quotient, record=optax.ScaleByAdamState)
 
@@ -189,9 +190,9 @@ def scale_by_nadam(
         t = increment(averages[0]).astype(float)
         momentum = lambda t: b1 * (1 - 0.5 * 0.96 ** (t * momentum_decay))
         product = product * momentum(t)
-        now = (1 - momentum(t)) / (1 - product)
-        coming = momentum(t + 1) / (1 - product * momentum(t + 1))
-        quotient = quotient_of(now, coming)
+        gradient_weight = (1 - momentum(t)) / (1 - product)
+        mean_weight = momentum(t + 1) / (1 - product * momentum(t + 1))
+        quotient = quotient_of(gradient_weight, mean_weight)
         new: Any
         updates, new = quotient.update(updates, optax.ScaleByAdamState(*averages), params)
         return updates, like(NadamState(*new, mu_product=product), state)
@@ -203,12 +204,12 @@ def scale_by_nadam(
 
 
 class FactorsState(NamedTuple):
-    """State of `factored_descent`. A memory that a leaf has no use for is empty."""
+    """State of `factored_descent`. An accumulator that a leaf does not need is empty."""
 
     count: jax.Array  # int32 scalar: steps so far
-    row: Any  # average squares: means over the last axis, and over the one before
-    column: Any
-    v: Any  # like the leaves with fewer than two axes
+    row: Any  # average squares of leaves with two or more axes: means over the last axis
+    column: Any  # the same: means over the last axis but one
+    v: Any  # average squares of leaves with fewer than two axes
 
 
 @as_pytree
@@ -220,19 +221,20 @@ def factored_descent(
     threshold: Positive,
     floor: NonNegative | None = None,
 ) -> GradientTransformation:
-    """Adafactor as Keras and PyTorch have it: over the last two axes, with a relative step.
+    """Adafactor of Keras and PyTorch: factored over the last two axes, with a relative step.
 
         w = t^decay            row, column <- row + w (mean of g^2 + added - row), likewise
         x = g / sqrt(row column / mean(row))            x <- x / max(1, rms(x) / threshold)
         u = -max(least_scale, rms(p)) min(learning_rate, 1 / sqrt(t)) x
 
     Args:
-      learning_rate: an upper bound of the step relative to the parameters.
-      decay: of the weight of a new square, below 0.
-      added: to each square.
-      least_scale: that of small parameters.
-      threshold: above 0, of the root mean square of x.
-      floor: the least mean(row), and its square the least v; None: the dtype's epsilon.
+      learning_rate: upper bound of the step relative to the parameters.
+      decay: below 0, the exponent of the weight w.
+      added: constant added to each square.
+      least_scale: lower bound of rms(p).
+      threshold: above 0, upper bound of the root mean square of x.
+      floor: lower bound of mean(row); its square is the lower bound of the average squares. None:
+        the dtype's epsilon.
 
     State: `FactorsState(count, row, column, v)`.
     Differs from: `jgd.adafactor`, which factors the two largest axes and has no 1 / sqrt(t).
@@ -241,26 +243,26 @@ def factored_descent(
 
     def rule(g: Any, p: Any, row: Any, column: Any, v: Any, t: Any) -> tuple[Any, ...]:
         weight = t**decay
-        least = jnp.finfo(g.dtype).eps if floor is None else floor
-        new = lambda old, seen: old + weight * (seen - old)
+        lowest = jnp.finfo(g.dtype).eps if floor is None else floor
+        average = lambda old, new: old + weight * (new - old)
         squares = abs_square(g) + added
         if g.ndim < 2:
-            v = estimate = new(v, squares)
+            v = estimate = average(v, squares)
         else:
-            row, column = new(row, squares.mean(-1)), new(column, squares.mean(-2))
-            mean = jnp.maximum(row.mean(-1, keepdims=True), least)
+            row, column = average(row, squares.mean(-1)), average(column, squares.mean(-2))
+            mean = jnp.maximum(row.mean(-1, keepdims=True), lowest)
             estimate = quotient(row, mean)[..., None] * column[..., None, :]
-        x = quotient(g, safe_sqrt(jnp.maximum(estimate, least**2)))
+        x = quotient(g, safe_sqrt(jnp.maximum(estimate, lowest**2)))
         x = x / jnp.maximum(1, rms_norm(x) / threshold)
         rate = jnp.maximum(least_scale, rms_norm(p)) * jnp.minimum(learning_rate, t**-0.5)
         return -rate * x, row, column, v
 
-    unused = lambda p: jnp.zeros([0], p.dtype)
-    part = lambda shape: lambda p: jnp.zeros(shape(p.shape), p.dtype) if p.ndim > 1 else unused(p)
+    empty = lambda p: jnp.zeros([0], p.dtype)
+    part = lambda shape: lambda p: jnp.zeros(shape(p.shape), p.dtype) if p.ndim > 1 else empty(p)
     return per_leaf(
         rule,
         FactorsState,
         row=part(lambda shape: shape[:-1]),
         column=part(lambda shape: shape[:-2] + shape[-1:]),
-        v=lambda p: unused(p) if p.ndim > 1 else jnp.zeros_like(p),
+        v=lambda p: empty(p) if p.ndim > 1 else jnp.zeros_like(p),
     )

@@ -1,4 +1,4 @@
-"""The state of another framework's optimizer: which parameter is which, and filling it in."""
+"""Matching of parameters with those of a Keras or PyTorch optimizer, and filling of jgd's state."""
 
 import functools
 import re
@@ -12,117 +12,128 @@ import optax
 
 from jgd.groups import paths
 
-__all__ = ["filled", "in_place"]
+__all__ = ["fill_state", "match_parameters"]
 
 
-def in_place(
+def match_parameters(
     params: Any, shapes: Sequence[tuple[int, ...]], names: Sequence[str] | None = None
 ) -> list[int]:
-    """For each leaf of `params` the number of the parameter over there.
+    """Return for each leaf of `params` the index of its parameter in the other framework.
 
-    By name, if each path here ends one name over there ("." and "/" are the same); else by order:
-    that in which dicts were written. A dict that jax has sorted, and whose names count further than
-    9, may be the other framework's order or not: it is refused where both fit.
+    `shapes` and `names` are those of the other framework's parameters, in its order. Leaves are
+    matched by name if each path ends exactly one name ("." and "/" are the same). Else they are
+    matched by order, where dicts have the order in which they were written. A dict whose keys are
+    sorted as text ("10" before "2") may have lost that order in a `jax.tree.map`, so that an order
+    by numbers is possible too. If both orders fit the shapes, the match is ambiguous.
 
-    Raises: ValueError if no order fits, or it is not clear which one.
+    Raises: ValueError if no order fits the shapes, or the match is ambiguous.
     """
-    here = [name.replace("/", ".") for name in paths(params)[0]]
-    sizes = [np.shape(leaf) for leaf in jax.tree.leaves(params)]
-    if len(sizes) != len(shapes):
-        raise ValueError(f"state_from: {len(sizes)} parameters here, {len(shapes)} in the state")
-    fits = lambda order: all(sizes[i] == shapes[k] for i, k in enumerate(order))
-    by_name = _by_name(here, [name.replace("/", ".") for name in names or ()])
+    leaf_paths = [name.replace("/", ".") for name in paths(params)[0]]
+    leaf_shapes = [np.shape(leaf) for leaf in jax.tree.leaves(params)]
+    if len(leaf_shapes) != len(shapes):
+        raise ValueError(
+            f"state_from: params must have {len(shapes)} leaves, one for each parameter of the"
+            f" state, got {len(leaf_shapes)}"
+        )
+    fits = lambda order: all(leaf_shapes[i] == shapes[k] for i, k in enumerate(order))
+    by_name = _by_name(leaf_paths, [name.replace("/", ".") for name in names or ()])
     if by_name is not None and fits(by_name):
         return by_name
-    written, counted = _as_written(params), _as_counted(here)
+    written, numbered = _as_written(params), _as_numbered(leaf_paths)
     if not fits(written):
-        if fits(counted):
-            return counted
-        i, k = next((i, k) for i, k in enumerate(written) if sizes[i] != shapes[k])
+        if fits(numbered):
+            return numbered
+        i, k = next((i, k) for i, k in enumerate(written) if leaf_shapes[i] != shapes[k])
+        leaf = f"leaf {leaf_paths[i]!r} of params" if leaf_paths[i] else "params"
         raise ValueError(
-            f"state_from: {here[i] or 'the parameter'} has shape {sizes[i]}, that of the state has"
-            f" {shapes[k]}: parameters must come in the order and the layout of the other framework"
+            f"state_from: {leaf} must have shape {shapes[k]}, as in the state, got"
+            f" {leaf_shapes[i]}. Pass the parameters in the order and the layout of the other"
+            " framework"
         )
-    if written == list(range(len(here))) != counted and fits(counted):
+    if written == list(range(len(leaf_paths))) != numbered and fits(numbered):
         raise ValueError(
-            "state_from: these may be in the order of the other framework or not; give their names"
-            f" in that order, out of {', '.join(here)}"
+            "state_from: params must have the order of the state, got keys that fit it sorted as"
+            " text and as numbers. Pass a list of the parameters in that order, or to"
+            f" jt.state_from the names in that order, out of {', '.join(leaf_paths)}"
         )
     return written
 
 
-def _by_name(here: list[str], there: list[str]) -> list[int] | None:
-    """Where each path is the end of exactly one name, and each name has one."""
-    ends = lambda name, path: name == path or name.endswith("." + path)
-    found = [[k for k, name in enumerate(there) if ends(name, path)] for path in here]
-    if any(len(ks) != 1 for ks in found) or len({ks[0] for ks in found}) < len(here):
+def _by_name(leaf_paths: list[str], names: list[str]) -> list[int] | None:
+    """Return for each path the index of the name that it ends; None if that is not one to one."""
+    ends = lambda path, name: name == path or name.endswith("." + path)
+    candidates = [[k for k, name in enumerate(names) if ends(path, name)] for path in leaf_paths]
+    if any(len(ks) != 1 for ks in candidates) or len({ks[0] for ks in candidates}) < len(
+        candidates
+    ):
         return None
-    return [ks[0] for ks in found]
+    return [ks[0] for ks in candidates]
 
 
 def _as_written(params: Any) -> list[int]:
-    """For each leaf its place where dicts keep their order; jax sorts them by their keys."""
-    numbered = iter(range(len(jax.tree.leaves(params))))
-    place: dict[int, int] = {}
+    """Return the position of each leaf if dicts keep their order; JAX sorts them by their keys."""
+    numbers = iter(range(len(jax.tree.leaves(params))))
+    positions: dict[int, int] = {}
 
-    def visit(node: Any, index: Any) -> None:
+    def visit(node: Any, indices: Any) -> None:
         if isinstance(node, Mapping):
             for key in node:
-                visit(node[key], index[key])
+                visit(node[key], indices[key])
         elif isinstance(node, list | tuple):
-            for child, below in zip(node, index, strict=True):
+            for child, below in zip(node, indices, strict=True):
                 visit(child, below)
         else:
-            for leaf in jax.tree.leaves(index):
-                place[leaf] = next(numbered)
+            for leaf in jax.tree.leaves(indices):
+                positions[leaf] = next(numbers)
 
     leaves, structure = jax.tree.flatten(params)
     visit(params, structure.unflatten(range(len(leaves))))
-    return [place[i] for i in range(len(leaves))]
+    return [positions[i] for i in range(len(leaves))]
 
 
-def _as_counted(names: list[str]) -> list[int]:
-    """For each name its place where numbers in names are counted: 2 before 10."""
+def _as_numbered(names: list[str]) -> list[int]:
+    """Return the position of each name if numbers in names sort as numbers: 2 before 10."""
     pieces = lambda i: [
         (0, int(part), "") if part.isdigit() else (1, 0, part)
         for part in re.split(r"(\d+)", names[i])
     ]
-    counted = sorted(range(len(names)), key=pieces)
-    return [counted.index(i) for i in range(len(names))]
+    order = sorted(range(len(names)), key=pieces)
+    return [order.index(i) for i in range(len(names))]
 
 
-def _is_hidden(node: Any) -> bool:
+def _is_masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
-def filled(state: Any, fields: Mapping[str, Any]) -> Any:
-    """The state with other values in the fields of these names, wherever they stand in it.
+def fill_state(state: Any, fields: Mapping[str, Any]) -> Any:
+    """Return `state` with the values of `fields` in the fields of these names, at any depth.
 
-    Arrays take the shape and dtype of what they replace. Where a memory holds nothing for a
-    parameter it stays so.
+    Arrays take the shape and dtype of those they replace. Where a field of the state holds nothing
+    for a parameter (a masked or an empty leaf), it stays as it is.
 
-    Raises: ValueError if a field is not there, or an array has another size.
+    Raises: ValueError if the state has no field of a name, or an array has another size.
     """
-    seen: set[str] = set()
+    filled: set[str] = set()
 
-    def one(name: str, old: Any, new: Any) -> Any:
-        if _is_hidden(old) or np.size(old) == 0:  # this memory is not for that parameter
+    def converted(name: str, old: Any, new: Any) -> Any:
+        if _is_masked(old) or np.size(old) == 0:
             return old
         if np.size(new) != np.size(old):
             raise ValueError(
-                f"state_from: {name} has shape {np.shape(old)} here and {np.shape(new)} there"
+                f"state_from: {name} must have shape {np.shape(old)}, got {np.shape(new)} in the"
+                " state of the other framework"
             )
-        # a copy: tensors go on changing in place
+        # a copy, since PyTorch updates its tensors in place
         return jnp.array(new, old.dtype).reshape(np.shape(old))
 
     def visit(node: Any) -> Any:
-        if named := getattr(node, "_fields", ()):
+        if names := getattr(node, "_fields", ()):
             values = {}
-            for name, value in zip(named, node, strict=True):
+            for name, value in zip(names, node, strict=True):
                 if name in fields:
-                    seen.add(name)
-                    fill = functools.partial(one, name)
-                    values[name] = jax.tree.map(fill, value, fields[name], is_leaf=_is_hidden)
+                    filled.add(name)
+                    convert = functools.partial(converted, name)
+                    values[name] = jax.tree.map(convert, value, fields[name], is_leaf=_is_masked)
                 else:
                     values[name] = visit(value)
             return type(node)(**values)
@@ -131,6 +142,9 @@ def filled(state: Any, fields: Mapping[str, Any]) -> Any:
         return tuple(map(visit, node)) if isinstance(node, tuple) else node
 
     new = visit(state)
-    if missing := sorted(set(fields) - seen):
-        raise ValueError(f"state_from: this optimizer keeps no {', '.join(missing)}")
+    if missing := sorted(set(fields) - filled):
+        raise ValueError(
+            f"state_from: jgd's optimizer has no state for {', '.join(missing)}, which the other"
+            " optimizer has"
+        )
     return new

@@ -1,8 +1,8 @@
-"""The textbook chapter's own forms, with the defaults of its classes.
+"""Optimizers in the form of a textbook chapter, with the defaults of its classes.
 
-They differ from jgd's optimizers of the same names in three things: momentum may be an average,
-whose steps are 1 - momentum times as long; the velocity holds the learning rate; and epsilon, 1e-7
-here, stands outside the root. With eps=0, eps_root=1e-7 it stands inside, as in other chapters.
+They differ from jgd's optimizers of the same names in three ways. Momentum exists as a velocity and
+as an average, whose steps are 1 - momentum times as long. The velocity includes the learning rate.
+Epsilon, 1e-7 by default, is outside the root; eps=0 and eps_root=1e-7 put it inside.
 """
 
 import optax
@@ -27,7 +27,7 @@ __all__ = ["adagrad", "adam", "momentum", "momentum_average", "nesterov", "rmspr
 
 @as_pytree
 def sgd(learning_rate: Number = 0.01) -> GradientTransformation:
-    """Gradient descent: u = -learning_rate g.
+    """SGD: gradient descent, u = -learning_rate g.
 
     Args:
       learning_rate: 0.01 by default. May be a schedule.
@@ -41,14 +41,14 @@ def sgd(learning_rate: Number = 0.01) -> GradientTransformation:
 def momentum(learning_rate: Number = 0.01, momentum: Fraction = 0.9) -> GradientTransformation:
     """Momentum as a velocity: v <- momentum v - learning_rate g, and u = v.
 
-    From 1 on p^2 / 2 at a rate of 0.1 the first two steps are 0.1 and 0.18.
+    On p^2 / 2 from p = 1 with a learning rate of 0.1 the first two steps are 0.1 and 0.18 long.
 
     Args:
       learning_rate: 0.01 by default. May be a schedule.
       momentum: in [0, 1], 0.9 by default. May be a schedule.
 
     State: `optax.TraceState(trace)`, one tree, the velocity.
-    Differs from: `jgd.momentum` under a schedule, whose velocity is without the rate.
+    Differs from: `jgd.momentum` under a schedule, whose velocity excludes the learning rate.
     """
     return chain(scale_by_learning_rate(learning_rate), scale_by_momentum(momentum))
 
@@ -68,16 +68,16 @@ def momentum_average(
 
 @as_pytree
 def nesterov(learning_rate: Number = 0.01, momentum: Fraction = 0.9) -> GradientTransformation:
-    """Nesterov's momentum as a velocity, in the form that needs the gradient at p only.
+    """Nesterov's momentum as a velocity, in the form that only needs the gradient at p.
 
         v' = momentum v - learning_rate g
         u = momentum v' - learning_rate g = momentum^2 v - (1 + momentum) learning_rate g
 
-    A tutorial's code has v' for v on the right: momentum^3 v - (1 + momentum + momentum^2)
-    learning_rate g, another trajectory from the first step on (2.71 instead of 1.9 rates at 0.9).
+    The code of a tutorial has v' in place of the last v, which makes the first step 2.71 instead of
+    1.9 times learning_rate g for a momentum of 0.9.
 
     Args, State: as `momentum`.
-    Differs from: `jgd.nesterov` under a schedule, whose velocity is without the rate.
+    Differs from: `jgd.nesterov` under a schedule, whose velocity excludes the learning rate.
     Source: Bengio, Boulanger-Lewandowski & Pascanu 2013, equation 7, arXiv:1212.0901.
     """
     velocity = with_nesterov(scale_by_momentum(momentum))
@@ -96,10 +96,10 @@ def adagrad(
     Args:
       learning_rate: 0.01 by default. May be a schedule.
       eps, eps_root: at least 0, outside and inside the root; 1e-7 and 0 by default.
-      initial_accumulator_value: at least 0, what s starts from; 0 by default.
+      initial_accumulator_value: at least 0, the initial value of s; 0 by default.
 
     State: `optax.ScaleByRssState(sum_of_squares)`, one tree.
-    Differs from: `jgd.adagrad` and Keras, which start from 0.1 with eps inside.
+    Differs from: `jgd.adagrad` and Keras, whose s starts at 0.1 and whose eps is inside the root.
     """
     total = running_sum(initial_accumulator_value, name="sum_of_squares")
     quotient = divide(identity(), chain(square(), total, root(eps, eps_root)))
@@ -114,7 +114,7 @@ def rmsprop(
     eps: NonNegative = 1e-7,
     eps_root: NonNegative = 0.0,
 ) -> GradientTransformation:
-    """RMSProp, eps outside the root.
+    """RMSProp: with eps outside the root.
 
         v <- decay v + (1 - decay) g^2            u = -learning_rate g / (sqrt(v + eps_root) + eps)
 
@@ -124,7 +124,7 @@ def rmsprop(
       eps, eps_root: at least 0, outside and inside the root; 1e-7 and 0 by default.
 
     State: `optax.ScaleByRmsState(nu)`, one tree.
-    Differs from: `jgd.rmsprop`, whose decay is 0.9 and whose eps is inside.
+    Differs from: `jgd.rmsprop`, whose decay is 0.9 by default and whose eps is inside the root.
     """
     magnitude = chain(square(), moving_average(decay, name="nu"), root(eps, eps_root))
     quotients = named(divide(identity(), magnitude), record=optax.ScaleByRmsState)
@@ -139,13 +139,13 @@ def adam(
     eps: NonNegative = 1e-7,
     eps_root: NonNegative = 0.0,
 ) -> GradientTransformation:
-    """Adam, whose epsilon stands beside the root of the uncorrected average.
+    """Adam: with eps added to the root before the bias correction.
 
         m <- b1 m + (1 - b1) g            v <- b2 v + (1 - b2) g^2
         u = -learning_rate sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v + eps_root) + eps)
 
-    A tutorial prints m / sqrt(1 - b1^t) over an uncorrected root: its first step is 10 times the
-    learning rate at the default decays, and the next thousands are too long as well.
+    A tutorial prints m / sqrt(1 - b1^t) over an uncorrected root. With the default decays its first
+    step is 10 times the learning rate, and thousands of steps after it are too long as well.
 
     Args:
       learning_rate: 0.001 by default. May be a schedule.
@@ -153,7 +153,7 @@ def adam(
       eps, eps_root: at least 0, outside and inside the root; 1e-7 and 0 by default.
 
     State: `optax.ScaleByAdamState(count, mu, nu)`, two trees.
-    Differs from: `jgd.adam`, the paper's algorithm 1, whose eps is added after the correction.
+    Differs from: `jgd.adam`, the paper's algorithm 1, which adds eps after the bias correction.
     Source: Kingma & Ba 2015, the form before section 2.1, arXiv:1412.6980.
     """
     quotients = scale_by_uncorrected_adam(b1, b2, eps, eps_root)

@@ -1,7 +1,6 @@
-"""Keras 3's optimizers, schedules and callbacks, exact, under its names.
+"""Keras 3's optimizers, schedules and callbacks, with its names, defaults and results.
 
 import jgd.compat.keras as jk
-
 rate = jk.exponential_decay(0.1, decay_steps=100, decay_rate=0.96, staircase=True)
 tx = jk.sgd(rate, momentum=0.9, nesterov=True, clipnorm=1.0)
 """

@@ -1,11 +1,11 @@
-"""Keras's callbacks that decide from a metric, as pure pairs with its arguments and counting.
+"""Keras's callbacks that act on a metric, as pairs of pure functions with Keras's arguments.
 
     init, update = reduce_lr_on_plateau(factor=0.5, patience=2)
     state = init(learning_rate)
     learning_rate, state = update(val_loss, state)          # at the end of each epoch
 
-One call of `update` is one epoch. `monitor` serves to find the direction of `mode="auto"`; the
-metric itself is handed to `update`.
+Each call of `update` counts as one epoch. The metric is an argument of `update`; its name, in
+`monitor`, only tells `mode="auto"` whether it should fall or rise.
 """
 
 import re
@@ -24,7 +24,7 @@ __all__ = ["ReduceLROnPlateauState", "early_stopping", "reduce_lr_on_plateau"]
 
 Mode = Literal["auto", "min", "max"]
 
-# Keras's own metrics by the names it gives them and those `compile` takes, without underscores
+# Keras's metrics: their default names and the aliases that `compile` takes, without underscores
 _RISES = frozenset(
     [
         "acc",
@@ -82,16 +82,16 @@ _FALLS = frozenset(
 
 
 def _direction(callback: str, monitor: str, mode: str) -> Literal["min", "max"]:
-    """`mode`, or that of the metric called `monitor`: what Keras knows of its own metrics."""
-    # "auc_1" is the second metric of its class in a process
+    """Return `mode` or, for "auto", the direction of Keras's own metric with this name."""
+    # Keras numbers the metrics of one class: "auc_1" is the second one of a process
     name = re.sub(r"_\d+$", "", monitor.removeprefix("val_")).replace("_", "").lower()
     if mode == "max" or (mode == "auto" and name in _RISES):
         return "max"
     if mode == "min" or name in _FALLS:
         return "min"
     raise ValueError(
-        f"{callback}: mode 'auto' does not know whether {monitor!r} should rise or fall: mode must"
-        " be 'min' or 'max'"
+        f"{callback}: mode must be 'min' or 'max' for a metric that is not Keras's own, got"
+        f" {mode!r} for {monitor!r}"
     )
 
 
@@ -106,27 +106,27 @@ def early_stopping(
     restore_best_weights: bool = False,
     start_from_epoch: Count = 0,
 ) -> MonitorPair:
-    """Keras's EarlyStopping: `jgd.stopping.early_stopping`, which says the rule, by Keras's call.
+    """Keras's EarlyStopping: the rule of `jgd.stopping.early_stopping` with Keras's arguments.
 
     `init() -> state`, `update(metric, state) -> (should_stop, state)`.
 
     Args:
-      monitor: the metric's name, "val_loss" by default; see the module.
-      min_delta: the least improvement that counts, of which the absolute value is taken; 0.
-      patience: at least 0, epochs without improvement until the stop; 0, which is as 1.
-      verbose: taken and ignored: nothing inside jit prints.
-      mode: "min", "max" or "auto" (default): by the name of one of Keras's own metrics or losses,
-        with or without "val_" in front.
-      baseline: a value to beat before improvements count for patience; None.
-      restore_best_weights: taken, and left to the caller: carry `jgd.stopping.keep_best(state,
-        params, best)` along and end with it, stopped or not, as Keras does.
-      start_from_epoch: at least 0, the first epoch to look at; 0.
+      monitor: the metric's name, "val_loss" by default; only mode "auto" uses it.
+      min_delta: the least improvement that counts, in absolute value; 0 by default.
+      patience: at least 0, epochs without improvement until the stop; 0 by default, the same as 1.
+      verbose: ignored, since nothing inside jit prints.
+      mode: "min", "max" or "auto" (default), which knows Keras's own metrics and losses by their
+        names, with or without the prefix "val_".
+      baseline: an improvement resets the patience only if the metric also beats this value; None
+        (default): every improvement does.
+      restore_best_weights: ignored. To end with the best parameters as Keras does, stopped or not,
+        update `best = jgd.stopping.keep_best(state, params, best)` each epoch.
+      start_from_epoch: at least 0, the first epoch that counts; 0 by default.
 
     State: `jgd.stopping.EarlyStoppingState`.
-    Raises: ValueError for mode "auto" and another name, as Keras where it finds no direction; for
-      another mode, where Keras warns and takes "auto".
-    Differs from: Keras, which asks the compiled metrics for the direction, so that it knows
-      those of the user too.
+    Raises: ValueError for mode "auto" with a metric that is not Keras's own, as in Keras where it
+      finds no direction; for an unknown mode, where Keras warns and uses "auto".
+    Differs from: Keras, whose mode "auto" also knows the user's metrics, from the compiled model.
     """
     direction = _direction("early_stopping", monitor, mode)
     return jgd.stopping.early_stopping(patience, min_delta, direction, baseline, start_from_epoch)
@@ -137,8 +137,8 @@ class ReduceLROnPlateauState(NamedTuple):
 
     learning_rate: jax.Array  # float
     best: jax.Array  # float
-    wait: jax.Array  # int32, epochs without improvement
-    cooldown_counter: jax.Array  # int32, epochs left of the cooldown
+    wait: jax.Array  # int32, epochs without improvement that count
+    cooldown_counter: jax.Array  # int32, epochs left in the cooldown
     epoch: jax.Array  # int32, epochs so far
 
 
@@ -153,7 +153,7 @@ def reduce_lr_on_plateau(
     cooldown: Count = 0,
     min_lr: NonNegative = 0.0,
 ) -> MonitorPair:
-    """Keras's ReduceLROnPlateau: a smaller learning rate where a metric stops improving.
+    """Keras's ReduceLROnPlateau: reduce the learning rate when a metric stops improving.
 
         in the cooldown:                        cooldown_counter <- cooldown_counter - 1
         where metric improves on best:          best <- metric, wait <- 0
@@ -162,30 +162,31 @@ def reduce_lr_on_plateau(
                                                 cooldown_counter <- cooldown, wait <- 0
 
     `init(learning_rate) -> state`, `update(metric, state) -> (learning_rate, state)`. The
-    learning rate may be traced. Improvement is that of `jgd.stopping.early_stopping`: by more than
-    |min_delta|, not for NaN, always in the first epoch.
+    learning rate may be traced. A metric improves as in `jgd.stopping.early_stopping`: by more than
+    |min_delta|, never if it is NaN, and always in the first epoch.
 
     Args:
-      monitor: the metric's name, "val_loss" by default; see the module.
-      factor: below 1, of the learning rate at a reduction; 0.1.
-      patience: at least 0, epochs without improvement until a reduction; 10. 0 is as 1.
-      verbose: taken and ignored.
-      mode: "min", "max" or "auto" (default): as in `early_stopping`.
-      min_delta: the least improvement that counts, absolute; 1e-4.
-      cooldown: at least 0; the epoch that ends it counts already, so that one less than this many
-        are ignored; 0.
-      min_lr: at least 0, where the reductions end; 0.
+      monitor: the metric's name, "val_loss" by default; only mode "auto" uses it.
+      factor: below 1, multiplies the learning rate at a reduction; 0.1 by default.
+      patience: at least 0, epochs without improvement until a reduction; 10 by default. 0 is the
+        same as 1.
+      verbose: ignored.
+      mode: "min", "max" or "auto" (default), as in `early_stopping`.
+      min_delta: the least improvement that counts, in absolute value; 1e-4 by default.
+      cooldown: at least 0, 0 by default. After a reduction, cooldown - 1 epochs do not count
+        towards `patience`.
+      min_lr: at least 0, the lower bound of the learning rate; 0 by default.
 
     State: `ReduceLROnPlateauState(learning_rate, best, wait, cooldown_counter, epoch)`.
-    Raises: ValueError for a factor of 1 or more, and as `early_stopping` for the mode.
-    Differs from: `jgd.compat.torch.reduce_lr_on_plateau`, one epoch more patient, with a relative
-      threshold and a cooldown one epoch longer.
+    Raises: ValueError for a factor of 1 or more, and for the modes that `early_stopping` refuses.
+    Differs from: `jgd.compat.torch.reduce_lr_on_plateau`, whose patience and cooldown are one epoch
+      longer and whose threshold is relative.
     """
     direction = _direction("reduce_lr_on_plateau", monitor, mode)
 
     def init(learning_rate: Any) -> ReduceLROnPlateauState:
-        none = jnp.zeros([], jnp.int32)
-        return ReduceLROnPlateauState(learning_rate, worst(direction), none, none, none)
+        zero = jnp.zeros([], jnp.int32)
+        return ReduceLROnPlateauState(learning_rate, worst(direction), zero, zero, zero)
 
     def update(metric: Any, state: Any) -> tuple[Any, ReduceLROnPlateauState]:
         rate, best, wait, cooling, epoch = check_state(state, ReduceLROnPlateauState)
@@ -193,7 +194,7 @@ def reduce_lr_on_plateau(
         better = (epoch == 0) | improves(direction, metric, best, min_delta)
         bad = ~better & (cooling == 0)
         wait = jnp.where(better, 0, wait + bad)
-        # Keras's rate is float32: at the bound it must not seem above
+        # compare in float32 as Keras does: a rate at min_lr must not count as above it
         above = jnp.asarray(rate, jnp.float32) > jnp.asarray(min_lr, jnp.float32)
         reduce = bad & (wait >= patience) & above
         new = ReduceLROnPlateauState(

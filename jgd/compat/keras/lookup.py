@@ -1,4 +1,4 @@
-"""Keras's optimizers by name, as `compile("adam")` finds them."""
+"""Lookup of Keras's optimizers by name, as in `compile("adam")`."""
 
 import difflib
 from collections.abc import Callable
@@ -13,12 +13,12 @@ def get(name: str) -> Callable[..., Any]:
     """Return the optimizer with Keras's name: `get("adam")()` is Adam with Keras's defaults.
 
     Args:
-      name: one of Keras's class names in any case, as `keras.optimizers.get` takes it ("SGD",
-        "adamw"), or a name of this module ("schedule_free_adamw").
+      name: a class name of Keras in any case, as `keras.optimizers.get` takes it ("SGD",
+        "adamw"), or a name in `jgd.compat.keras` ("schedule_free_adamw").
 
     Raises: ValueError for an unknown name; the error lists the closest names.
-    Differs from: `keras.optimizers.get`, which returns an optimizer and not its factory, and does
-      not know "lamb"; `jgd.get`, whose optimizers have no default rate.
+    Differs from: `keras.optimizers.get`, which returns an optimizer instead of its factory, and
+      does not know "lamb"; `jgd.get`, whose optimizers have no default learning rate.
     """
     known = {_squeeze(factory): factory for factory in optimizers.__all__}
     factory = known.get(_squeeze(str(name)))
@@ -33,4 +33,5 @@ def get(name: str) -> Callable[..., Any]:
 
 
 def _squeeze(name: str) -> str:
+    """Return a name in lower case without underscores."""
     return name.lower().replace("_", "")

@@ -1,10 +1,10 @@
-"""Keras's optimizers under its names, with its arguments and defaults.
+"""Keras's optimizers, with its names, arguments and defaults.
 
-Common to all. `learning_rate` may be a schedule, which counts from 0. Beside their own arguments
-they have those of `DecayOptions`: weight_decay, clipnorm, clipvalue, global_clipnorm, use_ema,
-ema_momentum, ema_overwrite_frequency, loss_scale_factor, gradient_accumulation_steps, and a name
-without meaning. Weight decay is decoupled and times the learning rate, for every optimizer.
-Memories are float32 for 16-bit parameters, where Keras keeps 16 bits. In the formulas t counts
+`learning_rate` may be a schedule, which counts steps from 0. All optimizers also take the arguments
+of `DecayOptions`: weight_decay, clipnorm, clipvalue, global_clipnorm, use_ema, ema_momentum,
+ema_overwrite_frequency, loss_scale_factor, gradient_accumulation_steps, and a name, which is
+ignored. Weight decay is decoupled and multiplied by the learning rate in every optimizer. For
+16-bit parameters the accumulators are float32, where Keras's have 16 bits. In the formulas t counts
 steps from 1.
 """
 
@@ -69,17 +69,18 @@ def sgd(
     nesterov: bool = False,
     **options: Unpack[DecayOptions],
 ) -> GradientTransformation:
-    """Gradient descent whose velocity holds the learning rate.
+    """SGD: gradient descent, with momentum as a velocity that includes the learning rate.
 
         v <- momentum v - learning_rate g            u = v, or momentum v - learning_rate g
 
     Args:
       learning_rate: 0.01 by default.
-      momentum: in [0, 1]; 0 (default) is plain descent.
-      nesterov: True gives the second u.
+      momentum: in [0, 1]; 0 (default) is plain gradient descent.
+      nesterov: True for the second u.
 
     State: `optax.TraceState(trace)`, one tree.
-    Differs from: `jgd.sgd` and PyTorch under a schedule, where the rate of now multiplies all of v.
+    Differs from: `jgd.sgd` and PyTorch under a schedule, where the current learning rate multiplies
+      the whole velocity.
     """
     memory = scale_by_momentum(momentum)
     velocity = with_nesterov(memory) if nesterov else memory
@@ -96,7 +97,7 @@ def rmsprop(
     centered: bool = False,
     **options: Unpack[DecayOptions],
 ) -> GradientTransformation:
-    """RMSProp, epsilon inside the root: `jgd.rmsprop`.
+    """RMSProp: `jgd.rmsprop`, with epsilon inside the root.
 
         v <- rho v + (1 - rho) g^2            b <- momentum b + learning_rate g / sqrt(v + epsilon)
         u = -b
@@ -106,10 +107,10 @@ def rmsprop(
       rho: in [0, 1], 0.9 by default.
       momentum: in [0, 1]; 0 by default.
       epsilon: at least 0, 1e-7 by default.
-      centered: True takes the square of the average gradient from v.
+      centered: True subtracts the square of the average gradient from v.
 
-    State: that of `jgd.rmsprop` with momentum, two trees; three if centred.
-    Differs from: PyTorch, whose eps is outside the root and whose b is without the rate.
+    State: that of `jgd.rmsprop` with momentum: two trees, three if centered.
+    Differs from: PyTorch, whose eps is outside the root and whose b excludes the learning rate.
     """
     rule = jgd.optimizers.rmsprop(learning_rate, rho, epsilon, centered=centered, momentum=momentum)
     return with_options(rule, learning_rate, **options)
@@ -122,16 +123,16 @@ def adagrad(
     epsilon: NonNegative = 1e-7,
     **options: Unpack[DecayOptions],
 ) -> GradientTransformation:
-    """AdaGrad, epsilon inside the root: `jgd.adagrad`.
+    """AdaGrad: `jgd.adagrad`, with epsilon inside the root.
 
         s <- s + g^2            u = -learning_rate g / sqrt(s + epsilon)
 
     Args:
       learning_rate: 0.001 by default.
-      initial_accumulator_value: at least 0, what s starts from; 0.1 by default.
+      initial_accumulator_value: at least 0, the initial value of s; 0.1 by default.
       epsilon: at least 0, 1e-7 by default.
 
-    State: `ScaleByRssState(sum_of_squares)`, one tree.
+    State: `optax.ScaleByRssState(sum_of_squares)`, one tree.
     """
     rule = jgd.optimizers.adagrad(learning_rate, initial_accumulator_value, epsilon)
     return with_options(rule, learning_rate, **options)
@@ -144,14 +145,14 @@ def adadelta(
     epsilon: NonNegative = 1e-7,
     **options: Unpack[DecayOptions],
 ) -> GradientTransformation:
-    """AdaDelta: `jgd.adadelta`, where the formula stands.
+    """AdaDelta: see `jgd.adadelta` for the formula.
 
     Args:
       learning_rate: 0.001 by default (1 in the paper).
       rho: in [0, 1], 0.95 by default.
       epsilon: at least 0, 1e-7 by default.
 
-    State: `ScaleByAdaDeltaState(e_g, e_x)`, two trees.
+    State: `optax.ScaleByAdaDeltaState(e_g, e_x)`, two trees.
     """
     rule = jgd.optimizers.adadelta(learning_rate, rho, epsilon)
     return with_options(rule, learning_rate, **options)
@@ -166,7 +167,7 @@ def adam(
     amsgrad: bool = False,
     **options: Unpack[DecayOptions],
 ) -> GradientTransformation:
-    """Adam, epsilon beside the root before the bias correction ("epsilon hat").
+    """Adam: epsilon is added to the root before the bias correction ("epsilon hat").
 
         m <- beta_1 m + (1 - beta_1) g            v <- beta_2 v + (1 - beta_2) g^2
         u = -learning_rate sqrt(1 - beta_2^t) / (1 - beta_1^t) m / (sqrt(v) + epsilon)
@@ -174,8 +175,9 @@ def adam(
     Args:
       learning_rate: 0.001 by default.
       beta_1, beta_2: in [0, 1); 0.9 and 0.999 by default.
-      epsilon: at least 0, 1e-7 by default: as much as epsilon / sqrt(1 - beta_2^t) in `jgd.adam`.
-      amsgrad: True puts the largest v so far in the place of v.
+      epsilon: at least 0, 1e-7 by default; acts like eps = epsilon / sqrt(1 - beta_2^t) in
+        `jgd.adam`.
+      amsgrad: True replaces v by the largest v so far.
 
     State: `optax.ScaleByAdamState(count, mu, nu)`, two trees; `optax.ScaleByAmsgradState(count, mu,
       nu, nu_max)`, three.
@@ -196,7 +198,7 @@ def adamw(
     amsgrad: bool = False,
     **options: Unpack[Options],
 ) -> GradientTransformation:
-    """Adam with weight decay: `adam`, whose `weight_decay` is 0.004 by default.
+    """AdamW: `adam` with a `weight_decay` of 0.004 by default.
 
     Args, State: as `adam`.
     Raises: ValueError in `update` if no parameters are given.
@@ -214,13 +216,13 @@ def adamax(
     epsilon: NonNegative = 1e-7,
     **options: Unpack[DecayOptions],
 ) -> GradientTransformation:
-    """AdaMax, epsilon outside the maximum.
+    """AdaMax: Adam with a decayed maximum in place of the root mean square.
 
         x <- max(beta_2 x, |g|)            u = -learning_rate m / (1 - beta_1^t) / (x + epsilon)
 
     Args: as `adam`.
     State: `optax.ScaleByAdamState(count, mu, nu)`, two trees.
-    Differs from: `jgd.adamax` and PyTorch, whose eps is inside the maximum.
+    Differs from: `jgd.adamax` and PyTorch, which add eps inside the maximum.
     """
     largest = chain(decayed_max(beta_2, name="nu"), pointwise(lambda x: x + epsilon))
     quotients = named(divide(ema(beta_1, name="mu"), largest), record=optax.ScaleByAdamState)
@@ -236,7 +238,7 @@ def nadam(
     epsilon: NonNegative = 1e-7,
     **options: Unpack[DecayOptions],
 ) -> GradientTransformation:
-    """NAdam, whose momentum follows the paper's schedule, 0.96^t.
+    """NAdam: Adam with Nesterov momentum, which follows the paper's schedule with 0.96^t.
 
         d_t = beta_1 (1 - 0.96^t / 2)            D = d_1 d_2 ... d_t
         m^ = d_(t+1) m / (1 - D d_(t+1)) + (1 - d_t) g / (1 - D)
@@ -244,7 +246,7 @@ def nadam(
 
     Args: as `adam`.
     State: `NadamState(count, mu, nu, mu_product)`, two trees.
-    Differs from: `jgd.nadam`, whose momentum does not move; PyTorch, where it is 0.96^(t / 250).
+    Differs from: `jgd.nadam`, whose momentum is constant; PyTorch, which has 0.96^(t / 250).
     Source: Dozat 2016, algorithm 2.
     """
     quotients = scale_by_nadam(beta_1, beta_2, epsilon, 1.0)
@@ -263,7 +265,7 @@ def ftrl(
     beta: NonNegative = 0.0,
     **options: Unpack[DecayOptions],
 ) -> GradientTransformation:
-    """FTRL-Proximal: `jgd.ftrl`, where the formula stands.
+    """FTRL-Proximal: see `jgd.ftrl` for the formula.
 
     Args:
       learning_rate: above 0, 0.001 by default.
@@ -318,7 +320,7 @@ def lamb(
     epsilon: NonNegative = 1e-7,
     **options: Unpack[DecayOptions],
 ) -> GradientTransformation:
-    """LAMB: Adam's quotient x, for each leaf times the norm of p over that of x.
+    """LAMB: Adam whose quotient x is scaled, in each leaf, to the norm of the parameters.
 
         x = m / (1 - beta_1^t) / (sqrt(v / (1 - beta_2^t)) + epsilon)
         u = -learning_rate ||p|| / ||x|| x, and -learning_rate x where a norm is 0
@@ -326,7 +328,7 @@ def lamb(
     Args: as `adam`.
     State: `optax.ScaleByAdamState(count, mu, nu)`, two trees.
     Raises: ValueError in `update` if no parameters are given.
-    Differs from: `jgd.lamb`, whose weight decay is inside the ratio, where the paper has it.
+    Differs from: `jgd.lamb`, which includes the weight decay in x, as the paper does.
     Source: You et al. 2020, algorithm 2, arXiv:1904.00962.
     """
     quotient = divide(ema(beta_1, name="mu"), rms(beta_2, epsilon, name="nu"))
@@ -348,24 +350,24 @@ def adafactor(
     relative_step: bool = True,
     **options: Unpack[DecayOptions],
 ) -> GradientTransformation:
-    """Adafactor over the last two axes, with a step relative to the parameters.
+    """Adafactor: factored over the last two axes, with a step relative to the parameters.
 
         w = t^beta_2_decay            row, column <- averages of g^2 + epsilon_1 with weight w
         x = g / sqrt(row column / mean(row))            x <- x / max(1, rms(x) / clip_threshold)
         u = -max(epsilon_2, rms(p)) min(learning_rate, 1 / sqrt(t)) x
 
     Args:
-      learning_rate: an upper bound of the relative step, 0.001 by default.
+      learning_rate: the upper bound of the relative step, 0.001 by default.
       beta_2_decay: below 0, -0.8 by default.
-      epsilon_1: at least 0, added to each square.
-      epsilon_2: at least 0, the scale of small parameters.
-      clip_threshold: above 0, of the root mean square of x.
-      relative_step: without effect, as in Keras: the bound 1 / sqrt(t) holds either way.
+      epsilon_1: at least 0, added to each square; 1e-30 by default.
+      epsilon_2: at least 0, the lower bound of rms(p); 0.001 by default.
+      clip_threshold: above 0, the upper bound of rms(x); 1 by default.
+      relative_step: no effect, as in Keras: the bound 1 / sqrt(t) always applies.
 
     State: `FactorsState(count, row, column, v)`: a row and a column for each matrix.
     Raises: ValueError in `update` if no parameters are given.
-    Differs from: `jgd.adafactor`, which factors long axes only and has no 1 / sqrt(t); PyTorch,
-      whose floors stand elsewhere.
+    Differs from: `jgd.adafactor`, which factors the two largest axes, if they are long, and has no
+      1 / sqrt(t); PyTorch, whose eps_1 is a lower bound instead of a summand.
     Source: Shazeer & Stern 2018, algorithms 4 and 6, arXiv:1804.04235.
     """
     rule = factored_descent(
@@ -395,29 +397,31 @@ def muon(
     rms_rate: Number | None = 0.2,
     **options: Unpack[Options],
 ) -> GradientTransformation:
-    """Muon for matrices, `adam` for everything else.
+    """Muon: orthogonalized momentum for matrices, `adam` for all other parameters.
 
         m <- momentum m + g            x = g + momentum m, or m without nesterov
         u = -learning_rate rms_rate sqrt(max(rows, columns)) orthogonal(x)
 
-    orthogonal(x) takes `ns_steps` times x <- a x + (b x x' + c (x x')^2) x from x / (||x|| + 1e-7).
+    orthogonal(x) repeats x <- a x + (b x x' + c (x x')^2) x, starting from x / (||x|| + 1e-7).
 
     Args:
-      learning_rate: 0.001 by default; times `adam_lr_ratio` for the others.
-      adam_beta_1, adam_beta_2, epsilon: of the others, as in `adam`.
-      weight_decay, adam_weight_decay: of matrices and of the others, 0.004 by default; the latter
-        is times `learning_rate` without the ratio.
-      exclude_layers: regular expressions; a matrix whose path has one belongs to the others.
-      exclude_embeddings: True counts a matrix with "embedding" in its path among the others.
+      learning_rate: for matrices, 0.001 by default; Adam's is `adam_lr_ratio` times as large.
+      adam_beta_1, adam_beta_2, epsilon: for Adam.
+      adam_weight_decay: the weight decay of Adam's parameters, times `learning_rate` without
+        `adam_lr_ratio`; 0.004 by default.
+      weight_decay: the weight decay of matrices, 0.004 by default.
+      exclude_layers: regular expressions; Adam updates a matrix if one is found in its path.
+      exclude_embeddings: True for Adam on matrices with "embedding" in their path.
       muon_a, muon_b, muon_c: the coefficients a, b, c.
+      adam_lr_ratio: Adam's learning rate relative to `learning_rate`; 1 by default.
       momentum: in [0, 1], 0.95 by default.
-      ns_steps: how often, structure; 5 by default.
-      nesterov: look ahead.
-      rms_rate: None leaves the last two factors out.
+      ns_steps: the number of iterations, structure; 5 by default.
+      nesterov: True (default) for the first x.
+      rms_rate: 0.2 by default; None omits the factor rms_rate sqrt(max(rows, columns)).
 
-    State: one tree for matrices, `AdamState` for the others.
-    Raises: ValueError in `update` if no parameters are given and something decays.
-    Differs from: `jgd.muon`, whose scale is another one and whose average is corrected.
+    State: `optax.TraceState` for matrices, `optax.ScaleByAdamState` for the others.
+    Raises: ValueError in `update` if no parameters are given and a weight decay is.
+    Differs from: `jgd.muon`, which has another scale and corrects the bias of its average.
     Source: Jordan et al. 2024; Liu et al. 2025, arXiv:2502.16982.
     """
 
@@ -429,8 +433,8 @@ def muon(
     def labels(tree: Any) -> Any:
         names, structure = paths(tree)
         pairs = zip(names, structure.flatten_up_to(tree), strict=True)
-        named = [is_matrix(*pair, exclude_layers, exclude_embeddings) for pair in pairs]
-        return structure.unflatten(["matrix" if found else "other" for found in named])
+        chosen = [is_matrix(*pair, exclude_layers, exclude_embeddings) for pair in pairs]
+        return structure.unflatten(["matrix" if is_one else "other" for is_one in chosen])
 
     def decayed(rule: GradientTransformation, decay: Any) -> GradientTransformation:
         return rule if decay is None else after_decay(rule, learning_rate * decay)
@@ -452,8 +456,9 @@ def muon(
 def is_matrix(
     name: str, x: Any, exclude_layers: Sequence[str] | None, exclude_embeddings: bool
 ) -> bool:
+    """Return whether Muon updates the parameter `x` with the path `name`; else Adam does."""
     embedding = exclude_embeddings and "embedding" in name.lower()
-    excluded = embedding or any(re.search(word, name) for word in exclude_layers or ())
+    excluded = embedding or any(re.search(pattern, name) for pattern in exclude_layers or ())
     return jnp.ndim(x) == 2 and not excluded
 
 
@@ -466,21 +471,21 @@ def schedule_free_adamw(
     warmup_steps: Count = 0,
     **options: Unpack[DecayOptions],
 ) -> GradientTransformation:
-    """Schedule-free Adam: RMSProp moves z, gradients are taken between z and its plain average x.
+    """Schedule-free AdamW: RMSProp steps z, and gradients are taken between z and its average x.
 
         z <- z - learning_rate min(t / warmup_steps, 1) g / (sqrt(v / (1 - beta_2^t)) + epsilon)
         x <- (1 - 1/t) x + z / t            u = (1 - beta_1) z + beta_1 x - p
 
     Args:
       learning_rate: 0.0025 by default.
-      beta_1: in (0, 1), how near to x the gradients are taken; 0.9 by default.
+      beta_1: in (0, 1), the weight of x at the point where gradients are taken; 0.9 by default.
       beta_2: in [0, 1), 0.999 by default.
       epsilon: at least 0, 1e-8 by default.
       warmup_steps: at least 0, 0 by default.
 
     State: `ScheduleFreeState`, two trees. Evaluate at `jgd.schedule_free_eval_params(state, p)`.
     Raises: ValueError in `update` if no parameters are given.
-    Differs from: `jgd.schedule_free_adamw`, whose x weighs z by the squared learning rate.
+    Differs from: `jgd.schedule_free_adamw`, whose average weights z by the squared learning rate.
     Source: Defazio et al. 2024, arXiv:2405.15682.
     """
     warmup = jnp.maximum(warmup_steps, 1)

@@ -1,4 +1,4 @@
-"""What every Keras optimizer does around its rule: clipping, decay, accumulation, averaging."""
+"""Options of every Keras optimizer: clipping, weight decay, accumulation, averaging, scaling."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, ParamSpec, TypedDict
@@ -34,28 +34,30 @@ P = ParamSpec("P")
 
 
 class Options(TypedDict, total=False):
-    """The arguments that every Keras optimizer has. None, where it is the default, is off."""
+    """Arguments of every Keras optimizer. Where None is the default, it switches the option off."""
 
     clipnorm: NonNegative | None
-    """Each leaf whose norm is greater is shortened to it."""
+    """The largest norm of a leaf of gradients; longer leaves are scaled down to it."""
     clipvalue: NonNegative | None
     """Each entry is clipped to [-clipvalue, clipvalue]."""
     global_clipnorm: NonNegative | None
-    """All leaves are shortened alike if their common norm is greater; all are NaN if it is not
-    finite. At most one of the three may be given; 0 is off."""
+    """The largest norm of all gradients together; if it is exceeded, all are scaled down by the
+    same factor, and if it is not finite, all are NaN. At most one of these three bounds may be
+    given; 0 is off."""
     use_ema: bool
-    """Keep an average of the parameters: `averaged_params(state)`."""
+    """True keeps a moving average of the parameters, which `averaged_params(state)` returns."""
     ema_momentum: Fraction
-    """Its decay, 0.99 by default. It starts as the parameters after the first step."""
+    """The decay of this average, 0.99 by default. Its first value is the parameters after the first
+    step."""
     ema_overwrite_frequency: Period | None
-    """After so many steps the parameters become their average."""
+    """Every so many steps the parameters are set to their average."""
     loss_scale_factor: Positive | None
-    """What the caller multiplied the loss by: gradients are divided by it."""
+    """The factor by which the caller multiplied the loss; gradients are divided by it."""
     gradient_accumulation_steps: Period | None
-    """A step is made of the mean of so many gradients. A schedule of the learning rate goes on
-    counting the gradients."""
+    """The number of gradients whose mean makes one step. A schedule of the learning rate still
+    counts gradients, not steps."""
     name: str | None
-    """Taken and ignored."""
+    """Ignored."""
 
 
 class _Decay(TypedDict, total=False):
@@ -64,7 +66,7 @@ class _Decay(TypedDict, total=False):
 
 
 class DecayOptions(_Decay, Options, total=False):
-    """Those of optimizers that have no weight decay of their own, too."""
+    """Arguments of the optimizers that do not declare `weight_decay` themselves."""
 
 
 _DEFAULTS: dict[str, Any] = {"use_ema": False, "ema_momentum": 0.99}
@@ -72,7 +74,7 @@ _CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
 
 
 def optimizer(rule: Callable[P, GradientTransformation]) -> Callable[P, GradientTransformation]:
-    """`as_pytree`, with real parameters in the place of `**options`."""
+    """Decorate with `as_pytree`, with parameters in place of `**options`."""
     return as_pytree(with_parameters_of_options(rule, _DEFAULTS), check=_one_clip)
 
 
@@ -100,7 +102,7 @@ def with_options(
     gradient_accumulation_steps: Any = None,
     name: str | None = None,
 ) -> GradientTransformation:
-    """The rule in the order of Keras: accumulate, unscale, clip, decay, rule, average."""
+    """Wrap a rule in Keras's order: accumulate, unscale, clip, decay, rule, average."""
     tx = rule if weight_decay is None else after_decay(rule, learning_rate * weight_decay)
     for bound, link in (
         (clipnorm, _clip_each),
@@ -138,7 +140,7 @@ def _clip_all(bound: Any) -> GradientTransformation:
 
 
 class AverageState(NamedTuple):
-    """State around an optimizer with `use_ema`."""
+    """State of an optimizer with `use_ema`."""
 
     steps: jax.Array  # int32 scalar: gradients so far
     average: Any  # like the parameters, at least float32
@@ -152,7 +154,7 @@ def _with_average(
     every: Period,
     overwrite: Period | None = None,
 ) -> GradientTransformation:
-    """a <- momentum a + (1 - momentum) p at each gradient, a = p during the first step."""
+    """Average the parameters: a <- momentum a + (1 - momentum) p, and a = p in the first step."""
     tx = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> Any:
@@ -163,27 +165,32 @@ def _with_average(
         steps, average, inner_state = check_state(state, AverageState)
         updates, inner_state = tx.update(updates, inner_state, with_params(params), **extra)
         done = steps // jnp.asarray(every, int)
-        kept = jnp.where(done == 0, 0, momentum)
-        mix = lambda u, a, p: kept * a + (1 - kept) * (p + u)
+        decay = jnp.where(done == 0, 0, momentum)
+        mix = lambda u, a, p: decay * a + (1 - decay) * (p + u)
         average = leafwise(mix, updates, average, params, keep=True)
         if overwrite is not None:
-            now = (done + 1) % jnp.asarray(overwrite, int) == 0
-            updates = leafwise(lambda u, a, p: jnp.where(now, a - p, u), updates, average, params)
+            due = (done + 1) % jnp.asarray(overwrite, int) == 0
+            updates = leafwise(lambda u, a, p: jnp.where(due, a - p, u), updates, average, params)
         return updates, AverageState(increment(steps), average, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def averaged_params(state: Any) -> Any:
-    """The average that `use_ema` keeps: what Keras's `finalize_variable_values` would set.
+    """Return the average of the parameters that an optimizer with `use_ema` keeps.
 
-    Raises: ValueError if the state holds none.
+    Keras's `finalize_variable_values` assigns it to the variables at the end of a training.
+
+    Raises: ValueError if the state has no average.
     """
-    is_one = lambda node: isinstance(node, AverageState)
-    found = [node for node in jax.tree.leaves(state, is_leaf=is_one) if is_one(node)]
-    if not found:
-        raise ValueError("averaged_params: this state has no average, use_ema=True keeps one")
-    return found[0].average
+    is_average = lambda node: isinstance(node, AverageState)
+    averages = [node for node in jax.tree.leaves(state, is_leaf=is_average) if is_average(node)]
+    if not averages:
+        raise ValueError(
+            "averaged_params: state must have an average of the parameters, got none. Create the"
+            " optimizer with use_ema=True"
+        )
+    return averages[0].average
 
 
 # --- loss scaling ----------------------------------------------------------------------------
@@ -195,10 +202,10 @@ def loss_scale_optimizer(
     initial_scale: Positive = 2.0**15,
     dynamic_growth_steps: Period = 2000,
 ) -> GradientTransformation:
-    """LossScaleOptimizer: divides gradients by a scale that follows how far they can be trusted.
+    """LossScaleOptimizer: divide gradients by a loss scale that adapts to overflows.
 
         all finite:  u = inner(g / scale); scale <- 2 scale after dynamic_growth_steps in a row
-        else:        u = 0, inner does not see it, scale <- scale / 2
+        else:        u = 0, inner is not called, scale <- scale / 2
 
     Args:
       inner_optimizer: the optimizer.
@@ -206,6 +213,6 @@ def loss_scale_optimizer(
       dynamic_growth_steps: at least 1, 2,000 by default.
 
     State: `LossScaleState(scale, steps, inner)`; multiply the loss by `jgd.loss_scale(state)`.
-    Differs from: `jgd.loss_scaled` in its name only.
+    Differs from: `jgd.loss_scaled` only in the names of its arguments.
     """
     return loss_scaled(inner_optimizer, initial_scale, dynamic_growth_steps)

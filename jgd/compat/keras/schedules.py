@@ -1,13 +1,13 @@
 """The learning rate schedules of Keras 3: its classes in snake case, its arguments and defaults.
 
-    import jgd.compat.keras as jk       # not `keras`: the real one stays visible
+    import jgd.compat.keras as jk       # the name `keras` would hide Keras itself
     jk.sgd(jk.cosine_decay_restarts(0.1, first_decay_steps=50, t_mul=1.5, m_mul=0.9))
 
-k is the step, 0 at the first update. `name` is taken, and ignored, so that `get_config()` of a
-schedule of Keras is a call: `jk.exponential_decay(**schedule.get_config())`. Two differences are
-meant: Keras computes in the type of the initial rate, so that an integer rate gives it integer
-arithmetic (`ExponentialDecay(1, 100, 0.96)` is 0 at step 50), here a number is a float; and under
-`jit` some of its stairs and restarts come a step late, here they come at the exact multiples.
+k is the step, 0 at the first update. `name` is accepted and ignored, so that the configuration of a
+Keras schedule is a valid call: `jk.exponential_decay(**schedule.get_config())`. There are two
+intended differences. Keras computes in the type of the initial rate, in integers for an integer
+(`ExponentialDecay(1, 100, 0.96)` is 0 at step 50); jgd computes in floats. Under `jit` some stairs
+and restarts of Keras come one step late; those of jgd come at the exact multiples.
 """
 
 from typing import Any
@@ -46,16 +46,16 @@ def exponential_decay(
     *,
     name: str | None = None,
 ) -> Schedule:
-    """initial_learning_rate decay_rate^(k / decay_steps).
+    """Exponential decay: initial_learning_rate decay_rate^(k / decay_steps).
 
     Args:
       initial_learning_rate: the value at step 0.
-      decay_steps: above 0, the steps in which the rate is multiplied once.
-      decay_rate: at least 0; 0 leaves nothing after step 0.
-      staircase: True floors the exponent; a multiple of `decay_steps` has the lower value already.
+      decay_steps: above 0, the number of steps in which the value is multiplied by decay_rate once.
+      decay_rate: at least 0; with 0 the value is 0 after step 0.
+      staircase: True floors the exponent, so that the value changes at multiples of `decay_steps`.
       name: ignored.
 
-    Differs from: `jgd.exponential_decay`, which can begin late and stop at a bound.
+    Differs from: `jgd.exponential_decay`, which also has a first step and a bound.
     """
     exponent = whole_ratio if staircase else safe_ratio
     return lambda step: (
@@ -67,24 +67,23 @@ def exponential_decay(
 def piecewise_constant_decay(
     boundaries: Boundaries, values: Numbers, *, name: str | None = None
 ) -> Schedule:
-    """values[i], for the number i of boundaries below k.
+    """Piecewise constant: values[i], where i is the number of boundaries below k.
 
-    values[0] up to and at boundaries[0]: at a boundary the old value still holds. After the last
-    one values[-1] holds.
+    At a boundary the value is still the one before it. After the last boundary it is values[-1].
 
     Args:
       boundaries: n steps in rising order, a sequence or an array.
-      values: n + 1 rates.
+      values: n + 1 values.
       name: ignored.
 
-    Raises: ValueError if the lengths do not fit.
-    Differs from: `jgd.piecewise_constant` and torch, which have the new value at a boundary.
+    Raises: ValueError if there are not n + 1 values for n boundaries.
+    Differs from: `jgd.piecewise_constant` and PyTorch, which have the next value at a boundary.
     """
     edges, levels = as_vector(boundaries), as_vector(values)
     if levels.shape != (edges.size + 1,):
         raise ValueError(
-            f"piecewise_constant_decay: values must be {edges.size + 1} for {edges.size}"
-            f" boundaries, got {levels.size}"
+            f"piecewise_constant_decay: values must have length {edges.size + 1} for {edges.size}"
+            f" boundaries, got length {levels.size}"
         )
     return lambda step: levels[jnp.searchsorted(edges, as_float(step), side="left")]
 
@@ -99,16 +98,18 @@ def polynomial_decay(
     *,
     name: str | None = None,
 ) -> Schedule:
-    """end_learning_rate + (initial_learning_rate - end_learning_rate) (1 - k / T)^power.
+    """Polynomial decay from `initial_learning_rate` to `end_learning_rate` in `decay_steps` steps.
 
-    T = decay_steps: the initial rate at step 0, `end_learning_rate` from T on.
+        value = end_learning_rate + (initial_learning_rate - end_learning_rate) (1 - k / T)^power
+
+    T = decay_steps. From step T on the value is `end_learning_rate`.
 
     Args:
       initial_learning_rate, end_learning_rate: any numbers.
       decay_steps: above 0.
-      power: at least 0; 1 is linear.
-      cycle: True stretches T to the next multiple of `decay_steps` that is not below k: the end
-        rate at each multiple, and a jump up at the step after it, lower each time.
+      power: at least 0; 1 (default) is linear.
+      cycle: True makes T the least multiple of `decay_steps` that is at least k. The value is
+        `end_learning_rate` at each multiple and jumps up after it, less high each time.
       name: ignored.
     """
     if not cycle:
@@ -132,13 +133,14 @@ def inverse_time_decay(
     *,
     name: str | None = None,
 ) -> Schedule:
-    """initial_learning_rate / (1 + decay_rate k / decay_steps).
+    """Inverse time decay: initial_learning_rate / (1 + decay_rate k / decay_steps).
 
     Args:
       initial_learning_rate: the value at step 0.
-      decay_steps: above 0; after that many steps the denominator has grown by `decay_rate`.
+      decay_steps: above 0, the number of steps in which the denominator grows by `decay_rate`.
       decay_rate: at least 0.
-      staircase: True floors k / decay_steps; a multiple has the lower value already.
+      staircase: True floors k / decay_steps, so that the value changes at multiples of
+        `decay_steps`.
       name: ignored.
     """
     return _inverse_time_decay(
@@ -156,18 +158,18 @@ def cosine_decay(
     *,
     name: str | None = None,
 ) -> Schedule:
-    """initial_learning_rate ((1 - alpha) (1 + cos(pi k / decay_steps)) / 2 + alpha).
+    """Cosine decay: initial_learning_rate ((1 - alpha) (1 + cos(pi k / decay_steps)) / 2 + alpha).
 
-    The initial rate at step 0, `alpha` times it from `decay_steps` on. With a `warmup_target`: a
-    line from the initial rate to the target at `warmup_steps`, and the cosine of the target from
-    there, `alpha` times the target from `warmup_steps + decay_steps` on.
+    From `decay_steps` on the value is alpha initial_learning_rate. With a `warmup_target` the value
+    first rises linearly to the target, at `warmup_steps`; then the cosine decays from the target,
+    to alpha warmup_target at warmup_steps + decay_steps.
 
     Args:
-      initial_learning_rate: any number.
-      decay_steps: above 0, without those of the warmup.
-      alpha: the fraction that is left at the end.
-      warmup_target: the rate at the end of the warmup; None (default): no warmup at all.
-      warmup_steps: at least 0; without a `warmup_target` they are ignored.
+      initial_learning_rate: the value at step 0.
+      decay_steps: above 0, without the steps of the warmup.
+      alpha: the final value as a fraction of the highest.
+      warmup_target: the value at the end of the warmup; None (default): no warmup.
+      warmup_steps: at least 0; ignored without a `warmup_target`.
       name: ignored.
 
     Differs from: Keras, whose cosine is float32; `jgd.warmup_cosine_decay_schedule`, whose
@@ -190,19 +192,22 @@ def cosine_decay_restarts(
     *,
     name: str | None = None,
 ) -> Schedule:
-    """initial_learning_rate ((1 - alpha) m_mul^i (1 + cos(pi x)) / 2 + alpha).
+    """Cosine decay in cycles, each of which restarts at its full height.
 
-    i counts the cycles from 0, x goes from 0 to 1 within one. Cycle i has first_decay_steps t_mul^i
-    steps; the step at which it would end is the first of the next, at full height. `alpha` is not
-    scaled by `m_mul`.
+        value = initial_learning_rate ((1 - alpha) m_mul^i (1 + cos(pi x)) / 2 + alpha)
+
+    i counts the cycles from 0, and x goes from 0 to 1 within a cycle. Cycle i has
+    first_decay_steps t_mul^i steps. The step after its last one is the first step of the next
+    cycle.
 
     Args:
       initial_learning_rate: the value at step 0.
-      first_decay_steps: above 0.
-      t_mul: above 0, each cycle's length over the last one's. 1: all alike. Below 1 they shrink,
-        and after first_decay_steps / (1 - t_mul) only `alpha` is left (NaN in Keras).
-      m_mul: at least 0, each cycle's height over the last one's.
-      alpha: the fraction that is left at the end of each.
+      first_decay_steps: above 0, the length of the first cycle.
+      t_mul: above 0, the length of a cycle over that of the cycle before; 2 by default. Below 1 the
+        cycles shrink, and from step first_decay_steps / (1 - t_mul) on the value is
+        alpha initial_learning_rate (NaN in Keras).
+      m_mul: at least 0, the height of a cycle over that of the cycle before; 1 by default.
+      alpha: the lowest value as a fraction of initial_learning_rate; 0 by default.
       name: ignored.
 
     Source: Loshchilov & Hutter 2017, arXiv:1608.03983.
@@ -210,7 +215,7 @@ def cosine_decay_restarts(
 
     def value(step: Any) -> Any:
         cycle, x = _cycle(as_float(step), first_decay_steps, t_mul)
-        # the half angle is exact near the end of a cycle, where 1 + cos is mere rounding
+        # the half angle: near the end of a cycle 1 + cos(pi x) would be all rounding error
         height = safe_power(m_mul, cycle) * jnp.cos(jnp.pi / 2 * x) ** 2
         return initial_learning_rate * ((1 - alpha) * height + alpha)
 
@@ -218,16 +223,17 @@ def cosine_decay_restarts(
 
 
 def _cycle(now: jax.Array, first: Any, growth: Any) -> tuple[jax.Array, jax.Array]:
-    """Which cycle a step is in, and how much of it has passed; cycle i has first growth^i steps.
+    """Return the number of the cycle that a step is in, and the fraction of it that has passed.
 
-    It begins at the geometric sum first (growth^i - 1) / (growth - 1), which is solved for i.
+    Cycle i has first growth^i steps. It begins at first (growth^i - 1) / (growth - 1), a geometric
+    sum, which is solved for i.
     """
-    even = growth == 1
-    more = jnp.where(even, 1, growth - 1)
-    log = jnp.log1p(more)
-    small = jnp.finfo(now.dtype).eps
-    solved = jnp.log1p(jnp.maximum(more * now / first, small - 1)) / log
-    # the logarithms may round to a hair below the restart that is meant
-    cycle = jnp.where(even, whole_ratio(now, first), jnp.floor(solved * (1 + 8 * small)))
-    begin = jnp.where(even, cycle, jnp.expm1(cycle * log) / more)
+    constant = growth == 1
+    excess = jnp.where(constant, 1, growth - 1)
+    log = jnp.log1p(excess)
+    eps = jnp.finfo(now.dtype).eps
+    solved = jnp.log1p(jnp.maximum(excess * now / first, eps - 1)) / log
+    # at a restart, rounding of the logarithms may leave `solved` just below an integer
+    cycle = jnp.where(constant, whole_ratio(now, first), jnp.floor(solved * (1 + 8 * eps)))
+    begin = jnp.where(constant, cycle, jnp.expm1(cycle * log) / excess)
     return cycle, ramp(now, first * begin, first * growth**cycle)

@@ -1,7 +1,6 @@
-"""PyTorch's optimizers and schedulers, exact, under its names.
+"""PyTorch's optimizers and schedulers, with its names, defaults and results.
 
-import jgd.compat.torch as jt       # not `torch`: the real one stays visible
-
+import jgd.compat.torch as jt       # the name `torch` would hide PyTorch itself
 tx = jt.sgd(jt.multi_step_lr(0.1, milestones=[30, 60]), momentum=0.9)
 tx = jgd.chain(jt.clip_grad_norm(1.0), jt.adam(1e-3, betas=(0.9, 0.99)))
 """

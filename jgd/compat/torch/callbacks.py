@@ -1,4 +1,4 @@
-"""PyTorch's scheduler that decides from a metric: a pure pair with its arguments and counting."""
+"""PyTorch's scheduler that acts on a metric, as a pair of pure functions."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -18,8 +18,8 @@ class ReduceLROnPlateauState(NamedTuple):
 
     learning_rate: jax.Array  # float
     best: jax.Array  # float
-    num_bad_epochs: jax.Array  # int32
-    cooldown_counter: jax.Array  # int32, epochs left of the cooldown
+    num_bad_epochs: jax.Array  # int32, epochs without improvement that count
+    cooldown_counter: jax.Array  # int32, epochs left in the cooldown
 
 
 @as_pytree
@@ -33,7 +33,7 @@ def reduce_lr_on_plateau(
     min_lr: NonNegative = 0,
     eps: NonNegative = 1e-8,
 ) -> MonitorPair:
-    """PyTorch's ReduceLROnPlateau: a smaller learning rate where a metric stops improving.
+    """PyTorch's ReduceLROnPlateau: reduce the learning rate when a metric stops improving.
 
         better: metric < best (1 - threshold) for "min", > best (1 + threshold) for "max";
                 with "abs" metric < best - threshold, > best + threshold
@@ -44,39 +44,41 @@ def reduce_lr_on_plateau(
                                    cooldown_counter <- cooldown, bad <- 0
 
     `init(learning_rate) -> state`, `update(metric, state) -> (learning_rate, state)`, one call per
-    epoch. The learning rate may be traced. NaN is never better; the best begins at infinity, which
-    an infinite metric does not improve.
+    epoch. The learning rate may be traced. NaN is never better. `best` starts at infinity (minus
+    infinity for "max"), on which a metric of the same value does not improve.
 
     Args:
       mode: "min" (default) for a metric that should fall, "max" for one that should rise.
-      factor: below 1, of the learning rate at a reduction; 0.1.
-      patience: at least 0, epochs without improvement that are let pass; 10. The next one reduces.
-      threshold: the least improvement that counts; 1e-4.
-      threshold_mode: "rel" (default), as a part of the best, or "abs".
-      cooldown: at least 0, epochs after a reduction that count as nothing bad; 0.
-      min_lr: at least 0, where the reductions end; 0. One number: there are no groups here.
-      eps: at least 0, the least reduction that is made; 1e-8.
+      factor: below 1, multiplies the learning rate at a reduction; 0.1 by default.
+      patience: at least 0, epochs without improvement before the one that reduces; 10 by default.
+      threshold: the least improvement that counts; 1e-4 by default.
+      threshold_mode: "rel" (default) for a threshold relative to the best metric, or "abs".
+      cooldown: at least 0, epochs after a reduction that do not count as bad; 0 by default.
+      min_lr: at least 0, the lower bound of the learning rate; 0 by default. A single number,
+        since jgd has no parameter groups in an optimizer.
+      eps: at least 0; reductions that are not larger are skipped. 1e-8 by default.
 
     State: `ReduceLROnPlateauState(learning_rate, best, num_bad_epochs, cooldown_counter)`. The
-      counters begin anew also where nothing was reduced.
+      counters also restart where `eps` skips a reduction.
     Raises: ValueError for a factor of 1 or more or an unknown mode.
-    Differs from: PyTorch in float32, whose own numbers are float64: exact under x64.
-      `jgd.compat.keras.reduce_lr_on_plateau`, one epoch less patient, with an absolute threshold.
+    Differs from: PyTorch, which computes in float64: equal under x64, else up to float32 rounding.
+      `jgd.compat.keras.reduce_lr_on_plateau`, whose patience and cooldown are one epoch shorter and
+      whose threshold is absolute.
     """
     up, relative = mode == "max", threshold_mode == "rel"
 
-    def bar(best: Any) -> Any:
+    def bound(best: Any) -> Any:
         if relative:
             return best * (1 + threshold if up else 1 - threshold)
         return best + threshold if up else best - threshold
 
     def init(learning_rate: Any) -> ReduceLROnPlateauState:
-        none = jnp.zeros([], jnp.int32)
-        return ReduceLROnPlateauState(learning_rate, worst(mode), none, none)
+        zero = jnp.zeros([], jnp.int32)
+        return ReduceLROnPlateauState(learning_rate, worst(mode), zero, zero)
 
     def update(metric: Any, state: Any) -> tuple[Any, ReduceLROnPlateauState]:
         rate, best, bad, cooling = check_state(state, ReduceLROnPlateauState)
-        better = metric > bar(best) if up else metric < bar(best)
+        better = metric > bound(best) if up else metric < bound(best)
         bad = jnp.where(better | (cooling > 0), 0, bad + 1)
         over = bad > patience
         lower = jnp.maximum(rate * factor, min_lr)

@@ -1,11 +1,11 @@
-"""PyTorch's optimizers under its names, with its arguments and defaults.
+"""PyTorch's optimizers, with its names, arguments and defaults.
 
-Common to all. `lr` may be a schedule, and so may every other number, `betas` included. `maximize`
-negates the gradient before anything else, so that weight decay still pulls towards 0. Weight decay
-is L2, added to the gradient, unless it is said to be decoupled: times lr, off the parameters. All
-but Rprop need the parameters in `update`. In the formulas g holds what was added, t counts steps
-from 1. The switches that choose an implementation there (foreach, fused, capturable,
-differentiable) are taken and ignored.
+`lr` and every other number, `betas` included, may be a schedule. `maximize=True` negates the
+gradient first, so that weight decay still pulls towards 0. Weight decay is L2, added to the
+gradient, unless it is called decoupled: then it is multiplied by lr and subtracted from the
+parameters. All optimizers but Rprop need the parameters in `update`. In the formulas g is the
+gradient with the L2 term, and t counts steps from 1. The arguments that choose one of PyTorch's
+implementations (foreach, fused, capturable, differentiable) are accepted and ignored.
 """
 
 import functools
@@ -76,7 +76,7 @@ P = ParamSpec("P")
 
 
 class Switches(TypedDict, total=False):
-    """What chooses an implementation there: taken, and ignored."""
+    """Arguments that choose one of PyTorch's implementations: accepted and ignored."""
 
     foreach: bool | None
     capturable: bool | None
@@ -87,7 +87,7 @@ class Switches(TypedDict, total=False):
 def optimizer(
     rule: Callable[P, GradientTransformation], check: Callable[[Any], None] | None = None
 ) -> Callable[P, GradientTransformation]:
-    """`as_pytree`, with real parameters in the place of `**switches`."""
+    """Decorate with `as_pytree`, with parameters in place of `**switches`."""
     return as_pytree(with_parameters_of_options(rule, {}, keyword_only=True), check=check)
 
 
@@ -98,7 +98,7 @@ def _descent(
     maximize: bool,
     decoupled: bool = False,
 ) -> GradientTransformation:
-    """The rule with the decay on one side of it or the other, times -lr."""
+    """Chain a rule with its weight decay (before it, or after it if decoupled) and -lr."""
     signed = scale(-1.0) if maximize else identity()
     decay = add_decayed_weights(weight_decay)
     order = (rule, decay) if decoupled else (decay, rule)
@@ -107,13 +107,13 @@ def _descent(
 
 @as_pytree
 def clip_grad_norm(max_norm: Positive) -> GradientTransformation:
-    """u = g min(1, max_norm / (N + 1e-6)), for N the norm of all gradients together.
+    """Clip by the global norm: u = g min(1, max_norm / (N + 1e-6)), N the norm of all gradients.
 
     Args:
       max_norm: above 0.
 
     State: `EmptyState`.
-    Differs from: `optax.clip_by_global_norm`, which has no 1e-6 and leaves what is below the bound.
+    Differs from: `optax.clip_by_global_norm`, which has no 1e-6.
     """
     return together(lambda norm: norm.plus(1e-6).bounded(max_norm))
 
@@ -121,14 +121,14 @@ def clip_grad_norm(max_norm: Positive) -> GradientTransformation:
 # --- gradient descent ------------------------------------------------------------------------
 
 
-def _nesterov_wants_momentum(tx: Any) -> None:
-    is_plain = lambda x: isinstance(x, np.floating)  # no array, tracer or schedule
-    still = is_plain(tx.momentum) and tx.momentum == 0
-    damped = is_plain(tx.dampening) and tx.dampening != 0
-    if tx.nesterov and (still or damped):
+def _check_nesterov(tx: Any) -> None:
+    is_constant = lambda x: isinstance(x, np.floating)  # not an array, a tracer or a schedule
+    no_momentum = is_constant(tx.momentum) and tx.momentum == 0
+    has_dampening = is_constant(tx.dampening) and tx.dampening != 0
+    if tx.nesterov and (no_momentum or has_dampening):
         raise ValueError(
-            f"sgd: nesterov wants a momentum above 0 and a dampening of 0, got {tx.momentum} and"
-            f" {tx.dampening}"
+            "sgd: nesterov must be False unless momentum is above 0 and dampening is 0, got"
+            f" momentum={tx.momentum} and dampening={tx.dampening}"
         )
 
 
@@ -139,7 +139,7 @@ class SgdState(NamedTuple):
     momentum_buffer: Any  # like the parameters, at least float32
 
 
-@functools.partial(optimizer, check=_nesterov_wants_momentum)
+@functools.partial(optimizer, check=_check_nesterov)
 def sgd(
     lr: NonNegative = 1e-3,
     momentum: Fraction = 0,
@@ -150,7 +150,7 @@ def sgd(
     maximize: bool = False,
     **switches: Unpack[Switches],
 ) -> GradientTransformation:
-    """Gradient descent whose velocity is without the learning rate.
+    """SGD: gradient descent, with momentum as a velocity that excludes the learning rate.
 
         b <- momentum b + (1 - dampening) g, b = g at the first step
         u = -lr b, or -lr (g + momentum b) with nesterov, or -lr g if momentum is 0
@@ -158,17 +158,18 @@ def sgd(
     Args:
       lr: 0.001 by default.
       momentum: in [0, 1]; 0 by default.
-      dampening: any number, 0 by default; nesterov wants 0.
+      dampening: any number, 0 by default; must be 0 with nesterov.
       weight_decay: at least 0, L2.
       nesterov, maximize: True or False.
 
-    State: `SgdState(count, momentum_buffer)`, one tree, without momentum too.
-    Differs from: `jgd.sgd` in dampening only; Keras under a schedule, whose velocity has the rate.
+    State: `SgdState(count, momentum_buffer)`, one tree, even without momentum.
+    Differs from: `jgd.sgd` only in dampening; Keras under a schedule, whose velocity includes the
+      learning rate.
     """
-    plain = momentum == 0
+    no_momentum = momentum == 0
 
     def rule(g: Any, momentum_buffer: Any, t: Any) -> tuple[Any, Any]:
-        weight = jnp.where(plain | (t == 1), 1, 1 - dampening)
+        weight = jnp.where(no_momentum | (t == 1), 1, 1 - dampening)
         buffer = momentum * momentum_buffer + weight * g
         return (g + momentum * buffer if nesterov else buffer), buffer
 
@@ -184,12 +185,13 @@ def rprop(
     maximize: bool = False,
     **switches: Unpack[Switches],
 ) -> GradientTransformation:
-    """Rprop: `jgd.rprop`, where the formula stands.
+    """Rprop: see `jgd.rprop` for the formula.
 
     Args:
-      lr: above 0, what the step sizes start from; 0.01 by default.
-      etas: the factors of the step size where the sign turns and where it stays.
-      step_sizes: their bounds.
+      lr: above 0, the initial step size; 0.01 by default.
+      etas: the factors of a step size when the sign of the gradient changes and when it does not;
+        (0.5, 1.2) by default.
+      step_sizes: the least and the greatest step size; (1e-6, 50) by default.
       maximize: True or False.
 
     State: `optax.ScaleByRpropState`, two trees.
@@ -212,7 +214,7 @@ def adagrad(
     maximize: bool = False,
     **switches: Unpack[Switches],
 ) -> GradientTransformation:
-    """AdaGrad, eps outside the root, with a 1/t decay of the rate.
+    """AdaGrad: with eps outside the root and a 1/t decay of the learning rate.
 
         s <- s + g^2            u = -lr / (1 + (t - 1) lr_decay) g / (sqrt(s) + eps)
 
@@ -220,7 +222,7 @@ def adagrad(
       lr: 0.01 by default.
       lr_decay: at least 0, 0 by default.
       weight_decay: at least 0, L2.
-      initial_accumulator_value: at least 0, what s starts from; 0 by default.
+      initial_accumulator_value: at least 0, the initial value of s; 0 by default.
       eps: at least 0, 1e-10 by default.
       maximize: True or False.
 
@@ -246,7 +248,7 @@ def rmsprop(
     maximize: bool = False,
     **switches: Unpack[Switches],
 ) -> GradientTransformation:
-    """RMSProp, eps outside the root, whose velocity is without the learning rate.
+    """RMSProp: with eps outside the root and a velocity that excludes the learning rate.
 
         v <- alpha v + (1 - alpha) g^2            b <- momentum b + g / (sqrt(v) + eps)
         u = -lr b
@@ -257,13 +259,13 @@ def rmsprop(
       eps: at least 0, 1e-8 by default.
       weight_decay: at least 0, L2.
       momentum: in [0, 1]; 0 by default.
-      centered: True takes the square of the average gradient from v; where rounding makes that
-        negative (NaN in PyTorch) the root is 0.
+      centered: True subtracts the square of the average gradient from v; where rounding makes the
+        difference negative (NaN in PyTorch) the root is 0.
       maximize: True or False.
 
-    State: `optax.ScaleByRmsState(nu)` or, centred, `optax.ScaleByRStdDevState(mu, nu)`, and
-      `optax.TraceState`.
-    Differs from: `jgd.rmsprop` and Keras in both respects.
+    State: `optax.ScaleByRmsState(nu)` or, if centered, `optax.ScaleByRStdDevState(mu, nu)`, and
+      `optax.TraceState(trace)`.
+    Differs from: `jgd.rmsprop` and Keras, with eps inside the root and the learning rate in b.
     """
     scaled = scale_by_stddev if centered else scale_by_rms
     rule = chain(scaled(alpha, eps, eps_in_sqrt=False), scale_by_momentum(momentum))
@@ -280,7 +282,7 @@ def adadelta(
     maximize: bool = False,
     **switches: Unpack[Switches],
 ) -> GradientTransformation:
-    """AdaDelta: `jgd.adadelta`, where the formula stands, after L2.
+    """AdaDelta with L2 weight decay: see `jgd.adadelta` for the formula.
 
     Args:
       lr: 1 by default.
@@ -315,7 +317,7 @@ def adam(
     decoupled_weight_decay: bool = False,
     **switches: Unpack[Switches],
 ) -> GradientTransformation:
-    """Adam: `jgd.adam`, with L2.
+    """Adam: `jgd.adam` with L2 weight decay.
 
         m <- b1 m + (1 - b1) g            v <- b2 v + (1 - b2) g^2
         u = -lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
@@ -324,14 +326,15 @@ def adam(
       lr: 0.001 by default.
       betas: (b1, b2), in [0, 1); (0.9, 0.999) by default.
       eps: at least 0, 1e-8 by default.
-      weight_decay: at least 0, L2; decoupled if `decoupled_weight_decay`.
-      amsgrad: True puts the largest v so far in the place of v, before its correction.
+      weight_decay: at least 0, L2; 0 by default.
+      decoupled_weight_decay: True for decoupled instead of L2 weight decay.
+      amsgrad: True replaces v, before its bias correction, by the largest v so far.
       maximize: True or False.
 
     State: `optax.ScaleByAdamState(count, mu, nu)`, two trees; `optax.ScaleByAmsgradState(count, mu,
       nu, nu_max)`, three.
-    Differs from: `jgd.amsgrad`, whose maximum is over corrected v; `jgd.adam` where b1 moves, whose
-      correction is the product of all b1 so far.
+    Differs from: `jgd.amsgrad`, whose maximum is over the corrected v; `jgd.adam` under a scheduled
+      b1, where the product of all b1 so far replaces b1^t.
     """
     rule = _adam(betas, eps, amsgrad)
     return _descent(rule, lr, weight_decay, maximize, decoupled_weight_decay)
@@ -348,7 +351,7 @@ def adamw(
     maximize: bool = False,
     **switches: Unpack[Switches],
 ) -> GradientTransformation:
-    """Adam with decoupled weight decay: u = -lr (Adam's quotient + weight_decay p).
+    """AdamW: Adam with decoupled weight decay, u = -lr (Adam's quotient + weight_decay p).
 
     Args, State: as `adam`; weight_decay is 0.01 by default.
     Differs from: `jgd.adamw`, whose weight decay is 1e-4 by default.
@@ -366,7 +369,7 @@ def adamax(
     maximize: bool = False,
     **switches: Unpack[Switches],
 ) -> GradientTransformation:
-    """AdaMax: `jgd.adamax`, with L2.
+    """AdaMax: `jgd.adamax` with L2 weight decay.
 
         x <- max(b2 x, |g| + eps)            u = -lr m / (1 - b1^t) / x
 
@@ -391,7 +394,7 @@ def nadam(
     maximize: bool = False,
     **switches: Unpack[Switches],
 ) -> GradientTransformation:
-    """NAdam, whose momentum follows a schedule, 0.96^(t momentum_decay).
+    """NAdam: Adam with Nesterov momentum, which follows a schedule with 0.96^(t momentum_decay).
 
         d_t = b1 (1 - 0.96^(t momentum_decay) / 2)            D = d_1 d_2 ... d_t
         m^ = d_(t+1) m / (1 - D d_(t+1)) + (1 - d_t) g / (1 - D)
@@ -401,7 +404,8 @@ def nadam(
       momentum_decay: at least 0, 0.004 by default.
 
     State: `NadamState(count, mu, nu, mu_product)`, two trees.
-    Differs from: Keras, whose schedule is 250 times as fast; `jgd.nadam`, which has none.
+    Differs from: Keras, whose schedule is 250 times as fast; `jgd.nadam`, whose momentum is
+      constant.
     Source: Dozat 2016, algorithm 2.
     """
     b1, b2 = betas
@@ -420,7 +424,7 @@ def radam(
     maximize: bool = False,
     **switches: Unpack[Switches],
 ) -> GradientTransformation:
-    """RAdam: `jgd.radam` with eps beside the root of the uncorrected average.
+    """RAdam: `jgd.radam`, with eps added to the root before its bias correction.
 
         l = l_inf - 2 t b2^t / (1 - b2^t), r as in `jgd.radam`
         u = -lr m^ r sqrt(1 - b2^t) / (sqrt(v) + eps), or -lr m^ if l is not above 5
@@ -451,7 +455,7 @@ def adafactor(
     maximize: bool = False,
     **switches: Unpack[Switches],
 ) -> GradientTransformation:
-    """Adafactor over the last two axes, with a step relative to the parameters.
+    """Adafactor: factored over the last two axes, with a step relative to the parameters.
 
         w = t^beta2_decay            row, column <- averages of g^2 with weight w
         v = max(row column / max(mean(row), eps_1), eps_1^2)
@@ -459,17 +463,17 @@ def adafactor(
         u = -max(eps_2, rms(p)) min(lr, 1 / sqrt(t)) x - lr weight_decay p
 
     Args:
-      lr: an upper bound of the relative step, 0.01 by default.
+      lr: the upper bound of the relative step, 0.01 by default.
       beta2_decay: below 0, -0.8 by default.
-      eps: (eps_1, eps_2); (None, 0.001) by default, where None is the dtype's epsilon (that of
-        float32 for 16-bit parameters).
-      d: above 0, the bound of the root mean square of x; 1 by default.
+      eps: (eps_1, eps_2), (None, 0.001) by default; None is the epsilon of the parameters' dtype,
+        and of float32 for 16-bit parameters.
+      d: above 0, the upper bound of rms(x); 1 by default.
       weight_decay: at least 0, decoupled.
       maximize: True or False.
 
     State: `FactorsState(count, row, column, v)`: a row and a column for each matrix.
-    Differs from: `jgd.adafactor`, which factors long axes only and has no 1 / sqrt(t); Keras, whose
-      eps_1 is added to each square.
+    Differs from: `jgd.adafactor`, which factors the two largest axes, if they are long, and has no
+      1 / sqrt(t); Keras, whose epsilon_1 is added to each square.
     Source: Shazeer & Stern 2018, algorithms 4 and 6, arXiv:1804.04235.
     """
     floor, least_scale = eps
@@ -490,49 +494,49 @@ def muon(
     adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = None,
     **switches: Unpack[Switches],
 ) -> GradientTransformation:
-    """Muon for matrices, whose iteration runs in bfloat16.
+    """Muon: momentum, orthogonalized by an iteration in bfloat16; for matrices only.
 
         m <- momentum m + (1 - momentum) g            x = momentum m + (1 - momentum) g, or m
         u = -lr (scale orthogonal(x) + weight_decay p)
 
-    orthogonal(x) starts at x / max(||x||, eps) and takes `ns_steps` times
-    x <- a x + (b x x' + c (x x')^2) x.
+    orthogonal(x) repeats x <- a x + (b x x' + c (x x')^2) x, starting from x / max(||x||, eps).
 
     Args:
       lr: 0.001 by default.
       weight_decay: at least 0, decoupled; 0.1 by default.
       momentum: in [0, 1], 0.95 by default.
-      nesterov: look ahead.
+      nesterov: True (default) for the first x.
       ns_coefficients: (a, b, c).
       eps: at least 0, 1e-7 by default.
-      ns_steps: how often, structure; 5 by default.
-      adjust_lr_fn: "original" (as None), scale = sqrt(max(1, rows / columns)), or
-        "match_rms_adamw", scale = 0.2 sqrt(max(rows, columns)).
+      ns_steps: the number of iterations, structure; 5 by default.
+      adjust_lr_fn: "original" or None (default) for scale = sqrt(max(1, rows / columns)),
+        "match_rms_adamw" for scale = 0.2 sqrt(max(rows, columns)).
 
     State: `MovingAverageState(average)`, one tree.
-    Raises: `TreeError` in `update` for a leaf that is no matrix: see `jgd.param_groups`.
+    Raises: `TreeError` in `update` for a leaf that is not a matrix; give such leaves another
+      optimizer with `jgd.param_groups`.
     Differs from: `jgd.muon`, whose iteration has the dtype of the parameters and whose scale is
-      sqrt(max(1, columns / rows)), as kernels of flax lie.
+      sqrt(max(1, columns / rows)), since the kernels of flax are inputs by outputs.
     Source: Jordan et al. 2024; Liu et al. 2025, arXiv:2502.16982.
     """
 
     def rounded(x: Any) -> Any:
-        """To bfloat16 and back."""
+        """Round to bfloat16 and return float32."""
         return jax.lax.reduce_precision(jnp.asarray(x, jnp.float32), 8, 7)
 
     def orthogonal(x: Any) -> Any:
         if x.ndim != 2:
-            raise TreeError(f"is for matrices, got shape {x.shape}")
+            raise TreeError(f"every leaf must be a matrix, got shape {x.shape}")
         rows, columns = x.shape
-        # products of bfloat16 numbers are exact in float32, where PyTorch adds them up
+        # products of bfloat16 numbers are exact in float32, in which PyTorch sums them
         unit = lambda x: rounded(x / jnp.maximum(rounded(norm(x)), rounded(eps)))
         triple = jnp.stack([jnp.asarray(c, jnp.float32) for c in ns_coefficients])
         wide = rounded(x.astype(jnp.float32))
         result = orthogonalized(
             wide, jnp.broadcast_to(triple, (ns_steps, 3)), unit, rounded
         ).astype(x.dtype)
-        matched = adjust_lr_fn == "match_rms_adamw"
-        factor = 0.2 * math.sqrt(max(x.shape)) if matched else math.sqrt(max(1, rows / columns))
+        match_adamw = adjust_lr_fn == "match_rms_adamw"
+        factor = 0.2 * math.sqrt(max(x.shape)) if match_adamw else math.sqrt(max(1, rows / columns))
         return factor * result
 
     memory = moving_average(momentum)

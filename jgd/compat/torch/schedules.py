@@ -1,15 +1,16 @@
 """The learning rate schedulers of PyTorch: its classes in snake case, its arguments and defaults.
 
-    import jgd.compat.torch as jt       # not `torch`: the real one stays visible
+    import jgd.compat.torch as jt       # the name `torch` would hide PyTorch itself
     jt.sgd(jt.multi_step_lr(0.1, milestones=[30, 60]), momentum=0.9)
     jt.adamw(jt.one_cycle_lr(max_lr=0.1, total_steps=500),
              betas=(jt.one_cycle_momentum(max_lr=0.1, total_steps=500), 0.999))
 
-The first argument is `lr`, the rate of torch's optimizer; then come those of the scheduler, without
-`optimizer` and `last_epoch`. k is the step: the value at k is the rate of update k, counted from 0,
-where `scheduler.step()` follows `optimizer.step()`. Numbers of steps are numbers like all others,
-traced and swept; torch wants integers. Torch multiplies the rate it finds, step by step; these are
-the same rates in closed form. `MultiplicativeLR`, a product over all steps, has none.
+The first argument is `lr`, the learning rate of PyTorch's optimizer. The others are those of the
+scheduler, without `optimizer` and `last_epoch`. k is the step: the value at k is the learning rate
+of update k, counted from 0, where each `scheduler.step()` follows an `optimizer.step()`. Step
+counts may be traced and swept like all other numbers; in PyTorch they are integers. Where PyTorch
+multiplies the current learning rate at each step, jgd computes the same rates in closed form.
+`MultiplicativeLR`, a product over all steps, has no closed form and is missing.
 """
 
 from collections.abc import Callable, Iterator
@@ -72,11 +73,12 @@ Milestones = Annotated[
 
 @as_pytree
 def lambda_lr(lr: NonNegative, lr_lambda: Numbers) -> Schedule:
-    """lr lr_lambda(k).
+    """Function of the step times the learning rate: lr lr_lambda(k).
 
     Args:
       lr: at least 0.
-      lr_lambda: a function of the step, which may be traced; a schedule keeps its numbers.
+      lr_lambda: a function of the step, which may be traced; the numbers of a jgd schedule are
+        leaves.
     """
     if not callable(lr_lambda):
         raise TypeError(f"lambda_lr: lr_lambda must be a function of the step, got {lr_lambda!r}")
@@ -85,7 +87,7 @@ def lambda_lr(lr: NonNegative, lr_lambda: Numbers) -> Schedule:
 
 @as_pytree
 def step_lr(lr: NonNegative, step_size: Period, gamma: NonNegative = 0.1) -> Schedule:
-    """lr gamma^floor(k / step_size); a multiple of step_size has the lower value already.
+    """Step decay: lr gamma^floor(k / step_size), which changes at multiples of `step_size`.
 
     Args:
       lr: at least 0, the value at step 0.
@@ -97,13 +99,11 @@ def step_lr(lr: NonNegative, step_size: Period, gamma: NonNegative = 0.1) -> Sch
 
 @as_pytree
 def multi_step_lr(lr: NonNegative, milestones: Milestones, gamma: NonNegative = 0.1) -> Schedule:
-    """lr gamma^n, for the number n of milestones at or below k.
-
-    At a milestone the new value holds, after the last one it stays.
+    """Step decay at milestones: lr gamma^n, where n is the number of milestones at or below k.
 
     Args:
       lr: at least 0.
-      milestones: steps, a sequence or an array in any order; one that is repeated counts again.
+      milestones: steps, a sequence or an array in any order; a repeated one counts each time.
       gamma: at least 0.
     """
     edges = as_vector(milestones)
@@ -117,17 +117,17 @@ def multi_step_lr(lr: NonNegative, milestones: Milestones, gamma: NonNegative = 
 
 @as_pytree
 def constant_lr(lr: NonNegative, factor: Fraction = 1.0 / 3, total_iters: Count = 5) -> Schedule:
-    """lr factor while k < total_iters, lr from total_iters on.
+    """Constant factor: lr factor while k < total_iters, and lr from step total_iters on.
 
     Args:
       lr: at least 0.
-      factor: in [0, 1]; torch fails on the way back from 0.
-      total_iters: at least 0; 0 keeps the factor for ever, as in torch.
+      factor: in [0, 1]; PyTorch divides by it and fails for 0.
+      total_iters: at least 0; with 0 the factor applies forever, as in PyTorch.
     """
 
     def value(step: Any) -> Any:
-        over = (total_iters > 0) & (as_float(step) >= total_iters)
-        return lr * jnp.where(over, 1, factor)
+        ended = (total_iters > 0) & (as_float(step) >= total_iters)
+        return lr * jnp.where(ended, 1, factor)
 
     return value
 
@@ -139,37 +139,37 @@ def linear_lr(
     end_factor: Fraction = 1.0,
     total_iters: Count = 5,
 ) -> Schedule:
-    """lr (start_factor + (end_factor - start_factor) min(k / total_iters, 1)).
+    """Linear change from lr start_factor at step 0 to lr end_factor from step total_iters on.
 
-    lr start_factor at step 0, lr end_factor from total_iters on.
+        value = lr (start_factor + (end_factor - start_factor) min(k / total_iters, 1))
 
     Args:
       lr: at least 0.
       start_factor: in (0, 1].
       end_factor: in [0, 1].
-      total_iters: at least 0; 0 keeps the start for ever, as in torch.
+      total_iters: at least 0; with 0 the value is lr start_factor forever, as in PyTorch.
     """
     return linear_schedule(lr * start_factor, lr * end_factor, total_iters)
 
 
 @as_pytree
 def exponential_lr(lr: NonNegative, gamma: NonNegative) -> Schedule:
-    """lr gamma^k.
+    """Exponential decay: lr gamma^k.
 
     Args:
       lr: at least 0, the value at step 0.
-      gamma: at least 0; 0 leaves nothing after step 0.
+      gamma: at least 0; with 0 the value is 0 after step 0.
     """
     return lambda step: lr * safe_power(gamma, as_float(step))
 
 
 @as_pytree
 def polynomial_lr(lr: NonNegative, total_iters: Count = 5, power: NonNegative = 1.0) -> Schedule:
-    """lr (1 - min(k / total_iters, 1))^power: 0 from total_iters on.
+    """Polynomial decay: lr (1 - min(k / total_iters, 1))^power, which is 0 from total_iters on.
 
     Args:
       lr: at least 0, the value at step 0.
-      total_iters: at least 0; 0 keeps lr for ever, as in torch.
+      total_iters: at least 0; with 0 the value is lr forever, as in PyTorch.
       power: at least 0; 1 is linear.
     """
     return polynomial_schedule(lr, 0.0, power, total_iters)
@@ -177,23 +177,23 @@ def polynomial_lr(lr: NonNegative, total_iters: Count = 5, power: NonNegative = 
 
 @as_pytree
 def cosine_annealing_lr(lr: NonNegative, T_max: Period, eta_min: Number = 0.0) -> Schedule:
-    """eta_min + (lr - eta_min) (1 + cos(pi k / T_max)) / 2, for ever.
+    """Cosine annealing: eta_min + (lr - eta_min) (1 + cos(pi k / T_max)) / 2, with period 2 T_max.
 
-    lr at step 0, `eta_min` at T_max, and then up again: lr at 2 T_max, the period.
+    The value falls from lr at step 0 to `eta_min` at step T_max and rises to lr at step 2 T_max.
 
     Args:
       lr: at least 0.
-      T_max: at least 1.
+      T_max: at least 1, half of the period.
       eta_min: the lowest value.
 
-    Differs from: `jgd.cosine_decay_schedule`, which stays at its end.
+    Differs from: `jgd.cosine_decay_schedule`, which keeps its last value.
     """
     fall = cosine_decay_schedule(lr - eta_min, T_max)
 
     def value(step: Any) -> Any:
         now, period = as_float(step), 2 * T_max
         along = now - period * whole_ratio(now, period)
-        return eta_min + fall(jnp.minimum(along, period - along))  # the way back is the way there
+        return eta_min + fall(jnp.minimum(along, period - along))  # the rise mirrors the fall
 
     return value
 
@@ -202,14 +202,17 @@ def cosine_annealing_lr(lr: NonNegative, T_max: Period, eta_min: Number = 0.0) -
 def cosine_annealing_warm_restarts(
     lr: NonNegative, T_0: Period, T_mult: Growth = 1, eta_min: Number = 0.0
 ) -> Schedule:
-    """eta_min + (lr - eta_min) (1 + cos(pi x)) / 2, with x from 0 to 1 within each cycle.
+    """Cosine annealing with restarts at lr.
 
-    Cycle i has T_0 T_mult^i steps. The step at which it would end is the first of the next: lr.
+        value = eta_min + (lr - eta_min) (1 + cos(pi x)) / 2
+
+    x goes from 0 to 1 within each cycle. Cycle i has T_0 T_mult^i steps. The step after its last
+    one is the first step of the next cycle.
 
     Args:
-      lr: at least 0.
-      T_0: at least 1.
-      T_mult: at least 1; 1 (default): all cycles alike.
+      lr: at least 0, the value at the start of each cycle.
+      T_0: at least 1, the length of the first cycle.
+      T_mult: at least 1, the length of a cycle over that of the cycle before; 1 by default.
       eta_min: the lowest value.
 
     Source: Loshchilov & Hutter 2017, arXiv:1608.03983.
@@ -237,28 +240,29 @@ def one_cycle_lr(
     final_div_factor: Positive = 1e4,
     three_phase: bool = False,
 ) -> Schedule:
-    """Up from max_lr / div_factor to max_lr and down to almost nothing, along cosines or lines.
+    """One cycle: rise from max_lr / div_factor to max_lr, then fall almost to 0.
 
-    With N = total_steps: max_lr / div_factor at step 0, max_lr at pct_start N - 1, and
-    max_lr / (div_factor final_div_factor) from N - 1 on. With three phases it passes
-    max_lr / div_factor again, at 2 pct_start N - 2. These ends may fall between two steps.
+    With N = total_steps, the value is max_lr / div_factor at step 0, max_lr at step
+    pct_start N - 1, and max_lr / (div_factor final_div_factor) from step N - 1 on. With three
+    phases it is max_lr / div_factor again at step 2 pct_start N - 2. The ends of phases may fall
+    between two steps.
 
     Args:
-      lr: at least 0, the maximum where `max_lr` is None; else ignored, as torch ignores the
-        optimizer's rate.
-      max_lr: at least 0.
+      lr: at least 0, the maximum if `max_lr` is None; else ignored, as PyTorch ignores the
+        optimizer's learning rate.
+      max_lr: at least 0, the maximum.
       total_steps: at least 1; None: epochs times steps_per_epoch.
-      epochs, steps_per_epoch: at least 1; ignored beside `total_steps`.
-      pct_start: in [0, 1].
-      anneal_strategy: "cos" or "linear".
-      cycle_momentum, base_momentum, max_momentum: for `one_cycle_momentum`; no matter here.
+      epochs, steps_per_epoch: at least 1; ignored if `total_steps` is given.
+      pct_start: in [0, 1], the part of the steps in which the value rises.
+      anneal_strategy: "cos" for cosines or "linear" for lines between the ends of the phases.
+      cycle_momentum, base_momentum, max_momentum: ignored; see `one_cycle_momentum`.
       div_factor, final_div_factor: above 0.
       three_phase: True for three phases instead of two.
 
     Raises: ValueError without a maximum or a number of steps.
-    Differs from: torch at step N, where it runs a step past the end, and beyond, where it raises: a
-      function of a traced step cannot, and holds the last value. `jgd.cosine_onecycle_schedule`
-      and `jgd.linear_onecycle_schedule`, which are optax's and end at N.
+    Differs from: PyTorch, which extrapolates at step N and raises after it; a function of a traced
+      step cannot raise, and keeps its last value. `jgd.cosine_onecycle_schedule` and
+      `jgd.linear_onecycle_schedule`, which are optax's and end at step N.
     Source: Smith & Topin 2017, arXiv:1708.07120.
     """
     total = _total_steps("one_cycle_lr", total_steps, epochs, steps_per_epoch)
@@ -284,34 +288,39 @@ def one_cycle_momentum(
     final_div_factor: Positive = 1e4,
     three_phase: bool = False,
 ) -> Schedule:
-    """The momentum, or beta1, beside `one_cycle_lr`, of whose arguments it takes the same.
+    """Momentum (or beta1) of the one cycle policy, for use with `one_cycle_lr`.
 
-    `max_momentum` at step 0, `base_momentum` at pct_start N - 1, where the rate is highest,
-    `max_momentum` again at N - 1, or at 2 pct_start N - 2 with three phases, and from there on.
+    The value is `max_momentum` at step 0 and `base_momentum` at step pct_start N - 1, where the
+    learning rate is highest. From step N - 1 on, or 2 pct_start N - 2 with three phases, it is
+    `max_momentum` again.
 
-    Raises: ValueError without a number of steps, and for cycle_momentum=False: then torch leaves
-      the optimizer the momentum it has.
+    Args: as `one_cycle_lr`.
+    Raises: ValueError without a number of steps, and for cycle_momentum=False, with which PyTorch
+      does not change the momentum.
     """
     if not cycle_momentum:
-        raise _unmoved("one_cycle_momentum")
+        raise _cycle_momentum_error("one_cycle_momentum")
     total = _total_steps("one_cycle_momentum", total_steps, epochs, steps_per_epoch)
     after = (max_momentum, max_momentum) if three_phase else (max_momentum,)
     return _phases(total, pct_start, anneal_strategy, (max_momentum, base_momentum, *after))
 
 
 def _phases(total: Any, pct_start: Any, strategy: str, levels: tuple[Any, ...]) -> Schedule:
-    """From level to level; the phases end at n pct_start total - n, and the last at total - 1."""
+    """Return a schedule from level to level.
+
+    Phase n ends at step n pct_start total - n, and the last one at step total - 1.
+    """
     ends = [n * (pct_start * total - 1) for n in range(1, len(levels) - 1)]
 
     def value(step: Any) -> Any:
         now = jnp.minimum(as_float(step), total - 1)
-        phase: Any = sum((now > end).astype(int) for end in ends)  # at its end a phase still holds
+        phase: Any = sum((now > end).astype(int) for end in ends)  # a phase includes its end
         knots, heights = (
             as_vector([as_float(x) for x in (0, *ends, total - 1)]),
             as_vector([*levels]),
         )
         left, right = knots[phase], knots[phase + 1]
-        # the rest of the way: exact at the end, where little is left of the rate
+        # the part of the phase that is left, so that small final values are exact
         rest = ramp(right - now, 0, right - left)
         if strategy == "cos":
             rest = jnp.sin(jnp.pi / 2 * rest) ** 2
@@ -335,24 +344,24 @@ def cyclic_lr(
     base_momentum: NonNegative = 0.8,
     max_momentum: NonNegative = 0.9,
 ) -> Schedule:
-    """base_lr + (max_lr - base_lr) triangle(k) scale(k), for ever.
+    """Cycles between two learning rates: base_lr + (max_lr - base_lr) triangle(k) scale(k).
 
-    The triangle is 0 at step 0, 1 at `step_size_up`, 0 again at step_size_up + step_size_down, one
-    cycle. The scale is 1 ("triangular"), halves with each cycle ("triangular2") or is gamma^k
-    ("exp_range").
+    In each cycle the triangle rises from 0 to 1 in `step_size_up` steps and falls to 0 in
+    `step_size_down` steps. The scale is 1 ("triangular"), 0.5^i in cycle i ("triangular2") or
+    gamma^k ("exp_range").
 
     Args:
-      lr: at least 0, the base where `base_lr` is None; else ignored, as torch ignores the
-        optimizer's rate.
-      base_lr, max_lr: at least 0, where the triangle is 0 and 1.
+      lr: at least 0, the base if `base_lr` is None; else ignored, as PyTorch ignores the
+        optimizer's learning rate.
+      base_lr, max_lr: at least 0, the values where the triangle is 0 and 1.
       step_size_up: at least 1.
-      step_size_down: at least 1; None: as `step_size_up`.
-      mode: "triangular", "triangular2" or "exp_range".
+      step_size_down: at least 1; None (default): as `step_size_up`.
+      mode: "triangular" (default), "triangular2" or "exp_range".
       gamma: at least 0, for "exp_range".
-      scale_fn: a function in the place of `mode`, of the cycle counted from 1 or of k, a float that
-        may be traced.
-      scale_mode: "cycle" or "iterations", what `scale_fn` is a function of.
-      cycle_momentum, base_momentum, max_momentum: for `cyclic_momentum`; no matter here.
+      scale_fn: a function that replaces the scale of `mode`. Its argument is a float, which may be
+        traced.
+      scale_mode: the argument of `scale_fn`: "cycle" (default), counted from 1, or "iterations", k.
+      cycle_momentum, base_momentum, max_momentum: ignored; see `cyclic_momentum`.
 
     Raises: ValueError without a base or a maximum.
     Source: Smith 2017, arXiv:1506.01186.
@@ -378,16 +387,16 @@ def cyclic_momentum(
     base_momentum: NonNegative = 0.8,
     max_momentum: NonNegative = 0.9,
 ) -> Schedule:
-    """max_momentum - (max_momentum - base_momentum) triangle(k) scale(k).
+    """Momentum (or beta1) in cycles: max_momentum - (max_momentum - base_momentum) triangle scale.
 
-    The momentum, or beta1, beside `cyclic_lr`, of whose arguments it takes the same.
-    `max_momentum` at step 0, `base_momentum` where the triangle of scale 1 is highest.
+    For use with `cyclic_lr`, whose triangle(k) and scale(k) it has: the value is `max_momentum` at
+    step 0 and lowest where the learning rate is highest.
 
-    Raises: ValueError for cycle_momentum=False: then torch leaves the optimizer the momentum it
-      has.
+    Args: as `cyclic_lr`.
+    Raises: ValueError for cycle_momentum=False, with which PyTorch does not change the momentum.
     """
     if not cycle_momentum:
-        raise _unmoved("cyclic_momentum")
+        raise _cycle_momentum_error("cyclic_momentum")
     swing = _swing(step_size_up, step_size_down, mode, gamma, scale_fn, scale_mode)
     return lambda step: max_momentum - (max_momentum - base_momentum) * swing(as_float(step))
 
@@ -395,7 +404,7 @@ def cyclic_momentum(
 def _swing(
     up: Any, down: Any, mode: str, gamma: Any, scale_fn: Any, scale_mode: str
 ) -> Callable[[jax.Array], Any]:
-    """triangle(k) scale(k)."""
+    """Return the function triangle(k) scale(k) of `cyclic_lr`."""
     down = up if down is None else down
 
     def value(now: jax.Array) -> Any:
@@ -412,7 +421,7 @@ def _swing(
 
 
 def _given(name: str, **arguments: Any) -> Any:
-    """The first of the arguments that is not None."""
+    """Return the first argument that is not None."""
     for value in arguments.values():
         if value is not None:
             return value
@@ -420,21 +429,21 @@ def _given(name: str, **arguments: Any) -> Any:
 
 
 def _total_steps(name: str, total_steps: Any, epochs: Any, steps_per_epoch: Any) -> Any:
+    """Return the number of steps of a cycle."""
     if total_steps is not None:
         return total_steps
     if epochs is None or steps_per_epoch is None:
         raise ValueError(
             f"{name}: total_steps, or both epochs and steps_per_epoch, must be numbers, got"
-            " total_steps=None and "
-            f"{'epochs' if epochs is None else 'steps_per_epoch'}=None"
+            f" total_steps=None and {'epochs' if epochs is None else 'steps_per_epoch'}=None"
         )
     return epochs * steps_per_epoch
 
 
-def _unmoved(name: str) -> ValueError:
+def _cycle_momentum_error(name: str) -> ValueError:
     return ValueError(
-        f"{name}: cycle_momentum must be True, got False, which leaves the optimizer its momentum:"
-        " pass that instead of a schedule"
+        f"{name}: cycle_momentum must be True, got False. Pass a constant momentum to the optimizer"
+        " instead of this schedule"
     )
 
 
@@ -443,72 +452,77 @@ def _unmoved(name: str) -> ValueError:
 
 @as_pytree
 def sequential_lr(lr: NonNegative, schedulers: Numbers, milestones: Boundaries) -> Schedule:
-    """schedulers[i](k - milestones[i-1]), for the number i of milestones at or below k.
+    """Sequence of schedules: schedulers[i](k - milestones[i-1]), with i milestones at or below k.
 
-    Each counts from its own 0, and at a milestone the next one holds.
+    Each schedule starts at a milestone and counts its steps from 0.
 
     Args:
-      lr: at least 0, the rate of torch's optimizer, which is one: it takes the place of the `lr` of
-        each of the schedulers, so that their own does not matter. Not of `one_cycle_lr` and
-        `cyclic_lr`, which have their own rates and, in torch, write them over the optimizer's:
-        the rate from which `one_cycle_lr` starts is the base of all after it and of the first of
-        all, if that one goes on from the rate it finds; that of a `cyclic_lr` only if it comes
-        first. Here they do the same.
+      lr: at least 0, the learning rate of PyTorch's optimizer. It replaces the `lr` of each
+        schedule, except `one_cycle_lr` and `cyclic_lr`, which have learning rates of their own. As
+        in PyTorch, these two overwrite the optimizer's learning rate: the initial value of a
+        `one_cycle_lr` becomes the `lr` of the schedules after it, and of the first schedule unless
+        that is a `cosine_annealing_warm_restarts` or a `lambda_lr`. The initial value of a
+        `cyclic_lr` does so only if it comes first.
       schedulers: n + 1 schedules of this module, or other functions of the step.
       milestones: n steps in rising order.
 
-    Raises: ValueError if the lengths do not fit.
-    Differs from: torch where a scheduler of schedulers is among them: it raises, or in the first
-      place is a step off. So too for what depends on its path there: a `cosine_annealing_lr` in
-      front of a `one_cycle_lr`, beyond its T_max, and a `constant_lr` of no steps.
+    Raises: ValueError if there are not n + 1 schedules for n milestones.
+    Differs from: PyTorch for a `sequential_lr` or a `chained_scheduler` among the schedules, where
+      PyTorch raises or, if it comes first, is one step off. Also where PyTorch's values depend on
+      the steps before: a `cosine_annealing_lr` before a `one_cycle_lr` after its T_max, and a
+      `constant_lr` of 0 steps.
     """
     count = len(milestones)
     if len(schedulers) != count + 1:
         raise ValueError(
-            f"sequential_lr: schedulers must be {count + 1} for {count} milestones, got"
-            f" {len(schedulers)}"
+            f"sequential_lr: schedulers must have length {count + 1} for {count} milestones, got"
+            f" length {len(schedulers)}"
         )
     return lambda step: join_schedules(list(_rebased(lr, schedulers)), milestones)(step)
 
 
 def _rebased(lr: Any, schedulers: Any) -> Iterator[Any]:
-    """The schedulers with the base rates that torch gives them, when made in their order."""
+    """Yield the schedules with the `lr` that PyTorch gives them when it creates them in order."""
     bases = []
     for index, schedule in enumerate(schedulers):
-        writes = ("div_factor", "step_size_up") if index == 0 else ("div_factor",)
-        if _has(schedule, writes):
+        overwriting = ("div_factor", "step_size_up") if index == 0 else ("div_factor",)
+        if _has_any(schedule, overwriting):
             lr = schedule(0)
         bases.append(lr)
-    if not _has(schedulers[0], ("T_0", "lr_lambda")):  # these keep the rate they were made with
+    if not _has_any(schedulers[0], ("T_0", "lr_lambda")):  # these keep the first learning rate
         bases[0] = lr
     for schedule, base in zip(schedulers, bases, strict=True):
-        own = _has(schedule, ("max_lr",)) or not _has(schedule, ("lr",))
-        yield schedule if own else schedule._replace(lr=base)
+        has_own_rate = _has_any(schedule, ("max_lr",)) or not _has_any(schedule, ("lr",))
+        yield schedule if has_own_rate else schedule._replace(lr=base)
 
 
-def _has(schedule: Any, arguments: tuple[str, ...]) -> bool:
+def _has_any(schedule: Any, arguments: tuple[str, ...]) -> bool:
+    """Return whether a schedule has one of these arguments, which tell the schedules apart."""
     return any(hasattr(schedule, name) for name in arguments)
 
 
 @as_pytree
 def chained_scheduler(lr: NonNegative, schedulers: Numbers) -> Schedule:
-    """lr times the product of schedulers[i](k), each with 1 as its base rate.
+    """Product of schedules: lr times the product of schedulers[i](k), each with an `lr` of 1.
 
     Args:
-      lr: at least 0, the rate of torch's optimizer; that of each of the schedulers does not matter.
-      schedulers: schedules of this module that scale the rate: `step_lr`, `multi_step_lr`,
-        `constant_lr`, `linear_lr`, `exponential_lr`, `polynomial_lr`, and `cosine_annealing_lr`
-        with `eta_min` 0 up to its T_max, beyond which torch's product depends on its path.
+      lr: at least 0, the learning rate of PyTorch's optimizer. The schedules' own is ignored.
+      schedulers: schedules of this module that multiply the learning rate: `step_lr`,
+        `multi_step_lr`, `constant_lr`, `linear_lr`, `exponential_lr`, `polynomial_lr`, and
+        `cosine_annealing_lr` with `eta_min` 0 up to step T_max, after which PyTorch's values depend
+        on the steps before.
 
-    Raises: ValueError for none, and for schedulers that set the rate whatever it was before.
+    Raises: ValueError for an empty sequence, and for schedules that set the learning rate whatever
+      it was before.
     """
     if not schedulers:
-        raise ValueError("chained_scheduler: schedulers must be at least one, got none")
+        raise ValueError("chained_scheduler: schedulers must have at least one schedule, got none")
     for schedule in schedulers:
-        sets = ("max_lr", "T_0", "lr_lambda", "schedulers")
-        if _has(schedule, sets) or not _has(schedule, ("lr",)):
+        setting = ("max_lr", "T_0", "lr_lambda", "schedulers")
+        if _has_any(schedule, setting) or not _has_any(schedule, ("lr",)):
             raise ValueError(
-                f"chained_scheduler: schedulers must be such that scale the rate, got {schedule!r}"
+                "chained_scheduler: schedulers must be schedules that multiply the learning rate,"
+                f" got {schedule!r}"
             )
 
     def value(step: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A checkpoint of PyTorch's becomes a jgd optimizer and its state."""
+"""Conversion of a PyTorch optimizer's state_dict into a jgd optimizer and its state."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -10,12 +10,13 @@ import numpy as np
 from optax import GradientTransformation
 
 import jgd.compat.torch.optimizers as optimizers
-from jgd.compat.state_matching import filled, in_place
+from jgd.compat.state_matching import fill_state, match_parameters
 from jgd.pytree import ScheduledState, SteppedState
 
 __all__ = ["state_from"]
 
-# what only the groups of one optimizer have, and the memories by PyTorch's names and by jgd's
+# The first key that a param group has identifies its optimizer. Values: jgd's name of it, empty if
+# jgd does not have it, and jgd's names of PyTorch's accumulators.
 _KINDS: dict[str, tuple[str, dict[str, str]]] = {
     "history_size": ("", {}),  # L-BFGS
     "lambd": ("", {}),  # ASGD
@@ -50,34 +51,38 @@ def state_from(
     step: int | None = None,
     names: Sequence[str] | None = None,
 ) -> tuple[GradientTransformation, Any]:
-    """The optimizer and the state that go on where a PyTorch optimizer stopped.
+    """Return a jgd optimizer and a state that continue the training of a PyTorch optimizer.
 
         tx, state = jt.state_from(optimizer.state_dict(), params)
 
     Args:
-      state_dict: that of an optimizer, as saved in a checkpoint. Its tensors are read as arrays;
-        PyTorch itself is not needed for a dict of arrays.
-      params: the parameters, in PyTorch's layout (a Linear's weight is outputs by inputs).
-      lr: a rate or schedule to go on with; None: the rate of now. A scheduler keeps a state of its
-        own, which is not in this one.
-      step: the steps so far, if lr is a schedule and the optimizer does not keep them (SGD, Muon).
-      names: those of the parameters in PyTorch's order, where the paths here are the same names:
-        `[name for name, _ in model.named_parameters()]`. None: as PyTorch has kept them
-        (`param_names`), or in the order in which the dicts here were written.
+      state_dict: the state_dict of an optimizer, as saved in a checkpoint. Tensors are read as
+        arrays; a dict that holds arrays needs no PyTorch.
+      params: the parameters, in PyTorch's layout (the weight of a Linear is outputs by inputs).
+      lr: a rate or a schedule to continue with; None: the current rate. The state_dict does not
+        contain the scheduler, so a schedule must be passed.
+      step: the number of steps so far, if lr is a schedule and the optimizer does not count its
+        steps (SGD, Muon).
+      names: the names of PyTorch's parameters in its order, which end in the paths of `params`:
+        `[name for name, _ in model.named_parameters()]`. None: the names in the state_dict
+        (`param_names`) or, without them, the order in which the dicts of `params` were written.
 
-    Returns: the optimizer with the numbers of the checkpoint, and its state.
-    Raises: ValueError, naming it, for what does not fit: an optimizer that is not here, groups with
-      numbers of their own, other parameters, other memories.
+    Returns: the optimizer with the numbers of the state_dict, and its state.
+    Raises: ValueError for an optimizer that jgd does not have, for groups with different numbers,
+      and for parameters or accumulators that do not match.
     """
     if not isinstance(state_dict, Mapping) or "param_groups" not in state_dict:
         raise ValueError(
-            "state_from: state_dict must be that of an optimizer, with param_groups, got"
-            f" {type(state_dict).__name__}. Pass optimizer.state_dict(), or that of a checkpoint"
+            "state_from: state_dict must be the state_dict of an optimizer, got"
+            f" {type(state_dict).__name__} without param_groups. Pass optimizer.state_dict()"
         )
     group = _one_group(state_dict["param_groups"])
     kind, slots = next((_KINDS[key] for key in _KINDS if key in group), ("", {}))
     if not kind:
-        raise ValueError(f"state_from: no optimizer here has the numbers {', '.join(group)}")
+        raise ValueError(
+            "state_from: state_dict must be that of an optimizer in jgd.compat.torch, got one with"
+            f" the arguments {', '.join(group)}"
+        )
     factory = getattr(optimizers, kind)
     known = inspect.signature(factory).parameters
     numbers = {name: _plain(value) for name, value in group.items() if name in known}
@@ -88,31 +93,43 @@ def state_from(
     indices = [index for g in state_dict["param_groups"] for index in g["params"]]
     rows = _rows(state_dict["state"], indices)
     if unknown := sorted({slot for row in rows for slot in row} - {*slots, "step"}):
-        raise ValueError(f"state_from: {kind} keeps no {', '.join(unknown)}")
+        raise ValueError(
+            f"state_from: the accumulators of {kind} must be among {', '.join(slots)}, got"
+            f" {', '.join(unknown)}"
+        )
     leaves = len(jax.tree.leaves(params))
     if leaves != len(indices):
-        raise ValueError(f"state_from: {leaves} parameters here, {len(indices)} in the state")
+        raise ValueError(
+            f"state_from: params must have {len(indices)} leaves, one for each parameter of the"
+            f" state, got {leaves}"
+        )
     scheduled = isinstance(state, ScheduledState | SteppedState)
     if scheduled and step is None and any(rows) and not any("step" in row for row in rows):
         raise ValueError(
-            f"state_from: {kind} keeps no step to begin the schedule at: give step=..."
+            f"state_from: step must be a number of steps where lr is a schedule, got None. {kind}"
+            " does not count its steps in the state_dict"
         )
     counts = {int(row["step"]) for row in rows if "step" in row} or {step or 0}
     if len(counts) > 1:
-        raise ValueError(f"state_from: parameters are at unlike steps, {sorted(counts)}")
+        raise ValueError(
+            f"state_from: all parameters must be at the same step, got {sorted(counts)}"
+        )
     (count,) = counts
-    kept = [name for g in state_dict["param_groups"] for name in g.get("param_names", ())]
-    fields = _fields(params, slots, rows, names or kept, count) if any(rows) else {}
+    saved = [name for g in state_dict["param_groups"] for name in g.get("param_names", ())]
+    fields = _fields(params, slots, rows, names or saved, count) if any(rows) else {}
     if scheduled:
-        return tx, type(state)(jnp.asarray(count, jnp.int32), filled(state.inner, fields))
-    return tx, filled(state, fields)
+        return tx, type(state)(jnp.asarray(count, jnp.int32), fill_state(state.inner, fields))
+    return tx, fill_state(state, fields)
 
 
-def _rows(held: Mapping[int, Any], indices: Sequence[int]) -> list[dict[str, Any]]:
-    """For each parameter its memories as arrays; none before the first step."""
-    if held and (absent := [index for index in indices if index not in held]):
-        raise ValueError(f"state_from: parameters {absent} have no state: they had no gradient")
-    rows = [{slot: _array(x) for slot, x in held.get(index, {}).items()} for index in indices]
+def _rows(states: Mapping[int, Any], indices: Sequence[int]) -> list[dict[str, Any]]:
+    """Return for each parameter its accumulators as arrays; none before the first step."""
+    if states and (absent := [index for index in indices if index not in states]):
+        raise ValueError(
+            f"state_from: each parameter must have a state, got none for numbers {absent}."
+            " PyTorch creates it at the first step with a gradient"
+        )
+    rows = [{slot: _array(x) for slot, x in states.get(index, {}).items()} for index in indices]
     return [{slot: x for slot, x in row.items() if x is not None} for row in rows]
 
 
@@ -123,8 +140,8 @@ def _fields(
     names: Sequence[str],
     count: int,
 ) -> dict[str, Any]:
-    """The memories under jgd's names, as trees like the parameters."""
-    order = in_place(params, [_shape(row) for row in rows], names)
+    """Return the fields of jgd's state, with accumulators as trees like `params`."""
+    order = match_parameters(params, [_shape(row) for row in rows], names)
     structure = jax.tree.structure(params)
     fields: dict[str, Any] = {}
     for slot, field in slots.items():
@@ -133,22 +150,22 @@ def _fields(
         elif field == "mu_product":
             fields[field] = rows[0][slot]
         elif any(slot in row for row in rows):
-            empty = np.zeros([0])  # where Adafactor keeps none
+            empty = np.zeros([0])  # Adafactor has either two factors or a variance
             fields[field] = structure.unflatten([rows[k].get(slot, empty) for k in order])
-    if "momentum_buffer" in fields:  # SGD's, whose first step is behind it
+    if "momentum_buffer" in fields:  # SGD has taken at least one step
         fields["count"] = max(count, 1)
     return fields
 
 
 def _shape(row: dict[str, Any]) -> tuple[int, ...]:
-    """The shape of a parameter, from what is kept for it."""
+    """Return the shape of a parameter from its accumulators."""
     if "row_var" in row:
         return (*row["row_var"].shape[:-1], row["col_var"].shape[-1])
     return max((x.shape for slot, x in row.items() if slot != "mu_product"), key=len)
 
 
 def _one_group(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The numbers of all groups, which must be the same."""
+    """Return the numbers of the groups, which must all have the same."""
     numbers = [
         {name: x for name, x in group.items() if name not in ("params", "param_names")}
         for group in groups
@@ -157,21 +174,22 @@ def _one_group(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for name, value in numbers[0].items():
             if other.get(name) != value:
                 raise ValueError(
-                    f"state_from: the groups have {name}={value!r} and {other.get(name)!r}: convert"
-                    " each alone, and put them together with jgd.param_groups"
+                    f"state_from: all groups must have the same {name}, got {value!r} and"
+                    f" {other.get(name)!r}. Convert each group alone and join the optimizers with"
+                    " jgd.param_groups"
                 )
     return numbers[0]
 
 
 def _plain(value: Any) -> Any:
-    """A number of PyTorch's, which may be a tensor."""
+    """Return a number of a param group, which may be a tensor, as a Python number."""
     if isinstance(value, tuple | list):
         return tuple(map(_plain, value))
     return value.item() if hasattr(value, "item") else value
 
 
 def _array(x: Any) -> Any:
-    """A tensor, wherever it lies and of whatever dtype, as an array; None stays."""
+    """Return a tensor of any device and dtype as an array, and None as None."""
     if x is None:
         return None
     if hasattr(x, "detach"):
