@@ -312,9 +312,11 @@ def test_averaged_params_equal_the_final_variables_of_keras():
 
 
 def test_incompatible_arguments_raise_in_the_call():
-    with pytest.raises(ValueError, match=r"adam: only one of .* got clipnorm, clipvalue"):
+    with pytest.raises(
+        ValueError, match=r"adam: must have at most one of .* got clipnorm, clipvalue"
+    ):
         jk.adam(clipnorm=1.0, clipvalue=1.0)
-    with pytest.raises(ValueError, match=r"only one of .* got clipnorm, clipvalue"):
+    with pytest.raises(ValueError, match=r"must have at most one of .* got clipnorm, clipvalue"):
         jk.adam(clipnorm=1.0)._replace(clipvalue=1.0)
     for wrong in (dict(), dict(momentum=0.9, dampening=0.1)):
         with pytest.raises(

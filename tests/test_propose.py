@@ -261,9 +261,9 @@ def test_a_damaged_search_is_repaired_or_its_file_is_named(tmp_path):
     rows = _search(whole).rows
     for name, content, message in (
         ("search.json", None, "holds no search: there is no search.json"),
-        ("search.json", "", "search.json must hold a JSON object"),
+        ("search.json", "", "search.json is damaged"),
         ("search.json", '{"steps": 40}', "at_once must be None as in the search of"),
-        ("batch-1.json", "[1", "batch-1.json must hold a JSON object"),
+        ("batch-1.json", "[1", "batch-1.json is damaged"),
         ("batch-1.json", "{}", "batch-1.json is damaged: KeyError('trials')"),
         ("batch-1.json", '{"trials": [3]}', "batch-1.json is damaged"),
         ("batch-1.json", (whole / "batch-0.json").read_text(), "the folder holds another sweep"),

@@ -177,7 +177,10 @@ def _metrics_of(run: Run, lanes: Lanes, batch: Any) -> list[str]:
         if not isinstance(after, tuple) or len(after) != 2 or not isinstance(after[1], dict):
             refuse("sweep: update", "a function that returns (state, metrics)", after)
         if not _is_scalar(after[1].get("loss")):
-            raise ValueError("sweep: update must report a scalar under the name 'loss'")
+            raise ValueError(
+                "sweep: update must report a scalar under the name 'loss', got"
+                f" {brief(after[1].get('loss'))}"
+            )
         shapes = [jax.tree.map(np.shape, tree) for tree in (state, after[0])]
         if shapes[0] != shapes[1]:
             expected = f"a state with the shapes before it, {shapes[0]}"

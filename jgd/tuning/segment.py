@@ -293,7 +293,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return dict[str, Any](json.loads(path.read_text()))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} must hold a JSON object: {error}") from None
+        raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
 
 # --- results ---------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def _one_clip(tx: Any) -> None:
     if len(given) > 1:
         name = repr(tx).partition("(")[0]
         raise ValueError(
-            f"{name}: only one of {', '.join(_CLIPS)} may be given, got {', '.join(given)}"
+            f"{name}: must have at most one of {', '.join(_CLIPS)}, got {', '.join(given)}"
         )
 
 
