@@ -17,7 +17,8 @@ FORMS = {
     "nothing that matches": r"^no parameter (that )?matches",
     "a number assigned to": r"is immutable",
     "a file": r"(is damaged|was changed|is missing|is in use|is not empty|is intact|exists"
-    r"|was extended|ended after|holds? (no|a|another) |belongs to|is not the journal|is not stored)",
+    r"|was extended|ended after|holds? (no|a|another) |belongs to|is not the journal"
+    r"|is not stored)",
     "what to do next": r"([Gg]o on (from|with)|[Ff]inish .* first|[Rr]esume the sweep)",
 }
 OWN_WORDS = re.compile(r"(\w{3,}\W+){3}")  # fewer only stand in front of another message

@@ -103,9 +103,14 @@ class Progress:
         settings = self._settings(plan)
         widths = " and ".join(str(width) for width in sorted({g.width for g in plan.groups}))
         self.console.print(
-            f"{settings * plan.seeds:,} trainings of {plan.steps:,} steps: {settings:,} settings in"
-            f" {len(plan.groups)} compiled programs, {plan.seeds} seeds, tiles of {widths} lanes"
+            f"{_count(settings * plan.seeds, 'training')} of {plan.steps:,} steps:"
+            f" {_count(settings, 'setting')} in {_count(len(plan.groups), 'compiled program')},"
+            f" {_count(plan.seeds, 'seed')}, tiles of {widths} lanes"
         )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def print_result(console: Console, result: Result, top: int) -> None:
@@ -161,7 +166,7 @@ def _print_table(
     console: Console, title: str, metric: str, columns: Sequence[str], rows: list[list[str]]
 ) -> None:
     """Print a table. A narrow terminal shows it without the least important columns."""
-    headers = [c.replace("_", " ").replace("oscillating", "oscil- lating") for c in columns]
+    headers = [c.replace("_", " ").replace("oscillating", "oscil-\nlating") for c in columns]
     cells = [[Text.from_markup(row[i]).plain for row in rows] for i in range(len(columns))]
     widths = list[int]()  # the least: words are not split, nor are the cells of the metric
     for name, header, column in zip(columns, headers, cells, strict=True):
