@@ -50,7 +50,7 @@ def _documented(factory):
     """Return the number of trees that the docstring states first, without conditions."""
     text = re.sub(r"\s+", " ", factory.__doc__)
     state = re.search(r"State: (.*?)(?: Raises:| Differs from:)", text)[1]
-    if other := re.match(r"as `(\w+)`", state):
+    if other := re.match(r"as (?:in )?`(\w+)`", state):
         return _documented(jgd.get(other[1]))
     if state.startswith("none"):
         return 0

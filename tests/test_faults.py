@@ -214,14 +214,19 @@ def test_a_checkpoint_without_the_state_of_a_lane_is_rejected(tmp_path):
 
 @pytest.mark.parametrize("damage", ["journal", "state", "manifest"])
 def test_resume_uses_the_checkpoint_before_a_damaged_one(damage, whole, tmp_path):
-    folder = tmp_path / "run"
-    _sweep(folder)
-    newest = max(folder.glob("manifest-*.json"), key=lambda p: int(p.stem.partition("-")[2]))
+    for attempt in range(10):
+        folder = tmp_path / f"run-{attempt}"
+        _sweep(folder)
+        manifests = list(folder.glob("manifest-*.json"))
+        covered = {read_manifest(path)["journal"]["bytes"] for path in manifests}
+        if len(covered) == 2:  # a busy machine may write both checkpoints after the last report
+            break
+    newest = max(manifests, key=lambda p: int(p.stem.partition("-")[2]))
     if damage == "manifest":
         newest.write_text(newest.read_text()[:40])
     elif damage == "journal":
-        lines = (folder / "journal.jsonl").read_bytes().splitlines(keepends=True)
-        (folder / "journal.jsonl").write_bytes(b"".join(lines[:-1]))
+        journal = folder / "journal.jsonl"
+        journal.write_bytes(journal.read_bytes()[: min(covered)])
     else:
         block = max((folder / "states").iterdir(), key=lambda p: int(p.name.partition("-")[2]))
         next(x for x in block.rglob("*") if x.is_file() and x.stat().st_size).write_bytes(b"x")
