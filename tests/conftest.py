@@ -10,15 +10,14 @@ from typing import Any
 
 # Most of the test time is compilation of small programs. These flags make compilation three times
 # faster and programs slower. Subprocesses inherit them. `XLA_FLAGS= pytest` runs without them.
-FLAGS = [
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-    "--xla_cpu_parallel_codegen_split_count=1",
-    "--xla_cpu_prefer_vector_width=128",
-]
-if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):  # XLA exits at an unknown flag
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
+# XLA exits at a flag it does not know, and jaxlib 0.11 has lost one.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_parallel_codegen_split_count=1 --xla_cpu_prefer_vector_width=128 "
+    + "--xla_cpu_use_fusion_emitters=false"
+    * (tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11)),
+)
 os.environ.setdefault(
     "JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0"
 )  # without tracebacks, lowering is faster
