@@ -24,6 +24,7 @@ The tree of a thousand leaves is only traced, since some of its compilations tak
 """
 
 import argparse
+import gc
 import statistics
 import sys
 import time
@@ -73,10 +74,13 @@ Call = Callable[[], Any]
 
 def seconds_of(call: Call, repeats: int = 1) -> float:
     """Return the seconds of a call, averaged over `repeats`."""
+    gc.disable()  # as in timeit: a collection would be charged to the library whose turn it is
     started = time.perf_counter()
     for _ in range(repeats):
         call()
-    return (time.perf_counter() - started) / repeats
+    seconds = time.perf_counter() - started
+    gc.enable()
+    return seconds / repeats
 
 
 def in_turns(calls: list[Call], limit: float) -> np.ndarray:
