@@ -246,7 +246,7 @@ def _optimizer_page(entry: catalog.Entry, rows: dict[str, list[str]], head: list
     parts += ["Each number is a leaf: a new value does not retrace, and batched values make lanes."]
     parts += [
         "## State",
-        f"For a weight matrix of 1024 x 1024 the state has {entry.trees:g} times its size.",
+        f"The state of a 1024 x 1024 matrix is {entry.trees:g} times as large as the matrix.",
     ]
     picture = f"_static/trajectories/{entry.name}.svg"
     if (ROOT / "docs" / picture).exists():

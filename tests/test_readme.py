@@ -33,7 +33,7 @@ CHECKS = {
         and [row["ended"] for row in n["halved"].rows].count("finished") == 8
         and n["again"].rows == n["halved"].rows
         and n["fast"].rows[0]["ended"] == "reached target"
-        and len(n["kept"].kept) == 5
+        and len(n["top"].kept) == 5
     ),
     "own-task": lambda n: (
         n["streamed"].rows[0]["loss"] < 0.1 and n["result"].rows[0]["value"] > 0.7
