@@ -15,14 +15,6 @@ import jax.core
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-try:
-    from jax.experimental.shard_alike import shard_alike
-except ImportError:  # an experimental module: without it JAX chooses the sharding of memories
-
-    def shard_alike(x: Any, y: Any) -> tuple[Any, Any]:
-        return x, y
-
-
 __all__ = ["gathered", "shard_like_params", "sharded_like", "whole"]
 
 
@@ -64,12 +56,17 @@ def shard_like_params(state: Any, params: Any) -> Any:
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     traced = {path: p for path, p in leaves if isinstance(p, jax.core.Tracer) and p.ndim}
+    if not traced:
+        return state
+    # XLA gives both sides of a select one sharding, and cannot know that it never takes the first
+    never = jax.lax.optimization_barrier(jnp.array(False))
 
     def place(path: Any, memory: Any) -> Any:
         ends = (path[start:] for start in range(len(path) + 1))
         p: Any = next((traced[end] for end in ends if end in traced), None)
         if p is None or p.shape != jnp.shape(memory) or any(jax.typeof(p).sharding.spec):
             return memory
-        return shard_alike(p, memory)[1]
+        p = p if jnp.iscomplexobj(memory) else p.real
+        return jnp.where(never, p.astype(memory.dtype), memory)
 
-    return jax.tree_util.tree_map_with_path(place, state) if traced else state
+    return jax.tree_util.tree_map_with_path(place, state)
