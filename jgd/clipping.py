@@ -20,7 +20,7 @@ from optax import GradientTransformation
 
 from jgd.arguments import NonNegative, Number, Structure
 from jgd.arithmetic import abs_square, formula, quotient, safe_sqrt
-from jgd.combinators import Plain, Slot, Slots, remembering, stateless
+from jgd.combinators import Plain, Slot, Slots, stateless, with_accumulators
 from jgd.pytree import as_pytree
 from jgd.transforms import pointwise
 from jgd.trees import TreeError, aligned, leafwise, with_params
@@ -262,4 +262,4 @@ def zero_nans() -> GradientTransformation:
         return leafwise(lambda g: jnp.where(jnp.isnan(g), 0, g), updates)
 
     flags = Slot("found_nan", lambda params: jax.tree.map(lambda p: jnp.zeros([], bool), params))
-    return remembering([step], [flags], optax.ZeroNansState, {"found_nan": "found_nan"})
+    return with_accumulators([step], [flags], optax.ZeroNansState, {"found_nan": "found_nan"})

@@ -68,7 +68,7 @@ def param_groups(default: GradientTransformation, groups: Links) -> GradientTran
     Args:
       default: the optimizer of parameters that no pattern matches.
       groups: pattern -> optimizer of the parameters whose path matches. The first pattern that
-        matches counts. `set_to_zero()` freezes a group without any memory for it.
+        matches counts. `set_to_zero()` freezes a group and keeps no state for it.
 
     State: `optax.PartitionState`, with the state of each group under its pattern.
     Raises: ValueError in `init` and `update` for a pattern that matches no parameter.
@@ -87,7 +87,7 @@ def scale_by_path(factors: Mapping[str, Any]) -> GradientTransformation:
     Args:
       factors: pattern -> number or schedule.
 
-    State: `optax.PartitionState` without memories.
+    State: `optax.PartitionState` without accumulators.
     Raises: ValueError in `init` and `update` for a pattern that matches no parameter.
     Differs from: `param_groups`; this is its short form for learning rates.
     """

@@ -23,9 +23,9 @@ from optax import GradientTransformation
 
 from jgd.arguments import Key, Period, Positive
 from jgd.arithmetic import increment
-from jgd.dtypes import has_16_bits, wide
+from jgd.dtypes import has_16_bits, widen
 from jgd.pytree import as_pytree
-from jgd.trees import aligned, check_state, leafwise, misfit, only, with_params
+from jgd.trees import aligned, check_state, find_state, leafwise, shape_error, with_params
 
 __all__ = [
     "compensated",
@@ -69,7 +69,7 @@ def _pairs(f: Callable[..., tuple[Any, Any]], updates: Any, *trees: Any) -> tupl
     pairs: list[tuple[Any, Any]] = []
     for index, (u, *others) in enumerate(zip(leaves, *columns, strict=True)):
         if any(jnp.shape(x) != jnp.shape(u) for x in others if u is not None and x is not None):
-            raise misfit(updates, index, others)
+            raise shape_error(updates, index, others)
         pairs.append(f(u, *others))
     return structure.unflatten([x for x, _ in pairs]), structure.unflatten([y for _, y in pairs])
 
@@ -92,7 +92,7 @@ def compensated(inner: GradientTransformation) -> GradientTransformation:
       inner: the optimizer. It receives the parameters in float32.
 
     State: `CompensatedState(lost, inner)`, one 16-bit tree more than `inner`. Parameters that do
-      not have 16 bits need no memory and receive the updates of `inner`.
+      not have 16 bits need no accumulator and receive the updates of `inner`.
     Raises: ValueError in `update` if no parameters are given.
     Differs from: `master_weights`, whose float32 copy takes twice as much memory and is more exact.
     Source: Kahan 1965, doi:10.1145/363707.363723; Zamirai et al. 2020, section 4.2,
@@ -143,9 +143,9 @@ def master_weights(inner: GradientTransformation) -> GradientTransformation:
       inner: the optimizer. It receives the copy as its parameters.
 
     State: `MasterWeightsState(master, inner)`, one float32 tree more than `inner`. Parameters that
-      do not have 16 bits need no memory and receive the updates of `inner`.
+      do not have 16 bits need no accumulator and receive the updates of `inner`.
     Raises: ValueError in `update` if no parameters are given.
-    Differs from: `compensated`, whose memory has 16 bits.
+    Differs from: `compensated`, whose accumulator has 16 bits.
     Source: Micikevicius et al. 2018, section 3.1, arXiv:1710.03740.
     """
     tx = optax.with_extra_args_support(inner)
@@ -164,8 +164,8 @@ def master_weights(inner: GradientTransformation) -> GradientTransformation:
         return _rounded(master, None, jnp.result_type(p)) - p, master
 
     def init(params: Any) -> Any:
-        inner_state = tx.init(wide(params))
-        master = jax.tree.map(lambda p: wide(p) if has_16_bits(p) else None, params)
+        inner_state = tx.init(widen(params))
+        master = jax.tree.map(lambda p: widen(p) if has_16_bits(p) else None, params)
         return MasterWeightsState(master, inner_state)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
@@ -311,7 +311,7 @@ def loss_scale(state: Any) -> Any:
 
     Raises: ValueError if the state contains none, or several.
     """
-    return only("loss_scale", state, LossScaleState).scale
+    return find_state("loss_scale", state, LossScaleState).scale
 
 
 @as_pytree

@@ -18,9 +18,9 @@ from optax import GradientTransformation
 from jgd.arguments import Fraction, Mixing, NonNegative, NumberOrSchedule, Period
 from jgd.arithmetic import complement, increment, log_decay, one_minus_exp, quotient
 from jgd.calls import spec_of
-from jgd.dtypes import wide
+from jgd.dtypes import widen
 from jgd.pytree import as_pytree
-from jgd.trees import TreeError, check_state, leafwise, like, only, with_params
+from jgd.trees import TreeError, check_state, find_state, leafwise, like, with_params
 
 __all__ = [
     "accumulate",
@@ -50,7 +50,7 @@ def _accumulate(inner: GradientTransformation, every: Period) -> GradientTransfo
     tx = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> Any:
-        zeros = jax.tree.map(jnp.zeros_like, wide(params))
+        zeros = jax.tree.map(jnp.zeros_like, widen(params))
         return AccumulateState(jnp.zeros([], jnp.int32), zeros, tx.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
@@ -193,7 +193,7 @@ def lookahead(
     def init(params: Any) -> Any:
         own = not isinstance(params, optax.LookaheadParams)
         fast = params if own else params.fast
-        slow = jax.tree.map(jnp.copy, wide(params)) if own else None
+        slow = jax.tree.map(jnp.copy, widen(params)) if own else None
         return LookaheadState(tx.init(fast), jnp.zeros([], jnp.int32), slow)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
@@ -258,7 +258,7 @@ def average_params(
 
     def init(params: Any) -> Any:
         steps, log = jnp.zeros([], jnp.int32), jnp.zeros([], float)
-        average = jax.tree.map(jnp.copy, wide(params))
+        average = jax.tree.map(jnp.copy, widen(params))
         return AverageParamsState(steps, log, average, tx.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
@@ -281,7 +281,7 @@ def averaged_params(state: Any) -> Any:
 
     Raises: ValueError if the state contains no `AverageParamsState`, or several.
     """
-    return only("averaged_params", state, AverageParamsState).average
+    return find_state("averaged_params", state, AverageParamsState).average
 
 
 @as_pytree
@@ -321,7 +321,7 @@ def schedule_free(
             step_count=jnp.ones([], jnp.int32),
             max_lr=jnp.zeros([], float),
             base_optimizer_state=tx.init(params),
-            z=jax.tree.map(lambda p: jnp.array(p, dtype=state_dtype), wide(params)),
+            z=jax.tree.map(lambda p: jnp.array(p, dtype=state_dtype), widen(params)),
         )
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
@@ -354,6 +354,6 @@ def schedule_free_eval_params(state: Any, params: Any) -> Any:
 
     Raises: ValueError if the state contains no `ScheduleFreeState`, or several.
     """
-    free = only("schedule_free_eval_params", state, optax.contrib.ScheduleFreeState)
+    free = find_state("schedule_free_eval_params", state, optax.contrib.ScheduleFreeState)
     x = lambda p, z: (p - (1 - free.b1) * z) / free.b1  # as p = (1 - b1) z + b1 x
     return jax.tree.map(lambda p, z: x(p, z).astype(p.dtype), params, free.z)

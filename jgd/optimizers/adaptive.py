@@ -16,12 +16,13 @@ from optax import GradientTransformation
 
 from jgd.arguments import Decay, Mask, NonNegative, Number
 from jgd.arithmetic import average, complement, finite, formula, increment, quotient, safe_sqrt
-from jgd.combinators import Slot, Slots, add, chain, divide, named, remembering, subtract
+from jgd.combinators import Slot, Slots, add, chain, divide, named, subtract, with_accumulators
 from jgd.pytree import as_pytree
 from jgd.rules import difference
 from jgd.transforms import (
     BiasCorrectionState,
     MovingAverageState,
+    accumulator,
     add_decayed_weights,
     bias_correction,
     bias_weight,
@@ -29,7 +30,6 @@ from jgd.transforms import (
     decay_slots,
     ema,
     identity,
-    memory,
     moving_average,
     nesterov_ema,
     rms,
@@ -87,7 +87,7 @@ def rectified(decay: Decay, threshold: Number, *, of: str) -> GradientTransforma
         return leafwise(_rectified, updates, numbers=gate)
 
     slots = [count_slot(), *decay_slots(of)]
-    return remembering([step], slots, BiasCorrectionState, {"count": "count"})
+    return with_accumulators([step], slots, BiasCorrectionState, {"count": "count"})
 
 
 @as_pytree
@@ -168,7 +168,9 @@ def scale_by_belief(
     """
     direction = (nesterov_ema if nesterov else ema)(b1, name="mu")
     deviation = subtract(identity(), moving_average(b1, name="mu"))
-    variance = memory(MovingAverageState, _average_plus_eps, complement(b2), eps_root, name="nu")
+    variance = accumulator(
+        MovingAverageState, _average_plus_eps, complement(b2), eps_root, name="nu"
+    )
     magnitude = chain(deviation, square(), variance, bias_correction(b2, of="nu"), root(eps))
     shared = ["count", "mu"]
     return named(divide(direction, magnitude), record=optax.ScaleByBeliefState, shared=shared)
@@ -225,7 +227,7 @@ def scale_by_yogi(
     """
     start = initial_accumulator_value
     direction = chain(moving_average(b1, start, name="mu"), bias_correction(b1, of="mu"))
-    average = memory(MovingAverageState, _toward, complement(b2), name="nu", start=start)
+    average = accumulator(MovingAverageState, _toward, complement(b2), name="nu", start=start)
     magnitude = chain(square(), average, bias_correction(b2, of="nu"), root(eps, eps_root))
     quotient = divide(direction, magnitude)
     return named(quotient, record=optax.ScaleByAdamState, shared=["count"])
@@ -323,14 +325,14 @@ def adan(
 
 @as_pytree
 def _counted(*, name: str) -> GradientTransformation:
-    """u = g, and counts the steps in a memory called `name`, a second count in optax's state."""
+    """u = g, and counts the steps in the accumulator `name`, a second count in optax's state."""
 
     def step(updates: Any, slots: Slots, _: Any) -> Any:
         slots.step(name, increment)
         return updates
 
     zero = Slot(name, lambda _: jnp.zeros([], jnp.int32))
-    return remembering([step], [zero], BiasCorrectionState, {"count": name})
+    return with_accumulators([step], [zero], BiasCorrectionState, {"count": name})
 
 
 @as_pytree

@@ -66,7 +66,7 @@ def sgd(
 
     Args:
       learning_rate: the step size; positive to descend. May be a schedule.
-      momentum: in [0, 1]; None (default): no momentum and no memory. May be a schedule.
+      momentum: in [0, 1]; None (default): no momentum and no accumulator. May be a schedule.
       nesterov: True looks ahead; requires momentum.
       accumulator_dtype: dtype of v. None: float32 for 16-bit parameters, otherwise their dtype.
 
@@ -75,8 +75,8 @@ def sgd(
       schedule.
     Source: Robbins & Monro 1951; Sutskever et al. 2013 for momentum.
     """
-    memory = identity() if momentum is None else trace(momentum, nesterov, accumulator_dtype)
-    return chain(memory, scale_by_learning_rate(learning_rate))
+    direction = identity() if momentum is None else trace(momentum, nesterov, accumulator_dtype)
+    return chain(direction, scale_by_learning_rate(learning_rate))
 
 
 @as_pytree

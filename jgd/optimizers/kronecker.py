@@ -11,11 +11,11 @@ from optax import GradientTransformation
 
 from jgd.arguments import Decay, Fraction, NonNegative, Number, Period, Structure
 from jgd.arithmetic import abs_square, average, complement, increment, quotient, safe_sqrt
-from jgd.combinators import Plain, Slots, chain, named, remembering
+from jgd.combinators import Plain, Slots, chain, named, with_accumulators
 from jgd.linear_algebra import eigenvectors, inverse_root, orthonormal, within_range
 from jgd.pytree import as_pytree
 from jgd.rules import per_leaf
-from jgd.sharding import gathered
+from jgd.sharding import apply_gathered
 from jgd.transforms import (
     bias_weight,
     count_slot,
@@ -72,7 +72,7 @@ def scale_by_shampoo(
             u = _along(u, axis, inverse_root(h, 2 * len(sums)))
         return u.reshape(g.shape), sums
 
-    on_whole = lambda g, preconditioners: gathered(rule, g, preconditioners)
+    on_whole = lambda g, preconditioners: apply_gathered(rule, g, preconditioners)
     return per_leaf(on_whole, ShampooState, preconditioners=start)
 
 
@@ -103,10 +103,10 @@ def shampoo(
       decomposes every preconditioner at each step.
     Source: Gupta, Koren & Singer 2018, algorithms 1 and 2, arXiv:1802.09568.
     """
-    memory = identity() if momentum is None else scale_by_momentum(momentum)
+    direction = identity() if momentum is None else scale_by_momentum(momentum)
     return chain(
         scale_by_shampoo(eps, max_precond_dim=max_precond_dim),
-        memory,
+        direction,
         scale_by_learning_rate(learning_rate),
     )
 
@@ -209,7 +209,7 @@ def scale_by_soap(
             return jnp.where(first, 0 * g, u), mu, nu, preconditioners, bases
 
         def on_whole(g: Any, mu: Any, nu: Any, preconditioners: Any, bases: Any) -> Any:
-            return gathered(rule, g, mu, nu, preconditioners, bases)
+            return apply_gathered(rule, g, mu, nu, preconditioners, bases)
 
         return per_leaf(on_whole, _SoapLeaves, preconditioners=squares, bases=squares)
 
@@ -223,7 +223,7 @@ def scale_by_soap(
 
     fields = {field: field for field in SoapState._fields}
     slots = [count_slot(), *one_step(1, 1.0, 1.0).slots, *decay_slots("mu", "nu")]
-    return remembering([step], slots, SoapState, fields)
+    return with_accumulators([step], slots, SoapState, fields)
 
 
 @as_pytree

@@ -12,7 +12,7 @@ import optax
 import optax.contrib
 
 from jgd.pytree import as_pytree
-from jgd.sharding import gathered
+from jgd.sharding import apply_gathered
 
 __all__ = [
     "acprop",
@@ -55,7 +55,7 @@ def _gathering(factory: Callable[..., Any]) -> Callable[..., Any]:
         tx = optax.with_extra_args_support(factory(*args, **kwargs))
 
         def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-            return gathered(functools.partial(tx.update, **extra), updates, state, params)
+            return apply_gathered(functools.partial(tx.update, **extra), updates, state, params)
 
         return optax.GradientTransformationExtraArgs(tx.init, update)
 

@@ -82,8 +82,8 @@ def sgd(
     Differs from: `jgd.sgd` and PyTorch under a schedule, where the current learning rate multiplies
       the whole velocity.
     """
-    memory = scale_by_momentum(momentum)
-    velocity = with_nesterov(memory) if nesterov else memory
+    average = scale_by_momentum(momentum)
+    velocity = with_nesterov(average) if nesterov else average
     rule = chain(scale_by_learning_rate(learning_rate), velocity)
     return with_options(rule, learning_rate, **options)
 
@@ -439,8 +439,8 @@ def muon(
     def decayed(rule: GradientTransformation, decay: Any) -> GradientTransformation:
         return rule if decay is None else after_decay(rule, learning_rate * decay)
 
-    memory = scale_by_momentum(momentum)
-    direction = chain(with_nesterov(memory) if nesterov else memory, pointwise(orthogonal))
+    average = scale_by_momentum(momentum)
+    direction = chain(with_nesterov(average) if nesterov else average, pointwise(orthogonal))
     matrices = chain(direction, scale_by_learning_rate(learning_rate))
     others = chain(
         scale_by_uncorrected_adam(adam_beta_1, adam_beta_2, epsilon),

@@ -539,6 +539,6 @@ def muon(
         factor = 0.2 * math.sqrt(max(x.shape)) if match_adamw else math.sqrt(max(1, rows / columns))
         return factor * result
 
-    memory = moving_average(momentum)
-    rule = chain(with_nesterov(memory) if nesterov else memory, pointwise(orthogonal))
+    average = moving_average(momentum)
+    rule = chain(with_nesterov(average) if nesterov else average, pointwise(orthogonal))
     return _descent(rule, lr, weight_decay, maximize=False, decoupled=True)
