@@ -64,7 +64,7 @@ def _(dtype: Any, primals: Any, tangents: Any) -> tuple[Any, Any]:
 
 
 def _pairs(f: Callable[..., tuple[Any, Any]], updates: Any, *trees: Any) -> tuple[Any, Any]:
-    """Return the trees of first and second results of `f(u, *others)`, as `leafwise` for one."""
+    """Map `f(u, *others) -> (x, y)` over the leaves, and return the trees of x and of y."""
     leaves, structure, columns = aligned(updates, *trees)
     pairs: list[tuple[Any, Any]] = []
     for index, (u, *others) in enumerate(zip(leaves, *columns, strict=True)):
@@ -133,7 +133,7 @@ class MasterWeightsState(NamedTuple):
 def master_weights(inner: GradientTransformation) -> GradientTransformation:
     """Master weights: trains a float32 copy of the parameters and rounds it to the parameters.
 
-        m <- m + inner(g)            u = m, rounded to 16 bits, - p
+        m <- m + inner(g)            u = (m rounded to 16 bits) - p
 
     Where a parameter does not equal its rounded copy, for example after `lookahead` or after
     loading a checkpoint, the copy is reset to the parameter. This also happens with 16-bit
@@ -189,7 +189,7 @@ class StochasticRoundingState(NamedTuple):
 def stochastic_rounding(inner: GradientTransformation, key: Key) -> GradientTransformation:
     """Stochastic rounding: rounds p + inner(g) up or down at random, with the right mean.
 
-        u = r - p            r: the neighbour below or above y = p + inner(g),
+        u = r - p            r: the 16-bit number below or above y = p + inner(g),
                              above with probability (y - below) / (above - below)
 
     Args:
@@ -260,7 +260,7 @@ def loss_scaled(
 ) -> GradientTransformation:
     """Loss scaling: divides gradients by the scale of the loss, which adapts to their range.
 
-        g finite:  u = inner(g / scale); scale <- 2 scale after `period` in a row
+        g finite:  u = inner(g / scale); scale <- 2 scale after `period` finite g in a row
         else:      u = 0, inner does not see g, scale <- scale / 2
 
     Multiply the loss by the scale before you take its gradient:

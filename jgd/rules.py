@@ -38,8 +38,8 @@ def per_leaf(rule: Callable[..., Any], record: type, **start: Callable[[Any], An
         name. It returns the update, and the new accumulators in the order of `record`.
       record: the named tuple of the state. A field `count` counts the steps. Each other field is an
         accumulator: a tree with one array, or a small tree of arrays, for each parameter.
-      start: for each accumulator, a function from the parameter to its initial value (default: zeros
-        like the parameter).
+      start: for each accumulator, a function from the parameter to its initial value; by default
+        zeros like the parameter.
 
     Differs from: the basic transformations, which compose; a rule is for formulas that do not.
     """

@@ -204,7 +204,7 @@ def add_decayed_weights(
 ) -> GradientTransformation:
     """u = g + weight_decay p, for parameters p.
 
-    Before the adaptive part of a chain this is L2 regularisation; after it, decoupled weight decay.
+    Before the adaptive part of a chain this is L2 regularization; after it, decoupled weight decay.
 
     Args:
       weight_decay: any number, or a schedule; 0 by default.

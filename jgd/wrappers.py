@@ -75,7 +75,7 @@ def _accumulate(inner: GradientTransformation, every: Period) -> GradientTransfo
 
 
 def accumulate(inner: GradientTransformation, every: Any) -> GradientTransformation:
-    """Step `inner` with the mean of `every` gradients; in between, the updates are 0.
+    """Step `inner` with the mean of `every` gradients. In between, the updates are 0.
 
         a <- a + (g - a) / n at gradient n            u = inner(a) at n = every, and n <- 0; else 0
 
@@ -96,7 +96,7 @@ def accumulate(inner: GradientTransformation, every: Any) -> GradientTransformat
 setattr(accumulate, "__jgd_spec__", spec_of(_accumulate))  # noqa: B010 (no such attribute)
 
 
-# --- which way to step -----------------------------------------------------------------------
+# --- masks and layers ------------------------------------------------------------------------
 
 
 @as_pytree
@@ -138,8 +138,8 @@ def per_layer(inner: GradientTransformation) -> GradientTransformation:
       inner: any optimizer. All its parameters must be stacked; select them by `param_groups`:
         `param_groups(adamw(rate), {"layers/*": per_layer(lamb(rate))})`.
 
-    State: that of `inner`, each array with the leading axis. An explicit mesh must not shard this
-      axis, since neither `jax.vmap` nor `jax.lax.scan` maps over a sharded axis.
+    State: that of `inner`, each array with a leading axis over layers. An explicit mesh must not
+      shard this axis, since neither `jax.vmap` nor `jax.lax.scan` maps over a sharded axis.
     Differs from: lanes, which have different numbers; all layers have the same numbers.
     """
     tx = optax.with_extra_args_support(inner)
@@ -151,7 +151,7 @@ def per_layer(inner: GradientTransformation) -> GradientTransformation:
     return optax.GradientTransformationExtraArgs(jax.vmap(tx.init), update)
 
 
-# --- where to be -----------------------------------------------------------------------------
+# --- slow parameters and averages ------------------------------------------------------------
 
 
 class LookaheadState(NamedTuple):
@@ -169,7 +169,7 @@ def lookahead(
     slow_step_size: Fraction,
     reset_state: bool = False,
 ) -> GradientTransformation:
-    """Lookahead: every `sync_period` steps, go back to slow weights that move part of the way.
+    """Lookahead: every `sync_period` steps, resets the parameters to slow ones that follow them.
 
         fast <- fast + u_fast            every sync_period steps:
         slow <- slow + slow_step_size (fast - slow)            fast <- slow
@@ -178,7 +178,7 @@ def lookahead(
       fast_optimizer: the optimizer of the fast parameters.
       sync_period: at least 1, fast steps for each step of the slow parameters; 5 in the paper.
       slow_step_size: in [0, 1], the step size of the slow parameters; 0.5 in the paper.
-      reset_state: True initializes the state of `fast_optimizer` after each synchronisation.
+      reset_state: True initializes the state of `fast_optimizer` after each synchronization.
 
     State: `LookaheadState(fast_state, steps_since_sync, slow)`, one tree and one scalar more. If
       the parameters are `optax.LookaheadParams(fast, slow)`, so are the updates, and `slow` in the
@@ -302,7 +302,8 @@ def schedule_free(
       learning_rate: the learning rate that weights the average. A schedule starts at step 1.
       b1: in (0, 1), the weight of x in the point where gradients are taken; 0.9 by default.
       weight_lr_power: at least 0, the power of the learning rate in the weights; 2 by default.
-      state_dtype: the dtype of z; None: float32 for 16-bit parameters, else their dtype.
+      state_dtype: the dtype of z; None (default): float32 for 16-bit parameters, otherwise their
+        dtype.
 
     State: `optax.contrib.ScheduleFreeState(b1, weight_sum, step_count, max_lr,
       base_optimizer_state, z)`, one tree and four scalars more than the base optimizer. The

@@ -63,7 +63,7 @@ def rectification(decay: Any, count: Any, corrected: Any, threshold: Any) -> tup
     Args:
       corrected: 1 - decay^count.
     """
-    # lengths of the simple averages with as many degrees of freedom: in the limit, and now
+    # lengths of simple averages with as many degrees of freedom: in the limit, and at this step
     limit = 2 / complement(decay) - 1
     length = limit - 2 * count * (1 - corrected) / corrected
     tractable = length >= threshold
@@ -129,12 +129,12 @@ def radam(
         u = -learning_rate m^ r / (sqrt(v^ + eps_root) + eps), or -learning_rate m^ if l < threshold
 
     Args:
-      learning_rate, b1, b2, eps, eps_root, nesterov: as in `adam`. l exceeds 5 only for b2 > 0.6.
+      learning_rate, b1, b2, eps, eps_root, nesterov: as in `adam`.
       threshold: the least l, the degrees of freedom of the magnitude, at which the update divides;
-        above 4; 5 by default.
+        above 4; 5 by default. For b2 up to 2 / 3, l stays below 5.
 
     State: `optax.ScaleByAdamState(count, mu, nu)`, two trees and a scalar.
-    Differs from: `adam`, which needs a warm-up instead; PyTorch, which adds eps before the bias
+    Differs from: `adam`, which needs a warmup instead; PyTorch, which adds eps before the bias
       correction.
     Source: Liu et al. 2020, algorithm 2, arXiv:1908.03265.
     """
@@ -194,7 +194,8 @@ def adabelief(
     Args:
       learning_rate, b1, b2, nesterov: as in `adam`.
       eps: at least 0, added outside the root; 1e-16 by default.
-      eps_root: at least 0, added to s at each step; the sum grows to eps_root / (1 - b2).
+      eps_root: at least 0, added to s at each step, which adds up to eps_root / (1 - b2); 1e-16 by
+        default.
 
     State: `optax.ScaleByBeliefState(count, mu, nu)`, two trees and a scalar.
     Differs from: `adam`, whose magnitude is large for large gradients even if they do not vary.
@@ -313,7 +314,8 @@ def adan(
 
     State: `ScaleByAdanState(count, m, v, n, g)`, four trees and a scalar.
     Differs from: optax, which multiplies d by 1 - b2 (0.08), while the paper's 1 - beta2 is b2
-      (0.92); `nadam`, which extrapolates along m; the paper, where weight decay divides p.
+      (0.92); `nadam`, which extrapolates along m; the paper, where weight decay divides the new
+      parameters by 1 + learning_rate weight_decay.
     Source: Xie et al. 2022, algorithm 1, arXiv:2208.06677.
     """
     return chain(
@@ -325,7 +327,7 @@ def adan(
 
 @as_pytree
 def _counted(*, name: str) -> GradientTransformation:
-    """u = g, and counts the steps in the accumulator `name`, a second count in optax's state."""
+    """u = g; counts the steps under `name`, since the state of optax has a second count."""
 
     def step(updates: Any, slots: Slots, _: Any) -> Any:
         slots.step(name, increment)

@@ -200,7 +200,8 @@ def muon(
       weight_decay, adam_weight_decay: decoupled weight decay of matrices and of other parameters; 0
         by default.
       weight_decay_mask: selects the matrices that decay, as in `adamw`.
-      mu_dtype: dtype of the averages. None: float32 for 16-bit parameters, otherwise their dtype.
+      mu_dtype: dtype of the averages. None (default): float32 for 16-bit parameters, otherwise
+        their dtype.
       nesterov: True (default) looks ahead as in `nadam`, in both parts.
       adaptive: True multiplies O by the inner product of O and m^.
       preconditioning: the scale that brings singular values into (0, 1] before the first step: the
