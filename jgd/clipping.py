@@ -83,7 +83,7 @@ class Norm(NamedTuple):
         return Norm(self.inverse, self.rest + eps * self.inverse)
 
     def bounded(self, limit: Any, unit: Any = 1.0) -> tuple[Any, Any]:
-        """Return the factors that scale a block to a norm of at most `limit` units, if finite."""
+        """Return the factors that scale a block to a norm of at most `limit` units; inf: by 1."""
         return _bounded(*self, limit, unit)
 
     def set_to(self, length: Any) -> tuple[Any, Any]:

@@ -150,7 +150,9 @@ class Call:
     def pair(self, step: Any = None) -> optax.GradientTransformationExtraArgs:
         """Return the pair that the body builds, with schedules evaluated at `step`."""
         own = self.spec.own
-        decays = any(isinstance(kind, NumberKind) and kind.decay for kind in self.scheduled)
+        scheduled_decay = any(
+            isinstance(kind, NumberKind) and kind.decay for kind in self.scheduled
+        )
         resolver = Resolver(scalar, step=step)
         if own:
             resolver = Resolver(
@@ -158,7 +160,7 @@ class Call:
             )
         # outside `factory_body`: a schedule may be a user's function
         positional, keywords = self.spec.resolve(self.args, resolver)
-        with factory_body(own, scheduled_decay=decays):
+        with factory_body(own, scheduled_decay):
             return extended(self.spec.factory(*positional, **keywords))
 
     def init(self, params: optax.Params) -> optax.OptState:
