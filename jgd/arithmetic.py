@@ -39,8 +39,8 @@ def formula(f: Callable[..., Any]) -> Callable[..., Any]:
 def quotient(numerator: Any, denominator: Any) -> Any:
     """Return numerator / denominator, and 0 where the denominator is 0.
 
-    A denominator counts as 0 up to the root of the smallest normal number, where its square, which
-    the derivative divides by, would leave the range.
+    A denominator counts as 0 up to the root of the smallest normal number: its square, by which the
+    derivative divides, would be out of range.
     """
     size = jnp.abs(denominator)
     small = size <= np.sqrt(jnp.finfo(size.dtype).tiny)
@@ -94,7 +94,7 @@ def complement(decay: Any) -> Any:
     """
     if isinstance(decay, jax.Array):
         return _complement_traced(decay)
-    rest = 1 - decay  # of a Python float, in float64
+    rest = 1 - decay  # in float64 for a Python float
     return rest + _to_decimal(rest) if isinstance(rest, np.floating) else rest
 
 

@@ -35,7 +35,7 @@ from jgd.arguments import (
 )
 from jgd.nodes import unwrap
 
-__all__ = ["Spec", "decays_move", "plainly", "spec_of"]
+__all__ = ["Spec", "factory_body", "has_scheduled_decay", "spec_of"]
 
 
 # --- the running body ------------------------------------------------------------------------
@@ -45,28 +45,28 @@ class Body(NamedTuple):
     """Properties of the factory call whose body is running."""
 
     own: bool  # the factory is jgd's: calls of jgd's factories return plain pairs
-    moving: bool  # a decay of the call is a schedule
+    scheduled_decay: bool  # a decay of the call is a schedule
 
 
 # Set while a body builds its pair, never while the pair runs: inside `update`, factories that a
 # user's function calls return values.
-NO_BODY = Body(own=False, moving=False)
+NO_BODY = Body(own=False, scheduled_decay=False)
 running = contextvars.ContextVar[Body]("running", default=NO_BODY)
 
 
 @contextlib.contextmanager
-def plainly(own: bool = True, moving: bool = False) -> Generator[None]:
-    """Set the running body. With `own`, calls of jgd's factories return plain pairs."""
-    token = running.set(Body(own, moving))
+def factory_body(own: bool = True, scheduled_decay: bool = False) -> Generator[None]:
+    """Mark the body that is running. With `own`, calls of jgd's factories return plain pairs."""
+    token = running.set(Body(own, scheduled_decay))
     try:
         yield
     finally:
         running.reset(token)
 
 
-def decays_move() -> bool:
+def has_scheduled_decay() -> bool:
     """Return whether a decay of the call whose body is running is a schedule."""
-    return running.get().moving
+    return running.get().scheduled_decay
 
 
 # --- a factory and its calls -----------------------------------------------------------------
@@ -295,7 +295,7 @@ def _branches(
     def build(x: jax.Array) -> None:
         traced = lambda label: name is not None and label == spec.labels[name]
         number = lambda label, value: x if traced(label) else concrete(value)
-        with plainly(own=False):
+        with factory_body(own=False):
             result = spec.body(args, Resolver(number, step=jnp.zeros([], jnp.int32)))
         use(extended(result) if isinstance(result, tuple) else result)
 

@@ -67,7 +67,7 @@ def refuse(label: str, description: str, value: Any, hint: str = "") -> NoReturn
 
 
 def admit(label: str, value: Any, hint: Any) -> Any:
-    """Return an argument as the type of its annotation. An annotation not in `PLAIN` admits any.
+    """Return an argument as the type of its annotation. Types that `PLAIN` lacks admit any value.
 
     Raises: TypeError for the wrong type, ValueError for a value out of range.
     """

@@ -20,7 +20,7 @@ from optax import GradientTransformation
 
 from jgd.arguments import NonNegative, Number, Structure
 from jgd.arithmetic import abs_square, formula, quotient, safe_sqrt
-from jgd.combinators import Plain, Slot, Slots, remembering, stateless
+from jgd.combinators import Plain, Slot, Slots, stateless, with_accumulators
 from jgd.pytree import as_pytree
 from jgd.transforms import pointwise
 from jgd.trees import TreeError, aligned, leafwise, with_params
@@ -83,7 +83,7 @@ class Norm(NamedTuple):
         return Norm(self.inverse, self.rest + eps * self.inverse)
 
     def bounded(self, limit: Any, unit: Any = 1.0) -> tuple[Any, Any]:
-        """Return the factors that scale a block to a norm of at most `limit` units; inf: any."""
+        """Return the factors that scale a block to a norm of at most `limit` units; inf: by 1."""
         return _bounded(*self, limit, unit)
 
     def set_to(self, length: Any) -> tuple[Any, Any]:
@@ -262,4 +262,4 @@ def zero_nans() -> GradientTransformation:
         return leafwise(lambda g: jnp.where(jnp.isnan(g), 0, g), updates)
 
     flags = Slot("found_nan", lambda params: jax.tree.map(lambda p: jnp.zeros([], bool), params))
-    return remembering([step], [flags], optax.ZeroNansState, {"found_nan": "found_nan"})
+    return with_accumulators([step], [flags], optax.ZeroNansState, {"found_nan": "found_nan"})

@@ -1,9 +1,9 @@
 """Combinators: they compose transformations into chains, quotients and named records.
 
 `chain` composes in series; `divide`, `add` and `subtract` compose in parallel, where both sides see
-the same gradient. `with_nesterov` wraps one transformation. A memory is an accumulator in a state,
-such as the moving average of `ema`. The state of a combinator is a plain tuple of states; `named`
-gathers the memories of a composition in one named tuple instead:
+the same gradient. `with_nesterov` wraps one transformation. An accumulator is an array, or a tree
+of arrays, in a state, such as the moving average of `ema`. The state of a combinator is a plain
+tuple of states; `named` gathers the accumulators of a composition in one named tuple instead:
 
     named(divide(ema(b1, name="mu"), rms(b2, eps, name="nu")),
           record=optax.ScaleByAdamState, shared=["count"])
@@ -31,11 +31,11 @@ from jgd.trees import (
 __all__ = ["add", "chain", "divide", "named", "subtract", "with_nesterov"]
 
 
-# --- memories --------------------------------------------------------------------------------
+# --- accumulators ----------------------------------------------------------------------------
 
 
 class Slot(NamedTuple):
-    """A memory: its name, and the function that initializes it."""
+    """An accumulator: its name, and the function that initializes it."""
 
     name: str
     start: Callable[[Any], Any]  # params -> initial value
@@ -43,14 +43,14 @@ class Slot(NamedTuple):
 
 
 class Slots:
-    """The memories of a composition during one update, by name: old values and new values."""
+    """The accumulators of a composition during one update, by name: old values and new values."""
 
     def __init__(self, old: Mapping[str, Any]) -> None:
         self.old = old
         self.new: dict[str, Any] = {}
 
     def step(self, name: str, advance: Callable[[Any], Any]) -> Any:
-        """Return the new value of a memory: `advance(old)`, computed once in each update."""
+        """Return the new value of an accumulator: `advance(old)`, computed once in each update."""
         if name not in self.new:
             self.new[name] = advance(self.old[name])
         return self.new[name]
@@ -64,7 +64,7 @@ Step = Callable[[Any, Slots, Any], Any]  # (updates, slots, params) -> updates
 
 
 class Plain(optax.GradientTransformationExtraArgs):
-    """A plain pair with its steps and its memories by name, which `named` gathers."""
+    """A plain pair with its steps and its accumulators by name, which `named` gathers."""
 
     slots: tuple[Slot, ...]
     steps: tuple[Step, ...] | None  # in series; None if a link is foreign or has a schedule
@@ -85,14 +85,14 @@ class ScheduledDecayState(NamedTuple):
     logs: dict[str, jax.Array]  # for each average, the mean of log(decay) over the steps so far
 
 
-def remembering(
+def with_accumulators(
     steps: Iterable[Step], slots: Iterable[Slot], record: Any, fields: Mapping[str, str]
 ) -> Plain:
-    """Return the transformation that applies `steps` in series, with memories.
+    """Return the transformation that applies `steps` in series, with accumulators.
 
     Args:
       steps: functions (updates, slots, params) -> updates.
-      slots: the memories.
+      slots: the accumulators.
       record: the named tuple that is the state of the transformation by itself.
       fields: for each field of `record`, the name of its slot.
     """
@@ -114,25 +114,25 @@ def remembering(
         return pack({slot.name: slot.start(params) for slot in slots})
 
     def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
-        memories = Slots(unpack(state))
+        accumulators = Slots(unpack(state))
         for step in steps:
-            updates = step(updates, memories, params)
-        return updates, pack(like(memories.new, memories.old))
+            updates = step(updates, accumulators, params)
+        return updates, pack(like(accumulators.new, accumulators.old))
 
     return Plain.of(init, update, steps, slots)
 
 
-def present(updates: Any, memory: Any) -> Any:
-    """Return a memory as updates: None where `updates` is None."""
+def masked_like(accumulator: Any, updates: Any) -> Any:
+    """Return an accumulator as updates, with None where `updates` is None."""
     leaves, structure = jax.tree.flatten(updates, is_leaf=is_none)
     if all(leaf is not None for leaf in leaves):
-        return memory
-    pairs = zip(leaves, structure.flatten_up_to(memory), strict=True)
+        return accumulator
+    pairs = zip(leaves, structure.flatten_up_to(accumulator), strict=True)
     return structure.unflatten([None if g is None else m for g, m in pairs])
 
 
 def stateless(f: Callable[[Any, Any], Any]) -> Plain:
-    """Return `f(updates, params)` as a transformation without memory."""
+    """Return `f(updates, params)` as a transformation without a state."""
 
     def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
         if isinstance(state, tuple) and jax.tree.leaves(state):  # optax, too, ignores other states
@@ -285,9 +285,9 @@ def with_nesterov(inner: GradientTransformation) -> GradientTransformation:
         now = ahead = updates
         for step in steps or ():
             now = step(now, slots, params)
-        memories = slots.ahead()
+        accumulators = slots.ahead()
         for step in steps or ():
-            ahead = step(ahead, memories, params)
+            ahead = step(ahead, accumulators, params)
         return ahead
 
     return Plain.of(tx.init, update, None if steps is None else [twice], _slots_of(tx))
@@ -305,21 +305,21 @@ def named(
     shared: Iterable[str] = (),
     fields: Mapping[str, str] | None = None,
 ) -> GradientTransformation:
-    """Gather the memories of `inner` in the fields of one flat named tuple.
+    """Gather the accumulators of `inner` in the fields of one flat named tuple.
 
     Args:
       inner: transformations composed by `chain`, `divide`, `add`, `subtract`. The argument `name`
-        of a factory is the name of its memory.
-      record: the named tuple, with one field of the same name for each memory. `optax.tree.get`
-        finds the memories by these names.
-      shared: names that stand for one memory although they appear several times, such as the
+        of a factory is the name of its accumulator.
+      record: the named tuple, with one field of the same name for each accumulator.
+        `optax.tree.get` finds the accumulators by these names.
+      shared: names that stand for one accumulator although they appear several times, such as the
         `count` of averages that see the same steps. The first transformation with this name steps
-        the memory in each update; the others use the result.
-      fields: field -> memory, for fields of `record` whose memory has another name.
+        the accumulator in each update; the others use the result.
+      fields: field -> accumulator, for fields of `record` whose accumulator has another name.
 
     State: `record`, or `ScheduledDecayState` around it if a decay is a schedule.
-    Raises: ValueError for a memory without a field, a field without a memory, or a name that
-      appears twice and is not shared.
+    Raises: ValueError for an accumulator without a field, a field without an accumulator, or a name
+      that appears twice and is not shared.
     """
     slots, steps = _slots_of(inner), _steps_of(inner)
     if steps is None:
@@ -332,8 +332,8 @@ def named(
     twice = sorted({name for name in names if names.count(name) > 1}.difference(shared))
     if twice:
         raise ValueError(
-            f"named: memories must have different names, got {', '.join(twice)} more than once."
-            f" Rename them, or declare that each name is one memory: shared={twice}"
+            f"named: accumulators must have different names, got {', '.join(twice)} more than"
+            f" once. Rename them, or declare that each name is one accumulator: shared={twice}"
         )
     of_field = {field: field for field in getattr(record, "_fields", ())}
     if unknown := sorted(set(fields or ()).difference(of_field)):
@@ -342,10 +342,10 @@ def named(
     known = {slot.name for slot in slots if not slot.of_schedule}
     if sorted(known) != sorted(of_field.values()):
         raise ValueError(
-            f"named: the fields of {record.__name__} must be the memories {sorted(known)}, got"
-            f" {sorted(of_field.values())}"
+            f"named: the fields of {record.__name__} must be the accumulators {sorted(known)},"
+            f" got {sorted(of_field.values())}"
         )
-    return remembering(steps, reversed(unique.values()), record, of_field)
+    return with_accumulators(steps, reversed(unique.values()), record, of_field)
 
 
 # --- by label --------------------------------------------------------------------------------

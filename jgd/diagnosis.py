@@ -233,16 +233,16 @@ def statistics(sums: LossSums, ends: np.ndarray, steps: int) -> LossStatistics:
 
 
 @np.errstate(all="ignore")
-def verdict(seen: LossStatistics, steps: Any) -> np.ndarray:
+def verdict(stats: LossStatistics, steps: Any) -> np.ndarray:
     """Return the verdict on each lane, by the rule in the module docstring.
 
     Args:
-      seen: the statistics of a lane, or arrays with one entry per lane.
+      stats: the statistics of a lane, or arrays with one entry per lane.
       steps: number of losses, at least 4: one number for all lanes, or an array with one per lane.
 
     Returns: an array of strings from `VERDICTS`, with the shape of the statistics.
     """
-    s = seen._make(np.asarray(x, np.float64) for x in seen)
+    s = stats._make(np.asarray(x, np.float64) for x in stats)
     half, window = np.asarray(steps) // 2, np.maximum(np.asarray(steps) // 10, 1)
     tail = steps - half
     size, fall, still = np.abs(s.first), s.first - s.late, s.middle - s.late

@@ -30,8 +30,8 @@ from jgd.arguments import (
     concrete_scalar,
     scalar,
 )
-from jgd.calls import NEEDS_A_VALUE, Spec, extended, name_structure, plainly
-from jgd.dtypes import has_16_bits, narrow, same_structure, wide
+from jgd.calls import NEEDS_A_VALUE, Spec, extended, factory_body, name_structure
+from jgd.dtypes import has_16_bits, narrow, same_structure, widen
 from jgd.exporting import register_states
 from jgd.nodes import NUMERIC, captured_by, is_entry, is_schedule, unwrap
 from jgd.sharding import shard_like_params
@@ -76,9 +76,9 @@ def _enter_by_its_door(link: Any) -> Any:
     tx = extended(link)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        return tx.update(updates, state, wide(params), **extra)
+        return tx.update(updates, state, widen(params), **extra)
 
-    return optax.GradientTransformationExtraArgs(lambda params: tx.init(wide(params)), update)
+    return optax.GradientTransformationExtraArgs(lambda params: tx.init(widen(params)), update)
 
 
 def _widens(link: Any) -> bool:
@@ -150,21 +150,23 @@ class Call:
     def pair(self, step: Any = None) -> optax.GradientTransformationExtraArgs:
         """Return the pair that the body builds, with schedules evaluated at `step`."""
         own = self.spec.own
-        moving = any(isinstance(kind, NumberKind) and kind.decay for kind in self.scheduled)
+        scheduled_decay = any(
+            isinstance(kind, NumberKind) and kind.decay for kind in self.scheduled
+        )
         resolver = Resolver(scalar, step=step)
         if own:
             resolver = Resolver(
                 concrete_scalar, _enter if self.widens else _enter_by_its_door, step
             )
-        # outside `plainly`: a schedule may be a user's function
+        # outside `factory_body`: a schedule may be a user's function
         positional, keywords = self.spec.resolve(self.args, resolver)
-        with plainly(own, moving):
+        with factory_body(own, scheduled_decay):
             return extended(self.spec.factory(*positional, **keywords))
 
     def init(self, params: optax.Params) -> optax.OptState:
         step = jnp.zeros([], jnp.int32) if self.scheduled else None
-        with self._door(lambda pair: pair.init(wide(params)), params):
-            inner = self.pair(step).init(wide(params) if self.widens else params)
+        with self._door(lambda pair: pair.init(widen(params)), params):
+            inner = self.pair(step).init(widen(params) if self.widens else params)
         state = shard_like_params(inner, params)
         if step is not None:
             counted = optax.tree.get_all_with_path(inner, "count")
@@ -181,14 +183,14 @@ class Call:
     ) -> tuple[optax.Updates, optax.OptState]:
         step: Any = None
         inner: Any = state
-        use = lambda pair: pair.update(wide(updates), inner, wide(params), **extra)
+        use = lambda pair: pair.update(widen(updates), inner, widen(params), **extra)
         with self._door(use, params):
             if self.scheduled:
                 if not isinstance(state, SteppedState | ScheduledState):
                     raise wrong_state("the state of an optimizer with a schedule", state)
                 step, inner = state
-            inner_params = wide(params) if self.widens else params
-            new, new_inner = self.pair(step).update(wide(updates), inner, inner_params, **extra)
+            inner_params = widen(params) if self.widens else params
+            new, new_inner = self.pair(step).update(widen(updates), inner, inner_params, **extra)
         new = narrow(new, updates, params)
         if not self.spec.own and same_structure(new_inner, inner):
             new_inner = like(new_inner, inner)

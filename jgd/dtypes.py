@@ -1,6 +1,6 @@
 """Dtypes at the door of an optimizer: it computes in float32 at least, and returns narrow updates.
 
-wide({"w": bfloat16})                    # {"w": float32}
+widen({"w": bfloat16})                   # {"w": float32}
 narrow(updates, gradients, params)       # in the wider precision of gradients and parameters
 """
 
@@ -13,32 +13,32 @@ import numpy as np
 
 from jgd.trees import TreeError, is_none, path_name
 
-__all__ = ["has_16_bits", "narrow", "same_structure", "wide"]
+__all__ = ["has_16_bits", "narrow", "same_structure", "widen"]
 
 
 _WIDE = frozenset(map(jnp.dtype, ("float32", "float64", "complex64", "complex128")))
 
 
-def wide(tree: Any) -> Any:
+def widen(tree: Any) -> Any:
     """Return a tree with its 16-bit and integer leaves as float32."""
     try:
-        return jax.tree.map(_wide_leaf, tree)
+        return jax.tree.map(_widen_leaf, tree)
     except TypeError:
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             try:
-                _wide_leaf(leaf)
+                _widen_leaf(leaf)
             except TypeError:
                 kind = type(leaf).__name__ if not hasattr(leaf, "dtype") else leaf.dtype
                 raise TreeError(f"expected an array at {path_name(path)}, got {kind}") from None
         raise
 
 
-def _wide_leaf(leaf: Any) -> Any:
+def _widen_leaf(leaf: Any) -> Any:
     if isinstance(leaf, jax.Array) and leaf.dtype in _WIDE:
         return leaf
     if isinstance(leaf, jax.ShapeDtypeStruct):  # `init` needs only shapes
-        wide = leaf.dtype if leaf.dtype in _WIDE else jnp.zeros([], float).dtype
-        return jax.ShapeDtypeStruct(leaf.shape, wide, sharding=leaf.sharding)
+        dtype = leaf.dtype if leaf.dtype in _WIDE else jnp.zeros([], float).dtype
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
     dtype = jnp.result_type(leaf)
     if dtype == jax.dtypes.float0:  # the gradient of an integer
         return jnp.zeros(np.shape(leaf), float)

@@ -1,8 +1,8 @@
 """Groups of parameters: optimizers by path, learning rates by path, learning rates by width.
 
 A pattern is a glob over the path of a parameter, whose keys are joined by slashes: "*/bias" matches
-every bias, also at the top level, "embed/*" all parameters below embed, "layers/0/*" those of the
-first layer. The `value` at the end of a path of flax nnx is ignored.
+every bias, also at the top level, "embed/*" all parameters below embed, "layers/0/*" all
+parameters of the first layer. The `value` that ends each path of flax nnx is ignored.
 """
 
 import fnmatch
@@ -68,7 +68,7 @@ def param_groups(default: GradientTransformation, groups: Links) -> GradientTran
     Args:
       default: the optimizer of parameters that no pattern matches.
       groups: pattern -> optimizer of the parameters whose path matches. The first pattern that
-        matches counts. `set_to_zero()` freezes a group without any memory for it.
+        matches counts. `set_to_zero()` freezes a group and keeps no state for it.
 
     State: `optax.PartitionState`, with the state of each group under its pattern.
     Raises: ValueError in `init` and `update` for a pattern that matches no parameter.
@@ -87,9 +87,9 @@ def scale_by_path(factors: Mapping[str, Any]) -> GradientTransformation:
     Args:
       factors: pattern -> number or schedule.
 
-    State: `optax.PartitionState` without memories.
+    State: `optax.PartitionState` without accumulators.
     Raises: ValueError in `init` and `update` for a pattern that matches no parameter.
-    Differs from: `param_groups`; this is its short form for learning rates.
+    Differs from: `param_groups`, which takes an optimizer, not a factor, for each pattern.
     """
     if not isinstance(factors, Mapping):
         raise TypeError(
@@ -117,7 +117,7 @@ def scale_by_width(
     State: `EmptyState`.
     Raises: ValueError in `update` for a parameter that `base` lacks, or has with another rank.
     Differs from: `scale_by_path`, whose factors you choose. The other half of muP is the
-      initialisation: variance 1 / fan_in, and 1 / fan_in^2 (or zeros) for the last layer.
+      initialization: variance 1 / fan_in, and 1 / fan_in^2 (or zeros) for the last layer.
     Source: Yang et al. 2022, tables 3 and 8, arXiv:2203.03466.
     """
     names, _ = paths(base)

@@ -35,7 +35,7 @@ class Optimizer(nnx.Optimizer[Any]):
     Args:
       model: a module of flax.
       tx: an optimizer of jgd with floats or arrays as numbers, a setting that contains one, or the
-        best of a sweep. The state of the optimizer is initialized.
+        best of a sweep, whose optimizer state is not used: each state is initialized.
       wrt: filter for the trained Variables, as in flax.
       options: other arguments of `flax.nnx.Optimizer`.
 

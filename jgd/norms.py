@@ -39,7 +39,7 @@ def _by_params(f: Any) -> GradientTransformation:
 
 @as_pytree
 def centralize(*, output_axis: Structure = 0) -> GradientTransformation:
-    """u = g - mean(g) over all axes but one, where there are two or more: gradient centralisation.
+    """u = g - mean(g) over all axes but one, where there are two or more: gradient centralization.
 
     Args:
       output_axis: the axis over the outputs of a layer: 0 (default, the layout of optax and
@@ -49,13 +49,13 @@ def centralize(*, output_axis: Structure = 0) -> GradientTransformation:
     Source: Yong et al. 2020, equation 1, arXiv:2004.01461.
     """
 
-    def centred(g: Any) -> Any:
+    def centered(g: Any) -> Any:
         if not -g.ndim <= output_axis < g.ndim:
             raise TreeError(f"output_axis must be in [{-g.ndim}, {g.ndim - 1}], got {output_axis}")
         axes = tuple(axis for axis in range(g.ndim) if axis != output_axis % g.ndim)
         return g - g.mean(axes, keepdims=True)
 
-    return pointwise(lambda g: centred(g) if g.ndim > 1 else g)
+    return pointwise(lambda g: centered(g) if g.ndim > 1 else g)
 
 
 @as_pytree

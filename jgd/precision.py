@@ -23,9 +23,9 @@ from optax import GradientTransformation
 
 from jgd.arguments import Key, Period, Positive
 from jgd.arithmetic import increment
-from jgd.dtypes import has_16_bits, wide
+from jgd.dtypes import has_16_bits, widen
 from jgd.pytree import as_pytree
-from jgd.trees import aligned, check_state, leafwise, misfit, only, with_params
+from jgd.trees import aligned, check_state, find_state, leafwise, shape_error, with_params
 
 __all__ = [
     "compensated",
@@ -64,12 +64,12 @@ def _(dtype: Any, primals: Any, tangents: Any) -> tuple[Any, Any]:
 
 
 def _pairs(f: Callable[..., tuple[Any, Any]], updates: Any, *trees: Any) -> tuple[Any, Any]:
-    """Return the trees of first and second results of `f(u, *others)`, as `leafwise` for one."""
+    """Map `f(u, *others) -> (x, y)` over the leaves, and return the trees of x and of y."""
     leaves, structure, columns = aligned(updates, *trees)
     pairs: list[tuple[Any, Any]] = []
     for index, (u, *others) in enumerate(zip(leaves, *columns, strict=True)):
         if any(jnp.shape(x) != jnp.shape(u) for x in others if u is not None and x is not None):
-            raise misfit(updates, index, others)
+            raise shape_error(updates, index, others)
         pairs.append(f(u, *others))
     return structure.unflatten([x for x, _ in pairs]), structure.unflatten([y for _, y in pairs])
 
@@ -92,7 +92,7 @@ def compensated(inner: GradientTransformation) -> GradientTransformation:
       inner: the optimizer. It receives the parameters in float32.
 
     State: `CompensatedState(lost, inner)`, one 16-bit tree more than `inner`. Parameters that do
-      not have 16 bits need no memory and receive the updates of `inner`.
+      not have 16 bits need no accumulator and receive the updates of `inner`.
     Raises: ValueError in `update` if no parameters are given.
     Differs from: `master_weights`, whose float32 copy takes twice as much memory and is more exact.
     Source: Kahan 1965, doi:10.1145/363707.363723; Zamirai et al. 2020, section 4.2,
@@ -133,7 +133,7 @@ class MasterWeightsState(NamedTuple):
 def master_weights(inner: GradientTransformation) -> GradientTransformation:
     """Master weights: trains a float32 copy of the parameters and rounds it to the parameters.
 
-        m <- m + inner(g)            u = m, rounded to 16 bits, - p
+        m <- m + inner(g)            u = (m rounded to 16 bits) - p
 
     Where a parameter does not equal its rounded copy, for example after `lookahead` or after
     loading a checkpoint, the copy is reset to the parameter. This also happens with 16-bit
@@ -143,9 +143,9 @@ def master_weights(inner: GradientTransformation) -> GradientTransformation:
       inner: the optimizer. It receives the copy as its parameters.
 
     State: `MasterWeightsState(master, inner)`, one float32 tree more than `inner`. Parameters that
-      do not have 16 bits need no memory and receive the updates of `inner`.
+      do not have 16 bits need no accumulator and receive the updates of `inner`.
     Raises: ValueError in `update` if no parameters are given.
-    Differs from: `compensated`, whose memory has 16 bits.
+    Differs from: `compensated`, whose accumulator has 16 bits.
     Source: Micikevicius et al. 2018, section 3.1, arXiv:1710.03740.
     """
     tx = optax.with_extra_args_support(inner)
@@ -164,8 +164,8 @@ def master_weights(inner: GradientTransformation) -> GradientTransformation:
         return _rounded(master, None, jnp.result_type(p)) - p, master
 
     def init(params: Any) -> Any:
-        inner_state = tx.init(wide(params))
-        master = jax.tree.map(lambda p: wide(p) if has_16_bits(p) else None, params)
+        inner_state = tx.init(widen(params))
+        master = jax.tree.map(lambda p: widen(p) if has_16_bits(p) else None, params)
         return MasterWeightsState(master, inner_state)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
@@ -189,7 +189,7 @@ class StochasticRoundingState(NamedTuple):
 def stochastic_rounding(inner: GradientTransformation, key: Key) -> GradientTransformation:
     """Stochastic rounding: rounds p + inner(g) up or down at random, with the right mean.
 
-        u = r - p            r: the neighbour below or above y = p + inner(g),
+        u = r - p            r: the 16-bit number below or above y = p + inner(g),
                              above with probability (y - below) / (above - below)
 
     Args:
@@ -260,7 +260,7 @@ def loss_scaled(
 ) -> GradientTransformation:
     """Loss scaling: divides gradients by the scale of the loss, which adapts to their range.
 
-        g finite:  u = inner(g / scale); scale <- 2 scale after `period` in a row
+        g finite:  u = inner(g / scale); scale <- 2 scale after `period` finite g in a row
         else:      u = 0, inner does not see g, scale <- scale / 2
 
     Multiply the loss by the scale before you take its gradient:
@@ -311,7 +311,7 @@ def loss_scale(state: Any) -> Any:
 
     Raises: ValueError if the state contains none, or several.
     """
-    return only("loss_scale", state, LossScaleState).scale
+    return find_state("loss_scale", state, LossScaleState).scale
 
 
 @as_pytree

@@ -38,7 +38,7 @@ from jgd.arguments import (
     exact_scalar,
     scalar,
 )
-from jgd.calls import NEEDS_A_VALUE, NO_BODY, Spec, extended, name_structure, plainly, running
+from jgd.calls import NEEDS_A_VALUE, NO_BODY, Spec, extended, factory_body, name_structure, running
 from jgd.door import Call, ScheduledState, SteppedState
 from jgd.exporting import register_factory, register_value
 from jgd.nodes import brief, show, unwrap
@@ -163,7 +163,7 @@ class Schedule(_Value):
         spec, args = self._call.spec, self._call.args
         try:
             with np.errstate(all="ignore"):
-                with plainly(spec.own):
+                with factory_body(spec.own):
                     schedule = spec.body(args, Resolver(concrete_scalar if spec.own else scalar))
                 value = schedule(step)
             # given NumPy scalars, a user's function inside may return NumPy's float64
@@ -361,7 +361,7 @@ def _class_of(spec: Spec, args: tuple[Any, ...]) -> type[Any]:
     first = lambda x: jnp.ravel(x)[0] if isinstance(x, np.ndarray | jax.Array) else x
     number = lambda label, x: scalar(label, first(x))
     try:
-        with plainly(own=False):
+        with factory_body(own=False):
             result = spec.body(args, Resolver(number, step=jnp.zeros([], jnp.int32)))
     except NEEDS_A_VALUE as error:
         name_structure(error, spec, args, lambda result: result)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-__all__ = ["as_float", "as_vector", "ramp", "safe_power", "safe_ratio", "whole_ratio"]
+__all__ = ["as_float", "as_vector", "floor_ratio", "ramp", "safe_power", "safe_ratio"]
 
 
 def as_float(step: Any) -> jax.Array:
@@ -27,7 +27,7 @@ def ramp(step: Any, begin: Any, length: Any) -> Any:
     return jnp.clip(safe_ratio(as_float(step) - begin, length), 0, 1)
 
 
-def whole_ratio(x: Any, length: Any) -> Any:
+def floor_ratio(x: Any, length: Any) -> Any:
     """Return floor(x / length), exact at multiples even if XLA multiplies by 1 / length."""
     quotient = jnp.floor(safe_ratio(x, length))
     rest = x - quotient * length

@@ -1,10 +1,10 @@
-"""Regularisation as pure functions: penalties, dropout and batch norm, with numbers that sweep.
+"""Regularization as pure functions: penalties, dropout and batch norm.
 
 A penalty is a term of the loss or, with the same effect, a link of the optimizer:
 
     params = {"kernel": jnp.array([[3.0, -4.0]]), "bias": jnp.array([5.0])}
     l2(params, 0.01, only="*/kernel")                       # 0.25 = 0.01 (9 + 16)
-    chain(add_l2(0.01, only="*/kernel"), adam(1e-3))        # adds the gradient of that, 2 0.01 p
+    chain(add_l2(0.01, only="*/kernel"), adam(1e-3))        # adds the gradient, 0.02 p
 
 Strengths, rates and momenta may be traced, so that a setting can contain them and a sweep can vary
 them:
@@ -85,7 +85,7 @@ def _choice(function: str, name: str, value: Any, choices: tuple[Any, ...]) -> N
         raise ValueError(f"{function}: {name} must be one of {choices}, got {value!r}")
 
 
-def _wide(x: Any) -> jax.Array:
+def _widen(x: Any) -> jax.Array:
     """Return x in at least float32, for sums over an array."""
     return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
 
@@ -109,7 +109,7 @@ def _chosen(function: str, params: Any, only: Pattern) -> list[jax.Array]:
         raise TreeError(error.detail, function) from None
     leaves = jax.tree.leaves(params, is_leaf=lambda x: x is None)
     chosen = map(any, zip(*matches, strict=True))
-    return [_wide(x) for x, yes in zip(leaves, chosen, strict=True) if yes and x is not None]
+    return [_widen(x) for x, yes in zip(leaves, chosen, strict=True) if yes and x is not None]
 
 
 def _total(strength: jax.Array, terms: Sequence[jax.Array]) -> jax.Array:
@@ -277,7 +277,7 @@ def add_orthogonal(
 def dropout(key: jax.Array, x: Any, rate: Any, *, training: bool) -> jax.Array:
     """Set each entry to 0 with probability rate, and to x / (1 - rate) otherwise.
 
-    The expected value is x. In inference, return x. A rate of 0 gives x exactly, 1 gives zeros.
+    The expected value is x. Without `training`, return x. A rate of 0 gives x exactly.
 
     Args:
       key: random key of the mask. For one key, a higher rate drops the same entries and more.
@@ -289,12 +289,12 @@ def dropout(key: jax.Array, x: Any, rate: Any, *, training: bool) -> jax.Array:
     Returns: an array like x; integers become floats.
     Raises: ValueError for a concrete rate outside [0, 1].
     Differs from: `flax.linen.Dropout`, whose rate cannot be traced.
-    Source: Srivastava et al. 2014, JMLR 15, inverted, as in Keras and PyTorch.
+    Source: Srivastava et al. 2014, JMLR 15; inverted dropout, as in Keras and PyTorch.
     """
     rate = _number("dropout", "rate", rate, Fraction)
     _choice("dropout", "training", training, (True, False))
     x = jnp.asarray(x)
-    wide = _wide(x)
+    wide = _widen(x)
     dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else wide.dtype
     if not training:
         return x.astype(dtype)
@@ -332,7 +332,7 @@ def batch_norm(
     center: bool = True,
     scale: bool = True,
 ) -> BatchNorm:
-    """Batch normalisation: gives each channel mean 0 and variance 1 over the batch.
+    """Batch normalization: gives each channel mean 0 and variance 1 over the batch.
 
         y = gamma (x - m) / sqrt(v + eps) + beta
 
@@ -384,7 +384,7 @@ def batch_norm(
 
     def init(x: Any) -> tuple[dict[str, jax.Array], BatchNormState]:
         channels, _ = split(getattr(x, "shape", x))
-        dtype = _wide(jnp.zeros([], getattr(x, "dtype", float))).dtype
+        dtype = _widen(jnp.zeros([], getattr(x, "dtype", float))).dtype
         params = {name: start(channels, dtype) for name, start in starts.items()}
         mean, variance = jnp.zeros(channels, dtype), jnp.ones(channels, dtype)
         return params, BatchNormState(mean, variance, jnp.zeros([], jnp.int32))
@@ -418,14 +418,14 @@ def batch_norm(
                 f" channels of x, got params {shapes} and a state of shape {state.mean.shape}"
             )
         expand = lambda statistic: jnp.expand_dims(statistic, others)
-        wide = _wide(x)
+        wide = _widen(x)
         mean = wide.mean(others) if training else state.mean
-        centred = wide - expand(mean)
+        centered = wide - expand(mean)
         if training:  # subtract the mean again: a large mean has a rounding error
-            error = centred.mean(others)
-            mean, centred = mean + error, centred - expand(error)
-        variance = abs_square(centred).mean(others) if training else state.variance
-        y = centred * expand(quotient(jnp.ones_like(variance), safe_sqrt(variance + eps)))
+            error = centered.mean(others)
+            mean, centered = mean + error, centered - expand(error)
+        variance = abs_square(centered).mean(others) if training else state.variance
+        y = centered * expand(quotient(jnp.ones_like(variance), safe_sqrt(variance + eps)))
         if scale:
             y = y * expand(params["scale"])
         if center:

@@ -1,9 +1,9 @@
 """`per_leaf`: a formula on one array, lifted over the tree.
 
 If a paper's formula uses a variable twice, or depends on the parameters, it is written as a
-function of one gradient and its memories instead of a composition. Examples are Lion, which reads
-its average with one decay and writes it with another, and Rprop, whose step sizes follow the signs
-of the gradient.
+function of one gradient and its accumulators instead of a composition. Examples are Lion, which
+reads its average with one decay and writes it with another, and Rprop, whose step sizes follow the
+signs of the gradient.
 """
 
 import functools
@@ -16,16 +16,16 @@ import jax.numpy as jnp
 from optax import GradientTransformation
 
 from jgd.arithmetic import increment
-from jgd.combinators import Plain, Slot, Slots, remembering
+from jgd.combinators import Plain, Slot, Slots, with_accumulators
 from jgd.pytree import as_pytree
 from jgd.transforms import count_slot
-from jgd.trees import TreeError, aligned, leafwise, misfit, with_params
+from jgd.trees import TreeError, aligned, leafwise, shape_error, with_params
 
 __all__ = ["difference", "per_leaf"]
 
 
 def per_leaf(rule: Callable[..., Any], record: type, **start: Callable[[Any], Any]) -> Plain:
-    """Lift `rule`, a function of one gradient and its memories, over the tree.
+    """Lift `rule`, a function of one gradient and its accumulators, over the tree.
 
         def rule(g, mu):
             return jnp.sign(b1 * mu + (1 - b1) * g), b2 * mu + (1 - b2) * g
@@ -34,26 +34,26 @@ def per_leaf(rule: Callable[..., Any], record: type, **start: Callable[[Any], An
 
     Args:
       rule: a function whose parameters are, by name: `g`, the gradient; `p`, the parameter; `t`,
-        the number of this step as a float, from 1; any field of `record`, the memory of that name.
-        It returns the update, and the new memories in the order of `record`.
-      record: the named tuple of the state. A field `count` counts the steps. Each other field is a
-        memory: a tree with one array, or a small tree of arrays, for each parameter.
-      start: for each memory, a function from the parameter to its initial value; zeros like the
-        parameter by default.
+        the number of this step as a float, from 1; any field of `record`, the accumulator of that
+        name. It returns the update, and the new accumulators in the order of `record`.
+      record: the named tuple of the state. A field `count` counts the steps. Each other field is an
+        accumulator: a tree with one array, or a small tree of arrays, for each parameter.
+      start: for each accumulator, a function from the parameter to its initial value; by default
+        zeros like the parameter.
 
     Differs from: the basic transformations, which compose; a rule is for formulas that do not.
     """
     fields: tuple[str, ...] = getattr(record, "_fields")  # noqa: B009
-    memories = [field for field in fields if field != "count"]
+    accumulators = [field for field in fields if field != "count"]
     parameters = _parameters_of(rule)
     slots = [
-        Slot(m, functools.partial(jax.tree.map, start.get(m, jnp.zeros_like))) for m in memories
+        Slot(m, functools.partial(jax.tree.map, start.get(m, jnp.zeros_like))) for m in accumulators
     ]
     if "count" in fields:
         slots.append(Slot("count", lambda _: jnp.zeros([], jnp.int32)))
 
     def step(updates: Any, slots: Slots, params: Any) -> Any:
-        trees = {m: slots.old[m] for m in memories}
+        trees = {m: slots.old[m] for m in accumulators}
         if "p" in parameters:
             trees["p"] = with_params(params)
         count: Any = slots.step("count", increment) if "count" in fields else None
@@ -62,22 +62,22 @@ def per_leaf(rule: Callable[..., Any], record: type, **start: Callable[[Any], An
         rows: list[tuple[Any, ...]] = []
         for index, (g, *others) in enumerate(zip(leaves, *columns, strict=True)):
             if g is None:
-                rows.append((None, *others[: len(memories)]))
+                rows.append((None, *others[: len(accumulators)]))
                 continue
             given = {"g": g, "t": t}
             for name, value in zip(trees, others, strict=True):
                 given[name] = _checked(value, start.get(name), g)
                 if given[name] is None:
-                    raise misfit(updates, index, value)
+                    raise shape_error(updates, index, value)
             rows.append(rule(**{name: given[name] for name in parameters}))
         new_updates, *new = (
-            structure.unflatten([row[i] for row in rows]) for i in range(1 + len(memories))
+            structure.unflatten([row[i] for row in rows]) for i in range(1 + len(accumulators))
         )
-        for name, tree in zip(memories, new, strict=True):
+        for name, tree in zip(accumulators, new, strict=True):
             slots.new[name] = tree
         return new_updates
 
-    return remembering([step], slots, record, dict(zip(fields, fields, strict=True)))
+    return with_accumulators([step], slots, record, dict(zip(fields, fields, strict=True)))
 
 
 @functools.cache
@@ -91,7 +91,7 @@ def _parameters_of(rule: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def _checked(value: Any, start: Callable[[Any], Any] | None, g: Any) -> Any:
-    """Return the memory of one leaf, or None if its shapes are not the shapes of its start."""
+    """Return the accumulator of one leaf, or None if its shapes are not the shapes of its start."""
     if start is None:
         return value if getattr(value, "shape", None) == g.shape else None
     expected = jax.eval_shape(start, g)
@@ -123,7 +123,7 @@ def difference(*, name: str = "last") -> GradientTransformation:
     """u = g - the gradient of the step before, and 0 at the first step.
 
     Args:
-      name: the name of the memory, for `named`.
+      name: the name of the accumulator, for `named`.
 
     State: `DifferenceState(count, last)`, one tree like the parameters.
     Source: Xie et al. 2022, algorithm 1 (Adan), arXiv:2208.06677.
@@ -136,4 +136,4 @@ def difference(*, name: str = "last") -> GradientTransformation:
 
     zeros = Slot(name, functools.partial(jax.tree.map, jnp.zeros_like))
     fields = {"count": "count", "last": name}
-    return remembering([step], [count_slot(), zeros], DifferenceState, fields)
+    return with_accumulators([step], [count_slot(), zeros], DifferenceState, fields)

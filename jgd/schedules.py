@@ -29,7 +29,7 @@ from jgd.arguments import (
 )
 from jgd.arithmetic import formula
 from jgd.pytree import as_pytree
-from jgd.ramps import as_float, as_vector, ramp, safe_power, safe_ratio, whole_ratio
+from jgd.ramps import as_float, as_vector, floor_ratio, ramp, safe_power, safe_ratio
 
 __all__ = [
     "constant_schedule",
@@ -121,7 +121,10 @@ def _polynomial(init: Any, end: Any, power: Any, length: Any, begin: Any, step: 
 def linear_schedule(
     init_value: Number, end_value: Number, transition_steps: Number, transition_begin: Number = 0
 ) -> Schedule:
-    """Linear ramp from init_value to end_value: `polynomial_schedule` with power 1."""
+    """Linear ramp from init_value to end_value: `polynomial_schedule` with power 1.
+
+    Args: as in `polynomial_schedule`.
+    """
     return polynomial_schedule(init_value, end_value, 1.0, transition_steps, transition_begin)
 
 
@@ -150,7 +153,7 @@ def exponential_decay(
 
     def value(step: Any) -> Any:
         passed = jnp.maximum(as_float(step) - jnp.maximum(transition_begin, 0), 0)
-        floor = whole_ratio if staircase else safe_ratio
+        floor = floor_ratio if staircase else safe_ratio
         decays = decay_rate > 0
         rate = jnp.where(decays, decay_rate, 1)
         decayed = init_value * rate ** jnp.where(
@@ -182,7 +185,7 @@ def inverse_time_decay(
       decay_rate: at least 0; 0 is constant.
       staircase: True floors step / transition_steps; at a multiple the new value applies.
     """
-    floor = whole_ratio if staircase else safe_ratio
+    floor = floor_ratio if staircase else safe_ratio
     return lambda step: init_value / (1 + decay_rate * floor(as_float(step), transition_steps))
 
 
@@ -190,12 +193,13 @@ def inverse_time_decay(
 def inverse_sqrt_decay(peak_value: Number, warmup_steps: NonNegative = 1.0) -> Schedule:
     """peak_value min((step + 1) / w, sqrt(w / (step + 1))), for w = max(warmup_steps, 1).
 
-    The schedule of the Transformer: a linear ramp to `peak_value` at step w - 1, then a decay as
-    1 / sqrt(step + 1).
+    This is the schedule of the Transformer: a linear ramp to `peak_value` at step w - 1, then a
+    decay as 1 / sqrt(step + 1).
 
     Args:
       peak_value: the highest value.
-      warmup_steps: at least 0; up to 1, there is no warmup and step 0 has `peak_value`.
+      warmup_steps: at least 0; 1 by default. Up to 1, there is no warmup, and the value at step 0
+        is `peak_value`.
 
     Source: Vaswani et al. 2017, equation 3, with the peak d_model^-0.5 warmup_steps^-0.5.
     """
@@ -336,8 +340,9 @@ def linear_onecycle_schedule(
     Args:
       transition_steps: length of the cycle, above 0.
       peak_value: the highest value.
-      pct_start, pct_final: fractions of `transition_steps`, in rising order.
-      div_factor, final_div_factor: above 0.
+      pct_start, pct_final: fractions of `transition_steps`, in rising order; 0.3 and 0.85 by
+        default.
+      div_factor, final_div_factor: above 0; 25 and 1e4 by default.
 
     Source: Smith & Topin 2017, arXiv:1708.07120.
     """
@@ -404,7 +409,12 @@ def join_schedules(schedules: Numbers, boundaries: Boundaries) -> Schedule:
 def warmup_constant_schedule(
     init_value: Number, peak_value: Number, warmup_steps: Number
 ) -> Schedule:
-    """Linear ramp from init_value to peak_value at step warmup_steps, then constant."""
+    """Linear ramp from init_value to peak_value at step warmup_steps, then constant.
+
+    Args:
+      init_value, peak_value: any numbers.
+      warmup_steps: length of the ramp; if 0 or less, the value is always `init_value`, as in optax.
+    """
     return linear_schedule(init_value, peak_value, warmup_steps)
 
 
@@ -422,9 +432,9 @@ def warmup_cosine_decay_schedule(
     The value is `peak_value` at step `warmup_steps` and `end_value` from `decay_steps` on.
 
     Args:
-      init_value, peak_value, end_value: any numbers.
-      warmup_steps: at least 0.
-      decay_steps: total length, including the warmup (Keras excludes the warmup).
+      init_value, peak_value, end_value: any numbers; end_value is 0 by default.
+      warmup_steps: length of the ramp, at least 0.
+      decay_steps: total length, above 0, including the warmup (Keras excludes the warmup).
       exponent: exponent of the cosine, at least 0; 1 by default.
 
     Source: Loshchilov & Hutter 2017, arXiv:1608.03983.
@@ -471,6 +481,10 @@ def warmup_stable_decay_schedule(
 
     The value is `peak_value` from step `warmup_steps` to `warmup_steps + stable_steps`, and
     `end_value` from `warmup_steps + stable_steps + decay_steps` on.
+
+    Args:
+      init_value, peak_value, end_value: any numbers; end_value is 0 by default.
+      warmup_steps, stable_steps, decay_steps: lengths of the three parts, at least 0.
 
     Source: Hu et al. 2024 (WSD), arXiv:2404.06395.
     """

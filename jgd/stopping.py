@@ -1,14 +1,15 @@
-"""Callbacks that read a metric: early stopping, the best parameters, steps reduced on a plateau.
+"""Functions that follow a metric: early stopping, the best parameters, reduction on a plateau.
 
     init, update = early_stopping(patience=3)
     state = init()
     should_stop, state = update(val_loss, state)        # once per report, inside jit, per lane
     best = keep_best(state, params, best)               # the parameters of the best report so far
 
-A callback is a pure pair of functions and a pytree of its numbers, so that patience, min_delta or
-cooldown can be swept under `jax.vmap` and changed without a new trace. An epoch is one call of
-`update`: if you call it every n steps (n = examples // batch_size, or a sweep's `report_every`),
-then an epoch has n steps, and patience counts these epochs.
+`early_stopping` and `reduce_on_plateau` return pairs of pure functions that are pytrees of their
+numbers, so that patience, min_delta or cooldown can be swept under `jax.vmap` and changed without a
+new trace. An epoch is one call of `update`: if you call it every n steps (n = examples //
+batch_size, or a sweep's `report_every`), then an epoch has n steps, and patience counts these
+epochs.
 """
 
 from typing import Any, Literal, NamedTuple

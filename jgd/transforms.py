@@ -1,8 +1,7 @@
-"""The basic transformations: pointwise functions, memories, bias correction, weight decay.
+"""The basic transformations: pointwise functions, accumulators, bias correction, weight decay.
 
-Each is a formula on one array, mapped over the leaves of a tree. Transformations with memory have
-nouns as names (`moving_average`, `running_max`), those without memory have verbs (`scale`,
-`square`). An adaptive optimizer is a direction divided by a magnitude, written like its formula:
+Each is a formula on one array, mapped over the leaves of a tree. An adaptive optimizer is a
+direction divided by a magnitude, written like its formula:
 
     Nesterov   chain(with_nesterov(scale_by_momentum(b)), scale_by_learning_rate(lr))
     AdaGrad    divide(identity(), chain(square(), running_sum(start), root(eps_root=eps)))
@@ -33,17 +32,17 @@ from jgd.arithmetic import (
     one_minus_power,
     root_of,
 )
-from jgd.calls import decays_move
+from jgd.calls import has_scheduled_decay
 from jgd.combinators import (
     Plain,
     Slot,
     Slots,
     add,
     chain,
+    masked_like,
     named,
-    present,
-    remembering,
     stateless,
+    with_accumulators,
     with_nesterov,
 )
 from jgd.pytree import as_pytree
@@ -205,7 +204,7 @@ def add_decayed_weights(
 ) -> GradientTransformation:
     """u = g + weight_decay p, for parameters p.
 
-    Before the adaptive part of a chain this is L2 regularisation; after it, decoupled weight decay.
+    Before the adaptive part of a chain this is L2 regularization; after it, decoupled weight decay.
 
     Args:
       weight_decay: any number, or a schedule; 0 by default.
@@ -238,7 +237,7 @@ def add_noise(
     return optax.add_noise(eta, gamma, next((k for k in (key, seed) if k is not None), 0))
 
 
-# --- memories --------------------------------------------------------------------------------
+# --- accumulators ----------------------------------------------------------------------------
 
 
 class MovingAverageState(NamedTuple):
@@ -259,7 +258,7 @@ class RunningMaxState(NamedTuple):
     maximum: optax.Updates  # the maximum x; like the parameters, at least float32
 
 
-def memory(
+def accumulator(
     record: type,
     f: Callable[..., Any],
     *numbers: Any,
@@ -275,11 +274,11 @@ def memory(
         return jax.tree.map(lambda p: jnp.full_like(p, start, dtype=stored), params)
 
     def step(updates: Any, slots: Slots, _: Any) -> Any:
-        if name not in slots.new:  # a shared memory is stepped once per update
+        if name not in slots.new:  # a shared accumulator is stepped once per update
             slots.new[name] = leafwise(f, updates, slots.old[name], numbers=numbers, keep=True)
-        return present(updates, slots.new[name])
+        return masked_like(slots.new[name], updates)
 
-    return remembering([step], [Slot(name, initial)], record, {record._fields[0]: name})
+    return with_accumulators([step], [Slot(name, initial)], record, {record._fields[0]: name})
 
 
 @formula
@@ -310,15 +309,16 @@ def scale_by_momentum(
 
     Args:
       decay: the momentum, in [0, 1], usually 0.9. May be a schedule.
-      accumulator_dtype: dtype of v. None: float32 for 16-bit parameters, otherwise their dtype.
-      name: name of the memory, for `named`.
+      accumulator_dtype: dtype of v. None (default): float32 for 16-bit parameters, otherwise
+        their dtype.
+      name: name of the accumulator, for `named`.
 
     State: `optax.TraceState(trace)`, one tree like the parameters; v starts at 0.
     Differs from: `moving_average`, where gradients enter with weight 1 - decay, so that its steps
       are 1 - decay times as long.
     Source: Polyak 1964.
     """
-    return memory(optax.TraceState, _accumulate, decay, name=name, dtype=accumulator_dtype)
+    return accumulator(optax.TraceState, _accumulate, decay, name=name, dtype=accumulator_dtype)
 
 
 @as_pytree
@@ -327,7 +327,7 @@ def trace(
 ) -> GradientTransformation:
     """v <- decay v + g, and u = v, or u = g + decay v with `nesterov`.
 
-    Optax's name for `scale_by_momentum`, with its arguments.
+    This is optax's name for `scale_by_momentum`, with optax's arguments.
 
     Args, State: as in `scale_by_momentum`.
     """
@@ -348,15 +348,16 @@ def moving_average(
     Args:
       decay: in [0, 1]. May be a schedule.
       start: initial value of a; 0 by default.
-      accumulator_dtype: dtype of a. None: float32 for 16-bit parameters, otherwise their dtype.
-      name: name of the memory, for `named`.
+      accumulator_dtype: dtype of a. None (default): float32 for 16-bit parameters, otherwise
+        their dtype.
+      name: name of the accumulator, for `named`.
 
     State: `MovingAverageState(average)`, one tree like the parameters.
     Differs from: `ema`, which corrects the bias towards the initial value 0.
     """
     weight = complement(decay)
     record, dtype = MovingAverageState, accumulator_dtype
-    return memory(record, average, weight, name=name, start=start, dtype=dtype)
+    return accumulator(record, average, weight, name=name, start=start, dtype=dtype)
 
 
 @as_pytree
@@ -365,17 +366,17 @@ def running_sum(start: NonNegative = 0.0, *, name: str = "total") -> GradientTra
 
     Args:
       start: initial value of s, at least 0; 0 by default.
-      name: name of the memory, for `named`.
+      name: name of the accumulator, for `named`.
 
     State: `RunningSumState(total)`, one tree like the parameters.
     """
-    return memory(RunningSumState, _sum, name=name, start=start)
+    return accumulator(RunningSumState, _sum, name=name, start=start)
 
 
 @as_pytree
 def running_max(*, name: str = "maximum") -> GradientTransformation:
     """x <- max(x, g), and u = x; x starts at 0. State: `RunningMaxState(maximum)`, one tree."""
-    return memory(RunningMaxState, _larger, name=name)
+    return accumulator(RunningMaxState, _larger, name=name)
 
 
 @as_pytree
@@ -387,11 +388,11 @@ def decayed_max(
     Args:
       decay: in [0, 1]. May be a schedule.
       eps: at least 0; keeps x away from 0.
-      name: name of the memory, for `named`.
+      name: name of the accumulator, for `named`.
 
     State: `RunningMaxState(maximum)`, one tree like the parameters.
     """
-    return memory(RunningMaxState, _larger_decayed, complement(decay), eps, name=name)
+    return accumulator(RunningMaxState, _larger_decayed, complement(decay), eps, name=name)
 
 
 # --- bias correction -------------------------------------------------------------------------
@@ -404,14 +405,15 @@ class BiasCorrectionState(NamedTuple):
 
 
 def count_slot() -> Slot:
-    """Return the memory `count`, which counts the steps."""
+    """Return the accumulator `count`, which counts the steps."""
     return Slot("count", lambda _: jnp.zeros([], jnp.int32))
 
 
 def decay_slots(*names: str) -> list[Slot]:
-    """Return the memories for the bias correction of these averages: none for constant decays."""
-    start = lambda _: jnp.zeros([], float)
-    return [Slot(f"log_{n}", start, of_schedule=True) for n in names] if decays_move() else []
+    """Return the accumulators of log decays for these averages: none for constant decays."""
+    if not has_scheduled_decay():
+        return []
+    return [Slot(f"log_{n}", lambda _: jnp.zeros([], float), of_schedule=True) for n in names]
 
 
 def bias_weight(
@@ -420,14 +422,14 @@ def bias_weight(
     """Return 1 - decay^t, the factor by which an average that started at 0 is too small.
 
     For a decay that follows a schedule, the product of all decays so far replaces decay^t. The
-    memory holds the mean of their logarithms, which is exact while the decay does not change.
+    accumulator holds the mean of their logarithms, which is exact while the decay does not change.
 
     Args:
-      slots: the memories of this update.
+      slots: the accumulators of this update.
       decay: the decay of this step.
       of: the name of the average.
       ahead: True replaces t by t + 1.
-      count: t. None (default): the memory `count`.
+      count: t. None (default): the accumulator `count`.
     """
     if count is None:
         count = slots.step("count", increment)
@@ -469,7 +471,7 @@ def bias_correction(
         return leafwise(_over, updates, numbers=(weight,))
 
     slots = [count_slot(), *decay_slots(of)]
-    return remembering([step], slots, BiasCorrectionState, {"count": "count"})
+    return with_accumulators([step], slots, BiasCorrectionState, {"count": "count"})
 
 
 def _count_only() -> Plain:
@@ -479,7 +481,7 @@ def _count_only() -> Plain:
         slots.step("count", increment)
         return updates
 
-    return remembering([step], [count_slot()], BiasCorrectionState, {"count": "count"})
+    return with_accumulators([step], [count_slot()], BiasCorrectionState, {"count": "count"})
 
 
 @as_pytree
@@ -494,9 +496,10 @@ def ema(
 
     Args:
       decay: in [0, 1). May be a schedule.
-      debias: False gives u = a.
-      accumulator_dtype: dtype of a. None: float32 for 16-bit parameters, otherwise their dtype.
-      name: name of the memory, for `named`.
+      debias: True by default; False gives u = a.
+      accumulator_dtype: dtype of a. None (default): float32 for 16-bit parameters, otherwise
+        their dtype.
+      name: name of the accumulator, for `named`.
 
     State: `optax.EmaState(count, ema)`, one tree like the parameters and a scalar.
     Differs from: `moving_average`, which has no bias correction and does not count the steps;
@@ -541,7 +544,7 @@ def rms(
     Args:
       decay: in [0, 1). May be a schedule.
       eps, eps_root: at least 0, as in `root`.
-      name: name of the memory, for `named`.
+      name: name of the accumulator, for `named`.
 
     State: the state of `chain(square(), ema(decay), root(eps, eps_root))`.
     """

@@ -43,7 +43,7 @@ def leafwise(
       numbers: further arguments of `f`, so that `f` can be a module-level function that JAX traces
         once for each shape (`jgd.arithmetic.formula`).
       keep: where `updates` is None, return the leaf of the first of `trees` instead, so that a
-        memory survives a step without a gradient.
+        accumulator survives a step without a gradient.
 
     Raises:
       TreeError: if a tree has other leaves than `updates`, or a leaf has another shape.
@@ -56,7 +56,7 @@ def leafwise(
             continue
         for other in others:
             if getattr(other, "shape", None) != g.shape:
-                raise misfit(updates, index, other)
+                raise shape_error(updates, index, other)
         results.append(f(g, *others, *numbers))
     return structure.unflatten(results)
 
@@ -73,7 +73,7 @@ def aligned(updates: optax.Updates, *trees: Any) -> tuple[list[Any], Any, list[l
         raise TreeError(_first_difference(updates, trees)) from None
 
 
-def misfit(updates: optax.Updates, index: int, other: Any) -> TreeError:
+def shape_error(updates: optax.Updates, index: int, other: Any) -> TreeError:
     """Return the error for leaf `index` of `updates` if `other` does not have its shape."""
     path, g = jax.tree_util.tree_leaves_with_path(updates, is_leaf=is_none)[index]
     shape = lambda x: getattr(x, "shape", x)
@@ -98,7 +98,7 @@ def _first_difference(updates: optax.Updates, trees: Iterable[Any]) -> str:
         return [p for p, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_none)]
 
     update_paths = paths(updates)
-    for tree_paths in map(paths, trees):  # a memory may have a tree in place of a leaf
+    for tree_paths in map(paths, trees):  # an accumulator may have a tree in place of a leaf
         for path in update_paths:
             if not any(other[: len(path)] == path for other in tree_paths):
                 return f"state and params must have a leaf at {path_name(path)}, as the updates do"
@@ -125,7 +125,7 @@ def _type_name(kind: type) -> str:
     return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
-def only(function: str, state: optax.OptState, kind: type[State]) -> State:
+def find_state(function: str, state: optax.OptState, kind: type[State]) -> State:
     """Return the one state of type `kind` in a nested state. Raises ValueError for 0 or several."""
     is_kind = lambda node: isinstance(node, kind)
     states = [node for node in jax.tree.leaves(state, is_leaf=is_kind) if is_kind(node)]

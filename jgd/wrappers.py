@@ -18,9 +18,9 @@ from optax import GradientTransformation
 from jgd.arguments import Fraction, Mixing, NonNegative, NumberOrSchedule, Period
 from jgd.arithmetic import complement, increment, log_decay, one_minus_exp, quotient
 from jgd.calls import spec_of
-from jgd.dtypes import wide
+from jgd.dtypes import widen
 from jgd.pytree import as_pytree
-from jgd.trees import TreeError, check_state, leafwise, like, only, with_params
+from jgd.trees import TreeError, check_state, find_state, leafwise, like, with_params
 
 __all__ = [
     "accumulate",
@@ -50,7 +50,7 @@ def _accumulate(inner: GradientTransformation, every: Period) -> GradientTransfo
     tx = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> Any:
-        zeros = jax.tree.map(jnp.zeros_like, wide(params))
+        zeros = jax.tree.map(jnp.zeros_like, widen(params))
         return AccumulateState(jnp.zeros([], jnp.int32), zeros, tx.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
@@ -75,7 +75,7 @@ def _accumulate(inner: GradientTransformation, every: Period) -> GradientTransfo
 
 
 def accumulate(inner: GradientTransformation, every: Any) -> GradientTransformation:
-    """Step `inner` with the mean of `every` gradients; in between, the updates are 0.
+    """Step `inner` with the mean of `every` gradients. In between, the updates are 0.
 
         a <- a + (g - a) / n at gradient n            u = inner(a) at n = every, and n <- 0; else 0
 
@@ -96,7 +96,7 @@ def accumulate(inner: GradientTransformation, every: Any) -> GradientTransformat
 setattr(accumulate, "__jgd_spec__", spec_of(_accumulate))  # noqa: B010 (no such attribute)
 
 
-# --- which way to step -----------------------------------------------------------------------
+# --- masks and layers ------------------------------------------------------------------------
 
 
 @as_pytree
@@ -138,8 +138,8 @@ def per_layer(inner: GradientTransformation) -> GradientTransformation:
       inner: any optimizer. All its parameters must be stacked; select them by `param_groups`:
         `param_groups(adamw(rate), {"layers/*": per_layer(lamb(rate))})`.
 
-    State: that of `inner`, each array with the leading axis. An explicit mesh must not shard this
-      axis, since neither `jax.vmap` nor `jax.lax.scan` maps over a sharded axis.
+    State: that of `inner`, each array with a leading axis over layers. An explicit mesh must not
+      shard this axis, since neither `jax.vmap` nor `jax.lax.scan` maps over a sharded axis.
     Differs from: lanes, which have different numbers; all layers have the same numbers.
     """
     tx = optax.with_extra_args_support(inner)
@@ -151,7 +151,7 @@ def per_layer(inner: GradientTransformation) -> GradientTransformation:
     return optax.GradientTransformationExtraArgs(jax.vmap(tx.init), update)
 
 
-# --- where to be -----------------------------------------------------------------------------
+# --- slow parameters and averages ------------------------------------------------------------
 
 
 class LookaheadState(NamedTuple):
@@ -169,7 +169,7 @@ def lookahead(
     slow_step_size: Fraction,
     reset_state: bool = False,
 ) -> GradientTransformation:
-    """Lookahead: every `sync_period` steps, go back to slow weights that move part of the way.
+    """Lookahead: every `sync_period` steps, resets the parameters to slow ones that follow them.
 
         fast <- fast + u_fast            every sync_period steps:
         slow <- slow + slow_step_size (fast - slow)            fast <- slow
@@ -178,7 +178,7 @@ def lookahead(
       fast_optimizer: the optimizer of the fast parameters.
       sync_period: at least 1, fast steps for each step of the slow parameters; 5 in the paper.
       slow_step_size: in [0, 1], the step size of the slow parameters; 0.5 in the paper.
-      reset_state: True initializes the state of `fast_optimizer` after each synchronisation.
+      reset_state: True initializes the state of `fast_optimizer` after each synchronization.
 
     State: `LookaheadState(fast_state, steps_since_sync, slow)`, one tree and one scalar more. If
       the parameters are `optax.LookaheadParams(fast, slow)`, so are the updates, and `slow` in the
@@ -193,7 +193,7 @@ def lookahead(
     def init(params: Any) -> Any:
         own = not isinstance(params, optax.LookaheadParams)
         fast = params if own else params.fast
-        slow = jax.tree.map(jnp.copy, wide(params)) if own else None
+        slow = jax.tree.map(jnp.copy, widen(params)) if own else None
         return LookaheadState(tx.init(fast), jnp.zeros([], jnp.int32), slow)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
@@ -258,7 +258,7 @@ def average_params(
 
     def init(params: Any) -> Any:
         steps, log = jnp.zeros([], jnp.int32), jnp.zeros([], float)
-        average = jax.tree.map(jnp.copy, wide(params))
+        average = jax.tree.map(jnp.copy, widen(params))
         return AverageParamsState(steps, log, average, tx.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
@@ -281,7 +281,7 @@ def averaged_params(state: Any) -> Any:
 
     Raises: ValueError if the state contains no `AverageParamsState`, or several.
     """
-    return only("averaged_params", state, AverageParamsState).average
+    return find_state("averaged_params", state, AverageParamsState).average
 
 
 @as_pytree
@@ -302,7 +302,8 @@ def schedule_free(
       learning_rate: the learning rate that weights the average. A schedule starts at step 1.
       b1: in (0, 1), the weight of x in the point where gradients are taken; 0.9 by default.
       weight_lr_power: at least 0, the power of the learning rate in the weights; 2 by default.
-      state_dtype: the dtype of z; None: float32 for 16-bit parameters, else their dtype.
+      state_dtype: the dtype of z; None (default): float32 for 16-bit parameters, otherwise their
+        dtype.
 
     State: `optax.contrib.ScheduleFreeState(b1, weight_sum, step_count, max_lr,
       base_optimizer_state, z)`, one tree and four scalars more than the base optimizer. The
@@ -321,7 +322,7 @@ def schedule_free(
             step_count=jnp.ones([], jnp.int32),
             max_lr=jnp.zeros([], float),
             base_optimizer_state=tx.init(params),
-            z=jax.tree.map(lambda p: jnp.array(p, dtype=state_dtype), wide(params)),
+            z=jax.tree.map(lambda p: jnp.array(p, dtype=state_dtype), widen(params)),
         )
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
@@ -354,6 +355,6 @@ def schedule_free_eval_params(state: Any, params: Any) -> Any:
 
     Raises: ValueError if the state contains no `ScheduleFreeState`, or several.
     """
-    free = only("schedule_free_eval_params", state, optax.contrib.ScheduleFreeState)
+    free = find_state("schedule_free_eval_params", state, optax.contrib.ScheduleFreeState)
     x = lambda p, z: (p - (1 - free.b1) * z) / free.b1  # as p = (1 - b1) z + b1 x
     return jax.tree.map(lambda p, z: x(p, z).astype(p.dtype), params, free.z)

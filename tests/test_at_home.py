@@ -400,8 +400,9 @@ def updated(tx, spread):
     placed, state = jax.device_put(params, held), jax.device_put(state, rest)
     program = jax.jit(update, out_shardings=(held, rest)).lower(tx, placed, state, placed).compile()
     updates, state = program(tx, placed, state, placed)
-    memories = [x for x in jax.tree.leaves(state) if x.ndim]
-    assert memories and all(x.addressable_shards[0].data.size == x.size // 8 for x in memories)
+    accumulators = [x for x in jax.tree.leaves(state) if x.ndim]
+    assert accumulators
+    assert all(x.addressable_shards[0].data.size == x.size // 8 for x in accumulators)
     alone, _ = tx.update(params, tx.init(params), params)
     same = jax.tree.map(lambda a, b: np.allclose(a, b, rtol=1e-5), updates, alone)
     return any(word in program.as_text() for word in words), all(same.values())

@@ -1,4 +1,4 @@
-"""Combinators: a shared memory equals separate memories, and `named` refuses invalid records."""
+"""Combinators: a shared accumulator equals separate ones; `named` refuses invalid records."""
 
 import ast
 import re
@@ -20,7 +20,7 @@ from jgd.combinators import ScheduledDecayState
 from jgd.compat.shared import correct, scale_by_uncorrected_adam
 from jgd.optimizers.adaptive import rectified
 from jgd.rules import difference, per_leaf
-from jgd.transforms import MovingAverageState, RunningSumState, memory
+from jgd.transforms import MovingAverageState, RunningSumState, accumulator
 
 B1, B2, B3, EPS, RATE = 0.8, 0.95, 0.99, 1e-3, 0.1
 PARAMS = {"matrix": jnp.linspace(-1, 2, 9).reshape(3, 3), "vector": jnp.linspace(1, 2, 4)}
@@ -33,7 +33,7 @@ def _gradients(steps=10):
     return jax.tree.map(draw, PARAMS)
 
 
-# --- shared memories -------------------------------------------------------------------------
+# --- shared accumulators -------------------------------------------------------------------------
 
 
 class _Counted(NamedTuple):
@@ -68,9 +68,9 @@ def _stddev():
 
 
 def _pairs():
-    """Return, for each factory that shares memories, its recipe and a version without sharing.
+    """Return, for each factory that shares accumulators, its recipe and a version without sharing.
 
-    The states of the second are plain tuples: each transformation has its own memory.
+    The states of the second are plain tuples: each transformation has its own accumulator.
     """
     ema, rms, root, square = jgd.ema(B1), jgd.rms(B2, EPS), jgd.root(EPS), jgd.square()
     divide, chain, identity = jgd.divide, jgd.chain, jgd.identity()
@@ -87,7 +87,7 @@ def _pairs():
         chain(jgd.moving_average(B1, start), jgd.bias_correction(B1)),
         chain(
             square,
-            memory(MovingAverageState, _toward, B2, name="nu", start=start),
+            accumulator(MovingAverageState, _toward, B2, name="nu", start=start),
             jgd.bias_correction(B2),
             root,
         ),
@@ -179,7 +179,7 @@ def test_every_declared_sharing_has_a_case():
     assert declared == {label.split()[0] for label in _pairs()}
 
 
-def test_a_shared_memory_equals_separate_memories():
+def test_a_shared_accumulator_equals_separate_accumulators():
     """Ten steps with random gradients are equal with and without sharing."""
     gradients = _gradients()
 
@@ -200,14 +200,14 @@ def test_a_shared_memory_equals_separate_memories():
         assert all(jnp.all(u[1:] != 0) for u in jax.tree.leaves(updates))
 
 
-def test_a_shared_memory_is_stepped_once():
+def test_a_shared_accumulator_is_stepped_once():
     calls = []
 
     def accumulate(g, total):
         calls.append(1)
         return total + g
 
-    total = lambda: memory(RunningSumState, accumulate, name="total")
+    total = lambda: accumulator(RunningSumState, accumulate, name="total")
     both = jgd.divide(total(), jgd.chain(total(), jgd.square()))
     tx = jgd.named(both, record=RunningSumState, shared=["total"])
     ones = jnp.full(2, 2.0)
@@ -216,7 +216,7 @@ def test_a_shared_memory_is_stepped_once():
     chex.assert_trees_all_equal(updates, jnp.full(2, 0.5))
     chex.assert_trees_all_equal(state, RunningSumState(ones))
     both.update(ones, both.init(ones))
-    assert len(calls) == 3  # without `named`, each transformation has its own memory
+    assert len(calls) == 3  # without `named`, each transformation has its own accumulator
 
 
 def _integer_additions(tx):
@@ -248,42 +248,43 @@ def _adams_quotient(mean="mu", square="nu"):
 REFUSED = {
     "twice": (
         lambda: jgd.named(_adams_quotient("mu", "mu"), record=optax.EmaState, shared=["count"]),
-        "named: memories must have different names, got mu more than once.* shared=['mu']",
+        "named: accumulators must have different names, got mu more than once.* shared=['mu']",
     ),
     "not declared": (
         lambda: jgd.named(_adams_quotient(), record=optax.ScaleByAdamState),
-        "named: memories must have different names, got count more than once.* shared=['count']",
+        "named: accumulators must have different names, got count more than once.*"
+        " shared=['count']",
     ),
-    "field without memory": (
+    "field without accumulator": (
         lambda: jgd.named(jgd.ema(B1, name="mu"), record=optax.ScaleByAdamState),
-        "named: the fields of ScaleByAdamState must be the memories ['count', 'mu'], got"
+        "named: the fields of ScaleByAdamState must be the accumulators ['count', 'mu'], got"
         " ['count', 'mu', 'nu']",
     ),
-    "memory without field": (
+    "accumulator without field": (
         lambda: jgd.named(_adams_quotient(), record=optax.EmaState, shared=["count"]),
-        "named: the fields of EmaState must be the memories ['count', 'mu', 'nu'], got"
+        "named: the fields of EmaState must be the accumulators ['count', 'mu', 'nu'], got"
         " ['count', 'ema']",
     ),
     "misspelt": (
         lambda: jgd.named(
             _adams_quotient("nu", "mv"), record=optax.ScaleByAdamState, shared=["count"]
         ),
-        "named: the fields of ScaleByAdamState must be the memories ['count', 'mv', 'nu'], got"
+        "named: the fields of ScaleByAdamState must be the accumulators ['count', 'mv', 'nu'], got"
         " ['count', 'mu', 'nu']",
     ),
     "no record": (
         lambda: jgd.named(jgd.ema(B1), record=dict),
-        "named: the fields of dict must be the memories ['count', 'ema'], got []",
+        "named: the fields of dict must be the accumulators ['count', 'ema'], got []",
     ),
     "unknown field": (
         lambda: jgd.named(jgd.ema(B1), record=optax.EmaState, fields={"emma": "ema"}),
         "named: fields must name fields of EmaState, got ['emma']",
     ),
-    "one memory in two fields": (
+    "one accumulator in two fields": (
         lambda: jgd.named(
             jgd.ema(B1, name="mu"), record=optax.ScaleByAdamState, fields={"nu": "mu"}
         ),
-        "named: the fields of ScaleByAdamState must be the memories ['count', 'mu'], got"
+        "named: the fields of ScaleByAdamState must be the accumulators ['count', 'mu'], got"
         " ['count', 'mu', 'mu']",
     ),
     "foreign": (
@@ -322,7 +323,7 @@ class _Backwards(NamedTuple):
 
 
 def test_fields_follow_names_and_not_order():
-    """A field holds the memory of its name, for any order of fields and of links."""
+    """A field holds the accumulator of its name, for any order of fields and of links."""
     gradients = _gradients(2)
     first, second = jgd.lane(gradients, 0), jgd.lane(gradients, 1)
     mean = lambda b, x, y: b * (1 - b) * x + (1 - b) * y

@@ -112,7 +112,7 @@ def _dtype_of_update(gradient):
 
 
 def _assert_update_fits(tx, params, gradients):
-    """Assert that an update keeps the dtypes of gradients and state, and memories are wide."""
+    """Assert that an update keeps the dtypes of gradients and state, and accumulators are wide."""
     state = jax.eval_shape(tx.init, params)
     step = lambda state: tx.update(gradients, state, params, **EXTRA)
     updates, after = jax.eval_shape(step, state)

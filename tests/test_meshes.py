@@ -99,21 +99,21 @@ def _programs(names):
 
 
 def _assert_sharded_like_parameters(states, shardings, exactly):
-    """Return the optimizers that have memories with the path and the shape of a parameter.
+    """Return the optimizers that have accumulators with the path and the shape of a parameter.
 
-    Assert that such memories are sharded like the parameter or, if not `exactly`, into shards of at
-    most its size.
+    Assert that such accumulators are sharded like the parameter or, if not `exactly`, into
+    shards of at most its size.
     """
     names = set()
-    for path, memory in jax.tree_util.tree_leaves_with_path(states):
+    for path, accumulator in jax.tree_util.tree_leaves_with_path(states):
         name, leaf = path[0].key, getattr(path[-1], "key", None)
         shape, _ = _specs(name).get(leaf, (None, None))
-        if memory.shape == shape:
+        if accumulator.shape == shape:
             names.add(name)
-            own, parameter = memory.sharding, shardings[name][leaf]
+            own, parameter = accumulator.sharding, shardings[name][leaf]
             part = lambda sharding, shape=shape: math.prod(sharding.shard_shape(shape))
             assert part(own) <= part(parameter), (path, own)
-            assert not exactly or own.is_equivalent_to(parameter, memory.ndim), (path, own)
+            assert not exactly or own.is_equivalent_to(parameter, accumulator.ndim), (path, own)
     return names
 
 
@@ -146,8 +146,8 @@ def _check(kind, names, expected, calls, compiled):
     with (getattr(jax, "set_mesh", None) or jax.sharding.use_mesh)(mesh):
         params = jax.device_put({name: _draw(name, 0) for name in names}, shardings)
         states = before = init(params)
-        memories = _assert_sharded_like_parameters(states, shardings, exactly=True)
-        assert memories >= {"adam", "muon", "soap"}.intersection(names)
+        accumulators = _assert_sharded_like_parameters(states, shardings, exactly=True)
+        assert accumulators >= {"adam", "muon", "soap"}.intersection(names)
         for step, (gradients, truth) in enumerate(zip(_steps(names), expected, strict=True)):
             gradients = jax.device_put(gradients, shardings)
             compiled.clear()

@@ -28,7 +28,7 @@ PASSED_ON = {
     "Interrupted",
     "_Mismatch",
     "wrong_state",
-    "misfit",
+    "shape_error",
     "_cycle_momentum_error",
 }
 DIALECT = r"\b(wanted|begun|told|goes on|whole|keeps no|here)\b"

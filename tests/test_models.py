@@ -105,13 +105,13 @@ def test_a_custom_run_has_lanes_stopping_halving_and_resume(tmp_path):
         return logits, tx.init(logits), key
 
     def update(tx, state, batch):
-        logits, memory, key = state
+        logits, opt_state, key = state
         key, choice, noise = jax.random.split(key, 3)
         arm = jax.random.categorical(choice, logits)
         reward = means[arm] + 0.1 * jax.random.normal(noise)
         grads = jax.grad(lambda x: -reward * jax.nn.log_softmax(x)[arm])(logits)
-        updates, memory = tx.update(grads, memory, logits)
-        return (optax.apply_updates(logits, updates), memory, key), {"loss": -reward}
+        updates, opt_state = tx.update(grads, opt_state, logits)
+        return (optax.apply_updates(logits, updates), opt_state, key), {"loss": -reward}
 
     def evaluate(tx, state):
         return {"value": jax.nn.softmax(state[0]) @ means}

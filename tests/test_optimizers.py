@@ -332,11 +332,11 @@ def test_odd_leaves(row):
     optax.apply_updates(params, {**updates, "gone": jnp.zeros(2)})
 
 
-MEMORYLESS = ("sgd", "noisy_sgd", "sign_sgd", "polyak_sgd")  # no state that could mismatch
-WITH_MEMORY = [row for row in FIRST if row.name not in MEMORYLESS]
+STATELESS = ("sgd", "noisy_sgd", "sign_sgd", "polyak_sgd")  # no state that could mismatch
+WITH_STATE = [row for row in FIRST if row.name not in STATELESS]
 
 
-@pytest.mark.parametrize("row", WITH_MEMORY, ids=[row.label for row in WITH_MEMORY])
+@pytest.mark.parametrize("row", WITH_STATE, ids=[row.label for row in WITH_STATE])
 def test_errors_about_mismatched_trees_name_the_optimizer_and_the_path(row):
     tx = row.ours(**row.arguments)
     params = {"a": jnp.ones(2), "b": jnp.ones(3)}

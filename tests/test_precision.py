@@ -13,7 +13,7 @@ from table import CONTRACTED
 
 import jgd
 from jgd.precision import CompensatedState, MasterWeightsState, _rounded
-from jgd.trees import only
+from jgd.trees import find_state
 
 KEY = jax.random.key(0)
 NARROW = (jnp.bfloat16, jnp.float16)
@@ -208,7 +208,7 @@ ADAM = jgd.adam(1e-3)
 SUM = jgd.compensated(ADAM)
 NESTS = {
     "a chain": jgd.chain(jgd.scale(0.5), SUM),
-    "beside a memory of optax": jgd.chain(optax.trace(0.9), SUM),
+    "beside an accumulator of optax": jgd.chain(optax.trace(0.9), SUM),
     "a chain of optax": jgd.chain(optax.chain(optax.clip(1.0), SUM), jgd.identity()),
     "a mask of optax": jgd.cautious(optax.masked(SUM, True)),
     "MultiSteps": jgd.chain(optax.MultiSteps(SUM, 2).gradient_transformation()),
@@ -238,7 +238,7 @@ NESTS = {
 
 @pytest.mark.parametrize("name", NESTS)
 def test_a_nested_wrapper_receives_the_dtype_of_the_parameters(name):
-    """Only `lost` has 16 bits: other memories stay float32."""
+    """Only `lost` has 16 bits: other accumulators stay float32."""
     tx = NESTS[name]
     for dtype in NARROW:
         params = {"w": jnp.ones((3, 2), dtype), "v": jnp.ones((3, 1), dtype)}
@@ -255,7 +255,7 @@ def test_a_nested_wrapper_receives_the_dtype_of_the_parameters(name):
         assert len(narrow) == count
         if name.startswith("the copy"):
             chex.assert_type(
-                jax.tree.leaves(only("test", state, MasterWeightsState).master), jnp.float32
+                jax.tree.leaves(find_state("test", state, MasterWeightsState).master), jnp.float32
             )
 
 

@@ -57,8 +57,8 @@ def _pointwise(f):
     return lambda g, p, m, t: (f(g), m)
 
 
-def _memory(f):
-    """Return the formula of a transformation whose update is its memory."""
+def _accumulator(f):
+    """Return the formula of a transformation whose update is its accumulator."""
 
     def formula(g, p, m, t):
         new = f(g, m)
@@ -149,29 +149,31 @@ RULES = {
     "scale_by_learning_rate None": Rule(jgd.scale_by_learning_rate(None), _pointwise(lambda g: g)),
     "add_decayed_weights": Rule(jgd.add_decayed_weights(0.3), lambda g, p, m, t: (g + 0.3 * p, m)),
     "scale_by_momentum": Rule(
-        jgd.scale_by_momentum(0.9), _memory(lambda g, m: 0.9 * m + g), optax.TraceState
+        jgd.scale_by_momentum(0.9), _accumulator(lambda g, m: 0.9 * m + g), optax.TraceState
     ),
-    "trace": Rule(jgd.trace(0.9), _memory(lambda g, m: 0.9 * m + g), optax.TraceState),
+    "trace": Rule(jgd.trace(0.9), _accumulator(lambda g, m: 0.9 * m + g), optax.TraceState),
     "trace nesterov": Rule(jgd.trace(0.9, True), _look_ahead, optax.TraceState),
     "with_nesterov": Rule(
         jgd.with_nesterov(jgd.scale_by_momentum(0.9)), _look_ahead, optax.TraceState
     ),
     "moving_average": Rule(
         jgd.moving_average(0.9, 2.0),
-        _memory(lambda g, m: 0.9 * m + 0.1 * g),
+        _accumulator(lambda g, m: 0.9 * m + 0.1 * g),
         _start_at(MovingAverageState, 2.0),
         start=2.0,
     ),
     "running_sum": Rule(
         jgd.running_sum(0.5),
-        _memory(lambda g, m: m + g),
+        _accumulator(lambda g, m: m + g),
         _start_at(RunningSumState, 0.5),
         start=0.5,
     ),
-    "running_max": Rule(jgd.running_max(), _memory(lambda g, m: np.maximum(m, g)), RunningMaxState),
+    "running_max": Rule(
+        jgd.running_max(), _accumulator(lambda g, m: np.maximum(m, g)), RunningMaxState
+    ),
     "decayed_max": Rule(
         jgd.decayed_max(0.6, 0.1),
-        _memory(lambda g, m: np.maximum(0.6 * m, np.abs(g) + 0.1)),
+        _accumulator(lambda g, m: np.maximum(0.6 * m, np.abs(g) + 0.1)),
         RunningMaxState,
     ),
     "bias_correction": Rule(
@@ -184,7 +186,7 @@ RULES = {
     ),
     "ema": Rule(jgd.ema(0.9), _ema(0.9), _state_of_ema),
     "ema debias=False": Rule(
-        jgd.ema(0.9, False), _memory(lambda g, m: 0.9 * m + 0.1 * g), _state_of_ema
+        jgd.ema(0.9, False), _accumulator(lambda g, m: 0.9 * m + 0.1 * g), _state_of_ema
     ),
     "nesterov_ema": Rule(jgd.nesterov_ema(0.9), _nesterov_ema, _state_of_ema),
     "rms": Rule(
@@ -253,9 +255,9 @@ def test_updates_are_the_formulas(float64):
     for name, rule in RULES.items():
         expected = {}
         for leaf, p in params.items():
-            memory, steps = np.full_like(p, rule.start), []
+            accumulator, steps = np.full_like(p, rule.start), []
             for t in range(1, STEPS + 1):
-                u, memory = rule.formula(gradients[leaf][t - 1], p, memory, t)
+                u, accumulator = rule.formula(gradients[leaf][t - 1], p, accumulator, t)
                 steps.append(u)
             expected[leaf] = np.stack(steps)
         chex.assert_trees_all_close({name: ours[name]}, {name: expected}, rtol=1e-12, atol=1e-15)
@@ -263,7 +265,7 @@ def test_updates_are_the_formulas(float64):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_states_have_the_shapes_and_dtypes_of_the_docstrings(dtype):
-    """Memories of 16-bit parameters are float32; updates keep the dtype of the gradients."""
+    """Accumulators of 16-bit parameters are float32; updates keep the dtype of the gradients."""
     params = jax.tree.map(lambda p: jnp.asarray(p, dtype), _params())
     like = jax.tree.map(lambda p: jnp.zeros(p.shape), params)
     for name, rule in RULES.items():
@@ -287,10 +289,10 @@ def test_the_dtype_of_an_accumulator(accumulator):
         jgd.nesterov_ema(0.9, accumulator_dtype=accumulator),
     ):
         updates, state = jax.eval_shape(tx.update, params, tx.init(params))
-        memory = state[-1]
+        average = state[-1]
         chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
-        chex.assert_type(list(memory.values()), jnp.dtype(accumulator or "float32"))
-        chex.assert_shape([memory["wide"], memory["narrow"]], [(2,), (3,)])
+        chex.assert_type(list(average.values()), jnp.dtype(accumulator or "float32"))
+        chex.assert_shape([average["wide"], average["narrow"]], [(2,), (3,)])
 
 
 def test_centralize_with_an_output_axis(float64):

@@ -243,7 +243,7 @@ def test_param_groups_by_path():
         "bias": -2.0,
     }
     size = sum(x.size for x in jax.tree.leaves(tx.init(NET)) if x.ndim)
-    assert size == 2 * NET["layers"][1]["kernel"].size  # only the leaf of adam has memories
+    assert size == 2 * NET["layers"][1]["kernel"].size  # only the leaf of adam has accumulators
     assert "{'layers/0/*': sgd(learning_rate=3.0" in repr(tx)
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tx)]
     assert ".groups['*/bias'].learning_rate" in paths

@@ -24,8 +24,8 @@ from jgd.arithmetic import (
     quotient,
     safe_sqrt,
 )
-from jgd.calls import plainly
-from jgd.combinators import Slots, add, chain, divide, named, remembering
+from jgd.calls import factory_body
+from jgd.combinators import Slots, add, chain, divide, named, with_accumulators
 from jgd.norms import rms_norm
 from jgd.pytree import as_pytree
 from jgd.rules import per_leaf
@@ -108,7 +108,7 @@ def correct(decay: Beta, *, power: Structure) -> GradientTransformation:
         factor = one_minus_power(complement(decay), count) ** power
         return leafwise(lambda g: g * factor, updates)
 
-    return remembering([step], [count_slot()], BiasCorrectionState, {"count": "count"})
+    return with_accumulators([step], [count_slot()], BiasCorrectionState, {"count": "count"})
 
 
 def scale_by_uncorrected_adam(
@@ -175,7 +175,7 @@ def scale_by_nadam(
     """
 
     def quotient_of(gradient_weight: Any, mean_weight: Any) -> GradientTransformation:
-        with plainly():
+        with factory_body():
             mean = moving_average(b1, name="mu")
             direction = add(chain(mean, scale(mean_weight)), scale(gradient_weight))
             quotient = divide(direction, rms(b2, eps, name="nu"))

@@ -21,10 +21,10 @@ def match_parameters(
     """Return for each leaf of `params` the index of its parameter in the other framework.
 
     `shapes` and `names` are those of the other framework's parameters, in its order. Leaves are
-    matched by name if each path ends exactly one name ("." and "/" are the same). Else they are
-    matched by order, where dicts have the order in which they were written. A dict whose keys are
-    sorted as text ("10" before "2") may have lost that order in a `jax.tree.map`, so that an order
-    by numbers is possible too. If both orders fit the shapes, the match is ambiguous.
+    matched by name if each path ends exactly one name ("." and "/" are the same), otherwise by
+    order, where dicts have the order in which they were written. A dict whose keys are sorted as
+    text ("10" before "2") may have lost that order in a `jax.tree.map`, so that an order by numbers
+    is possible too. If both orders fit the shapes, the match is ambiguous.
 
     Raises: ValueError if no order fits the shapes, or the match is ambiguous.
     """
@@ -60,7 +60,7 @@ def match_parameters(
 
 
 def _by_name(leaf_paths: list[str], names: list[str]) -> list[int] | None:
-    """Return for each path the index of the name that it ends; None if that is not one to one."""
+    """Return for each path the index of its name, or None if paths and names are not one to one."""
     ends = lambda path, name: name == path or name.endswith("." + path)
     candidates = [[k for k, name in enumerate(names) if ends(path, name)] for path in leaf_paths]
     if any(len(ks) != 1 for ks in candidates) or len({ks[0] for ks in candidates}) < len(

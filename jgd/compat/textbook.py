@@ -59,7 +59,7 @@ def momentum_average(
 ) -> GradientTransformation:
     """Momentum as an average: v <- momentum v + (1 - momentum) g, and u = -learning_rate v.
 
-    Args: as `momentum`.
+    Args: as in `momentum`.
     State: `MovingAverageState(average)`, one tree.
     Differs from: `momentum`, whose steps are 1 / (1 - momentum) times as long, 10 times at 0.9.
     """
@@ -76,7 +76,7 @@ def nesterov(learning_rate: Number = 0.01, momentum: Fraction = 0.9) -> Gradient
     The code of a tutorial has v' in place of the last v, which makes the first step 2.71 instead of
     1.9 times learning_rate g for a momentum of 0.9.
 
-    Args, State: as `momentum`.
+    Args, State: as in `momentum`.
     Differs from: `jgd.nesterov` under a schedule, whose velocity excludes the learning rate.
     Source: Bengio, Boulanger-Lewandowski & Pascanu 2013, equation 7, arXiv:1212.0901.
     """

@@ -16,12 +16,13 @@ from optax import GradientTransformation
 
 from jgd.arguments import Decay, Mask, NonNegative, Number
 from jgd.arithmetic import average, complement, finite, formula, increment, quotient, safe_sqrt
-from jgd.combinators import Slot, Slots, add, chain, divide, named, remembering, subtract
+from jgd.combinators import Slot, Slots, add, chain, divide, named, subtract, with_accumulators
 from jgd.pytree import as_pytree
 from jgd.rules import difference
 from jgd.transforms import (
     BiasCorrectionState,
     MovingAverageState,
+    accumulator,
     add_decayed_weights,
     bias_correction,
     bias_weight,
@@ -29,7 +30,6 @@ from jgd.transforms import (
     decay_slots,
     ema,
     identity,
-    memory,
     moving_average,
     nesterov_ema,
     rms,
@@ -63,7 +63,7 @@ def rectification(decay: Any, count: Any, corrected: Any, threshold: Any) -> tup
     Args:
       corrected: 1 - decay^count.
     """
-    # lengths of the simple averages with as many degrees of freedom: in the limit, and now
+    # lengths of simple averages with as many degrees of freedom: in the limit, and at this step
     limit = 2 / complement(decay) - 1
     length = limit - 2 * count * (1 - corrected) / corrected
     tractable = length >= threshold
@@ -87,7 +87,7 @@ def rectified(decay: Decay, threshold: Number, *, of: str) -> GradientTransforma
         return leafwise(_rectified, updates, numbers=gate)
 
     slots = [count_slot(), *decay_slots(of)]
-    return remembering([step], slots, BiasCorrectionState, {"count": "count"})
+    return with_accumulators([step], slots, BiasCorrectionState, {"count": "count"})
 
 
 @as_pytree
@@ -129,12 +129,12 @@ def radam(
         u = -learning_rate m^ r / (sqrt(v^ + eps_root) + eps), or -learning_rate m^ if l < threshold
 
     Args:
-      learning_rate, b1, b2, eps, eps_root, nesterov: as in `adam`. l exceeds 5 only for b2 > 0.6.
+      learning_rate, b1, b2, eps, eps_root, nesterov: as in `adam`.
       threshold: the least l, the degrees of freedom of the magnitude, at which the update divides;
-        above 4; 5 by default.
+        above 4; 5 by default. For b2 up to 2 / 3, l stays below 5.
 
     State: `optax.ScaleByAdamState(count, mu, nu)`, two trees and a scalar.
-    Differs from: `adam`, which needs a warm-up instead; PyTorch, which adds eps before the bias
+    Differs from: `adam`, which needs a warmup instead; PyTorch, which adds eps before the bias
       correction.
     Source: Liu et al. 2020, algorithm 2, arXiv:1908.03265.
     """
@@ -168,7 +168,9 @@ def scale_by_belief(
     """
     direction = (nesterov_ema if nesterov else ema)(b1, name="mu")
     deviation = subtract(identity(), moving_average(b1, name="mu"))
-    variance = memory(MovingAverageState, _average_plus_eps, complement(b2), eps_root, name="nu")
+    variance = accumulator(
+        MovingAverageState, _average_plus_eps, complement(b2), eps_root, name="nu"
+    )
     magnitude = chain(deviation, square(), variance, bias_correction(b2, of="nu"), root(eps))
     shared = ["count", "mu"]
     return named(divide(direction, magnitude), record=optax.ScaleByBeliefState, shared=shared)
@@ -192,7 +194,8 @@ def adabelief(
     Args:
       learning_rate, b1, b2, nesterov: as in `adam`.
       eps: at least 0, added outside the root; 1e-16 by default.
-      eps_root: at least 0, added to s at each step; the sum grows to eps_root / (1 - b2).
+      eps_root: at least 0, added to s at each step, which adds up to eps_root / (1 - b2); 1e-16 by
+        default.
 
     State: `optax.ScaleByBeliefState(count, mu, nu)`, two trees and a scalar.
     Differs from: `adam`, whose magnitude is large for large gradients even if they do not vary.
@@ -225,7 +228,7 @@ def scale_by_yogi(
     """
     start = initial_accumulator_value
     direction = chain(moving_average(b1, start, name="mu"), bias_correction(b1, of="mu"))
-    average = memory(MovingAverageState, _toward, complement(b2), name="nu", start=start)
+    average = accumulator(MovingAverageState, _toward, complement(b2), name="nu", start=start)
     magnitude = chain(square(), average, bias_correction(b2, of="nu"), root(eps, eps_root))
     quotient = divide(direction, magnitude)
     return named(quotient, record=optax.ScaleByAdamState, shared=["count"])
@@ -311,7 +314,8 @@ def adan(
 
     State: `ScaleByAdanState(count, m, v, n, g)`, four trees and a scalar.
     Differs from: optax, which multiplies d by 1 - b2 (0.08), while the paper's 1 - beta2 is b2
-      (0.92); `nadam`, which extrapolates along m; the paper, where weight decay divides p.
+      (0.92); `nadam`, which extrapolates along m; the paper, where weight decay divides the new
+      parameters by 1 + learning_rate weight_decay.
     Source: Xie et al. 2022, algorithm 1, arXiv:2208.06677.
     """
     return chain(
@@ -323,14 +327,14 @@ def adan(
 
 @as_pytree
 def _counted(*, name: str) -> GradientTransformation:
-    """u = g, and counts the steps in a memory called `name`, a second count in optax's state."""
+    """u = g; counts the steps under `name`, since the state of optax has a second count."""
 
     def step(updates: Any, slots: Slots, _: Any) -> Any:
         slots.step(name, increment)
         return updates
 
     zero = Slot(name, lambda _: jnp.zeros([], jnp.int32))
-    return remembering([step], [zero], BiasCorrectionState, {"count": name})
+    return with_accumulators([step], [zero], BiasCorrectionState, {"count": name})
 
 
 @as_pytree

@@ -2,7 +2,7 @@
 
     adagrad    g / sqrt(sum of g^2)            rmsprop    g / sqrt(average of g^2)
 
-Each `scale_by_x` is the quotient of the optimizer x below it.
+Each `scale_by_x` is the quotient of an optimizer, without its learning rate.
 """
 
 from typing import Any, NamedTuple
@@ -66,17 +66,18 @@ def sgd(
 
     Args:
       learning_rate: the step size; positive to descend. May be a schedule.
-      momentum: in [0, 1]; None (default): no momentum and no memory. May be a schedule.
+      momentum: in [0, 1]; None (default): no momentum and no accumulator. May be a schedule.
       nesterov: True looks ahead; requires momentum.
-      accumulator_dtype: dtype of v. None: float32 for 16-bit parameters, otherwise their dtype.
+      accumulator_dtype: dtype of v. None (default): float32 for 16-bit parameters, otherwise
+        their dtype.
 
     State: none; with momentum `optax.TraceState(trace)`, one tree like the parameters.
     Differs from: Keras, whose velocity includes the learning rate, so that results differ under a
       schedule.
     Source: Robbins & Monro 1951; Sutskever et al. 2013 for momentum.
     """
-    memory = identity() if momentum is None else trace(momentum, nesterov, accumulator_dtype)
-    return chain(memory, scale_by_learning_rate(learning_rate))
+    direction = identity() if momentum is None else trace(momentum, nesterov, accumulator_dtype)
+    return chain(direction, scale_by_learning_rate(learning_rate))
 
 
 @as_pytree
@@ -294,7 +295,7 @@ def rmsprop(
       two trees. Momentum adds `optax.TraceState(trace)`, one tree.
     Differs from: `adam` with b1=0, which corrects the bias; PyTorch, whose velocity does not
       include the learning rate, so that results with momentum differ under a schedule.
-    Source: Tieleman & Hinton 2012, lecture 6.5; Graves 2013 for the centred form.
+    Source: Tieleman & Hinton 2012, lecture 6.5; Graves 2013 for the centered form.
     """
     quotient = scale_by_stddev if centered else scale_by_rms
     return chain(

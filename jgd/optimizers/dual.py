@@ -47,7 +47,7 @@ def ftrl(
       learning_rate: above 0. May be a schedule.
       learning_rate_power: at most 0; -0.5 (default) gives the square root of AdaGrad.
       initial_accumulator_value: initial value of n, at least 0; 0.1 by default.
-      l1, l2: penalties in the closed form, at least 0; 0 by default.
+      l1, l2: penalties in the formula of u, at least 0; 0 by default.
       l2_shrinkage: an L2 penalty on the gradient only, at least 0; 0 by default.
       beta: at least 0, added to the root of n; 0 by default.
 

@@ -1,6 +1,6 @@
 """Optimizers that store the squared magnitude of a matrix as one number per row and column.
 
-SM3 bounds each sum of squared gradients by the smaller one of its row and column maxima. Adafactor
+SM3 bounds each sum of squared gradients by the smaller of its row and column maxima. Adafactor
 estimates each average squared gradient by the product of its row and column means.
 """
 
@@ -90,7 +90,7 @@ def scale_by_sm3(
 def sm3(learning_rate: Number, momentum: Decay = 0.9) -> GradientTransformation:
     """SM3: AdaGrad that stores one number per row and column of a matrix.
 
-        a = min(row, column) + g^2            row, column <- maxima of a over them
+        a = min(row, column) + g^2            row, column <- maxima of a
         m <- momentum m + (1 - momentum) g / sqrt(a + eps)            u = -learning_rate m
 
     Args:

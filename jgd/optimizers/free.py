@@ -65,7 +65,7 @@ __all__ = [
 
 
 def _summed(f: Callable[..., Any], tree: Any, *trees: Any) -> Any:
-    """Return the sum over all leaves of `f`, which returns a scalar for each."""
+    """Return the sum of the scalars `f(x, *others)` over all leaves x of a tree."""
     return sum(jax.tree.leaves(leafwise(f, tree, *trees)), jnp.zeros([], float))
 
 
@@ -194,7 +194,7 @@ def polyak_sgd(
 # --- distance over gradients -----------------------------------------------------------------
 
 
-def _is_first_step(pair: Any) -> bool:
+def _is_init_step(pair: Any) -> bool:
     words = ("distance", "learning_rate", "heuristic")
     return (
         isinstance(pair, tuple | list)
@@ -207,7 +207,8 @@ def _is_first_step(pair: Any) -> bool:
 InitStep = Annotated[
     Any,
     NumbersKind(
-        "'distance', 'learning_rate' or 'heuristic' and a number, at least 0", _is_first_step
+        "a pair of 'distance', 'learning_rate' or 'heuristic' and a number at least 0",
+        _is_init_step,
     ),
 ]
 
@@ -264,8 +265,8 @@ def dog(
     State: `optax.contrib.DoGState(is_init_step, init_params, max_dist, sum_sq_norm_grads)`, one
       tree, two scalars and a bool.
     Raises: ValueError in `update` if no parameters are given.
-    Differs from: `dowg`, which weights each squared gradient by d2; the paper, which averages the
-      iterates: wrap `dog` in `average_params` for that.
+    Differs from: `dowg`, which weights each squared gradient by the squared distance; the
+      paper, which averages the iterates: wrap `dog` in `average_params` for that.
     Source: Ivgi, Hinder & Carmon 2023, algorithm 1, arXiv:2302.12022.
     """
     return chain(
@@ -343,7 +344,7 @@ def dadapt_adamw(
     """D-Adaptation: AdamW with a growing estimate of the distance to the solution.
 
         k = d learning_rate sqrt(1 - b2^t) / (1 - b1^t)            c = sqrt(b2)
-        r <- c r + (1 - c) k <g, s / (sqrt(v) + eps)>, of the s and v of before
+        r <- c r + (1 - c) k <g, s / (sqrt(v) + eps)>, with s and v before this step
         m <- b1 m + (1 - b1) k g        v <- b2 v + (1 - b2) g^2        s <- c s + (1 - c) k g
         u = -m / (sqrt(v) + eps) - weight_decay k p            d <- max(d, r / ((1 - c) |s|_1))
 
@@ -413,7 +414,7 @@ def prodigy(
       estim_lr0: d0, the initial d, above 0 and below the distance to the solution; 1e-6 by default.
       estim_lr_coef: factor of the estimate, above 0; 1 by default.
       weight_decay: decoupled weight decay; 0 by default.
-      safeguard_warmup: True replaces k by d in s, so that a warm-up does not raise the estimate.
+      safeguard_warmup: True replaces k by d in s, so that a warmup does not raise the estimate.
 
     State: `optax.contrib.ProdigyState(exp_avg, exp_avg_sq, grad_sum, params0, ...)`, four trees and
       three scalars.
@@ -477,7 +478,8 @@ def schedule_free_sgd(
 
     Args:
       learning_rate: the step size, positive to descend; 1 by default. May be a schedule.
-      warmup_steps: length of a linear warm-up from 0, at least 0; None (default): no warm-up.
+      warmup_steps: length of a linear warmup from 0; None (default): no warmup. 0 keeps the rate at
+        0, as in optax.
       b1, weight_lr_power, state_dtype: as in `schedule_free`, which also says what c is.
       weight_decay: weight_decay p is added to the gradient; None (default): no decay.
 
@@ -510,7 +512,8 @@ def schedule_free_adamw(
 
     Args:
       learning_rate: the step size, positive to descend; 0.0025 by default. May be a schedule.
-      warmup_steps: length of a linear warm-up from 0, at least 0; None (default): no warm-up.
+      warmup_steps: length of a linear warmup from 0; None (default): no warmup. 0 keeps the rate at
+        0, as in optax.
       b1, weight_lr_power, state_dtype: as in `schedule_free`, which also says what c is.
       b2: decay of the average square, in [0, 1); 0.999 by default.
       eps: at least 0, added outside the root; 1e-8 by default.

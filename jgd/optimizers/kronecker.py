@@ -11,11 +11,11 @@ from optax import GradientTransformation
 
 from jgd.arguments import Decay, Fraction, NonNegative, Number, Period, Structure
 from jgd.arithmetic import abs_square, average, complement, increment, quotient, safe_sqrt
-from jgd.combinators import Plain, Slots, chain, named, remembering
+from jgd.combinators import Plain, Slots, chain, named, with_accumulators
 from jgd.linear_algebra import eigenvectors, inverse_root, orthonormal, within_range
 from jgd.pytree import as_pytree
 from jgd.rules import per_leaf
-from jgd.sharding import gathered
+from jgd.sharding import apply_gathered
 from jgd.transforms import (
     bias_weight,
     count_slot,
@@ -72,8 +72,8 @@ def scale_by_shampoo(
             u = _along(u, axis, inverse_root(h, 2 * len(sums)))
         return u.reshape(g.shape), sums
 
-    on_whole = lambda g, preconditioners: gathered(rule, g, preconditioners)
-    return per_leaf(on_whole, ShampooState, preconditioners=start)
+    gathered_rule = lambda g, preconditioners: apply_gathered(rule, g, preconditioners)
+    return per_leaf(gathered_rule, ShampooState, preconditioners=start)
 
 
 @as_pytree
@@ -103,10 +103,10 @@ def shampoo(
       decomposes every preconditioner at each step.
     Source: Gupta, Koren & Singer 2018, algorithms 1 and 2, arXiv:1802.09568.
     """
-    memory = identity() if momentum is None else scale_by_momentum(momentum)
+    direction = identity() if momentum is None else scale_by_momentum(momentum)
     return chain(
         scale_by_shampoo(eps, max_precond_dim=max_precond_dim),
-        memory,
+        direction,
         scale_by_learning_rate(learning_rate),
     )
 
@@ -208,10 +208,10 @@ def scale_by_soap(
                 mu, nu, bases = jax.lax.cond(refresh, new_bases, unchanged)
             return jnp.where(first, 0 * g, u), mu, nu, preconditioners, bases
 
-        def on_whole(g: Any, mu: Any, nu: Any, preconditioners: Any, bases: Any) -> Any:
-            return gathered(rule, g, mu, nu, preconditioners, bases)
+        def gathered_rule(g: Any, mu: Any, nu: Any, preconditioners: Any, bases: Any) -> Any:
+            return apply_gathered(rule, g, mu, nu, preconditioners, bases)
 
-        return per_leaf(on_whole, _SoapLeaves, preconditioners=squares, bases=squares)
+        return per_leaf(gathered_rule, _SoapLeaves, preconditioners=squares, bases=squares)
 
     def step(updates: Any, slots: Slots, params: Any) -> Any:
         count = slots.step("count", increment)
@@ -223,7 +223,7 @@ def scale_by_soap(
 
     fields = {field: field for field in SoapState._fields}
     slots = [count_slot(), *one_step(1, 1.0, 1.0).slots, *decay_slots("mu", "nu")]
-    return remembering([step], slots, SoapState, fields)
+    return with_accumulators([step], slots, SoapState, fields)
 
 
 @as_pytree
@@ -241,7 +241,7 @@ def soap(
 ) -> GradientTransformation:
     """SOAP: Adam in the eigenbases of Shampoo's preconditioners.
 
-        L <- beta L + (1 - beta) g g^T, R alike for columns            U, V: their eigenvectors
+        L <- beta L + (1 - beta) g g^T, R with g^T g            U, V: their eigenvectors
         m, v <- Adam's averages of U^T g V and its square, c = sqrt(1 - b2^t) / (1 - b1^t)
         u = -learning_rate (c U (m / (sqrt(v) + eps)) V^T + weight_decay p)
 
@@ -251,8 +251,8 @@ def soap(
       shampoo_beta: decay of L and R, in [0, 1); None (default): b2.
       eps: at least 0, added outside the root, before the bias correction; 1e-8 by default.
       weight_decay: decoupled weight decay, of the parameters after the step; 0.01 by default.
-      precondition_frequency: at least 1, steps between two refreshments of the bases, each one
-        power iteration and a QR; 10 by default.
+      precondition_frequency: number of steps between two refreshes of the bases, each of which is a
+        power iteration and a QR decomposition; at least 1; 10 by default.
       max_precond_dim: longer axes are not rotated; 10,000 by default.
       precondition_1d: True rotates vectors too.
 
@@ -264,7 +264,7 @@ def soap(
     Raises: ValueError in `update` if no parameters are given.
     Differs from: `shampoo`, which has no average of gradients. Vectors get Adam's quotient, without
       a rotation. Under `jax.vmap` the bases are computed at every step.
-    Source: Vyas et al. 2024, algorithm 3, arXiv:2409.11321, as in the authors' program.
+    Source: Vyas et al. 2024, algorithm 3, arXiv:2409.11321, as in the authors' code.
     """
 
     def decay(g: Any, p: Any, t: Any) -> tuple[Any]:

@@ -182,7 +182,7 @@ def novograd(
 ) -> GradientTransformation:
     """NovoGrad: momentum of gradients, each divided by the running norm of its layer's gradients.
 
-        v <- b2 v + (1 - b2) ||g||^2, for each layer, ||g||^2 at first
+        v <- b2 v + (1 - b2) ||g||^2 for each layer, and ||g||^2 at the first step
         m <- b1 m + g / (sqrt(v + eps_root) + eps) + weight_decay p            u = -learning_rate m
 
     Args:

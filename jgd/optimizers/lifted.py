@@ -12,7 +12,7 @@ import optax
 import optax.contrib
 
 from jgd.pytree import as_pytree
-from jgd.sharding import gathered
+from jgd.sharding import apply_gathered
 
 __all__ = [
     "acprop",
@@ -55,7 +55,7 @@ def _gathering(factory: Callable[..., Any]) -> Callable[..., Any]:
         tx = optax.with_extra_args_support(factory(*args, **kwargs))
 
         def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-            return gathered(functools.partial(tx.update, **extra), updates, state, params)
+            return apply_gathered(functools.partial(tx.update, **extra), updates, state, params)
 
         return optax.GradientTransformationExtraArgs(tx.init, update)
 
@@ -70,7 +70,7 @@ acprop = _lift(
     optax.contrib.acprop,
     """ACProp: the gradient over AdaBelief's magnitude of the previous step. Lifted from optax.
 
-        u = -learning_rate g / (sqrt(s_old / (1 - b2^(t-1))) + eps), 1 below at first
+        u = -learning_rate g / (sqrt(s_old / (1 - b2^(t-1))) + eps), with a root of 1 at first
 
     State: `ScaleByBeliefState(count, mu, nu)`, two trees.
     Differs from: `adabelief`, which divides the average gradient by the current magnitude.
@@ -85,7 +85,9 @@ cocob = _lift(
     optax.contrib.cocob,
     """COCOB: coin betting on the sign of each gradient, without a learning rate. Lifted from optax.
 
-        u = p0 - p - G (1 + reward / L) / max(|g|_1 + L, alpha L), by sums over the steps
+        u = p0 - p - G (1 + reward / L) / max(|g|_1 + L, alpha L)
+
+    G, |g|_1 and the reward are sums over the steps; L is the largest |g| so far.
 
     State: `COCOBState(init_particles, cumulative_gradients, scale, subgradients, reward)`, five
       trees.

@@ -58,7 +58,8 @@ def scale_by_adam(
     Args:
       b1, b2: decays of m and v, in [0, 1). May be schedules.
       eps, eps_root: at least 0, added outside and inside the root.
-      mu_dtype: dtype of m. None: float32 for 16-bit parameters, otherwise their dtype.
+      mu_dtype: dtype of m. None (default): float32 for 16-bit parameters, otherwise their
+        dtype.
       nesterov: True looks ahead, as in `nadam`.
 
     State: `optax.ScaleByAdamState(count, mu, nu)`, two trees and a scalar.
@@ -96,7 +97,8 @@ def adam(
       eps: at least 0, added outside the root; 1e-8 by default.
       eps_root: at least 0, added inside the root; 0 by default. Hypergradients are finite even
         with 0.
-      mu_dtype: dtype of m. None: float32 for 16-bit parameters, otherwise their dtype.
+      mu_dtype: dtype of m. None (default): float32 for 16-bit parameters, otherwise their
+        dtype.
       nesterov: True gives `nadam`.
 
     State: `optax.ScaleByAdamState(count, mu, nu)`, two trees and a scalar.

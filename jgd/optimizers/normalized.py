@@ -60,7 +60,7 @@ def laprop(
     weight_decay: Number = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """LaProp: Adam that divides before it averages, so that momentum is of normalised gradients.
+    """LaProp: Adam that divides before it averages, so that it averages normalized gradients.
 
         v <- b2 v + (1 - b2) g^2            m <- b1 m + (1 - b1) g / (sqrt(v / (1 - b2^t)) + eps)
         u = -learning_rate (m / (1 - b1^t) + weight_decay p)
@@ -144,7 +144,7 @@ def adopt(
       b2: decay of the average square v, in [0, 1); 0.9999 by default. v starts as the first g^2.
       eps: the least magnitude, at least 0; 1e-6 by default.
       nesterov: True averages x into m a second time for the update.
-      use_clipping: False does not clip x.
+      use_clipping: True by default; False does not clip x.
       clip_value_fn: steps so far -> the bound of |x|; the fourth root by default.
 
     State: `optax.ScaleByAdamState(count, mu, nu)`, two trees and one scalar. The first update is 0.
@@ -196,7 +196,7 @@ def adadelta(
     Args:
       learning_rate: positive to descend. None (default) is 1, as in the paper. May be a schedule.
       rho: decay of both averages, in [0, 1); 0.9 by default.
-      eps: at least 0, added inside both roots, sets the size of the first steps; 1e-6 by default.
+      eps: at least 0, added inside both roots; sets the size of the first steps; 1e-6 by default.
       weight_decay: an L2 penalty: weight_decay p is added to the gradient. May be a schedule.
       weight_decay_mask: selects the leaves that decay, as in `adamw`.
 

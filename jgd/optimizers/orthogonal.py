@@ -14,12 +14,12 @@ from optax import GradientTransformation
 
 from jgd.arguments import Decay, Mask, NonNegative, Number, Numbers, Structure
 from jgd.arithmetic import quotient, safe_sqrt
-from jgd.combinators import Slot, Slots, chain, named, partition, remembering, stateless
+from jgd.combinators import Slot, Slots, chain, named, partition, stateless, with_accumulators
 from jgd.linear_algebra import orthogonalized
 from jgd.norms import norm
 from jgd.optimizers.moments import adamw
 from jgd.pytree import as_pytree
-from jgd.sharding import sharded_like, whole
+from jgd.sharding import gather, shard_like
 from jgd.transforms import add_decayed_weights, ema, nesterov_ema, scale_by_learning_rate
 from jgd.trees import TreeError, aligned
 
@@ -65,7 +65,7 @@ def _store(coefficients: jax.Array) -> GradientTransformation:
         return updates
 
     slot = Slot("ns_coeffs", lambda _: coefficients)
-    return remembering([step], [slot], optax.EmptyState, {})
+    return with_accumulators([step], [slot], optax.EmptyState, {})
 
 
 def _normalized(x: Any, how: str, eps: Any) -> Any:
@@ -103,10 +103,10 @@ def _as_matrices(f: Callable[[Any], Any], x: Any, dimensions: Any) -> Any:
         return x
     order = [axis for group in groups for axis in group]
     sizes = [math.prod(x.shape[axis] for axis in group) for group in groups]
-    transposed = whole(x).transpose(order)
+    transposed = gather(x).transpose(order)
     matrices = transposed.reshape(sizes)
     result = jax.vmap(f)(matrices).reshape(transposed.shape)
-    return sharded_like(result.transpose([order.index(axis) for axis in range(x.ndim)]), x)
+    return shard_like(result.transpose([order.index(axis) for axis in range(x.ndim)]), x)
 
 
 def _dimensions(given: Any, tree: Any) -> Any:
@@ -200,7 +200,8 @@ def muon(
       weight_decay, adam_weight_decay: decoupled weight decay of matrices and of other parameters; 0
         by default.
       weight_decay_mask: selects the matrices that decay, as in `adamw`.
-      mu_dtype: dtype of the averages. None: float32 for 16-bit parameters, otherwise their dtype.
+      mu_dtype: dtype of the averages. None (default): float32 for 16-bit parameters, otherwise
+        their dtype.
       nesterov: True (default) looks ahead as in `nadam`, in both parts.
       adaptive: True multiplies O by the inner product of O and m^.
       preconditioning: the scale that brings singular values into (0, 1] before the first step: the

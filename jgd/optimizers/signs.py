@@ -54,7 +54,8 @@ def signum(
     Args:
       learning_rate: the step of every coordinate; positive to descend. May be a schedule.
       beta: decay of the average, in [0, 1); 0.9 by default. May be a schedule.
-      accumulator_dtype: dtype of m. None: float32 for 16-bit parameters, otherwise their dtype.
+      accumulator_dtype: dtype of m. None (default): float32 for 16-bit parameters, otherwise their
+        dtype.
 
     State: `optax.EmaState(count, ema)`, one tree and a scalar.
     Differs from: `lion`, which uses different decays for the update and for the average.
@@ -117,7 +118,8 @@ def lion(
         rate. May be a schedule, like the other numbers.
       b1: decay in the update, in [0, 1); 0.9 by default.
       b2: decay of the average m, in [0, 1); 0.99 by default.
-      mu_dtype: dtype of m. None: float32 for 16-bit parameters, otherwise their dtype.
+      mu_dtype: dtype of m. None (default): float32 for 16-bit parameters, otherwise their
+        dtype.
       weight_decay: decoupled weight decay; 1e-3 by default.
       mask: selects the leaves that decay, as in `adamw`.
 
@@ -167,10 +169,10 @@ def rprop(
     min_step_size: NonNegative = 1e-6,
     max_step_size: NonNegative = 50.0,
 ) -> GradientTransformation:
-    """Rprop: a step size per coordinate that grows while the sign stays and shrinks if it changes.
+    """Rprop: a step size per coordinate, which grows while the sign stays and shrinks otherwise.
 
-        s <- clip(s eta, min_step_size, max_step_size), eta by the sign of g g_old
-        u = -s sign(g), and 0 where the sign turned
+        s <- clip(s eta, min_step_size, max_step_size), with eta by the sign of g g_old
+        u = -s sign(g), and 0 where the sign changed
 
     Args:
       learning_rate: the initial step size, above 0.

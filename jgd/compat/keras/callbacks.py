@@ -133,7 +133,7 @@ def early_stopping(
 
 
 class ReduceLROnPlateauState(NamedTuple):
-    """State of `reduce_lr_on_plateau`: scalars, or a lane axis of them."""
+    """State of `reduce_lr_on_plateau`: scalars, or arrays with a lane axis."""
 
     learning_rate: jax.Array  # float
     best: jax.Array  # float

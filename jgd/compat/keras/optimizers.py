@@ -82,9 +82,9 @@ def sgd(
     Differs from: `jgd.sgd` and PyTorch under a schedule, where the current learning rate multiplies
       the whole velocity.
     """
-    memory = scale_by_momentum(momentum)
-    velocity = with_nesterov(memory) if nesterov else memory
-    rule = chain(scale_by_learning_rate(learning_rate), velocity)
+    velocity = scale_by_momentum(momentum)
+    direction = with_nesterov(velocity) if nesterov else velocity
+    rule = chain(scale_by_learning_rate(learning_rate), direction)
     return with_options(rule, learning_rate, **options)
 
 
@@ -200,7 +200,7 @@ def adamw(
 ) -> GradientTransformation:
     """AdamW: `adam` with a `weight_decay` of 0.004 by default.
 
-    Args, State: as `adam`.
+    Args, State: as in `adam`.
     Raises: ValueError in `update` if no parameters are given.
     """
     quotients = scale_by_uncorrected_adam(beta_1, beta_2, epsilon, amsgrad=amsgrad)
@@ -220,7 +220,7 @@ def adamax(
 
         x <- max(beta_2 x, |g|)            u = -learning_rate m / (1 - beta_1^t) / (x + epsilon)
 
-    Args: as `adam`.
+    Args: as in `adam`.
     State: `optax.ScaleByAdamState(count, mu, nu)`, two trees.
     Differs from: `jgd.adamax` and PyTorch, which add eps inside the maximum.
     """
@@ -244,7 +244,7 @@ def nadam(
         m^ = d_(t+1) m / (1 - D d_(t+1)) + (1 - d_t) g / (1 - D)
         u = -learning_rate m^ / (sqrt(v / (1 - beta_2^t)) + epsilon)
 
-    Args: as `adam`.
+    Args: as in `adam`.
     State: `NadamState(count, mu, nu, mu_product)`, two trees.
     Differs from: `jgd.nadam`, whose momentum is constant; PyTorch, which has 0.96^(t / 250).
     Source: Dozat 2016, algorithm 2.
@@ -325,7 +325,7 @@ def lamb(
         x = m / (1 - beta_1^t) / (sqrt(v / (1 - beta_2^t)) + epsilon)
         u = -learning_rate ||p|| / ||x|| x, and -learning_rate x where a norm is 0
 
-    Args: as `adam`.
+    Args: as in `adam`.
     State: `optax.ScaleByAdamState(count, mu, nu)`, two trees.
     Raises: ValueError in `update` if no parameters are given.
     Differs from: `jgd.lamb`, which includes the weight decay in x, as the paper does.
@@ -415,7 +415,7 @@ def muon(
       muon_a, muon_b, muon_c: the coefficients a, b, c.
       adam_lr_ratio: Adam's learning rate relative to `learning_rate`; 1 by default.
       momentum: in [0, 1], 0.95 by default.
-      ns_steps: the number of iterations, structure; 5 by default.
+      ns_steps: the number of iterations, which is structure; 5 by default.
       nesterov: True (default) for the first x.
       rms_rate: 0.2 by default; None omits the factor rms_rate sqrt(max(rows, columns)).
 
@@ -439,8 +439,8 @@ def muon(
     def decayed(rule: GradientTransformation, decay: Any) -> GradientTransformation:
         return rule if decay is None else after_decay(rule, learning_rate * decay)
 
-    memory = scale_by_momentum(momentum)
-    direction = chain(with_nesterov(memory) if nesterov else memory, pointwise(orthogonal))
+    velocity = scale_by_momentum(momentum)
+    direction = chain(with_nesterov(velocity) if nesterov else velocity, pointwise(orthogonal))
     matrices = chain(direction, scale_by_learning_rate(learning_rate))
     others = chain(
         scale_by_uncorrected_adam(adam_beta_1, adam_beta_2, epsilon),

@@ -18,7 +18,7 @@ from optax import Schedule
 
 from jgd.arguments import Boundaries, Count, NonNegative, Number, Numbers, Positive
 from jgd.pytree import as_pytree
-from jgd.ramps import as_float, as_vector, ramp, safe_power, safe_ratio, whole_ratio
+from jgd.ramps import as_float, as_vector, floor_ratio, ramp, safe_power, safe_ratio
 from jgd.schedules import (
     cosine_decay_schedule,
     join_schedules,
@@ -57,7 +57,7 @@ def exponential_decay(
 
     Differs from: `jgd.exponential_decay`, which also has a first step and a bound.
     """
-    exponent = whole_ratio if staircase else safe_ratio
+    exponent = floor_ratio if staircase else safe_ratio
     return lambda step: (
         initial_learning_rate * safe_power(decay_rate, exponent(as_float(step), decay_steps))
     )
@@ -105,8 +105,8 @@ def polynomial_decay(
     T = decay_steps. From step T on the value is `end_learning_rate`.
 
     Args:
-      initial_learning_rate, end_learning_rate: any numbers.
-      decay_steps: above 0.
+      initial_learning_rate, end_learning_rate: any numbers; the latter is 0.0001 by default.
+      decay_steps: above 0, the length of the decay.
       power: at least 0; 1 (default) is linear.
       cycle: True makes T the least multiple of `decay_steps` that is at least k. The value is
         `end_learning_rate` at each multiple and jumps up after it, less high each time.
@@ -118,7 +118,7 @@ def polynomial_decay(
 
     def value(step: Any) -> Any:
         now = as_float(step)
-        cycles = jnp.maximum(-whole_ratio(-now, decay_steps), 1)  # ceil, and 1 at step 0
+        cycles = jnp.maximum(-floor_ratio(-now, decay_steps), 1)  # ceil, and 1 at step 0
         return of_fraction(now / (decay_steps * cycles))
 
     return value
@@ -167,9 +167,10 @@ def cosine_decay(
     Args:
       initial_learning_rate: the value at step 0.
       decay_steps: above 0, without the steps of the warmup.
-      alpha: the final value as a fraction of the highest.
+      alpha: the final value as a fraction of the highest; 0 by default.
       warmup_target: the value at the end of the warmup; None (default): no warmup.
-      warmup_steps: at least 0; ignored without a `warmup_target`.
+      warmup_steps: at least 0, the length of the warmup, ignored without a `warmup_target`; 0 by
+        default.
       name: ignored.
 
     Differs from: Keras, whose cosine is float32; `jgd.warmup_cosine_decay_schedule`, whose
@@ -234,6 +235,6 @@ def _cycle(now: jax.Array, first: Any, growth: Any) -> tuple[jax.Array, jax.Arra
     eps = jnp.finfo(now.dtype).eps
     solved = jnp.log1p(jnp.maximum(excess * now / first, eps - 1)) / log
     # at a restart, rounding of the logarithms may leave `solved` just below an integer
-    cycle = jnp.where(constant, whole_ratio(now, first), jnp.floor(solved * (1 + 8 * eps)))
+    cycle = jnp.where(constant, floor_ratio(now, first), jnp.floor(solved * (1 + 8 * eps)))
     begin = jnp.where(constant, cycle, jnp.expm1(cycle * log) / excess)
     return cycle, ramp(now, first * begin, first * growth**cycle)

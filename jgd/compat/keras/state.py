@@ -150,7 +150,7 @@ def _fields(
 
 
 def _schedule(config: dict[str, Any]) -> Any:
-    """Return the schedule of a serialized schedule of Keras."""
+    """Return jgd's schedule for a serialized schedule of Keras."""
     name = _snake(config["class_name"])
     if name not in schedules.__all__:
         raise ValueError(

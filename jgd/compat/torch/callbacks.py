@@ -14,7 +14,7 @@ __all__ = ["ReduceLROnPlateauState", "reduce_lr_on_plateau"]
 
 
 class ReduceLROnPlateauState(NamedTuple):
-    """State of `reduce_lr_on_plateau`: scalars, or a lane axis of them."""
+    """State of `reduce_lr_on_plateau`: scalars, or arrays with a lane axis."""
 
     learning_rate: jax.Array  # float
     best: jax.Array  # float

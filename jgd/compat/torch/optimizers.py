@@ -110,7 +110,7 @@ def clip_grad_norm(max_norm: Positive) -> GradientTransformation:
     """Clip by the global norm: u = g min(1, max_norm / (N + 1e-6)), N the norm of all gradients.
 
     Args:
-      max_norm: above 0.
+      max_norm: the largest norm of all gradients together, above 0.
 
     State: `EmptyState`.
     Differs from: `optax.clip_by_global_norm`, which has no 1e-6.
@@ -159,7 +159,7 @@ def sgd(
       lr: 0.001 by default.
       momentum: in [0, 1]; 0 by default.
       dampening: any number, 0 by default; must be 0 with nesterov.
-      weight_decay: at least 0, L2.
+      weight_decay: at least 0, L2; 0 by default.
       nesterov, maximize: True or False.
 
     State: `SgdState(count, momentum_buffer)`, one tree, even without momentum.
@@ -221,7 +221,7 @@ def adagrad(
     Args:
       lr: 0.01 by default.
       lr_decay: at least 0, 0 by default.
-      weight_decay: at least 0, L2.
+      weight_decay: at least 0, L2; 0 by default.
       initial_accumulator_value: at least 0, the initial value of s; 0 by default.
       eps: at least 0, 1e-10 by default.
       maximize: True or False.
@@ -257,7 +257,7 @@ def rmsprop(
       lr: 0.01 by default.
       alpha: in [0, 1], 0.99 by default.
       eps: at least 0, 1e-8 by default.
-      weight_decay: at least 0, L2.
+      weight_decay: at least 0, L2; 0 by default.
       momentum: in [0, 1]; 0 by default.
       centered: True subtracts the square of the average gradient from v; where rounding makes the
         difference negative (NaN in PyTorch) the root is 0.
@@ -288,7 +288,7 @@ def adadelta(
       lr: 1 by default.
       rho: in [0, 1], 0.9 by default.
       eps: at least 0, 1e-6 by default.
-      weight_decay: at least 0, L2.
+      weight_decay: at least 0, L2; 0 by default.
       maximize: True or False.
 
     State: `optax.ScaleByAdaDeltaState(e_g, e_x)`, two trees.
@@ -353,7 +353,7 @@ def adamw(
 ) -> GradientTransformation:
     """AdamW: Adam with decoupled weight decay, u = -lr (Adam's quotient + weight_decay p).
 
-    Args, State: as `adam`; weight_decay is 0.01 by default.
+    Args, State: as in `adam`; weight_decay is 0.01 by default.
     Differs from: `jgd.adamw`, whose weight decay is 1e-4 by default.
     """
     return _descent(_adam(betas, eps, amsgrad), lr, weight_decay, maximize, decoupled=True)
@@ -373,7 +373,7 @@ def adamax(
 
         x <- max(b2 x, |g| + eps)            u = -lr m / (1 - b1^t) / x
 
-    Args: as `adam`; lr is 0.002 by default.
+    Args: as in `adam`; lr is 0.002 by default.
     State: `optax.ScaleByAdamState(count, mu, nu)`, two trees.
     """
     b1, b2 = betas
@@ -400,7 +400,7 @@ def nadam(
         m^ = d_(t+1) m / (1 - D d_(t+1)) + (1 - d_t) g / (1 - D)
         u = -lr m^ / (sqrt(v / (1 - b2^t)) + eps)
 
-    Args: as `adam`; lr is 0.002 by default.
+    Args: as in `adam`; lr is 0.002 by default.
       momentum_decay: at least 0, 0.004 by default.
 
     State: `NadamState(count, mu, nu, mu_product)`, two trees.
@@ -429,7 +429,7 @@ def radam(
         l = l_inf - 2 t b2^t / (1 - b2^t), r as in `jgd.radam`
         u = -lr m^ r sqrt(1 - b2^t) / (sqrt(v) + eps), or -lr m^ if l is not above 5
 
-    Args: as `adam`.
+    Args: as in `adam`.
     State: `optax.ScaleByAdamState(count, mu, nu)`, two trees.
     Source: Liu et al. 2020, algorithm 2, arXiv:1908.03265.
     """
@@ -468,7 +468,7 @@ def adafactor(
       eps: (eps_1, eps_2), (None, 0.001) by default; None is the epsilon of the parameters' dtype,
         and of float32 for 16-bit parameters.
       d: above 0, the upper bound of rms(x); 1 by default.
-      weight_decay: at least 0, decoupled.
+      weight_decay: at least 0, decoupled; 0 by default.
       maximize: True or False.
 
     State: `FactorsState(count, row, column, v)`: a row and a column for each matrix.
@@ -508,7 +508,7 @@ def muon(
       nesterov: True (default) for the first x.
       ns_coefficients: (a, b, c).
       eps: at least 0, 1e-7 by default.
-      ns_steps: the number of iterations, structure; 5 by default.
+      ns_steps: the number of iterations, which is structure; 5 by default.
       adjust_lr_fn: "original" or None (default) for scale = sqrt(max(1, rows / columns)),
         "match_rms_adamw" for scale = 0.2 sqrt(max(rows, columns)).
 
@@ -539,6 +539,6 @@ def muon(
         factor = 0.2 * math.sqrt(max(x.shape)) if match_adamw else math.sqrt(max(1, rows / columns))
         return factor * result
 
-    memory = moving_average(momentum)
-    rule = chain(with_nesterov(memory) if nesterov else memory, pointwise(orthogonal))
+    average = moving_average(momentum)
+    rule = chain(with_nesterov(average) if nesterov else average, pointwise(orthogonal))
     return _descent(rule, lr, weight_decay, maximize=False, decoupled=True)

@@ -35,7 +35,7 @@ from jgd.arguments import (
 )
 from jgd.compat.keras.schedules import cosine_decay_restarts
 from jgd.pytree import as_pytree
-from jgd.ramps import as_float, as_vector, ramp, safe_power, whole_ratio
+from jgd.ramps import as_float, as_vector, floor_ratio, ramp, safe_power
 from jgd.schedules import (
     cosine_decay_schedule,
     join_schedules,
@@ -91,10 +91,10 @@ def step_lr(lr: NonNegative, step_size: Period, gamma: NonNegative = 0.1) -> Sch
 
     Args:
       lr: at least 0, the value at step 0.
-      step_size: at least 1.
-      gamma: at least 0.
+      step_size: at least 1, the number of steps between two decays.
+      gamma: at least 0, the factor of each decay; 0.1 by default.
     """
-    return lambda step: lr * safe_power(gamma, whole_ratio(as_float(step), step_size))
+    return lambda step: lr * safe_power(gamma, floor_ratio(as_float(step), step_size))
 
 
 @as_pytree
@@ -104,7 +104,7 @@ def multi_step_lr(lr: NonNegative, milestones: Milestones, gamma: NonNegative = 
     Args:
       lr: at least 0.
       milestones: steps, a sequence or an array in any order; a repeated one counts each time.
-      gamma: at least 0.
+      gamma: at least 0, the factor of each decay; 0.1 by default.
     """
     edges = as_vector(milestones)
 
@@ -121,8 +121,8 @@ def constant_lr(lr: NonNegative, factor: Fraction = 1.0 / 3, total_iters: Count 
 
     Args:
       lr: at least 0.
-      factor: in [0, 1]; PyTorch divides by it and fails for 0.
-      total_iters: at least 0; with 0 the factor applies forever, as in PyTorch.
+      factor: in [0, 1], 1/3 by default; PyTorch divides by it and fails for 0.
+      total_iters: at least 0, 5 by default; with 0 the factor applies forever, as in PyTorch.
     """
 
     def value(step: Any) -> Any:
@@ -145,9 +145,10 @@ def linear_lr(
 
     Args:
       lr: at least 0.
-      start_factor: in (0, 1].
-      end_factor: in [0, 1].
-      total_iters: at least 0; with 0 the value is lr start_factor forever, as in PyTorch.
+      start_factor: in (0, 1], 1/3 by default.
+      end_factor: in [0, 1], 1 by default.
+      total_iters: at least 0, 5 by default; with 0 the value is lr start_factor forever, as in
+        PyTorch.
     """
     return linear_schedule(lr * start_factor, lr * end_factor, total_iters)
 
@@ -169,8 +170,8 @@ def polynomial_lr(lr: NonNegative, total_iters: Count = 5, power: NonNegative = 
 
     Args:
       lr: at least 0, the value at step 0.
-      total_iters: at least 0; with 0 the value is lr forever, as in PyTorch.
-      power: at least 0; 1 is linear.
+      total_iters: at least 0, 5 by default; with 0 the value is lr forever, as in PyTorch.
+      power: at least 0; 1 (default) is linear.
     """
     return polynomial_schedule(lr, 0.0, power, total_iters)
 
@@ -184,7 +185,7 @@ def cosine_annealing_lr(lr: NonNegative, T_max: Period, eta_min: Number = 0.0) -
     Args:
       lr: at least 0.
       T_max: at least 1, half of the period.
-      eta_min: the lowest value.
+      eta_min: the lowest value; 0 by default.
 
     Differs from: `jgd.cosine_decay_schedule`, which keeps its last value.
     """
@@ -192,7 +193,7 @@ def cosine_annealing_lr(lr: NonNegative, T_max: Period, eta_min: Number = 0.0) -
 
     def value(step: Any) -> Any:
         now, period = as_float(step), 2 * T_max
-        along = now - period * whole_ratio(now, period)
+        along = now - period * floor_ratio(now, period)
         return eta_min + fall(jnp.minimum(along, period - along))  # the rise mirrors the fall
 
     return value
@@ -213,7 +214,7 @@ def cosine_annealing_warm_restarts(
       lr: at least 0, the value at the start of each cycle.
       T_0: at least 1, the length of the first cycle.
       T_mult: at least 1, the length of a cycle over that of the cycle before; 1 by default.
-      eta_min: the lowest value.
+      eta_min: the lowest value; 0 by default.
 
     Source: Loshchilov & Hutter 2017, arXiv:1608.03983.
     """
@@ -253,11 +254,11 @@ def one_cycle_lr(
       max_lr: at least 0, the maximum.
       total_steps: at least 1; None: epochs times steps_per_epoch.
       epochs, steps_per_epoch: at least 1; ignored if `total_steps` is given.
-      pct_start: in [0, 1], the part of the steps in which the value rises.
-      anneal_strategy: "cos" for cosines or "linear" for lines between the ends of the phases.
+      pct_start: in [0, 1], the part of the steps in which the value rises; 0.3 by default.
+      anneal_strategy: "cos" (default) for cosines between the ends of the phases, or "linear".
       cycle_momentum, base_momentum, max_momentum: ignored; see `one_cycle_momentum`.
-      div_factor, final_div_factor: above 0.
-      three_phase: True for three phases instead of two.
+      div_factor, final_div_factor: above 0; 25 and 1e4 by default.
+      three_phase: True for three phases instead of two (default).
 
     Raises: ValueError without a maximum or a number of steps.
     Differs from: PyTorch, which extrapolates at step N and raises after it; a function of a traced
@@ -294,7 +295,7 @@ def one_cycle_momentum(
     learning rate is highest. From step N - 1 on, or 2 pct_start N - 2 with three phases, it is
     `max_momentum` again.
 
-    Args: as `one_cycle_lr`.
+    Args: as in `one_cycle_lr`.
     Raises: ValueError without a number of steps, and for cycle_momentum=False, with which PyTorch
       does not change the momentum.
     """
@@ -354,10 +355,10 @@ def cyclic_lr(
       lr: at least 0, the base if `base_lr` is None; else ignored, as PyTorch ignores the
         optimizer's learning rate.
       base_lr, max_lr: at least 0, the values where the triangle is 0 and 1.
-      step_size_up: at least 1.
+      step_size_up: at least 1, 2,000 by default.
       step_size_down: at least 1; None (default): as `step_size_up`.
       mode: "triangular" (default), "triangular2" or "exp_range".
-      gamma: at least 0, for "exp_range".
+      gamma: at least 0, for "exp_range"; 1 by default.
       scale_fn: a function that replaces the scale of `mode`. Its argument is a float, which may be
         traced.
       scale_mode: the argument of `scale_fn`: "cycle" (default), counted from 1, or "iterations", k.
@@ -392,7 +393,7 @@ def cyclic_momentum(
     For use with `cyclic_lr`, whose triangle(k) and scale(k) it has: the value is `max_momentum` at
     step 0 and lowest where the learning rate is highest.
 
-    Args: as `cyclic_lr`.
+    Args: as in `cyclic_lr`.
     Raises: ValueError for cycle_momentum=False, with which PyTorch does not change the momentum.
     """
     if not cycle_momentum:
@@ -408,7 +409,7 @@ def _swing(
     down = up if down is None else down
 
     def value(now: jax.Array) -> Any:
-        cycle = whole_ratio(now, up + down)
+        cycle = floor_ratio(now, up + down)
         along = now - cycle * (up + down)
         triangle = jnp.minimum(along / up, (up + down - along) / down)
         if scale_fn is not None:
