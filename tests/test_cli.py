@@ -232,8 +232,8 @@ def test_a_resumed_sweep_must_have_the_same_options(project, no_pictures, monkey
 def test_a_sweep_that_fails_names_the_command_to_resume_it(
     project, no_pictures, monkeypatch, capsys
 ):
-    _jgd(monkeypatch, "sweep", "mine:task", *SMALL, "--out", "whole")
-    go_on = "go on with: jgd sweep --resume "
+    _jgd(monkeypatch, "sweep", "mine:task", *SMALL, "--out", "reference")
+    go_on = "resume with: jgd sweep --resume "
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -256,7 +256,7 @@ def test_a_sweep_that_fails_names_the_command_to_resume_it(
         assert "interrupted" in line or effect is full
         _jgd(monkeypatch, "sweep", "--resume", out)
         table = (project / out / "results.csv").read_bytes()
-        assert table == (project / "whole" / "results.csv").read_bytes()
+        assert table == (project / "reference" / "results.csv").read_bytes()
 
 
 def test_an_interrupted_sweep_prints_a_table_only_after_a_report(
@@ -275,7 +275,7 @@ def test_an_interrupted_sweep_prints_a_table_only_after_a_report(
         with pytest.raises(SystemExit):
             _jgd(monkeypatch, *("sweep", "mine:task", *SMALL, "--out", f"after {reports}"))
         shown = capsys.readouterr()
-        assert f"interrupted; go on with: jgd sweep --resume 'after {reports}'" in shown.err
+        assert f"interrupted; resume with: jgd sweep --resume 'after {reports}'" in shown.err
         assert ("best" in shown.out) == bool(reports)
 
 
@@ -296,12 +296,13 @@ def test_narrow_tables_show_the_whole_metric(project):
 
 def test_a_sweep_that_was_killed_before_its_plan_starts_again(project, monkeypatch, capsys):
     options = ("--optimizer", "sgd", "--set", "learning_rate=0.1", "--steps", "20", "--seeds", "1")
-    _jgd(monkeypatch, "sweep", "mine:task", *options, "--out", "whole")
+    _jgd(monkeypatch, "sweep", "mine:task", *options, "--out", "reference")
     (project / "early").mkdir()
-    (project / "whole" / "command.json").rename(project / "early" / "command.json")
+    (project / "reference" / "command.json").rename(project / "early" / "command.json")
     _jgd(monkeypatch, "sweep", "--resume", "early")
     for name in ("plan.json", "results.csv"):
-        assert (project / "early" / name).read_bytes() == (project / "whole" / name).read_bytes()
+        resumed, reference = (project / folder / name for folder in ("early", "reference"))
+        assert resumed.read_bytes() == reference.read_bytes()
 
 
 @pytest.mark.parametrize(
