@@ -126,7 +126,7 @@ def test_halving_report_and_resume(project, monkeypatch, capsys):
     assert (project / "cut" / "results.csv").read_bytes() == rows
     for wrong, message in (
         (["report", "none"], "none holds no sweep: there is no plan.json"),
-        (["sweep", "--resume", "none"], "holds no sweep of the command line"),
+        (["sweep", "--resume", "none"], "holds no sweep that `jgd sweep` started"),
         (
             ["sweep", "--halving", "2", "--hyperband", "3"],
             "--halving must not be given with --hyperband",

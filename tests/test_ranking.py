@@ -51,22 +51,22 @@ def test_the_last_report_counts():
 
 
 def test_the_best_report_counts_and_its_state_is_kept():
-    result, kept = _sweep_curves(best="ever", keep=3)
+    result, settings = _sweep_curves(best="ever", keep=3)
     assert [row["score"] for row in result.rows] == [1, 2, 3, 7]
     assert [row["twice"] for row in result.rows] == [2, 4, 6, 14]  # of the same report
     assert [row["best_at"] for row in result.rows] == [2, 3, 4, 4]
-    assert kept == [0, 1, 3]
+    assert settings == [0, 1, 3]
     assert [int(one.state) for one in result.kept] == [2, 3, 4]
     most, _ = _sweep_curves(best="ever", mode="max")
     assert [row["score"] for row in most.rows] == [9, 6, 5, 3]
 
 
 def test_the_first_at_the_target_is_best_and_ends():
-    result, kept = _sweep_curves(target=4.5, keep=2)
+    result, settings = _sweep_curves(target=4.5, keep=2)
     assert [row["steps_to_target"] for row in result.rows] == [1, 2, 3, np.inf]
     assert [row["ended"] for row in result.rows] == ["reached target"] * 3 + ["finished"]
     assert [row["at"] for row in result.rows] == [1, 2, 3, 4]
-    assert kept == [1, 0]
+    assert settings == [1, 0]
     assert [int(one.state) for one in result.kept] == [1, 2]
     highest, _ = _sweep_curves(target=8.0, mode="max")
     assert [row["steps_to_target"] for row in highest.rows][:2] == [1, np.inf]

@@ -415,7 +415,7 @@ def _resumed(options: Sweep) -> Sweep:
     path = options.resume / "command.json"
     if not path.exists():
         raise UserError(
-            f"{options.resume} was not written by the command line: there is no command.json"
+            f"{options.resume} holds no sweep that `jgd sweep` started: there is no command.json"
         )
     try:
         entries = dict[str, Any](json.loads(path.read_text()), out=options.resume)

@@ -36,7 +36,7 @@ UNSUPPORTED = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS)
 
 @dataclass
 class _Lock:
-    """A folder that this process holds."""
+    """The lock of a folder that this process holds."""
 
     release: Callable[[], None]
     contexts: int = 0

@@ -134,8 +134,8 @@ class SweepOptions(Training):
     budget: Annotated[
         int | None,
         at_least(1),
-        Doc("""Limit on lane-steps, at least 1. Those that pad tiles count too. At the limit,
-        running chunks finish and no new chunk starts; unfinished lanes end as "out of budget" or
+        Doc("""Limit on lane-steps, including those that pad tiles, at least 1. At the limit,
+        running chunks finish and no new chunk starts; unfinished lanes end as "out of budget" or as
         "not run". None: no limit."""),
     ] = None
     seconds: Annotated[
