@@ -233,7 +233,7 @@ def test_a_sweep_that_fails_names_the_command_to_resume_it(
     project, no_pictures, monkeypatch, capsys
 ):
     _jgd(monkeypatch, "sweep", "mine:task", *SMALL, "--out", "reference")
-    go_on = "resume with: jgd sweep --resume "
+    hint = "resume with: jgd sweep --resume "
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -251,7 +251,7 @@ def test_a_sweep_that_fails_names_the_command_to_resume_it(
         with monkeypatch.context() as patched:
             patched.setattr(*where, effect)
             line = _fails(patched, capsys, "sweep", "mine:task", *SMALL, "--out", out)
-        assert f"{go_on}{out}" in line
+        assert f"{hint}{out}" in line
         assert ("No space left on device" in line) == (effect is full)
         assert "interrupted" in line or effect is full
         _jgd(monkeypatch, "sweep", "--resume", out)

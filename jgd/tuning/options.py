@@ -135,8 +135,8 @@ class SweepOptions(Training):
         int | None,
         at_least(1),
         Doc("""Limit on lane-steps, including those that pad tiles, at least 1. At the limit,
-        running chunks finish and no new chunk starts; unfinished lanes end as "out of budget" or as
-        "not run". None: no limit."""),
+        running chunks finish and no new chunk starts; lanes that are unfinished end as "out of
+        budget" or "not run". None: no limit."""),
     ] = None
     seconds: Annotated[
         float | None,
