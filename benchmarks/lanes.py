@@ -29,13 +29,13 @@ import numpy as np
 import optax
 
 import jgd
-from jgd.tuning.sweep import Prepared, TrainingArguments, prepare
+from jgd.tuning.sweep import PreparedSweep, TrainingArguments, prepare
 from jgd.tuning.tasks import digits
 
 Contender = Callable[[], tuple[int, float]]  # returns the number of lane-steps and their seconds
 
 
-def seconds_of(prepared: Prepared) -> float:
+def seconds_of(prepared: PreparedSweep) -> float:
     """Run a sweep to its end and return its seconds."""
     started = time.perf_counter()
     while prepared.sweep.start():

@@ -304,7 +304,7 @@ def sharpness(
 
     Args:
       loss: params -> scalar.
-      params: the parameters at which the Hessian is taken.
+      params: the parameters at which the Hessian is computed.
       key: random key of the initial direction.
       iterations: number of steps of the power method, each a gradient and its derivative. The error
         is proportional to (l2 / l1)^(2 iterations), for the two largest eigenvalues l1 and l2.

@@ -234,7 +234,7 @@ def with_sharpness(task: Task, batch: Any = None, iterations: int = 20) -> Run:
 
     Args:
       task: a `Task`.
-      batch: the batch on which the loss is taken. None (default): the task's first batch.
+      batch: the batch on which the sharpness is computed. None (default): the task's first batch.
       iterations: see `jgd.diagnosis.sharpness`.
     """
     check_task("with_sharpness", task, Task)

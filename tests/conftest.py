@@ -10,7 +10,7 @@ from typing import Any
 
 # Most of the test time is compilation of small programs. These flags make compilation three times
 # faster and programs slower. Subprocesses inherit them. `XLA_FLAGS= pytest` runs without them.
-# XLA exits at a flag it does not know, and jaxlib 0.11 has lost one.
+# XLA exits at an unknown flag, and jaxlib 0.11 has one of these flags less.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
@@ -66,24 +66,24 @@ LONGEST = (
 
 # Slow tests with many cases: `pytest -m slow` runs one of every n cases (0: none).
 # `TESTS=all pytest -m slow` runs all cases, as the weekly workflow does.
-SAMPLED = {
+CASES_PER_SAMPLE = {
     "test_a_fault_at_each_operation_on_files": 0,  # a default test runs every 17th operation
-    "test_an_extension_that_dies_goes_on": 0,  # a default test runs every 41st operation
+    "test_an_extension_that_dies_is_resumed": 0,  # a default test runs every 41st operation
     "3-a-thousand-settings-at-once.ipynb": 0,  # two minutes; default tests cover sweeps
     "test_derivatives_of_training_in_both_modes": 4,
     "test_equals_its_peer_in_float64": 3,
     "test_every_number_is_a_lane_and_differentiable": 4,
     "test_never_further_from_the_paper_than_optax_over_1000_steps": 3,
-    "test_reaches_what_it_reached": 3,
+    "test_reaches_its_recorded_loss": 3,
 }
 
 
 def _in_sample(item: pytest.Item, counts: dict[str, int]) -> bool:
     name = item.name.partition("[")[0]
-    if name not in SAMPLED or item.get_closest_marker("slow") is None:
+    if name not in CASES_PER_SAMPLE or item.get_closest_marker("slow") is None:
         return True
     counts[name] = counts.get(name, -1) + 1
-    return SAMPLED[name] > 0 and counts[name] % SAMPLED[name] == 0
+    return CASES_PER_SAMPLE[name] > 0 and counts[name] % CASES_PER_SAMPLE[name] == 0
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -3,7 +3,7 @@
 from jgd.tuning.sweep import TrainingArguments, prepare
 
 
-def planned(task, settings, steps, **options):
+def prepare_sweep(task, settings, steps, **options):
     """Return a sweep that has not started."""
     return prepare(TrainingArguments(task, settings, steps, **options))
 

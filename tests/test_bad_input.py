@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import optuna
 import pytest
-from test_training import X, Y, _line
+from test_training import X, Y, line_task
 
 import jgd
 from jgd.stopping import early_stopping, reduce_on_plateau
@@ -17,7 +17,7 @@ from jgd.tuning.compiling import Compiler
 from jgd.tuning.result import Best
 
 LANES = jgd.grid(jgd.adam, learning_rate=[0.1, 0.2])
-ADAM, KEY, LOG, LINE = jgd.adam(0.1), jax.random.key(0), jgd.loguniform(1e-3, 1.0), _line()
+ADAM, KEY, LOG, LINE = jgd.adam(0.1), jax.random.key(0), jgd.loguniform(1e-3, 1.0), line_task()
 RUN = jgd.supervised(LINE)
 NAN, INF = float("nan"), float("inf")
 HERE = Path(__file__)

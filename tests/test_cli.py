@@ -126,7 +126,7 @@ def test_halving_report_and_resume(project, monkeypatch, capsys):
     assert (project / "cut" / "results.csv").read_bytes() == rows
     for wrong, message in (
         (["report", "none"], "none holds no sweep: there is no plan.json"),
-        (["sweep", "--resume", "none"], "holds no sweep of the command line"),
+        (["sweep", "--resume", "none"], "holds no sweep that `jgd sweep` started"),
         (
             ["sweep", "--halving", "2", "--hyperband", "3"],
             "--halving must not be given with --hyperband",
@@ -232,8 +232,8 @@ def test_a_resumed_sweep_must_have_the_same_options(project, no_pictures, monkey
 def test_a_sweep_that_fails_names_the_command_to_resume_it(
     project, no_pictures, monkeypatch, capsys
 ):
-    _jgd(monkeypatch, "sweep", "mine:task", *SMALL, "--out", "whole")
-    go_on = "go on with: jgd sweep --resume "
+    _jgd(monkeypatch, "sweep", "mine:task", *SMALL, "--out", "reference")
+    hint = "resume with: jgd sweep --resume "
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -251,12 +251,12 @@ def test_a_sweep_that_fails_names_the_command_to_resume_it(
         with monkeypatch.context() as patched:
             patched.setattr(*where, effect)
             line = _fails(patched, capsys, "sweep", "mine:task", *SMALL, "--out", out)
-        assert f"{go_on}{out}" in line
+        assert f"{hint}{out}" in line
         assert ("No space left on device" in line) == (effect is full)
         assert "interrupted" in line or effect is full
         _jgd(monkeypatch, "sweep", "--resume", out)
         table = (project / out / "results.csv").read_bytes()
-        assert table == (project / "whole" / "results.csv").read_bytes()
+        assert table == (project / "reference" / "results.csv").read_bytes()
 
 
 def test_an_interrupted_sweep_prints_a_table_only_after_a_report(
@@ -275,7 +275,7 @@ def test_an_interrupted_sweep_prints_a_table_only_after_a_report(
         with pytest.raises(SystemExit):
             _jgd(monkeypatch, *("sweep", "mine:task", *SMALL, "--out", f"after {reports}"))
         shown = capsys.readouterr()
-        assert f"interrupted; go on with: jgd sweep --resume 'after {reports}'" in shown.err
+        assert f"interrupted; resume with: jgd sweep --resume 'after {reports}'" in shown.err
         assert ("best" in shown.out) == bool(reports)
 
 
@@ -296,12 +296,13 @@ def test_narrow_tables_show_the_whole_metric(project):
 
 def test_a_sweep_that_was_killed_before_its_plan_starts_again(project, monkeypatch, capsys):
     options = ("--optimizer", "sgd", "--set", "learning_rate=0.1", "--steps", "20", "--seeds", "1")
-    _jgd(monkeypatch, "sweep", "mine:task", *options, "--out", "whole")
+    _jgd(monkeypatch, "sweep", "mine:task", *options, "--out", "reference")
     (project / "early").mkdir()
-    (project / "whole" / "command.json").rename(project / "early" / "command.json")
+    (project / "reference" / "command.json").rename(project / "early" / "command.json")
     _jgd(monkeypatch, "sweep", "--resume", "early")
     for name in ("plan.json", "results.csv"):
-        assert (project / "early" / name).read_bytes() == (project / "whole" / name).read_bytes()
+        resumed, reference = (project / folder / name for folder in ("early", "reference"))
+        assert resumed.read_bytes() == reference.read_bytes()
 
 
 @pytest.mark.parametrize(

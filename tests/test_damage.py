@@ -11,7 +11,7 @@ import sys
 import chex
 import numpy as np
 import pytest
-from test_training import _line
+from test_training import line_task
 
 import jgd
 from jgd import cli
@@ -19,7 +19,7 @@ from jgd.tuning import plots
 from jgd.tuning.folder import Folder
 from jgd.tuning.segment import manifests, read_manifest, read_result, sealed
 
-TASK = _line()  # one task, so that all sweeps share their compiled programs
+TASK = line_task()  # one task, so that all sweeps share their compiled programs
 RATES = [0.01, 0.03, 0.1, 1e30]
 OPTIONS = dict(width=2, report_every=2, checkpoint_every=0)
 
@@ -42,7 +42,7 @@ DAMAGES = [
     *((name, WAYS, None, None) for name in ("results.json", "results.csv", "curves.npz", "lock")),
 ]
 FALLS_BACK = ("journal.jsonl", "newest manifest", "newest state")
-CASES = [(file, way, *said) for file, ways, *said in DAMAGES for way in ways]
+CASES = [(file, way, *errors) for file, ways, *errors in DAMAGES for way in ways]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,12 +51,12 @@ def _few_checkpoints_and_no_plots():
     with pytest.MonkeyPatch.context() as patched:
         checkpoint = Folder.checkpoint
 
-        def counted(self, *args):
+        def checkpoint_now(self, *args):
             checkpoint(self, *args)
             self.finish()
 
         patched.setattr(Folder, "busy", lambda self: self._generation >= 2)
-        patched.setattr(Folder, "checkpoint", counted)
+        patched.setattr(Folder, "checkpoint", checkpoint_now)
         patched.setattr(plots, "save_plots", lambda result, out: [])
         yield
 
@@ -70,7 +70,7 @@ def _jgd(*arguments):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """The folder to damage, and the folder of another sweep."""
-    both = [tmp_path_factory.mktemp("whole") / name for name in ("this", "other")]
+    both = [tmp_path_factory.mktemp("reference") / name for name in ("this", "other")]
     for folder, all_rates in zip(both, (RATES, [2 * rate for rate in RATES]), strict=True):
         rates = ",".join(map(str, all_rates))
         options = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
@@ -129,18 +129,18 @@ def _output(capsys, *command):
 def test_a_damaged_folder_gives_the_same_table_or_one_line(
     file, way, resumed, reported, folders, tmp_path, capsys, recwarn
 ):
-    whole, other = folders
-    table = (whole / "results.csv").read_bytes()
+    reference, other = folders
+    table = (reference / "results.csv").read_bytes()
     folder, again = tmp_path / "run", tmp_path / "again"
-    shutil.copytree(whole, folder)
+    shutil.copytree(reference, folder)
     _damage(folder, file, way, other)
     shutil.copytree(folder, again)
 
     shown, error = _output(capsys, "report", folder)
     if reported is None:
-        expected = _output(capsys, "report", whole)[0]
+        expected = _output(capsys, "report", reference)[0]
         assert shown.partition("\nfiles in ")[0] == expected.partition("\nfiles in ")[0] != ""
-        assert repr(read_result(folder).rows) == repr(read_result(whole).rows)
+        assert repr(read_result(folder).rows) == repr(read_result(reference).rows)
     else:
         assert re.search(reported, error)
 
@@ -148,7 +148,7 @@ def test_a_damaged_folder_gives_the_same_table_or_one_line(
     if resumed is None:
         assert not error
         assert (folder / "results.csv").read_bytes() == table
-        assert (folder / "journal.jsonl").read_bytes() == (whole / "journal.jsonl").read_bytes()
+        assert (folder / "journal.jsonl").read_bytes() == (reference / "journal.jsonl").read_bytes()
     else:
         assert re.search(resumed, error)
 
@@ -196,7 +196,7 @@ def test_a_sweep_resumes_after_a_full_disk(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(Folder, "append", full)
         with pytest.raises(
-            OSError, match=rf"run: No space .* go on with: jgd sweep --resume {folder}"
+            OSError, match=rf"run: No space .* resume with: jgd sweep --resume {folder}"
         ):
             sweep(False)
     with (folder / "journal.jsonl").open("a") as journal:

@@ -12,12 +12,13 @@ import os, sys
 os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
 sys.path.insert(0, {tests!r})
 import jax, numpy as np, jgd
-from sweeps import events, planned
-from test_training import _line
+from sweeps import events, prepare_sweep
+from test_training import line_task
 assert jax.device_count() == 8
 settings = {{"adam": jgd.grid(jgd.adam, learning_rate=np.geomspace(1e-4, 1, 21))}}
 options = dict(seeds=2, width=16, report_every=8)
-prepared = planned(_line(), settings, 64, halving=jgd.successive_halving(2, 16), **options)
+halving = jgd.successive_halving(2, 16)
+prepared = prepare_sweep(line_task(), settings, 64, halving=halving, **options)
 list(events(prepared))
 (program,) = prepared.sweep.engine.programs
 assert set(program.chunks) <= {{16, 8}}, program.chunks
@@ -26,38 +27,38 @@ for width, chunk in program.chunks.items():  # one program for each width
     assert "num_partitions=8" in text
     for operation in ("all-reduce", "all-gather", "all-to-all", "collective-permute"):
         assert operation not in text, (width, operation)
-spread = jgd.sweep(_line(), settings, 64, **options)
-alone = jgd.sweep(_line(), settings, 64, devices=1, **options)
+spread = jgd.sweep(line_task(), settings, 64, **options)
+alone = jgd.sweep(line_task(), settings, 64, devices=1, **options)
 loss = lambda result: {{row["learning_rate"]: row["loss"] for row in result.rows}}
 for rate, value in loss(alone).items():
     np.testing.assert_allclose(loss(spread)[rate], value, rtol=1e-4)
 for wrong in (0, 9):
     try:
-        jgd.sweep(_line(), settings, 64, devices=wrong)
+        jgd.sweep(line_task(), settings, 64, devices=wrong)
     except ValueError as error:
         assert f"devices must be in 1 to 8, got {{wrong}}" in str(error)
 folder = {folder!r}
 def crash(plan, report):
     if report.step == 40:
         raise RuntimeError
-halving = jgd.successive_halving(2, 16)
 try:
-    jgd.sweep(_line(), settings, 64, halving=halving, folder=folder, checkpoint_every=0.0,
+    jgd.sweep(line_task(), settings, 64, halving=halving, folder=folder, checkpoint_every=0.0,
               on_report=crash, **options)
 except RuntimeError:
     pass
-resumed = jgd.sweep(_line(), settings, 64, halving=halving, folder=folder, resume=True, **options)
-whole = jgd.sweep(_line(), settings, 64, halving=halving, **options)
-assert resumed.rows == whole.rows
+resumed = jgd.sweep(line_task(), settings, 64, halving=halving, folder=folder, resume=True,
+                    **options)
+reference = jgd.sweep(line_task(), settings, 64, halving=halving, **options)
+assert resumed.rows == reference.rows
 for before, after in ((3, 2), (2, 8), (1, 3)):
     where = dict(halving=halving, folder=folder + str(before))
     try:
-        jgd.sweep(_line(), settings, 64, checkpoint_every=0.0, on_report=crash, devices=before,
+        jgd.sweep(line_task(), settings, 64, checkpoint_every=0.0, on_report=crash, devices=before,
                   **where, **options)
     except RuntimeError:
         pass
-    moved = jgd.sweep(_line(), settings, 64, resume=True, devices=after, **where, **options)
-    for rate, value in loss(whole).items():
+    moved = jgd.sweep(line_task(), settings, 64, resume=True, devices=after, **where, **options)
+    for rate, value in loss(reference).items():
         np.testing.assert_allclose(loss(moved)[rate], value, rtol=1e-3)
 print("done")
 """

@@ -124,7 +124,7 @@ def test_noise_of_single_examples_has_not_diverged():
     assert (verdicts == "diverged").mean() <= 0.02
 
 
-def _along(curves):
+def run_along(curves):
     """Return a run whose loss at step k is number k of its setting, and a setting per curve."""
     run = jgd.Run(
         init=lambda setting, key: jnp.int32(0),
@@ -157,7 +157,7 @@ def test_a_lane_that_ended_early_is_judged_by_its_own_steps(ended, tmp_path):
     losses = [np.concatenate([c, np.full(700, c[-1])]) for c in curves.values()]
     if ended != "cut":  # these lanes end after 120 or 400 steps
         losses = [np.repeat(c, 4)[3:] for c in losses]
-    run, settings = _along(losses)
+    run, settings = run_along(losses)
     result = jgd.sweep(run, settings, 800, folder=tmp_path / "run", **ENDS[ended])
     assert ended in {row["ended"] for row in result.rows}
     for row in result.rows:
@@ -174,7 +174,7 @@ def test_a_lane_that_ended_early_is_judged_by_its_own_steps(ended, tmp_path):
 
 
 def test_a_run_may_have_no_verdicts():
-    run, settings = _along([np.ones(8), np.full(8, np.nan)])
+    run, settings = run_along([np.ones(8), np.full(8, np.nan)])
     for verdict in (True, False):
         result = jgd.sweep(run._replace(verdict=verdict), settings, 8, report_every=4)
         assert [row["verdict"] for row in result.rows] == (
@@ -204,7 +204,7 @@ def _line_batch(batch_size, rates, steps, lanes=40):
     task = jgd.Task(init, loss, batch, lambda params: {"loss": loss(params, (x, y))})
     settings = jgd.grid(jgd.sgd, learning_rate=rates)
     reports = jgd.iter_sweep(task, settings, steps, seeds=lanes, width=lanes, report_every=steps)
-    return [diagnosis.verdict(report.seen, steps).tolist() for report in reports]
+    return [diagnosis.verdict(report.statistics, steps).tolist() for report in reports]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_training import X, Y, _line
+from test_training import X, Y, line_task
 
 import jgd
 
@@ -57,7 +57,7 @@ def _assumed_names(code):
     import jgd.compat.keras as jk
     import jgd.compat.torch as jt
 
-    task = _line()
+    task = line_task()
     run = jgd.supervised(task)._replace(begin=None)
     params = task.init(jax.random.key(0))
     names = dict(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_training import _line
+from test_training import line_task
 
 import jgd
 import jgd.compat.torch as jt
@@ -142,9 +142,9 @@ HIDES = "a setting must be a pytree of numbers, got <chain>" + HINT
 FUNCTIONS = {
     "stack": (lambda: jgd.stack([HIDDEN, HIDDEN]), f"stack: {HIDES}"),
     "lane": (lambda: jgd.lane(HIDDEN, 0), f"lane: {HIDES}"),
-    "train": (lambda: jgd.train(_line(), HIDDEN, 5, KEY), f"train: {HIDES}"),
-    "train a dict": (lambda: jgd.train(_line(), {"tx": HIDDEN}, 5, KEY), f"train: {HIDES}"),
-    "sweep": (lambda: jgd.sweep(_line(), {"a": HIDDEN}, 5), f"sweep: {HIDES}"),
+    "train": (lambda: jgd.train(line_task(), HIDDEN, 5, KEY), f"train: {HIDES}"),
+    "train a dict": (lambda: jgd.train(line_task(), {"tx": HIDDEN}, 5, KEY), f"train: {HIDES}"),
+    "sweep": (lambda: jgd.sweep(line_task(), {"a": HIDDEN}, 5), f"sweep: {HIDES}"),
     "grid": (lambda: jgd.grid(optax.adam, learning_rate=[0.1, 0.2]), f"adam: {HIDES}"),
     "a bare function": (
         lambda: jgd.stack([{"rate": jnp.sin}]),

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_training import _line
+from test_training import line_task
 
 import jgd
 from jgd.tuning import folder as folders
@@ -22,7 +22,7 @@ from jgd.tuning.segment import read_manifest, sealed
 
 RATES = np.geomspace(1e-3, 0.3, 5)
 WRITTEN = ("plan.json", "journal.jsonl", "results.csv", "results.json", "curves.npz")
-TASK = _line()  # one task, so that all sweeps share their compiled programs
+TASK = line_task()  # one task, so that all sweeps share their compiled programs
 
 
 class _Death(BaseException):
@@ -33,7 +33,7 @@ class _Faults:
     """Counter of the file operations of `Folder`, which raises `_Death` at one of them.
 
     Later operations raise it too, as in a dead process. Saving a block counts as one operation:
-    deaths inside orbax are left to the test with kill -9.
+    the test with kill -9 covers deaths inside orbax.
     """
 
     def __init__(self, monkeypatch):
@@ -133,14 +133,14 @@ def _states(result):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def reference(tmp_path_factory):
     """The result and the files of a sweep that does not die."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
+    folder = tmp_path_factory.mktemp("reference") / "run"
     return _sweep(folder), _bytes(folder)
 
 
-def _assert_ends_the_same(folder, whole):
-    result, written = whole
+def _assert_ends_the_same(folder, reference):
+    result, written = reference
     jax.tree.map(np.testing.assert_array_equal, _states(_sweep(folder)), _states(result))
     assert _bytes(folder) == written
 
@@ -148,7 +148,7 @@ def _assert_ends_the_same(folder, whole):
 @pytest.mark.parametrize(
     "stride", [pytest.param(1, marks=pytest.mark.slow), pytest.param(17, id="some")]
 )
-def test_a_fault_at_each_operation_on_files(stride, whole, tmp_path, monkeypatch):
+def test_a_fault_at_each_operation_on_files(stride, reference, tmp_path, monkeypatch):
     faults = _Faults(monkeypatch)
     assert not faults.dies(None, lambda: _sweep(tmp_path / "count"))
     operations = faults.count
@@ -157,20 +157,20 @@ def test_a_fault_at_each_operation_on_files(stride, whole, tmp_path, monkeypatch
         folder = tmp_path / str(at)
         if faults.dies(at, lambda folder=folder: _sweep(folder)):
             faults.dies(at % 13 + 1, lambda folder=folder: _sweep(folder))  # the resume dies too
-        _assert_ends_the_same(folder, whole)
+        _assert_ends_the_same(folder, reference)
         shutil.rmtree(folder)
 
 
 @pytest.mark.slow
-def test_a_fault_at_each_turn(whole, tmp_path):
+def test_a_fault_at_each_turn(reference, tmp_path):
     append, turns, died = folders.Folder.append, 0, True
     while died:
-        left, died = [turns], False
+        remaining, died = [turns], False
 
-        def die(self, events, left=left):
+        def die(self, events, remaining=remaining):
             append(self, events)
-            left[0] -= 1
-            if left[0] < 0:
+            remaining[0] -= 1
+            if remaining[0] < 0:
                 raise _Death
 
         with pytest.MonkeyPatch.context() as patched:
@@ -179,16 +179,16 @@ def test_a_fault_at_each_turn(whole, tmp_path):
                 _sweep(tmp_path / str(turns))
             except _Death:
                 died = True
-        _assert_ends_the_same(tmp_path / str(turns), whole)
+        _assert_ends_the_same(tmp_path / str(turns), reference)
         turns += 1
     assert turns > 5
 
 
-def test_a_damaged_older_checkpoint_does_not_matter(whole, tmp_path):
+def test_a_damaged_older_checkpoint_does_not_matter(reference, tmp_path):
     _sweep(tmp_path / "run")
     oldest = min((tmp_path / "run").glob("manifest-*.json"), key=lambda p: p.stat().st_mtime_ns)
     oldest.write_text("{")
-    _assert_ends_the_same(tmp_path / "run", whole)
+    _assert_ends_the_same(tmp_path / "run", reference)
 
 
 def test_a_checkpoint_without_the_state_of_a_lane_is_rejected(tmp_path):
@@ -213,7 +213,7 @@ def test_a_checkpoint_without_the_state_of_a_lane_is_rejected(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["journal", "state", "manifest"])
-def test_resume_uses_the_checkpoint_before_a_damaged_one(damage, whole, tmp_path):
+def test_resume_uses_the_checkpoint_before_a_damaged_one(damage, reference, tmp_path):
     for attempt in range(10):
         folder = tmp_path / f"run-{attempt}"
         _sweep(folder)
@@ -231,7 +231,7 @@ def test_resume_uses_the_checkpoint_before_a_damaged_one(damage, whole, tmp_path
         block = max((folder / "states").iterdir(), key=lambda p: int(p.name.partition("-")[2]))
         next(x for x in block.rglob("*") if x.is_file() and x.stat().st_size).write_bytes(b"x")
     with pytest.warns(UserWarning, match=r"checkpoint \d+: .*The checkpoint before it is used"):
-        _assert_ends_the_same(folder, whole)
+        _assert_ends_the_same(folder, reference)
 
 
 PROGRAM = """
@@ -249,7 +249,7 @@ test_faults._sweep(Path({folder!r}))
 
 
 @pytest.mark.slow
-def test_a_sweep_killed_at_random_moments_ends_the_same(whole, tmp_path):
+def test_a_sweep_killed_at_random_moments_ends_the_same(reference, tmp_path):
     program = PROGRAM.format(tests=os.path.dirname(__file__), folder=str(tmp_path / "run"))
     rng, kills = random.Random(0), 0
     while kills < 20:
@@ -264,6 +264,6 @@ def test_a_sweep_killed_at_random_moments_ends_the_same(whole, tmp_path):
             process.wait()
             kills += 1
         elif (tmp_path / "run" / "results.csv").exists():
-            _assert_ends_the_same(tmp_path / "run", whole)
+            _assert_ends_the_same(tmp_path / "run", reference)
             shutil.rmtree(tmp_path / "run")
-    _assert_ends_the_same(tmp_path / "run", whole)
+    _assert_ends_the_same(tmp_path / "run", reference)

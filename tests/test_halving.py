@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sweeps import events, planned
-from test_training import _line
-from test_tuning import _scored
+from sweeps import events, prepare_sweep
+from test_training import line_task
+from test_tuning import run_with_scores
 
 import jgd
 from jgd.diagnosis import LossStatistics
@@ -43,11 +43,11 @@ def test_rungs_and_brackets():
     first, *_, last = brackets = jgd.hyperband(3, 37).brackets(1000)
     assert first == [37, 111, 333]
     assert last == []
-    shares = jgd.hyperband(3, 37).shares(1000, 1000)
+    shares = jgd.hyperband(3, 37).assign(1000, 1000)
     counts = np.bincount(shares, minlength=len(brackets))
     assert counts.sum() == 1000
     assert (np.diff(counts) < 0).all()  # brackets with earlier rungs get more settings
-    np.testing.assert_array_equal(shares, jgd.hyperband(3, 37).shares(1000, 1000))
+    np.testing.assert_array_equal(shares, jgd.hyperband(3, 37).assign(1000, 1000))
     for wrong in (dict(eta=1.0), dict(min_steps=0), dict(within="seed")):
         with pytest.raises(ValueError, match=f"successive_halving: {next(iter(wrong))} must be"):
             jgd.successive_halving(**wrong)
@@ -76,7 +76,7 @@ def test_packed_tiles_are_cheapest_with_little_padding():
 
 
 def test_halving_cuts_the_worse_half_at_each_rung():
-    run, lanes = _scored([[float(k), float(k)] for k in [5, 3, 8, 1, 7, 2, 6, np.nan]])
+    run, lanes = run_with_scores([[float(k), float(k)] for k in [5, 3, 8, 1, 7, 2, 6, np.nan]])
     halving = jgd.successive_halving(2, 5)
     result = jgd.sweep(run, lanes, 40, seeds=2, width=4, halving=halving, mode="min")
     scores = [row["score"] for row in result.rows]
@@ -87,9 +87,9 @@ def test_halving_cuts_the_worse_half_at_each_rung():
 
 
 def test_survivors_train_as_without_halving():
-    plain = jgd.sweep(_line(), _adam(), 64, width=8, report_every=8)
+    plain = jgd.sweep(line_task(), _adam(), 64, width=8, report_every=8)
     halved = jgd.sweep(
-        _line(), _adam(), 64, width=8, report_every=8, halving=jgd.successive_halving(2, 8)
+        line_task(), _adam(), 64, width=8, report_every=8, halving=jgd.successive_halving(2, 8)
     )
     survivors = [row for row in halved.rows if row["ended"] == "finished"]
     assert len(survivors) == 4
@@ -102,21 +102,25 @@ def test_survivors_train_as_without_halving():
 @pytest.mark.parametrize("eta", [2, 3])
 def test_padding_adds_at_most_a_tenth_of_the_lane_steps(eta):
     settings = {"adam": jgd.grid(jgd.adam, learning_rate=np.geomspace(1e-4, 1, 250))}
-    prepared = planned(_line(), settings, 54, width=16, halving=jgd.successive_halving(eta, 2))
+    prepared = prepare_sweep(
+        line_task(), settings, 54, width=16, halving=jgd.successive_halving(eta, 2)
+    )
     assert list(events(prepared))
     assert prepared.sweep.schedule.lane_steps <= 1.1 * prepared.plan.lane_steps
 
 
 def test_the_host_holds_few_states_that_a_rung_will_cut():
     settings = {"adam": jgd.grid(jgd.adam, learning_rate=np.geomspace(1e-4, 1, 128))}
-    prepared = planned(_line(), settings, 64, width=8, halving=jgd.successive_halving(4, 8))
+    prepared = prepare_sweep(
+        line_task(), settings, 64, width=8, halving=jgd.successive_halving(4, 8)
+    )
     most = 0
     for _ in events(prepared):
         if prepared.sweep.schedule.round == 0:
-            most = max(most, len(prepared.sweep.pool.held()))
+            most = max(most, len(prepared.sweep.pool.lanes()))
     assert 32 <= most <= 1.25 * 32 + 8
-    kept = jgd.sweep(_line(), settings, 64, width=8, halving=jgd.successive_halving(4, 8))
-    assert [row["ended"] for row in kept.rows].count("finished") == 32
+    result = jgd.sweep(line_task(), settings, 64, width=8, halving=jgd.successive_halving(4, 8))
+    assert [row["ended"] for row in result.rows].count("finished") == 32
 
 
 def _plan(settings, seeds=1, metric="score", mode="max", **options):
@@ -133,8 +137,8 @@ def _report(group, step, lanes, ended=0, **metrics):
     lanes = np.atleast_1d(lanes)
     metrics = {name: np.broadcast_to(x, lanes.shape).astype(float) for name, x in metrics.items()}
     ended = np.broadcast_to(np.int8(ended), lanes.shape)
-    seen = LossStatistics(*[np.zeros(lanes.shape)] * len(LossStatistics._fields))
-    return Report(0, group, step, lanes, np.zeros(lanes.shape), metrics, ended, seen)
+    statistics = LossStatistics(*[np.zeros(lanes.shape)] * len(LossStatistics._fields))
+    return Report(0, group, step, lanes, np.zeros(lanes.shape), metrics, ended, statistics)
 
 
 def test_ranking_follows_its_rule():
@@ -158,8 +162,8 @@ def test_ranking_follows_its_rule():
 
 
 def test_halving_within_groups_keeps_the_best_of_each():
-    run, good = _scored([[1.0], [2.0], [3.0], [4.0]])
-    _, bad = _scored([[1.0], [2.0], [3.0], [4.0]])
+    run, good = run_with_scores([[1.0], [2.0], [3.0], [4.0]])
+    _, bad = run_with_scores([[1.0], [2.0], [3.0], [4.0]])
     halving = jgd.successive_halving(2, 20, within="group")
     result = jgd.sweep(run, {"a": good, "b": bad}, 40, halving=halving)
     finished = [row["optimizer"] for row in result.rows if row["ended"] == "finished"]
@@ -171,9 +175,9 @@ def test_groups_of_one_structure_have_their_own_settings():
         "low": jgd.grid(jgd.sgd, learning_rate=[0.01, 0.02]),
         "high": jgd.grid(jgd.sgd, learning_rate=[0.1, 0.2]),
     }
-    both = jgd.sweep(_line(), groups, 20, width=2)
+    both = jgd.sweep(line_task(), groups, 20, width=2)
     for name, lanes in groups.items():
-        alone = jgd.sweep(_line(), {name: lanes}, 20, width=2)
+        alone = jgd.sweep(line_task(), {name: lanes}, 20, width=2)
         np.testing.assert_array_equal(both.curves[name].train_loss, alone.curves[name].train_loss)
 
 
@@ -184,7 +188,7 @@ def test_groups_of_one_structure_may_differ_in_shapes():
         )
     )
     groups = {str(n): jgd.grid(steps(n), rate=[0.05, 0.1]) for n in (2, 3)}
-    assert len(jgd.sweep(_line(), groups, 40).rows) == 4
+    assert len(jgd.sweep(line_task(), groups, 40).rows) == 4
 
 
 @pytest.mark.parametrize("name", ["cholesky", "eigh", "inv", "qr", "slogdet", "svd", "solve"])
@@ -199,9 +203,9 @@ def test_decompositions_run_alone(name):
         x = jnp.eye(3) + 0.1 * jnp.outer(params["w"][jnp.array([0, 1, 0])], jnp.ones(3))
         return sum(jnp.sum(y.real) for y in jax.tree.leaves(function(x @ x.T, *more)))
 
-    prepared = planned(_line()._replace(loss=loss), _adam(4), 20)
+    prepared = prepare_sweep(line_task()._replace(loss=loss), _adam(4), 20)
     assert prepared.sweep.engine.programs[0].exclusive
-    assert not planned(_line(), _adam(4), 20).sweep.engine.programs[0].exclusive
+    assert not prepare_sweep(line_task(), _adam(4), 20).sweep.engine.programs[0].exclusive
 
 
 def test_a_setting_that_diverged_ranks_below_one_cut_later():
@@ -224,19 +228,19 @@ def test_bad_options_are_rejected_before_compilation():
         (dict(seconds=-1.0), "seconds must be above 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            jgd.sweep(_line(), _adam(4), 40, **wrong)
+            jgd.sweep(line_task(), _adam(4), 40, **wrong)
 
 
 def test_shares_of_a_rung_may_need_fewer_tiles_together(monkeypatch):
     """43 lanes on two cores: shares of 22 and 21 lanes need tiles for 24 and 21, one too many."""
     monkeypatch.setattr(devices, "tiles_at_once", lambda mesh: 2)
-    run, lanes = _scored([[float(k)] for k in range(256)])
+    run, lanes = run_with_scores([[float(k)] for k in range(256)])
     result = jgd.sweep(run, lanes, 54, width=64, halving=jgd.hyperband(3, 2))
     assert result.rows[0]["score"] == 255
 
 
 def test_hyperband_gives_each_bracket_its_rungs():
-    result = jgd.sweep(_line(), _adam(), 64, width=8, halving=jgd.hyperband(2, 8))
+    result = jgd.sweep(line_task(), _adam(), 64, width=8, halving=jgd.hyperband(2, 8))
     ended = {(row["ended"], row["at"]) for row in result.rows}
     assert ("finished", 64) in ended
     assert {at for how, at in ended if how == "cut"} == {8, 16, 32}
@@ -249,8 +253,8 @@ def test_hyperband_gives_each_bracket_its_rungs():
 
 def test_lanes_stop_when_the_monitor_says_so():
     stop = early_stopping(patience=2)
-    plain = jgd.sweep(_line(), _adam(), 60, width=8, report_every=3)
-    result = jgd.sweep(_line(), _adam(), 60, width=8, report_every=3, stop=stop)
+    plain = jgd.sweep(line_task(), _adam(), 60, width=8, report_every=3)
+    result = jgd.sweep(line_task(), _adam(), 60, width=8, report_every=3, stop=stop)
     assert "stopped early" in {row["ended"] for row in result.rows}
     curves = plain.curves["adam"].metrics["loss"]
     for row in result.rows:
@@ -262,14 +266,14 @@ def test_lanes_stop_when_the_monitor_says_so():
                 expected = step
                 break
         assert abs(row["at"] - expected) <= 3  # rounding depends on the width and may decide a tie
-    patience = jgd.sweep(_line(), _adam(), 60, width=8, report_every=3, stop=2)
+    patience = jgd.sweep(line_task(), _adam(), 60, width=8, report_every=3, stop=2)
     assert [row["at"] for row in patience.rows] == [row["at"] for row in result.rows]
 
 
 @pytest.mark.parametrize(("steps", "ended"), [(4, "finished"), (6, "stopped early")])
 def test_a_lane_that_stops_at_the_last_step_is_finished(steps, ended):
     """The metric never improves, so the monitor stops each lane at its second report."""
-    run, lanes = _scored([[1.0], [2.0]])
+    run, lanes = run_with_scores([[1.0], [2.0]])
     *_, report = jgd.iter_sweep(run, lanes, steps, report_every=2, stop=1)
     assert report.step == 4
     assert [ENDINGS[ending] for ending in report.ended] == [ended] * 2
@@ -279,14 +283,16 @@ def test_a_lane_that_stops_at_the_last_step_is_finished(steps, ended):
 
 def test_ended_lanes_cost_nothing():
     settings = {"sgd": jgd.grid(jgd.sgd, learning_rate=[0.1, *[1e30] * 15])}
-    prepared = planned(_line(), settings, 100, width=16, report_every=5, drop_diverged=True)
+    prepared = prepare_sweep(
+        line_task(), settings, 100, width=16, report_every=5, drop_diverged=True
+    )
     reports = [event for event in events(prepared) if isinstance(event, Report)]
     assert prepared.sweep.schedule.lane_steps == 16 * 5 + 95
     assert (reports[0].ended > 0).sum() == 15
     alive = []
     listen = lambda plan, report: alive.append(report.alive)
     options = dict(width=16, report_every=5, drop_diverged=True, on_report=listen)
-    result = jgd.sweep(_line(), settings, 100, **options)
+    result = jgd.sweep(line_task(), settings, 100, **options)
     assert alive[0] == 1
     assert [row["ended"] for row in result.rows] == ["finished"] + ["diverged"] * 15
     assert {row["verdict"] for row in result.rows[1:]} == {"diverged"}
@@ -296,15 +302,15 @@ def test_a_budget_limits_the_lane_steps():
     at_once = devices.tiles_at_once(None)
     budget = 8 * at_once * 50
     lanes = {"adam": jgd.grid(jgd.adam, learning_rate=np.geomspace(1e-4, 1, 24 * at_once))}
-    result = jgd.sweep(_line(), lanes, 40, width=8, report_every=10, budget=budget)
+    result = jgd.sweep(line_task(), lanes, 40, width=8, report_every=10, budget=budget)
     ended = [row["ended"] for row in result.rows]
     assert ended == [
         ending for ending in ("finished", "out of budget", "not run") for _ in range(8 * at_once)
     ]
     assert result.best.params is not None
-    (cut,) = jgd.iter_sweep(_line(), _adam(), 40, width=8, seconds=1e-9)
+    (cut,) = jgd.iter_sweep(line_task(), _adam(), 40, width=8, seconds=1e-9)
     assert cut.step is None
-    late = jgd.sweep(_line(), _adam(), 40, width=8, seconds=1e-9)
+    late = jgd.sweep(line_task(), _adam(), 40, width=8, seconds=1e-9)
     assert {row["ended"] for row in late.rows} == {"not run"}
     assert late.best.state is None
 
@@ -341,19 +347,19 @@ def _assert_same(one, two):
 def test_a_resumed_sweep_equals_an_uninterrupted_one(kind, tmp_path):
     """Table, curves and best parameters agree bit for bit, wherever it was interrupted."""
     groups = {**_adam(15), "m": jgd.grid(jgd.momentum, learning_rate=RATES[:9])}
-    whole = jgd.sweep(_line(), groups, 64, folder=tmp_path / "whole", **_options(kind))
-    count = len((tmp_path / "whole" / "journal.jsonl").read_text().splitlines())
+    reference = jgd.sweep(line_task(), groups, 64, folder=tmp_path / "reference", **_options(kind))
+    count = len((tmp_path / "reference" / "journal.jsonl").read_text().splitlines())
     for crash_at in (1, count // 3, count - 4):
-        folder, seen = tmp_path / str(crash_at), []
+        folder, reports = tmp_path / str(crash_at), []
 
-        def crash(plan, report, seen=seen, crash_at=crash_at):
-            seen.append(report)
-            if len(seen) == crash_at:
+        def crash(plan, report, reports=reports, crash_at=crash_at):
+            reports.append(report)
+            if len(reports) == crash_at:
                 raise _Crash
 
         with pytest.raises(_Crash):
             jgd.sweep(
-                _line(),
+                line_task(),
                 groups,
                 64,
                 folder=folder,
@@ -361,26 +367,26 @@ def test_a_resumed_sweep_equals_an_uninterrupted_one(kind, tmp_path):
                 on_report=crash,
                 **_options(kind),
             )
-        resumed = jgd.sweep(_line(), groups, 64, folder=folder, resume=True, **_options(kind))
-        _assert_same(whole, resumed)
-    again = jgd.sweep(_line(), groups, 64, folder=folder, resume=True, **_options(kind))
-    _assert_same(whole, again)  # resuming a finished sweep changes nothing
+        resumed = jgd.sweep(line_task(), groups, 64, folder=folder, resume=True, **_options(kind))
+        _assert_same(reference, resumed)
+    again = jgd.sweep(line_task(), groups, 64, folder=folder, resume=True, **_options(kind))
+    _assert_same(reference, again)  # resuming a finished sweep changes nothing
 
 
 def test_resume_rejects_another_sweep(tmp_path):
     options = dict(width=4, report_every=10)
-    jgd.sweep(_line(), _adam(8), 40, folder=tmp_path / "run", **options)
+    jgd.sweep(line_task(), _adam(8), 40, folder=tmp_path / "run", **options)
     again = dict(folder=tmp_path / "run", resume=True, **options)
     with pytest.raises(ValueError, match="another sweep: steps was 40 and is now 44"):
-        jgd.sweep(_line(), _adam(8), 44, **again)
+        jgd.sweep(line_task(), _adam(8), 44, **again)
     with pytest.raises(ValueError, match="another sweep: groups adam setting was"):
-        jgd.sweep(_line(), _adam(9), 40, **again)
+        jgd.sweep(line_task(), _adam(9), 40, **again)
     with pytest.raises(ValueError, match="another sweep: task was"):
-        jgd.sweep(_line(batch_size=3), _adam(8), 40, **again)
+        jgd.sweep(line_task(batch_size=3), _adam(8), 40, **again)
     with pytest.raises(FileNotFoundError, match=r"there is no plan\.json"):
-        jgd.sweep(_line(), _adam(8), 40, folder=tmp_path / "none", resume=True)
+        jgd.sweep(line_task(), _adam(8), 40, folder=tmp_path / "none", resume=True)
     with pytest.raises(ValueError, match="folder must be the folder of a sweep"):
-        jgd.sweep(_line(), _adam(8), 40, resume=True)
+        jgd.sweep(line_task(), _adam(8), 40, resume=True)
 
 
 def test_an_interrupted_sweep_has_the_results_so_far(tmp_path):
@@ -392,7 +398,7 @@ def test_an_interrupted_sweep_has_the_results_so_far(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(sweep.Interrupted) as caught:
-        jgd.sweep(_line(), lanes, 40, width=8, folder=tmp_path / "run", on_report=interrupt)
+        jgd.sweep(line_task(), lanes, 40, width=8, folder=tmp_path / "run", on_report=interrupt)
     ended = {row["ended"] for row in caught.value.result.rows}
     assert ended == {"finished", "out of budget", "not run"}
     assert (tmp_path / "run" / "results.csv").exists()
@@ -404,7 +410,7 @@ def test_ctrl_c_during_a_chunk_keeps_its_lanes():
     # called while the next tiles run
     interrupt = lambda plan, report: os.kill(os.getpid(), signal.SIGINT)
     with pytest.raises(sweep.Interrupted) as caught:
-        jgd.sweep(_line(), lanes, 4000, width=4, report_every=400, on_report=interrupt)
+        jgd.sweep(line_task(), lanes, 4000, width=4, report_every=400, on_report=interrupt)
     result = caught.value.result
     assert {row["ended"] for row in result.rows} == {"out of budget"}
     assert np.isfinite(result.best.params["w"]).all()
@@ -414,9 +420,9 @@ PROGRAM = """
 import sys, time
 sys.path.insert(0, {tests!r})
 import numpy as np, jgd
-from test_halving import _adam, _line
+from test_halving import _adam, line_task
 slow = lambda plan, report: time.sleep(0.02)
-jgd.sweep(_line(), _adam(), 64, seeds=2, width=8, report_every=8, folder={folder!r},
+jgd.sweep(line_task(), _adam(), 64, seeds=2, width=8, report_every=8, folder={folder!r},
           halving=jgd.successive_halving(2, 8), resume={resume}, checkpoint_every=0.05,
           on_report=slow)
 print("done")
@@ -432,8 +438,8 @@ def test_a_sweep_killed_at_random_moments_resumes(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    whole = run(tmp_path / "whole", False)
-    assert "done" in whole.communicate()[0]
+    reference = run(tmp_path / "reference", False)
+    assert "done" in reference.communicate()[0]
     rng = random.Random(0)
     folder, kills, started = tmp_path / "killed", 0, False
     while True:
@@ -453,18 +459,18 @@ def test_a_sweep_killed_at_random_moments_resumes(tmp_path):
     assert kills >= 3
     assert "done" in process.communicate()[0]
     for name in ("results.csv", "results.json", "journal.jsonl"):
-        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (folder / name).read_bytes() == (tmp_path / "reference" / name).read_bytes()
 
 
 def test_errors_name_a_file_in_the_way_and_a_full_disk(tmp_path, monkeypatch):
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(OSError, match="file"):
-        jgd.sweep(_line(), _adam(4), 8, folder=blocked / "run")
+        jgd.sweep(line_task(), _adam(4), 8, folder=blocked / "run")
 
     def full(fd):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        jgd.sweep(_line(), _adam(4), 8, folder=tmp_path / "run")
+        jgd.sweep(line_task(), _adam(4), 8, folder=tmp_path / "run")

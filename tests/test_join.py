@@ -16,8 +16,8 @@ import optax
 import orbax.checkpoint
 import pytest
 from test_faults import _Faults
-from test_ranking import CURVES, _curved
-from test_training import _line
+from test_ranking import CURVES, run_with_curves
+from test_training import line_task
 
 import jgd
 from jgd.tuning.segment import read_result
@@ -25,7 +25,7 @@ from jgd.tuning.space import Lanes
 from jgd.tuning.sweep import Interrupted
 
 RATES = np.geomspace(1e-3, 3, 6)
-TASK = _line()  # one task, so that all sweeps share their compiled programs
+TASK = line_task()  # one task, so that all sweeps share their compiled programs
 NOISY = TASK._replace(  # each seed has its own initial parameters
     init=lambda key: {"w": jax.random.normal(key, (2,)), "b": jnp.zeros(())}
 )
@@ -46,17 +46,17 @@ def _without_texts(plan):
     return dataclasses.replace(plan, groups=groups)
 
 
-def _assert_equal(result, whole, *, states=True):
+def _assert_equal(result, reference, *, states=True):
     """Assert that two results agree bit for bit."""
-    assert repr(result.rows) == repr(whole.rows)  # repr, since NaN != NaN
-    assert _without_texts(result.plan) == _without_texts(whole.plan)
-    jax.tree.map(np.testing.assert_array_equal, result.curves, whole.curves)
-    assert len(result.kept) == len(whole.kept)
-    for one, other in zip(result.kept, whole.kept, strict=True):
+    assert repr(result.rows) == repr(reference.rows)  # repr, since NaN != NaN
+    assert _without_texts(result.plan) == _without_texts(reference.plan)
+    jax.tree.map(np.testing.assert_array_equal, result.curves, reference.curves)
+    assert len(result.kept) == len(reference.kept)
+    for one, other in zip(result.kept, reference.kept, strict=True):
         assert repr(one.row) == repr(other.row)
-        mine, theirs = ((x.setting, x.state if states else None) for x in (one, other))
-        assert jax.tree.structure(mine) == jax.tree.structure(theirs)
-        for x, y in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
+        pair = [(x.setting, x.state if states else None) for x in (one, other)]
+        assert jax.tree.structure(pair[0]) == jax.tree.structure(pair[1])
+        for x, y in zip(*map(jax.tree.leaves, pair), strict=True):
             assert x.dtype == y.dtype
             if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
                 x, y = jax.random.key_data(x), jax.random.key_data(y)
@@ -69,14 +69,14 @@ def _assert_equal(result, whole, *, states=True):
 @pytest.mark.parametrize("options", [dict(seeds=2, order="own"), dict(target=1.0, best="ever")])
 def test_merged_halves_equal_one_sweep(options):
     lion = jgd.grid(jgd.lion, learning_rate=RATES)
-    whole = _sweep({"adam": _adam(RATES), "lion": lion}, **options)
+    reference = _sweep({"adam": _adam(RATES), "lion": lion}, **options)
     halves = (
         _sweep({"adam": _adam(RATES[:3])}, **options),
         _sweep({"adam": _adam(RATES[2:]), "lion": lion}, **options),  # one setting is in both
     )
     merged = jgd.merge(*halves)
-    _assert_equal(merged, whole)
-    _assert_equal(jgd.merge(merged, *halves), whole)
+    _assert_equal(merged, reference)
+    _assert_equal(jgd.merge(merged, *halves), reference)
 
 
 def test_another_group_of_the_same_name_gets_a_number():
@@ -184,24 +184,24 @@ MIXED = {
 def test_a_loaded_result_equals_the_result_in_memory(options, tmp_path):
     run = _mixed()
     folder = tmp_path / "run"
-    whole = jgd.sweep(run, {"mixed": MIXED}, 8, mode="min", folder=folder, **options)
+    reference = jgd.sweep(run, {"mixed": MIXED}, 8, mode="min", folder=folder, **options)
     loaded = jgd.load(folder, run)
-    _assert_equal(loaded, whole)
-    assert loaded.plan == whole.plan
+    _assert_equal(loaded, reference)
+    assert loaded.plan == reference.plan
     assert loaded.best.state.weight.dtype == jnp.bfloat16
     alone = jgd.load(folder)
-    assert repr(alone.rows) == repr(whole.rows)
-    assert [best[1:] for best in alone.kept] == [(None, None)] * len(whole.kept)
+    assert repr(alone.rows) == repr(reference.rows)
+    assert [best[1:] for best in alone.kept] == [(None, None)] * len(reference.kept)
 
 
 @pytest.mark.parametrize("keep", [1, 3])
 def test_equal_settings_stay_separate(keep, tmp_path):
     """A repeated setting is not mistaken for the first one, whose state is stored."""
     best, last = 0.3, 1e-3
-    whole = _sweep(_adam([last, best, best]), keep=keep, folder=tmp_path / "run")
-    assert whole.best.row["setting"] == 1
-    _assert_equal(jgd.load(tmp_path / "run", TASK), whole)
-    _assert_equal(jgd.merge(whole, whole), whole)
+    reference = _sweep(_adam([last, best, best]), keep=keep, folder=tmp_path / "run")
+    assert reference.best.row["setting"] == 1
+    _assert_equal(jgd.load(tmp_path / "run", TASK), reference)
+    _assert_equal(jgd.merge(reference, reference), reference)
     more = _sweep(_adam([best, best, best, last]), keep=4, extend=tmp_path / "run")
     _assert_equal(jgd.load(tmp_path / "run", TASK), more)
     assert repr(more.rows) == repr(_sweep(_adam([best, best, best, last])).rows)
@@ -210,9 +210,9 @@ def test_equal_settings_stay_separate(keep, tmp_path):
 def test_a_template_gives_the_structure_that_cannot_be_pickled(tmp_path):
     build = lambda rate: jgd.adamw(rate, weight_decay=0.1, mask=lambda params: True)
     settings = {"a": jgd.grid(build, rate=RATES), "b": _adam(RATES)}
-    whole = _sweep(settings, folder=tmp_path / "run")
+    reference = _sweep(settings, folder=tmp_path / "run")
     for template in (settings, settings["a"], jgd.lane(settings["a"], 0)):
-        _assert_equal(jgd.load(tmp_path / "run", TASK, template=template), whole)
+        _assert_equal(jgd.load(tmp_path / "run", TASK, template=template), reference)
     for template in (None, settings["b"], {"a": 3}):
         with pytest.raises(ValueError, match="load: template must be the settings given to sweep"):
             jgd.load(tmp_path / "run", TASK, template=template)
@@ -244,7 +244,7 @@ def _interrupt(plan, report):
 TABLES = ("results.csv", "results.json", "curves.npz", "settings.pickle")
 
 
-def _trained(folder):
+def _reported_lanes(folder):
     """Return the lanes that the journal of a folder reports, as (group, lane)."""
     lines = map(json.loads, (folder / "journal.jsonl").read_text().splitlines())
     return {(line["group"], lane) for line in lines if "tile" in line for lane in line["lanes"]}
@@ -258,36 +258,36 @@ def test_an_extended_sweep_equals_one_sweep(options, tmp_path):
     sweep({"adam": _adam(RATES[2:4])}, folder=folder)
     more = {"adam": _adam(RATES)}
     _assert_equal(sweep(more, extend=folder), sweep(more, folder=tmp_path / "more"))
-    assert _trained(folder / "segment-2") == {("adam", lane) for lane in (0, 1, 4, 5)}
+    assert _reported_lanes(folder / "segment-2") == {("adam", lane) for lane in (0, 1, 4, 5)}
     settings = {"lion": jgd.grid(jgd.lion, learning_rate=RATES[:3]), **more}
-    extended, whole = (
+    extended, reference = (
         sweep(settings, seeds=3, extend=folder),
-        sweep(settings, seeds=3, folder=tmp_path / "whole"),
+        sweep(settings, seeds=3, folder=tmp_path / "reference"),
     )
-    assert repr(extended.rows) == repr(whole.rows)
-    jax.tree.map(np.testing.assert_array_equal, extended.curves, whole.curves)
-    assert ("adam", 0) not in _trained(folder / "segment-3")
-    assert {("adam", 1), ("lion", 0)} <= _trained(folder / "segment-3")
+    assert repr(extended.rows) == repr(reference.rows)
+    jax.tree.map(np.testing.assert_array_equal, extended.curves, reference.curves)
+    assert ("adam", 0) not in _reported_lanes(folder / "segment-3")
+    assert {("adam", 1), ("lion", 0)} <= _reported_lanes(folder / "segment-3")
     for name in TABLES:
-        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (folder / name).read_bytes() == (tmp_path / "reference" / name).read_bytes()
     _assert_equal(jgd.load(folder, NOISY), extended)
     _assert_equal(sweep(settings, seeds=3, extend=folder), extended)  # adds no lane
     assert not (folder / "segment-4").exists()
-    assert repr(read_result(folder).rows) == repr(whole.rows)
-    states = {(best.row["optimizer"], best.row["setting"]): best.state for best in whole.kept}
+    assert repr(read_result(folder).rows) == repr(reference.rows)
+    states = {(best.row["optimizer"], best.row["setting"]): best.state for best in reference.kept}
     for best in extended.kept:  # the two results may have stored the states of other settings
         state = states.get((best.row["optimizer"], best.row["setting"]), best.state)
         jax.tree.map(np.testing.assert_array_equal, best.state, state)
     fewer = sweep({"adam": _adam(RATES[1:3])}, seeds=2, extend=folder)
     np.testing.assert_array_equal(
         fewer.curves["adam"].train_loss.reshape(2, 2, -1),
-        whole.curves["adam"].train_loss.reshape(6, 3, -1)[1:3, :2],
+        reference.curves["adam"].train_loss.reshape(6, 3, -1)[1:3, :2],
     )
     assert not (folder / "segment-4").exists()
 
 
 def test_a_run_whose_metric_depends_on_its_setting_is_extended(tmp_path):
-    run, curves = _curved(CURVES)
+    run, curves = run_with_curves(CURVES)
     options = dict(report_every=1, metric="score", mode="min", width=2)
     jgd.sweep(run, {"run": curves[2:]}, 4, folder=tmp_path / "run", **options)
     extended = jgd.sweep(run, {"run": curves}, 4, extend=tmp_path / "run", **options)
@@ -309,13 +309,13 @@ def test_a_sweep_with_a_changed_setting_is_not_resumed(tmp_path):
 @pytest.mark.parametrize(
     "stride", [pytest.param(1, marks=pytest.mark.slow), pytest.param(41, id="some")]
 )
-def test_an_extension_that_dies_goes_on(stride, tmp_path, monkeypatch):
+def test_an_extension_that_dies_is_resumed(stride, tmp_path, monkeypatch):
     extend = lambda folder: _sweep(
         {"adam": _adam(RATES)}, seeds=2, extend=folder, checkpoint_every=0, report_every=12
     )
     _sweep({"adam": _adam(RATES[:3])}, folder=tmp_path / "old", report_every=12)
     begin = lambda name: shutil.copytree(tmp_path / "old", tmp_path / name)
-    whole = extend(begin("whole"))
+    reference = extend(begin("reference"))
     faults = _Faults(monkeypatch)
     counted = begin("count")
     assert not faults.dies(None, lambda: extend(counted))
@@ -323,9 +323,9 @@ def test_an_extension_that_dies_goes_on(stride, tmp_path, monkeypatch):
     for at in range(1, faults.count, stride):
         folder = begin(str(at))
         faults.dies(at, lambda folder=folder: extend(folder))
-        _assert_equal(extend(folder), whole)
+        _assert_equal(extend(folder), reference)
         for name in TABLES:
-            assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+            assert (folder / name).read_bytes() == (tmp_path / "reference" / name).read_bytes()
         assert [x.name for x in folder.glob("segment-*")] == ["segment-2"]
 
 
@@ -342,8 +342,8 @@ def test_an_interrupted_extension_must_finish_before_another(tmp_path):
         _sweep({"adam": _adam(RATES[:5])}, extend=folder)
     with pytest.raises(ValueError, match=r"load: .*segment-2 has not finished"):
         jgd.load(folder)
-    whole = _sweep({"adam": _adam(RATES)}, extend=folder)
-    assert [row["ended"] for row in whole.rows] == ["finished"] * 6
+    reference = _sweep({"adam": _adam(RATES)}, extend=folder)
+    assert [row["ended"] for row in reference.rows] == ["finished"] * 6
     with pytest.raises(ValueError, match=r"resume: .*run was extended. Give it as extend"):
         _sweep({"adam": _adam(RATES[:2])}, folder=folder, resume=True)
 
@@ -389,7 +389,7 @@ def test_an_extension_that_would_change_lanes_is_rejected(options, message, fini
 def test_sweeps_that_cannot_be_extended(finished, tmp_path):
     settings = {"adam": _adam(RATES[:4])}
     with pytest.raises(ValueError, match="task was"):
-        jgd.sweep(_line(3), settings, 24, extend=finished, **OPTIONS)
+        jgd.sweep(line_task(3), settings, 24, extend=finished, **OPTIONS)
     with pytest.raises(FileNotFoundError, match=r"no plan\.json"):
         _sweep(settings, extend=tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
@@ -401,7 +401,7 @@ def test_sweeps_that_cannot_be_extended(finished, tmp_path):
         _sweep(settings, extend=tmp_path / "half")
     _sweep(settings, folder=tmp_path / "run")
     batch, order = TASK.batch.args[0], TASK.batch.args[1]
-    middle = batch[0].at[_unseen(TASK, 24)].add(1e-3), batch[1]
+    middle = batch[0].at[_row_of_no_end_batch(TASK, 24)].add(1e-3), batch[1]
     other = TASK._replace(batch=jgd.minibatches(middle, 4, order))
     with pytest.raises(ValueError, match="the folder holds a sweep with other arguments: task"):
         jgd.sweep(other, settings, 24, extend=tmp_path / "run", **OPTIONS)
@@ -415,11 +415,11 @@ def test_sweeps_that_cannot_be_extended(finished, tmp_path):
         jgd.sweep(task, settings, 24, seeds=3, extend=tmp_path / "sums", **OPTIONS)
 
 
-def _unseen(task, steps):
+def _row_of_no_end_batch(task, steps):
     """Return the row of an example that is in neither the first nor the last batch."""
-    seen = np.concatenate([task.batch(step)[0] for step in (0, steps - 1)])
+    ends = np.concatenate([task.batch(step)[0] for step in (0, steps - 1)])
     rows = enumerate(np.asarray(task.batch.args[0][0]).tolist())
-    return next(row for row, x in rows if x not in seen.tolist())
+    return next(row for row, x in rows if x not in ends.tolist())
 
 
 @jax.custom_batching.custom_vmap

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from test_training import _line
+from test_training import line_task
 
 import jgd
 from jgd import cli
@@ -72,13 +72,13 @@ def _leave_a_dead_holder(how, folder):
 @pytest.mark.parametrize("how", ["system", "creation"])
 def test_fifty_races_have_fifty_winners(how, tmp_path):
     _leave_a_dead_holder(how, tmp_path / "0")
-    left = {file.name: file.read_bytes() for file in (tmp_path / "0").iterdir()}
+    leftovers = {file.name: file.read_bytes() for file in (tmp_path / "0").iterdir()}
     with _racers(how, 3) as racers:
         for race in range(50):
             folder = tmp_path / str(race)
             if race % 2:  # in the other races, the lock must create the folder
                 folder.mkdir()
-                for name, content in left.items():
+                for name, content in leftovers.items():
                     (folder / name).write_bytes(content)
             answers = _send(racers, f"{folder} {time.time() + 0.01}")
             assert sum(line == "won\n" for line in answers) == 1, answers
@@ -125,7 +125,7 @@ def test_a_sweep_that_runs_is_neither_resumed_nor_overwritten(tmp_path, monkeypa
         _send([racer], f"{folder} 0")  # it has not written anything yet
         for options in (dict(folder=folder), dict(folder=folder, resume=True), dict(extend=folder)):
             with pytest.raises(BlockingIOError, match=_in_use(racer.pid)):
-                jgd.sweep(_line(), lanes, 8, **options)
+                jgd.sweep(line_task(), lanes, 8, **options)
         for option in ("--out", "--resume"):
             monkeypatch.setattr(sys, "argv", ["jgd", "sweep", option, str(folder)])
             with pytest.raises(SystemExit):
@@ -139,13 +139,13 @@ def test_a_sweep_that_runs_is_neither_resumed_nor_overwritten(tmp_path, monkeypa
         raise RuntimeError("of the user")
 
     with pytest.raises(RuntimeError, match="of the user"):
-        jgd.sweep(_line(), lanes, 8, folder=folder, on_report=fails)
-    result = jgd.sweep(_line(), lanes, 8, folder=folder, resume=True)  # that error released it
+        jgd.sweep(line_task(), lanes, 8, folder=folder, on_report=fails)
+    result = jgd.sweep(line_task(), lanes, 8, folder=folder, resume=True)  # that error released it
     assert result.rows[0]["ended"] == "finished"
 
 
 def test_a_refused_sweep_leaves_a_folder_as_it_was(tmp_path):
     (tmp_path / "mine").write_text("")
     with pytest.raises(FileExistsError, match="is not empty"):
-        jgd.sweep(_line(), jgd.grid(jgd.sgd, learning_rate=[0.1]), 8, folder=tmp_path)
+        jgd.sweep(line_task(), jgd.grid(jgd.sgd, learning_rate=[0.1]), 8, folder=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]

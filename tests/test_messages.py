@@ -19,7 +19,7 @@ FORMS = {
     "a file": r"(is damaged|was changed|is missing|is in use|is not empty|is intact|exists"
     r"|was extended|ended after|holds? (no|a|another) |belongs to|is not the journal"
     r"|is not stored)",
-    "what to do next": r"([Gg]o on (from|with)|[Ff]inish .* first|[Rr]esume the sweep)",
+    "what to do next": r"([Rr]esume (the sweep|(it |from it )?with)|[Ff]inish .* first)",
 }
 OWN_WORDS = re.compile(r"(\w{3,}\W+){3}")  # fewer only stand in front of another message
 # The message comes from another function.

@@ -25,7 +25,7 @@ def _metrics(logits, labels=Y):
     return {"accuracy": (logits.argmax(-1) == labels).mean(), "loss": losses.mean()}
 
 
-def _swept(task, lanes=LANES, **options):
+def _sweep_small(task, lanes=LANES, **options):
     result = jgd.sweep(task, lanes, 60, seeds=2, **options)
     assert result.rows[0]["accuracy"] > 0.9
     assert len({row["loss"] for row in result.rows}) == 4  # all lanes differ
@@ -41,7 +41,7 @@ def test_flax_linen():
         batch=BATCHES,
         evaluate=lambda params: _metrics(model.apply(params, X)),
     )
-    best = _swept(task).best
+    best = _sweep_small(task).best
     assert model.apply(best.params, X[:3]).shape == (3, 2)
 
 
@@ -74,7 +74,7 @@ def test_flax_nnx_with_batch_norm_and_dropout():
     task = jgd.Task(
         init=lambda key: split(_Nnx(nnx.Rngs(key)))[1:], loss=loss, batch=BATCHES, evaluate=evaluate
     )
-    best = _swept(task).best
+    best = _sweep_small(task).best
     model = nnx.merge(graph, best.state.params, best.state.model_state)
     model.eval()
     assert model(X[:3]).shape == (3, 2)
@@ -92,7 +92,7 @@ def test_equinox():
         batch=BATCHES,
         evaluate=lambda params: _metrics(logits(params, X)),
     )
-    best = _swept(task).best
+    best = _sweep_small(task).best
     assert eqx.combine(best.params, static)(X[0]).shape == (2,)
 
 
@@ -131,10 +131,10 @@ def test_a_custom_run_has_lanes_stopping_halving_and_resume(tmp_path):
         where = dict(folder=tmp_path, checkpoint_every=0.0, on_report=crash)
         jgd.sweep(run, lanes, 400, halving=halving, **where, **options)
     resumed = jgd.sweep(run, lanes, 400, folder=tmp_path, resume=True, halving=halving, **options)
-    whole = jgd.sweep(run, lanes, 400, halving=halving, **options)
-    assert resumed.rows == whole.rows
-    assert whole.rows[0]["value"] > 0.8
-    assert {row["ended"] for row in whole.rows} >= {"cut"}
-    logits, _, key = whole.best.state
+    reference = jgd.sweep(run, lanes, 400, halving=halving, **options)
+    assert resumed.rows == reference.rows
+    assert reference.rows[0]["value"] > 0.8
+    assert {row["ended"] for row in reference.rows} >= {"cut"}
+    logits, _, key = reference.best.state
     assert logits.argmax() == 2
     jax.random.normal(key)  # still a random key

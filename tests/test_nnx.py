@@ -10,7 +10,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from test_training import _line
+from test_training import line_task
 
 import jgd
 import jgd.nnx
@@ -107,7 +107,7 @@ def test_flax_refuses_arrays_and_retraces():
 
 
 def test_the_best_of_a_sweep():
-    result = jgd.sweep(_line(), {"adam": jgd.grid(jgd.adam, learning_rate=[0.01, 0.1])}, 20)
+    result = jgd.sweep(line_task(), {"adam": jgd.grid(jgd.adam, learning_rate=[0.01, 0.1])}, 20)
     for best in (result.best, result.best.setting, {"tx": result.best.setting, "l2": 0.1}):
         model, optimizer = _both(best)
         _step(model, optimizer)

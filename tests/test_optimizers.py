@@ -136,7 +136,7 @@ def _numbers(row):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", own_optimizers())
-def test_reaches_what_it_reached(name, float64):
+def test_reaches_its_recorded_loss(name, float64):
     """Each optimizer still reaches its recorded loss, within a factor of 2, on three problems."""
     factory = jgd.get(name)
     rate = next(iter(inspect.signature(factory).parameters))

@@ -371,16 +371,16 @@ def test_each_lane_skips_its_nonfinite_steps():
     values[3, 6] = np.inf
 
     def run(tx, gradients, values):
-        def step(carry, seen):
+        def step(carry, inputs):
             params, state = carry
-            w, value = seen
+            w, value = inputs
             updates, state = tx.update({"w": w, "frozen": None}, state, params, value=value)
             return (optax.apply_updates(params, updates), state), updates["w"]
 
         params = {"w": jnp.zeros(2), "frozen": None}
         return jax.lax.scan(step, (params, tx.init(params)), (gradients, values))
 
-    lanes = lambda tx, *seen: jax.vmap(lambda *seen: run(tx, *seen))(*seen)
+    lanes = lambda tx, *inputs: jax.vmap(lambda *xs: run(tx, *xs))(*inputs)
     theirs = optax.apply_if_finite(INNER, 100)
     both = lambda: (
         lanes(jgd.skip_nonfinite(INNER), gradients, values),

@@ -1,4 +1,4 @@
-"""One sweep in two processes on the loopback address, which is resumed when one is lost."""
+"""One sweep in two processes on the loopback address, which is resumed after one is killed."""
 
 import csv
 import os
@@ -15,10 +15,10 @@ TASK = """
 import itertools, sys
 sys.path.insert(0, {tests!r})
 import jax, jgd, numpy as np
-from test_training import _line
+from test_training import line_task
 
 def _breaks(process):
-    task = _line()
+    task = line_task()
     def batches():
         for step in itertools.count():
             if step == 40 and jax.process_index() == process:
@@ -29,7 +29,7 @@ def _breaks(process):
 breaks_0, breaks_1 = lambda: _breaks(0), lambda: _breaks(1)
 """
 COMMAND = (
-    "sweep processes_task:_line --optimizer adam --set learning_rate=log:1e-4:1:20 --steps 64"
+    "sweep processes_task:line_task --optimizer adam --set learning_rate=log:1e-4:1:20 --steps 64"
     " --seeds 2 --width 16 --halving 2 --min-steps 16 --checkpoint-every 0"
 )
 
@@ -77,29 +77,29 @@ def test_two_processes_run_one_sweep(tmp_path):
         np.testing.assert_allclose(_loss(tmp_path / "both")[rate][1], loss, rtol=1e-4)
         assert _loss(tmp_path / "both")[rate][0] == ended
 
-    lost = list(
+    pair = list(
         _together(tmp_path, *COMMAND.replace("--steps 64", "--steps 4000").split(), "--out", "lost")
     )
     while not (tmp_path / "lost" / "manifest-1.json").exists():
-        assert lost[0].poll() is None, lost[0].communicate()
+        assert pair[0].poll() is None, pair[0].communicate()
         time.sleep(0.05)
     children = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(lost[1].pid)], capture_output=True, text=True
+        ["ps", "-o", "pid=", "--ppid", str(pair[1].pid)], capture_output=True, text=True
     )
     os.kill(int(children.stdout), signal.SIGKILL)
-    for process in lost:
+    for process in pair:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 2
         assert "a process of the sweep was lost" in errors
         assert "jgd sweep --resume lost" in errors
-    whole = _start(
-        tmp_path, *COMMAND.replace("--steps 64", "--steps 4000").split(), "--out", "whole"
+    reference = _start(
+        tmp_path, *COMMAND.replace("--steps 64", "--steps 4000").split(), "--out", "reference"
     )
     resumed = _start(tmp_path, "sweep", "--resume", "lost")  # on fewer devices
-    for process in (whole, resumed):
+    for process in (reference, resumed):
         output = process.communicate()
         assert process.returncode == 0, output
-    for rate, (ended, loss) in _loss(tmp_path / "whole").items():
+    for rate, (ended, loss) in _loss(tmp_path / "reference").items():
         np.testing.assert_allclose(_loss(tmp_path / "lost")[rate][1], loss, rtol=1e-3, atol=1e-6)
         assert _loss(tmp_path / "lost")[rate][0] == ended
 
@@ -107,7 +107,7 @@ def test_two_processes_run_one_sweep(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("process", [0, 1])
 def test_an_error_on_one_process_ends_all_with_one_line(process, tmp_path):
-    command = COMMAND.replace("_line", f"breaks_{process}").split()
+    command = COMMAND.replace("line_task", f"breaks_{process}").split()
     both = list(_together(tmp_path, *command, "--out", "both"))
     for one in both:
         _, errors = one.communicate(timeout=120)

@@ -14,13 +14,13 @@ import jax
 import numpy as np
 import optuna
 import pytest
-from test_training import _line
+from test_training import line_task
 
 import jgd
 from jgd.tuning.load import read_results
 from jgd.tuning.sweep import Interrupted
 
-TASK = _line()  # one task, so that all searches share their compiled programs
+TASK = line_task()  # one task, so that all searches share their compiled programs
 SPACE = {"learning_rate": jgd.loguniform(1e-4, 1.0), "b1": jgd.uniform(0.5, 0.95)}
 
 
@@ -166,22 +166,24 @@ def _files(folder):
     ids=["plain", "pruner", "halving", "target"],
 )
 def test_a_search_resumes_after_ctrl_c(options, endings, stops, tmp_path):
-    whole = _search(tmp_path / "whole", **options)
-    assert endings <= {row["ended"] for row in whole.rows}
-    states = collections.Counter(trial.state.name for trial in whole.study.trials)
-    assert states["PRUNED"] == sum(row["ended"] == "cut" for row in whole.rows)
+    reference = _search(tmp_path / "reference", **options)
+    assert endings <= {row["ended"] for row in reference.rows}
+    states = collections.Counter(trial.state.name for trial in reference.study.trials)
+    assert states["PRUNED"] == sum(row["ended"] == "cut" for row in reference.rows)
     assert not states["RUNNING"]
     for stop in stops:
         folder = tmp_path / str(stop)
         with pytest.raises(Interrupted) as caught:
             _search(folder, on_report=_interrupts_at(stop), **options)
-        result = caught.value.result  # its finished trials equal those of the whole search
-        for mine, other in zip(result.study.trials, whole.study.trials, strict=False):
-            assert mine.params == other.params
-            if mine.state.is_finished():
-                assert (mine.state, mine.values) == (other.state, other.values)
-        chex.assert_trees_all_equal(_contents(_search(folder, True, **options)), _contents(whole))
-        assert _files(folder) == _files(tmp_path / "whole")
+        result = caught.value.result  # its finished trials equal those of the reference
+        for trial, other in zip(result.study.trials, reference.study.trials, strict=False):
+            assert trial.params == other.params
+            if trial.state.is_finished():
+                assert (trial.state, trial.values) == (other.state, other.values)
+        chex.assert_trees_all_equal(
+            _contents(_search(folder, True, **options)), _contents(reference)
+        )
+        assert _files(folder) == _files(tmp_path / "reference")
 
 
 def test_ctrl_c_in_the_last_turn_of_a_batch_ends_the_search():
@@ -192,7 +194,7 @@ def test_ctrl_c_in_the_last_turn_of_a_batch_ends_the_search():
 
 @pytest.mark.slow
 def test_a_search_resumes_after_kill_9(tmp_path):
-    whole = _search(tmp_path / "whole")
+    reference = _search(tmp_path / "reference")
     for kill in (2, 6):
         folder = tmp_path / str(kill)
         program = (
@@ -203,8 +205,8 @@ def test_a_search_resumes_after_kill_9(tmp_path):
         )
         done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent)
         assert done.returncode == -signal.SIGKILL
-        chex.assert_trees_all_equal(_contents(_search(folder, True)), _contents(whole))
-        assert _files(folder) == _files(tmp_path / "whole")
+        chex.assert_trees_all_equal(_contents(_search(folder, True)), _contents(reference))
+        assert _files(folder) == _files(tmp_path / "reference")
 
 
 def test_finished_trials_are_copied_to_the_storage_after_each_batch(tmp_path):
@@ -257,8 +259,8 @@ def test_a_finished_search_can_be_resumed_with_more_trials(tmp_path):
 
 
 def test_a_damaged_search_is_repaired_or_its_file_is_named(tmp_path):
-    whole = tmp_path / "whole"
-    rows = _search(whole).rows
+    reference = tmp_path / "reference"
+    rows = _search(reference).rows
     for name, content, message in (
         ("search.json", None, "holds no search: there is no search.json"),
         ("search.json", "", "search.json is damaged"),
@@ -266,12 +268,16 @@ def test_a_damaged_search_is_repaired_or_its_file_is_named(tmp_path):
         ("batch-1.json", "[1", "batch-1.json is damaged"),
         ("batch-1.json", "{}", "batch-1.json is damaged: KeyError('trials')"),
         ("batch-1.json", '{"trials": [3]}', "batch-1.json is damaged"),
-        ("batch-1.json", (whole / "batch-0.json").read_text(), "the folder holds another sweep"),
+        (
+            "batch-1.json",
+            (reference / "batch-0.json").read_text(),
+            "the folder holds another sweep",
+        ),
         ("batch-1.json", None, None),  # the default sampler proposes the same trials again
         ("batch-0.json", None, None),
         ("batch-1/plan.json", None, "batch-1 holds no sweep: there is no plan.json"),
     ):
-        folder = shutil.copytree(whole, tmp_path / "damaged")
+        folder = shutil.copytree(reference, tmp_path / "damaged")
         (folder / name).unlink()
         if content is not None:
             (folder / name).write_text(content)

@@ -4,8 +4,8 @@ import grain
 import jax
 import numpy as np
 import pytest
-from sweeps import events, planned
-from test_training import X, Y, _line
+from sweeps import events, prepare_sweep
+from test_training import X, Y, line_task
 
 import jgd
 
@@ -41,10 +41,10 @@ def _lanes():
     "options", [dict(), dict(halving=jgd.successive_halving(4, 6)), dict(stop=2)]
 )
 def test_a_stream_trains_like_a_function_of_the_step(options):
-    loader = _Loader(_line())
+    loader = _Loader(line_task())
     options = dict(width=4, report_every=5, seeds=2) | options
     streamed = jgd.sweep(_streamed(loader), _lanes(), 24, **options)
-    plain = jgd.sweep(_line(), _lanes(), 24, **options)
+    plain = jgd.sweep(line_task(), _lanes(), 24, **options)
     for group in plain.curves:
         np.testing.assert_allclose(
             streamed.curves[group].train_loss, plain.curves[group].train_loss, rtol=1e-5
@@ -53,8 +53,8 @@ def test_a_stream_trains_like_a_function_of_the_step(options):
 
 
 def test_a_stream_is_read_once_for_all_tiles_and_groups():
-    loader = _Loader(_line())
-    prepared = planned(_streamed(loader), _lanes(), 24, width=4, report_every=6)
+    loader = _Loader(line_task())
+    prepared = prepare_sweep(_streamed(loader), _lanes(), 24, width=4, report_every=6)
     before = len(loader.read)
     for report in events(prepared):
         assert max(loader.read) < report.step + 6 + 6  # one chunk ahead
@@ -69,16 +69,16 @@ def test_a_resumed_sweep_continues_the_stream(kind, tmp_path):
 
     def batches():
         if kind == "generator":
-            loaders.append(iter(_Loader(_line())()))
+            loaders.append(iter(_Loader(line_task())()))
         else:
             ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
             loaders.append(iter(source.batch(4).to_iter_dataset(ahead)))
         return loaders[-1]
 
-    task = _line()._replace(batch=jgd.stream(batches))
+    task = line_task()._replace(batch=jgd.stream(batches))
     options = dict(width=4, report_every=5, halving=jgd.successive_halving(4, 6))
     lanes = {"adam": jgd.grid(jgd.adam, learning_rate=RATES)}
-    whole = jgd.sweep(task, lanes, 24, **options)
+    reference = jgd.sweep(task, lanes, 24, **options)
     for crash_at in (2, 7):
         reports, folder = [], tmp_path / str(crash_at)
 
@@ -92,12 +92,12 @@ def test_a_resumed_sweep_continues_the_stream(kind, tmp_path):
                 task, lanes, 24, folder=folder, checkpoint_every=0.0, on_report=crash, **options
             )
         resumed = jgd.sweep(task, lanes, 24, folder=folder, resume=True, **options)
-        assert repr(resumed.rows) == repr(whole.rows)
+        assert repr(resumed.rows) == repr(reference.rows)
 
 
 def test_streams_that_a_sweep_cannot_use_are_errors():
-    lanes, smaller = _lanes(), _line(batch_size=3)
-    short = _streamed(_Loader(_line(), last=10))
+    lanes, smaller = _lanes(), line_task(batch_size=3)
+    short = _streamed(_Loader(line_task(), last=10))
     with pytest.raises(
         ValueError, match="stream: the iterator ended after 10 batches; it must yield one"
     ):
@@ -105,22 +105,22 @@ def test_streams_that_a_sweep_cannot_use_are_errors():
     with pytest.raises(TypeError, match="make must be a function that returns an iterator"):
         jgd.stream(iter([1]))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"Train with jgd\.sweep"):
-        jgd.train(_streamed(_Loader(_line())), jgd.sgd(0.1), 4, jax.random.key(0))
+        jgd.train(_streamed(_Loader(line_task())), jgd.sgd(0.1), 4, jax.random.key(0))
     with pytest.raises(ValueError, match="order must be 'shared' for a stream"):
-        jgd.sweep(_streamed(_Loader(_line())), lanes, 24, order="own", seeds=2)
+        jgd.sweep(_streamed(_Loader(line_task())), lanes, 24, order="own", seeds=2)
 
     def two_shapes():
-        yield from (tuple(map(np.asarray, task.batch(0))) for task in (_line(), smaller))
+        yield from (tuple(map(np.asarray, task.batch(0))) for task in (line_task(), smaller))
 
     with pytest.raises(ValueError, match="stream: all batches must have the shapes of the first"):
-        jgd.sweep(_line()._replace(batch=jgd.stream(two_shapes)), lanes, 24)
+        jgd.sweep(line_task()._replace(batch=jgd.stream(two_shapes)), lanes, 24)
 
 
 def test_reports_are_as_frequent_as_the_memory_for_batches_requires(monkeypatch):
 
     from jgd.tuning import streams
 
-    size = sum(x.nbytes for x in _line().batch(0))
+    size = sum(x.nbytes for x in line_task().batch(0))
     monkeypatch.setattr(streams, "BYTES_AHEAD", 3 * size)
-    prepared = planned(_streamed(_Loader(_line())), _lanes(), 200)
+    prepared = prepare_sweep(_streamed(_Loader(line_task())), _lanes(), 200)
     assert prepared.plan.reports[:3] == [3, 6, 9]

@@ -16,7 +16,7 @@ KEY = jax.random.key(0)
 Y = X @ np.array([1.0, -2.0], np.float32) + 0.5
 
 
-def _line(batch_size=4):
+def line_task(batch_size=4):
     """Return the task of a linear regression with two inputs."""
     init = lambda key: {"w": jnp.zeros(2), "b": jnp.zeros(())}
     loss = lambda params, batch: jnp.mean((batch[0] @ params["w"] + params["b"] - batch[1]) ** 2)
@@ -57,7 +57,7 @@ def test_errors_of_minibatches():
 
 
 def test_train_equals_a_loop_written_by_hand():
-    task, tx = _line(), jgd.adam(0.05)
+    task, tx = line_task(), jgd.adam(0.05)
     params, history = jgd.train(task, tx, 30, jax.random.key(1))
     by_hand = {"w": jnp.zeros(2), "b": jnp.zeros(())}
     state, losses = tx.init(by_hand), []
@@ -72,7 +72,7 @@ def test_train_equals_a_loop_written_by_hand():
 
 
 def test_train_compiles_once_for_all_numbers():
-    traces, plain = [], _line()
+    traces, plain = [], line_task()
 
     def loss(params, batch):
         traces.append(1)
@@ -86,12 +86,12 @@ def test_train_compiles_once_for_all_numbers():
 
 def test_lanes_train_as_gradient_descent_in_numpy():
     rates, steps = [0.0, 0.2, 0.5], 12
-    ends, history = jax.vmap(lambda tx: jgd.train(_line(), tx, steps, jax.random.key(0)))(
+    ends, history = jax.vmap(lambda tx: jgd.train(line_task(), tx, steps, jax.random.key(0)))(
         jax.vmap(jgd.sgd)(jnp.array(rates))
     )
     chex.assert_shape([ends["w"], ends["b"], history["loss"]], [(3, 2), (3,), (3, steps)])
     chex.assert_type(jax.tree.leaves((ends, history)), jnp.float32)
-    batches = [jax.tree.map(np.float64, _line().batch(step)) for step in range(steps)]
+    batches = [jax.tree.map(np.float64, line_task().batch(step)) for step in range(steps)]
     for index, rate in enumerate(rates):
         w, b, losses = np.zeros(2), 0.0, []
         for x, y in batches:
@@ -172,11 +172,11 @@ WITH_FUNCTIONS = {
 
 @pytest.mark.parametrize("name", WITH_FUNCTIONS)
 def test_optimizers_that_call_the_loss(name):
-    _, history = jgd.train(_line(), WITH_FUNCTIONS[name], 60, jax.random.key(0))
+    _, history = jgd.train(line_task(), WITH_FUNCTIONS[name], 60, jax.random.key(0))
     assert history["loss"][-10:].max() < history["loss"][0] / 2
 
 
-def _recorded(calls):
+def _comparing_link(calls):
     """Return a link that compares the functions it receives with value and gradient."""
 
     def update(updates, state, params=None, *, value, grad, value_fn, grad_fn, obj_fn, **extra):
@@ -202,8 +202,8 @@ def test_value_fn_and_grad_fn_are_those_of_the_step(dtype):
         return loss, ({}, model_state + 1)
 
     init = lambda key: ({"w": jnp.ones(2, dtype)}, jnp.zeros([]))
-    task = jgd.Task(init, loss, _line().batch, lambda params: {})
-    tx = jgd.chain(jgd.sgd(0.1), _recorded(calls))
+    task = jgd.Task(init, loss, line_task().batch, lambda params: {})
+    tx = jgd.chain(jgd.sgd(0.1), _comparing_link(calls))
     setting = {"tx": tx, "l2": 0.5}
     state, history = jgd.train(jgd.supervised(task), setting, 3, jax.random.key(0))
     gap, difference, shifted = state.opt_state[1]
@@ -214,7 +214,7 @@ def test_value_fn_and_grad_fn_are_those_of_the_step(dtype):
 
 
 def test_functions_that_are_not_called_cost_nothing():
-    traces, plain = [], _line()
+    traces, plain = [], line_task()
 
     def loss(params, batch):
         traces.append(1)
@@ -230,23 +230,23 @@ def test_lanes_of_optimizers_that_call_the_loss():
         "sophia": jgd.grid(jgd.sophia, learning_rate=[0.01, 0.1]),
         "search": jgd.grid(searching, rate=[0.5, 1.0]),
     }
-    result = jgd.sweep(_line(), settings, 30, seeds=2)
+    result = jgd.sweep(line_task(), settings, 30, seeds=2)
     assert len(result.rows) == 4
     assert all(np.isfinite(row["loss"]) for row in result.rows)
-    alone, _ = jgd.train(_line(), searching(0.5), 20, KEY)
+    alone, _ = jgd.train(line_task(), searching(0.5), 20, KEY)
     lanes = jgd.stack([searching(0.5), searching(1.0)])
-    together, _ = jax.vmap(lambda tx: jgd.train(_line(), tx, 20, KEY))(lanes)
+    together, _ = jax.vmap(lambda tx: jgd.train(line_task(), tx, 20, KEY))(lanes)
     chex.assert_trees_all_close(jgd.lane(together, 0), alone, rtol=1e-4)
 
 
 def test_losses_with_another_signature_raise():
-    task = _line()._replace(loss=lambda params: 0.0)
+    task = line_task()._replace(loss=lambda params: 0.0)
     with pytest.raises(
         TypeError, match=r"loss must take \(params, batch\).*got a function of 1 arguments"
     ):
         jgd.train(task, jgd.sgd(0.1), 5, jax.random.key(0))
     with pytest.raises(TypeError, match="exactly one optimizer, got 0"):
-        jgd.train(_line(), {"rate": jnp.ones(())}, 5, jax.random.key(0))
+        jgd.train(line_task(), {"rate": jnp.ones(())}, 5, jax.random.key(0))
 
 
 def test_train_and_sweep_accept_any_run():
@@ -308,7 +308,7 @@ def test_optax_hypergradients_are_not_finite_on_digits():
 
 
 def test_a_short_loss_has_no_key_and_no_model_state():
-    state = start(jgd.supervised(_line()), jgd.adam(0.1), jax.random.key(0))
+    state = start(jgd.supervised(line_task()), jgd.adam(0.1), jax.random.key(0))
     assert isinstance(state, TrainState)
     assert state.key is None
     assert state.model_state is None

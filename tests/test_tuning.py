@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from sweeps import events, planned
-from test_training import _line
+from sweeps import events, prepare_sweep
+from test_training import line_task
 
 import jgd
 from jgd.tuning import compiling, widths
@@ -26,7 +26,7 @@ from jgd.tuning.tasks import digits
 def _curves(settings, steps=40, **options):
     """Return the loss curves, (lanes, reports), of a sweep that fits a line."""
     options = dict(report_every=1, width=4) | options
-    return jgd.sweep(_line(), {"tx": settings}, steps, **options).curves["tx"].train_loss
+    return jgd.sweep(line_task(), {"tx": settings}, steps, **options).curves["tx"].train_loss
 
 
 # --- grids and samples -----------------------------------------------------------------------
@@ -38,7 +38,7 @@ def test_a_grid_is_the_product_of_its_axes():
     np.testing.assert_allclose(lanes.axes["learning_rate"], [0.1, 0.1, 0.1, 0.2, 0.2, 0.2])
     np.testing.assert_allclose(lanes.axes["b1"], [0.8, 0.9, 0.95] * 2)
     assert jgd.lane(lanes, 4) == jax.tree.map(jnp.float32, jgd.adam(0.2, b1=0.9))
-    ends = jax.vmap(lambda tx: jgd.train(_line(), tx, 5, jax.random.key(0))[0])(lanes)
+    ends = jax.vmap(lambda tx: jgd.train(line_task(), tx, 5, jax.random.key(0))[0])(lanes)
     assert ends["w"].shape == (6, 2)
 
 
@@ -55,7 +55,7 @@ def test_values_that_change_the_structure_make_groups():
     groups = jgd.grid(jgd.sgd, learning_rate=[0.1, 0.2], momentum=[None, 0.9])
     assert set(groups) == {"momentum=None", "momentum=number"}
     assert groups["momentum=None"].axes.keys() == {"learning_rate"}
-    result = jgd.sweep(_line(), {"sgd": groups}, 10)
+    result = jgd.sweep(line_task(), {"sgd": groups}, 10)
     assert {row["optimizer"] for row in result.rows} == {
         "sgd momentum=None",
         "sgd momentum=number",
@@ -99,11 +99,11 @@ def test_random_search_draws_from_its_distributions():
 
 def test_axes_of_a_plain_batch_are_the_leaves_that_differ():
     lanes = jax.vmap(jgd.adam)(jnp.array([0.1, 0.2]))
-    result = jgd.sweep(_line(), lanes, 10)
+    result = jgd.sweep(line_task(), lanes, 10)
     assert {row["learning_rate"] for row in result.rows} == {np.float32(0.1), np.float32(0.2)}
     assert result.rows[0]["optimizer"] == "adam"
     with pytest.raises(ValueError, match=r"one leading axis.*jgd\.grid"):
-        jgd.sweep(_line(), jgd.adam(0.1), 10)
+        jgd.sweep(line_task(), jgd.adam(0.1), 10)
 
 
 CLIP = jgd.as_pytree(optax.clip_by_global_norm)
@@ -155,36 +155,36 @@ def test_groups_are_named_by_the_factory_of_their_structure():
 
 def test_the_plan_is_plain_data():
     lanes = jgd.grid(jgd.adam, learning_rate=np.logspace(-3, -1, 7))
-    plan = planned(_line(), {"adam": lanes}, 50, seeds=3, width=8, report_every=20).plan
+    plan = prepare_sweep(line_task(), {"adam": lanes}, 50, seeds=3, width=8, report_every=20).plan
     assert plan.reports == [20, 40, 50]
     assert plan.groups[0].widths == [8, 4, 2, 1]
     assert plan.lane_steps == 7 * 3 * 50
     assert json.loads(json.dumps(plan.as_json())) == plan.as_json()
-    again = planned(_line(), {"adam": lanes}, 50, seeds=3, width=8, report_every=20)
+    again = prepare_sweep(line_task(), {"adam": lanes}, 50, seeds=3, width=8, report_every=20)
     assert again.plan == plan
-    assert planned(_line(batch_size=3), {"adam": lanes}, 50).plan.task != plan.task
+    assert prepare_sweep(line_task(batch_size=3), {"adam": lanes}, 50).plan.task != plan.task
 
 
 @pytest.mark.parametrize("wrong", [dict(seeds=0), dict(width=0), dict(report_every=0)])
 def test_options_out_of_range_are_errors(wrong):
     lanes = jgd.grid(jgd.adam, learning_rate=[0.1])
     with pytest.raises(ValueError, match=f"sweep: {next(iter(wrong))} must be at least 1, got 0"):
-        jgd.sweep(_line(), lanes, 10, **wrong)
+        jgd.sweep(line_task(), lanes, 10, **wrong)
     with pytest.raises(ValueError, match="steps must be at least 4, got 3"):
-        jgd.sweep(_line(), lanes, 3)
+        jgd.sweep(line_task(), lanes, 3)
     with pytest.raises(ValueError, match="mode must be 'min' or 'max', got 'best'"):
-        jgd.sweep(_line(), lanes, 10, mode="best")
+        jgd.sweep(line_task(), lanes, 10, mode="best")
     with pytest.raises(ValueError, match="metric must be one of loss, got 'accuracy'"):
-        jgd.sweep(_line(), lanes, 10, metric="accuracy")
+        jgd.sweep(line_task(), lanes, 10, metric="accuracy")
 
 
 def test_the_plan_holds_the_random_key_as_plain_data(tmp_path):
     """A key that an int makes is stored as the int, any other key as its kind and words."""
-    task = _line()._replace(
+    task = line_task()._replace(
         init=lambda key: {"w": jax.random.normal(key, (2,)), "b": jnp.zeros(())}
     )
     lanes = jgd.grid(jgd.adam, learning_rate=[0.1])
-    plan = lambda key: planned(task, lanes, 8, key=key).plan.as_json()
+    plan = lambda key: prepare_sweep(task, lanes, 8, key=key).plan.as_json()
     assert plan(0)["key"] == 0
     assert plan(jax.random.key(0)) == plan(jax.random.PRNGKey(0)) == plan(np.int64(0)) == plan(0)
     keys = jax.random.split(jax.random.key(1))[1], jax.random.split(jax.random.PRNGKey(1))[1]
@@ -209,10 +209,18 @@ def test_a_lane_does_not_depend_on_neighbours_position_or_chunking():
     moved = _curves(jgd.grid(jgd.momentum, learning_rate=rates[::-1]))
     np.testing.assert_array_equal(moved[::-1], reference)
     chunks = jgd.sweep(
-        _line(), {"tx": jgd.grid(jgd.momentum, learning_rate=rates)}, 40, width=4, report_every=7
+        line_task(),
+        {"tx": jgd.grid(jgd.momentum, learning_rate=rates)},
+        40,
+        width=4,
+        report_every=7,
     )
     whole = jgd.sweep(
-        _line(), {"tx": jgd.grid(jgd.momentum, learning_rate=rates)}, 40, width=4, report_every=40
+        line_task(),
+        {"tx": jgd.grid(jgd.momentum, learning_rate=rates)},
+        40,
+        width=4,
+        report_every=40,
     )
     np.testing.assert_array_equal(
         chunks.curves["tx"].metrics["loss"][:, -1], whole.curves["tx"].metrics["loss"][:, -1]
@@ -265,15 +273,17 @@ def test_tiles_are_padded_to_the_width_that_is_given():
 
 def test_the_width_is_bounded_by_memory(monkeypatch):
     lanes = {"adam": jgd.grid(jgd.adam, learning_rate=np.logspace(-3, -1, 64))}
-    wide = planned(_line(), lanes, 30)
+    wide = prepare_sweep(line_task(), lanes, 30)
     lane = wide.sweep.engine.programs[0].bytes_of_lane()
     monkeypatch.setattr(widths, "_memory", lambda: 4 * 5.5 * lane * wide.plan.at_once)
-    assert planned(_line(), lanes, 30).plan.groups[0].width == 5
-    assert planned(_line(), lanes, 30, width=64).plan.groups[0].width == 64
+    assert prepare_sweep(line_task(), lanes, 30).plan.groups[0].width == 5
+    assert prepare_sweep(line_task(), lanes, 30, width=64).plan.groups[0].width == 64
 
 
 def test_a_sweep_in_float64(float64):
-    result = jgd.sweep(_line(), jgd.grid(jgd.adam, learning_rate=[0.01, 0.1]), 20, report_every=5)
+    result = jgd.sweep(
+        line_task(), jgd.grid(jgd.adam, learning_rate=[0.01, 0.1]), 20, report_every=5
+    )
     assert result.curves["adam"].train_loss.dtype == np.float64
     assert all(np.isfinite(row["loss"]) for row in result.rows)
 
@@ -304,12 +314,12 @@ def test_bad_metrics_and_settings_are_errors_before_any_training(tmp_path):
         wrong[message] = lambda params, name=name: {name: jnp.sum(params["w"])}
     for message, evaluate in wrong.items():
         with pytest.raises(ValueError, match=message):
-            jgd.sweep(_line()._replace(evaluate=evaluate), lanes, 10, folder=folder)
+            jgd.sweep(line_task()._replace(evaluate=evaluate), lanes, 10, folder=folder)
     with pytest.raises(ValueError, match="settings must hold at least one setting, got none"):
-        jgd.sweep(_line(), {}, 10, folder=folder)
+        jgd.sweep(line_task(), {}, 10, folder=folder)
     both = jgd.grid(jgd.sgd, learning_rate=[0.1], momentum=[None, 0.9])
     with pytest.raises(ValueError, match="distinct names of groups, got 'sgd momentum=None' twice"):
-        jgd.sweep(_line(), {"sgd": both, "sgd momentum=None": lanes}, 10, folder=folder)
+        jgd.sweep(line_task(), {"sgd": both, "sgd momentum=None": lanes}, 10, folder=folder)
     with pytest.raises(TypeError, match="hides its numbers in functions"):
         jgd.grid(lambda rate: optax.chain(optax.clip(1.0), jgd.sgd(rate)), rate=[0.1])
     with pytest.raises(ValueError, match=r"axis rate must be a sequence of values, got 0\.1"):
@@ -320,7 +330,7 @@ def test_bad_metrics_and_settings_are_errors_before_any_training(tmp_path):
 def test_the_first_metric_of_the_task_is_the_default():
     evaluate = lambda params: {"r2": jnp.sum(params["w"]), "mae": jnp.sum(params["b"])}
     result = jgd.sweep(
-        _line()._replace(evaluate=evaluate), jgd.grid(jgd.sgd, learning_rate=[0.1]), 10
+        line_task()._replace(evaluate=evaluate), jgd.grid(jgd.sgd, learning_rate=[0.1]), 10
     )
     assert result.metric == "r2"
 
@@ -331,10 +341,10 @@ def test_axes_can_hold_arrays_and_schedules():
     steps = [
         jgd.piecewise_constant(jnp.array([3, 6]), jnp.array([x, 0.1, 0.01])) for x in (0.2, 0.3)
     ]
-    result = jgd.sweep(_line(), jgd.stack([jgd.sgd(schedule) for schedule in steps]), 10)
+    result = jgd.sweep(line_task(), jgd.stack([jgd.sgd(schedule) for schedule in steps]), 10)
     assert {round(row["learning_rate.values[0]"], 6) for row in result.rows} == {0.2, 0.3}
     groups = jgd.grid(jgd.sgd, learning_rate=steps)
-    assert len(jgd.sweep(_line(), {"sgd": groups}, 10).rows) == 2
+    assert len(jgd.sweep(line_task(), {"sgd": groups}, 10).rows) == 2
 
 
 def test_one_program_for_each_group(monkeypatch):
@@ -342,7 +352,7 @@ def test_one_program_for_each_group(monkeypatch):
         name: jgd.grid(getattr(jgd, name), learning_rate=np.logspace(-3, -1, 30))
         for name in ("sgd", "adam")
     }
-    task, spy = _line(), _Spy(monkeypatch)
+    task, spy = line_task(), _Spy(monkeypatch)
     jgd.sweep(task, groups, 30, seeds=2, width=8, report_every=7)
     assert len(spy.texts) == 2 + 2 * 2  # batches, parameters; start and chunk of each group
 
@@ -354,7 +364,7 @@ def test_one_program_for_each_structure_and_width(monkeypatch):
         for name in ("sgd", "adam", "momentum")
     }
     spy, halving = _Spy(monkeypatch), jgd.successive_halving(2, 4, within="group")
-    prepared = planned(_line(), groups, 32, width=16, halving=halving)
+    prepared = prepare_sweep(line_task(), groups, 32, width=16, halving=halving)
     assert list(events(prepared))
     widths = [set(program.chunks) for program in prepared.sweep.engine.programs]
     assert widths == [{16, 8, 4}] * 3
@@ -379,10 +389,10 @@ def test_data_are_arguments_of_the_program(monkeypatch):
 
 
 def test_full_batches_are_not_copied_ahead():
-    task = _line(batch_size=None)
+    task = line_task(batch_size=None)
     ahead = lambda task: FunctionBatches(task.batch, [10, 20], None, compiling.Compiler(None)).ahead
     assert not ahead(task)
-    assert ahead(_line())
+    assert ahead(line_task())
     curves = jgd.sweep(task, jgd.grid(jgd.sgd, learning_rate=[0.1]), 20).curves["sgd"]
     assert (np.diff(curves.train_loss[0]) < 0).all()
 
@@ -398,18 +408,18 @@ def test_seeds_differ_only_in_their_initial_parameters():
 
 def test_iter_sweep_yields_a_report_per_tile_and_report_step():
     lanes = jgd.grid(jgd.sgd, learning_rate=[0.1, 0.2, 0.3])
-    reports = list(jgd.iter_sweep(_line(), {"sgd": lanes}, 20, width=2, report_every=10))
+    reports = list(jgd.iter_sweep(line_task(), {"sgd": lanes}, 20, width=2, report_every=10))
     reports.sort(key=lambda r: (r.tile, r.step))  # tiles may run at the same time
     assert [(r.tile, r.step) for r in reports] == [(0, 10), (0, 20), (1, 10), (1, 20)]
     assert [r.lanes.tolist() for r in reports[1:3]] == [[0, 1], [2]]
     assert reports[2].loss.shape == (1,)
-    assert [r.seen is None for r in reports] == [True, False, True, False]
+    assert [r.statistics is None for r in reports] == [True, False, True, False]
 
 
 # --- the result ------------------------------------------------------------------------------
 
 
-def _scored(values):
+def run_with_scores(values):
     """Return a run and settings with these metrics, of shape (settings, seeds)."""
     table = jnp.asarray(values, jnp.float32)
 
@@ -432,7 +442,7 @@ def _scored(values):
 
 
 def test_settings_are_ranked_by_the_mean_over_seeds():
-    run, lanes = _scored([[3.0, 5.0], [1.0, np.nan], [2.0, 2.0], [2.0, 2.0], [0.0, 9.0]])
+    run, lanes = run_with_scores([[3.0, 5.0], [1.0, np.nan], [2.0, 2.0], [2.0, 2.0], [0.0, 9.0]])
     # a width of 3 puts the two seeds of a setting into different tiles
     result = jgd.sweep(run, lanes, 4, seeds=2, width=3, mode="min")
     assert [row["row"] for row in result.rows] == [2, 3, 0, 4, 1]
@@ -465,7 +475,7 @@ def test_the_best_parameters_belong_to_the_first_row():
 def test_a_folder_holds_plan_journal_and_results(tmp_path):
     lanes = jgd.grid(jgd.sgd, learning_rate=[0.1, 1e30])
     for name in ("one", "two"):
-        result = jgd.sweep(_line(), {"sgd": lanes}, 20, seeds=2, folder=tmp_path / name)
+        result = jgd.sweep(line_task(), {"sgd": lanes}, 20, seeds=2, folder=tmp_path / name)
     folder = tmp_path / "one"
     assert {path.name for path in folder.iterdir()} == {
         "plan.json",
@@ -490,16 +500,20 @@ def test_a_folder_holds_plan_journal_and_results(tmp_path):
     assert [report.step for report in read] == result.plan.reports
     assert [encode(report) for report in read] == lines
     with pytest.raises(FileExistsError, match="is not empty"):
-        jgd.sweep(_line(), {"sgd": lanes}, 20, folder=folder)
+        jgd.sweep(line_task(), {"sgd": lanes}, 20, folder=folder)
 
 
 def test_on_report_is_called_with_every_report():
-    seen = []
+    steps = []
     lanes = jgd.grid(jgd.sgd, learning_rate=[0.1])
     jgd.sweep(
-        _line(), lanes, 20, report_every=5, on_report=lambda plan, report: seen.append(report.step)
+        line_task(),
+        lanes,
+        20,
+        report_every=5,
+        on_report=lambda plan, report: steps.append(report.step),
     )
-    assert seen == [5, 10, 15, 20]
+    assert steps == [5, 10, 15, 20]
 
 
 def test_jax_sees_only_the_settings_of_lanes():
@@ -509,7 +523,7 @@ def test_jax_sees_only_the_settings_of_lanes():
 
 
 def test_sweeps_of_one_task_share_their_programs(monkeypatch):
-    task, lanes = _line(), lambda *rates: jgd.grid(jgd.adam, learning_rate=list(rates))
+    task, lanes = line_task(), lambda *rates: jgd.grid(jgd.adam, learning_rate=list(rates))
     first = jgd.sweep(task, lanes(0.1, 0.2), 20, width=2)
     spy = _Spy(monkeypatch)
     again = jgd.sweep(task, lanes(0.2, 0.3), 20, width=2)
@@ -542,21 +556,21 @@ def test_data_that_change_in_place_are_not_cached():
     assert losses[0] != losses[1]
 
 
-def test_a_kept_lane_stays_when_the_block_of_its_tile_goes():
+def test_a_lane_that_ended_stays_when_the_block_of_its_tile_is_removed():
     """A lane that ended keeps its own block when the block of its tile is removed."""
     pool, rows = Pool(4), np.arange(4.0)
     pool.put(np.array([1]), rows[:1])
     pool.put(np.arange(4), rows, np.array([True, False, True, True]))
     assert pool.remove_block([0, 2, 3]) is None
     np.testing.assert_array_equal(pool.remove_block(np.arange(4)), rows)
-    assert pool.held().tolist() == [1]
+    assert pool.lanes().tolist() == [1]
 
 
 def test_programs_of_few_tasks_are_cached():
     from jgd.tuning import engine
 
     for _ in range(engine.CACHED + 2):
-        jgd.sweep(_line(), jgd.grid(jgd.sgd, learning_rate=[0.1]), 4)
+        jgd.sweep(line_task(), jgd.grid(jgd.sgd, learning_rate=[0.1]), 4)
     assert len(engine._cache) == engine.CACHED
 
 
@@ -569,6 +583,6 @@ def test_help_lists_the_options_and_a_misspelt_option_is_named():
         assert all(f"\n  {name}: " in function.__doc__ for name in names)
     lanes = jgd.grid(jgd.sgd, learning_rate=[0.1])
     with pytest.raises(TypeError, match=r"sweep: .*'widht'; did you mean width"):
-        jgd.sweep(_line(), lanes, 10, widht=2)
+        jgd.sweep(line_task(), lanes, 10, widht=2)
     with pytest.raises(TypeError, match=r"sweep: seeds must be an integer, got 1\.5"):
-        jgd.sweep(_line(), lanes, 10, seeds=1.5)
+        jgd.sweep(line_task(), lanes, 10, seeds=1.5)

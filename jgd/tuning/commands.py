@@ -78,9 +78,9 @@ class Sweep(SweepOptions):
     ] = ()
     optuna: Annotated[
         int | None,
-        Doc("""Number of settings of one optimizer that Optuna proposes, 32 at a time. log and lin
-        of --set are ranges to search, whatever their COUNT; lists are choices. None: all
-        combinations of --set are trained."""),
+        Doc("""Number of settings of one optimizer that Optuna proposes, 32 at a time, at least 1.
+        log and lin of --set are ranges to search, whatever their COUNT; lists are choices. None:
+        all combinations of --set are trained."""),
     ] = None
     steps: Annotated[int, Doc("Number of steps of each training, at least 4.")] = 1000
     seeds: Seeds = 3
@@ -94,13 +94,13 @@ class Sweep(SweepOptions):
     halving: Annotated[
         float | None,
         Doc("""Successive halving: at each rung, one in this many settings continues, and the
-        others end. Usual values are 2 and 3. None: all settings train for all steps."""),
+        others end. Above 1; usual values are 2 and 3. None: all settings train for all steps."""),
     ] = None
     hyperband: Annotated[
         float | None,
-        Doc("""Hyperband: like --halving, but the settings are divided among several brackets, of
-        which each starts to halve a rung later than the one before. A usual value is 3. None: no
-        Hyperband."""),
+        Doc("""Hyperband: like --halving, but the settings are divided among several brackets, each
+        of which starts to halve one rung later than the previous one. Above 1; a usual value is 3.
+        None: no Hyperband."""),
     ] = None
     min_steps: Annotated[
         int | None,
@@ -114,8 +114,8 @@ class Sweep(SweepOptions):
     ] = "sweep"
     patience: Annotated[
         int | None,
-        Doc("""Early stopping: number of reports without an improvement after which a lane ends.
-        None: no lane stops early."""),
+        Doc("""Early stopping: number of reports without an improvement after which a lane ends,
+        at least 0. None: no lane stops early."""),
     ] = None
     sharpness: Annotated[
         bool,
@@ -245,11 +245,11 @@ def _watch(options: Sweep) -> None:
         except KeyboardInterrupt:  # the child has received Ctrl-C as well
             pass
     if code < 0 and code != -signal.SIGTERM:
-        raise UserError(_lost(out))
+        raise UserError(_lost_process(out))
     raise SystemExit(code)
 
 
-def _lost(out: Path) -> str:
+def _lost_process(out: Path) -> str:
     """Return the error about a lost process, with the command that resumes the sweep."""
     from jgd.tuning.segment import resume_command
 
@@ -290,11 +290,11 @@ def _sweep_in(out: Path, options: Sweep, started: float) -> None:
     task = _task(options)
     train, halving = _training(options, task), _halving(options)
     progress = console.Progress(terminal, options.optuna)
-    given = values_of(options, SweepOptions if options.optuna is None else Training)
-    given |= dict(halving=halving, stop=options.patience, folder=out, resume=resume)
+    keywords = values_of(options, SweepOptions if options.optuna is None else Training)
+    keywords |= dict(halving=halving, stop=options.patience, folder=out, resume=resume)
     try:
         with progress:
-            result, finished = train(on_report=progress, **given), True
+            result, finished = train(on_report=progress, **keywords), True
     except Interrupted as error:
         result, finished = error.result, False
     if not devices.is_writer():
@@ -376,17 +376,17 @@ def _in_folder(options: Sweep, out: Path) -> Generator[None]:
     A sweep whose arguments are refused leaves no files. Files that the folder had before stay.
     """
     from jgd.tuning import devices
-    from jgd.tuning.folder import held, is_free, write_json
+    from jgd.tuning.folder import folder_lock, is_free, write_json
     from jgd.tuning.segment import resume_command
 
     with contextlib.ExitStack() as stack:
         new = False
         try:
-            stack.enter_context(held(out))
+            stack.enter_context(folder_lock(out))
             with devices.fails_everywhere():
                 if new := devices.is_writer() and options.resume is None and is_free(out):
-                    given = {"out": options.out and str(options.out)}
-                    write_json(out / "command.json", dataclasses.asdict(options) | given)
+                    path = {"out": options.out and str(options.out)}  # JSON has no paths
+                    write_json(out / "command.json", dataclasses.asdict(options) | path)
         except (OSError, RuntimeError) as error:
             option = "--out" if options.resume is None else "--resume"
             raise UserError(str(error).replace("sweep: folder", option)) from error
@@ -394,14 +394,14 @@ def _in_folder(options: Sweep, out: Path) -> Generator[None]:
             yield
 
         except KeyboardInterrupt:
-            raise UserError(f"interrupted; go on with: {resume_command(out)}") from None
+            raise UserError(f"interrupted; resume with: {resume_command(out)}") from None
         except Exception as error:
             if new and {path.name for path in out.iterdir()} <= {"command.json", *LOCKS}:
                 (out / "command.json").unlink()
             if isinstance(error, UserError | ValueError | OSError):
                 raise UserError(_with_option(error)) from error
             # the user's task failed, or the connection to another process
-            hint = "" if options.coordinator is None else f". Perhaps {_lost(out)}"
+            hint = "" if options.coordinator is None else f". Perhaps {_lost_process(out)}"
 
             raise UserError(f"task {options.task}: {where(error)}{hint}") from error
 
@@ -415,12 +415,12 @@ def _resumed(options: Sweep) -> Sweep:
     path = options.resume / "command.json"
     if not path.exists():
         raise UserError(
-            f"{options.resume} holds no sweep of the command line: there is no command.json"
+            f"{options.resume} holds no sweep that `jgd sweep` started: there is no command.json"
         )
     try:
-        given = dict[str, Any](json.loads(path.read_text()), out=options.resume)
-        given |= {name: tuple(given.get(name, ())) for name in REPEATABLE}
-        written = Sweep(**given)
+        entries = dict[str, Any](json.loads(path.read_text()), out=options.resume)
+        entries |= {name: tuple(entries.get(name, ())) for name in REPEATABLE}
+        written = Sweep(**entries)
     except (OSError, TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
     # parsed again, so that options that are not given keep their values

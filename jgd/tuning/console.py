@@ -185,8 +185,8 @@ def _print_table(
     edges: Any = dict(box=rich.box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table = rich.table.Table(title=f"\n{title}", title_justify="left", title_style="bold", **edges)
     for i in shown:
-        left = columns[i] in ("optimizer", "verdict", "ended")
-        justify = "left" if left else "right"
+        is_text = columns[i] in ("optimizer", "verdict", "ended")
+        justify = "left" if is_text else "right"
         table.add_column(headers[i], justify=justify, width=widths[i], overflow="fold")
     for row in rows:
         table.add_row(*(row[i] for i in shown))

@@ -159,8 +159,8 @@ def check_same_task(digest: str) -> None:
         return
     from jax.experimental import multihost_utils
 
-    mine = np.frombuffer(digest.encode(), np.uint8)
-    if not np.array_equal(multihost_utils.broadcast_one_to_all(mine), mine):
+    own = np.frombuffer(digest.encode(), np.uint8)
+    if not np.array_equal(multihost_utils.broadcast_one_to_all(own), own):
         raise ValueError(
             "sweep: task and its data must be the same in all processes, got other ones in process"
             f" {jax.process_index()} than in process 0. Start the same command in every process"
@@ -213,15 +213,15 @@ class Failures:
         from jax.experimental import multihost_utils
 
         text = "" if self._error is None else f"{type(self._error).__name__}: {self._error}"
-        mine = np.zeros(self.LENGTH, np.uint8)
+        message = np.zeros(self.LENGTH, np.uint8)
         data = " ".join(text.split()).encode()[: self.LENGTH]
-        mine[: len(data)] = np.frombuffer(data, np.uint8)
-        messages = multihost_utils.process_allgather(mine)
+        message[: len(data)] = np.frombuffer(data, np.uint8)
+        messages = multihost_utils.process_allgather(message)
         if self._error is not None:
             raise self._error
         for process, padded in enumerate(messages):
-            if message := bytes(padded).rstrip(b"\0").decode(errors="replace"):
-                raise RuntimeError(f"process {process} failed: {message}")
+            if error := bytes(padded).rstrip(b"\0").decode(errors="replace"):
+                raise RuntimeError(f"process {process} failed: {error}")
 
 
 @contextlib.contextmanager

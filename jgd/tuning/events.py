@@ -30,7 +30,7 @@ __all__ = [
     "encode",
 ]
 
-ENDINGS = (  # of the endings of a setting's seeds, the last one in this order is its ending
+ENDINGS = (  # the ending of a setting is the last, in this order, of those of its seeds
     *("not run", "reached target", "finished", "stopped early", "diverged", "cut"),
     "out of budget",
 )
@@ -47,7 +47,7 @@ class Report(NamedTuple):
     loss: np.ndarray  # float64: mean training loss since the previous report
     metrics: dict[str, np.ndarray]  # results of `evaluate`: float64, int64 or bool
     ended: np.ndarray  # index in `ENDINGS`; 0 for a living lane
-    seen: LossStatistics | None  # of the training loss; None unless a lane ended or at a rung
+    statistics: LossStatistics | None  # of the loss; None unless a lane ended or the step is a rung
     alive: int = 0  # number of living lanes of the sweep, for `on_report`; not recorded
 
 
@@ -56,13 +56,13 @@ class Cut(NamedTuple):
 
     step: int | None  # step of the rung, or last step of the lanes; None: a limit was reached
     lanes: dict[str, list[int]]  # by group, numbered within the group
-    seen: LossStatistics | None = None  # of lanes that had started; reports have it at a rung
+    statistics: LossStatistics | None = None  # None at a rung, where reports have them
 
 
 def encode(event: Report | Cut) -> str:
     """Return an event as a line of JSON. It may contain NaN and Infinity, as Python's JSON does."""
     if isinstance(event, Cut):
-        return json.dumps({"cut": event.step, "lanes": event.lanes} | _encoded(event.seen))
+        return json.dumps({"cut": event.step, "lanes": event.lanes} | _encoded(event.statistics))
     line: dict[str, Any] = {
         "tile": event.tile,
         "group": event.group,
@@ -73,11 +73,13 @@ def encode(event: Report | Cut) -> str:
     line |= {name: values.tolist() for name, values in event.metrics.items()}
     if event.ended.any():
         line["ended"] = event.ended.tolist()
-    return json.dumps(line | _encoded(event.seen))
+    return json.dumps(line | _encoded(event.statistics))
 
 
-def _encoded(seen: LossStatistics | None) -> dict[str, Any]:
-    return {} if seen is None else {"seen": {k: v.tolist() for k, v in seen._asdict().items()}}
+def _encoded(statistics: LossStatistics | None) -> dict[str, Any]:
+    if statistics is None:
+        return {}
+    return {"seen": {name: x.tolist() for name, x in statistics._asdict().items()}}
 
 
 def decode(line: str | bytes, plan: Plan) -> Report | Cut:
@@ -86,11 +88,12 @@ def decode(line: str | bytes, plan: Plan) -> Report | Cut:
     Raises: ValueError, KeyError, TypeError or AttributeError for any other line.
     """
     entry = json.loads(line)
-    seen = None
+    statistics = None
     if "seen" in entry:
-        seen = LossStatistics(**{name: np.array(x) for name, x in entry["seen"].items()})
+        columns = {name: np.array(x) for name, x in entry["seen"].items()}
+        statistics = LossStatistics(**columns)
     if "cut" in entry:
-        return Cut(entry["cut"], entry["lanes"], seen)
+        return Cut(entry["cut"], entry["lanes"], statistics)
     lanes = np.array(entry["lanes"], int)
     return Report(
         tile=entry["tile"],
@@ -100,5 +103,5 @@ def decode(line: str | bytes, plan: Plan) -> Report | Cut:
         loss=np.array(entry["train_loss"], np.float64),
         metrics={name: np.array(entry[name]) for name in plan.metrics},
         ended=np.array(entry.get("ended", np.zeros(len(lanes))), np.int8),
-        seen=seen,
+        statistics=statistics,
     )

@@ -58,7 +58,7 @@ from jgd.tuning.space import Lanes
 __all__ = [
     "SETTINGS",
     "Folder",
-    "held",
+    "folder_lock",
     "is_free",
     "load_block",
     "opened",
@@ -76,8 +76,8 @@ FULL = os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)
 
 
 @contextlib.contextmanager
-def held(path: str | Path | None) -> Generator[None]:
-    """Hold the lock of a folder, if one is given. Process 0 takes it; all raise its error."""
+def folder_lock(path: str | Path | None) -> Generator[None]:
+    """Hold the lock of a folder, unless it is None. Process 0 locks it; all raise its error."""
     with contextlib.ExitStack() as stack:
         with fails_everywhere():
             if path is not None and is_writer():
@@ -97,7 +97,7 @@ def opened(
     Other arguments and raises: as `Folder`; BlockingIOError, naming the holder, if another process
       has locked the folder; OSError, with the command that resumes the sweep, if the disk is full.
     """
-    with held(path):
+    with folder_lock(path):
         with fails_everywhere():
             new = Folder.of_extension if extend else functools.partial(Folder, resume=resume)
             folder = new(path)
@@ -112,7 +112,7 @@ def opened(
                 raise
             call = f"{resume_command(Path(path))}, or resume=True in Python"
             call = "the same call" if extend else call
-            raise OSError(f"{path}: {full}. Free some space, then go on with: {call}") from error
+            raise OSError(f"{path}: {full}. Free some space, then resume with: {call}") from error
 
 
 class Folder:

@@ -30,9 +30,9 @@ def common_lanes(plan: Plan, other: Plan) -> dict[str, tuple[np.ndarray, np.ndar
     for group in plan.groups:
         if group.name in other.index:
             pairs = _common_settings(group, other.groups[other.index[group.name]])
-            mine, theirs = np.array(pairs, int).reshape(-1, 2, 1).transpose(1, 0, 2)
-            lanes = (mine * plan.seeds + seeds).ravel(), (theirs * other.seeds + seeds).ravel()
-            common[group.name] = lanes
+            settings, others = np.array(pairs, int).reshape(-1, 2, 1).transpose(1, 0, 2)
+            lanes = (settings * plan.seeds + seeds).ravel()
+            common[group.name] = lanes, (others * other.seeds + seeds).ravel()
     return common
 
 
@@ -50,13 +50,13 @@ def _numbered(digests: Sequence[str]) -> list[tuple[str, int]]:
 
 def take(facts: Facts, part: Facts) -> None:
     """Copy the facts about all lanes that another sweep has too."""
-    for name, (mine, theirs) in common_lanes(facts.plan, part.plan).items():
-        lanes, others = facts.plan.offset(name) + mine, part.plan.offset(name) + theirs
-        facts.ledger.take(lanes, part.ledger, others)
+    for name, (lanes, other_lanes) in common_lanes(facts.plan, part.plan).items():
+        ids = facts.plan.offset(name) + lanes
+        facts.ledger.take(ids, part.ledger, part.plan.offset(name) + other_lanes)
         curves, copied = facts.curves[name], part.curves[name]
-        curves.train_loss[mine] = copied.train_loss[theirs]
+        curves.train_loss[lanes] = copied.train_loss[other_lanes]
         for metric, values in curves.metrics.items():
-            values[mine] = copied.metrics[metric][theirs]
+            values[lanes] = copied.metrics[metric][other_lanes]
 
 
 # --- results ---------------------------------------------------------------------------------
@@ -108,32 +108,32 @@ def merge(*results: Result) -> Result:
         brackets=[0] * sum(group.settings for group in groups.values()),
     )
     facts = Facts.of(plan)
-    stored = dict[int, tuple[Any, Any]]()
+    by_setting = dict[int, tuple[Any, Any]]()
     for part, result in reversed([*zip(parts, results, strict=True)]):  # the first result wins
         take(facts, part)
         for best in result.kept:
             group = part.plan.groups[result.plan.index[best.row["optimizer"]]]
-            indices = {theirs: k for k, theirs in _common_settings(groups[group.name], group)}
+            indices = {index: k for k, index in _common_settings(groups[group.name], group)}
             if (index := indices.get(best.row["setting"])) is None:
                 continue  # it equals a setting of an earlier result
             setting = int(plan.first[plan.index[group.name]]) + index
-            if best.state is not None or setting not in stored:
-                stored[setting] = best.setting, best.state
-    held = np.full(plan.lanes, False)
-    with_state = [setting for setting, (_, state) in stored.items() if state is not None]
-    held[plan.lanes_of(np.array(with_state, int))] = True
-    stored_or_none = lambda setting, lane: stored.get(setting, (None, None))
-    return make_result(facts, held, stored_or_none)
+            if best.state is not None or setting not in by_setting:
+                by_setting[setting] = best.setting, best.state
+    has_state = np.full(plan.lanes, False)
+    with_state = [setting for setting, (_, state) in by_setting.items() if state is not None]
+    has_state[plan.lanes_of(np.array(with_state, int))] = True
+    setting_and_state = lambda setting, lane: by_setting.get(setting, (None, None))
+    return make_result(facts, has_state, setting_and_state)
 
 
 def _check_comparable(first: Plan, plan: Plan) -> None:
     """Raise ValueError if two plans rank their settings differently."""
     for name in COMPARED:
-        mine, theirs = getattr(first, name), getattr(plan, name)
-        if mine != theirs:
+        expected, value = getattr(first, name), getattr(plan, name)
+        if value != expected:
             raise ValueError(
-                f"merge: {name} must be the same in all results, got {brief(mine)} and"
-                f" {brief(theirs)}"
+                f"merge: {name} must be the same in all results, got {brief(expected)} and"
+                f" {brief(value)}"
             )
 
 

@@ -43,7 +43,7 @@ class Lane(NamedTuple):
 
     setting: Any
     state: Any  # state of the `Run`
-    seen: diagnosis.LossSums  # of the training loss at all steps
+    loss_sums: diagnosis.LossSums  # over the intervals of all steps
     loss: Any  # sum of the training loss since the last report
     monitor: Any  # state of the early stopping; None without early stopping
     seed: Any  # int32; None if all seeds see the same batches
@@ -82,8 +82,8 @@ def step(options: LaneOptions, lane: Lane, batch: Any, index: Any) -> Lane:
         batch = jax.tree.map(lambda x: x[lane.seed], batch)
     state, metrics = options.run.update(lane.setting, lane.state, batch)
     loss, stride = metrics["loss"], metrics.get("stride", jnp.nan)
-    seen = diagnosis.observe(lane.seen, loss, stride, index)
-    return lane._replace(state=state, seen=seen, loss=lane.loss + loss)
+    sums = diagnosis.observe(lane.loss_sums, loss, stride, index)
+    return lane._replace(state=state, loss_sums=sums, loss=lane.loss + loss)
 
 
 def chunk(
@@ -108,8 +108,8 @@ def chunk(
         index = jnp.searchsorted(ends, start, side="right")
         stop = jnp.minimum(end, ends[index])
         lanes = jax.lax.fori_loop(start - first, stop - first, body, lanes)
-        seen = jax.vmap(diagnosis.close_interval, (0, None))(lanes.seen, index)
-        return stop, lanes._replace(seen=seen)
+        sums = jax.vmap(diagnosis.close_interval, (0, None))(lanes.loss_sums, index)
+        return stop, lanes._replace(loss_sums=sums)
 
     _, lanes = jax.lax.while_loop(lambda carry: carry[0] < end, interval, (first, lanes))
     metrics = jax.vmap(options.run.evaluate)(lanes.setting, lanes.state)
@@ -122,7 +122,7 @@ def chunk(
         scores = options.sign * metrics[options.metric]
         lanes = lanes._replace(best=jax.vmap(_better_report)(lanes.best, scores, lanes.state))
     if options.drop_diverged:
-        ending = jnp.where(lanes.seen.finite, ending, DIVERGED).astype(jnp.int8)
+        ending = jnp.where(lanes.loss_sums.finite, ending, DIVERGED).astype(jnp.int8)
     return lanes._replace(loss=jnp.zeros_like(lanes.loss)), lanes.loss, metrics, ending
 
 

@@ -29,8 +29,8 @@ class Ledger:
       value, loss: the metric and the held-out loss (NaN without one) at the report that counts.
       at: step of the report that counts; 0 before the first report.
       reached: step at which the lane reached the target; inf if it has not reached it.
-      seen: statistics of the training loss, at the end of the lane or at the last rung.
-      judged: whether `seen` covers all steps of the lane.
+      statistics: of the training loss, at the end of the lane or at the last rung.
+      judged: whether `statistics` covers all steps of the lane.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -41,7 +41,7 @@ class Ledger:
         self.value, self.loss = np.full(lanes, np.nan), np.full(lanes, np.nan)
         self.reached = np.full(lanes, np.inf)
         empty = {name: np.zeros(lanes) for name in LossStatistics._fields}
-        self.seen = LossStatistics(**empty | {"finite": np.full(lanes, False)})
+        self.statistics = LossStatistics(**empty | {"finite": np.full(lanes, False)})
         self.judged = np.full(lanes, False)
 
     # --- the fold
@@ -53,19 +53,19 @@ class Ledger:
             started = self.step[lanes] > 0
             self.ending[lanes] = np.where(started, OUT if event.step is None else CUT, NOT_RUN)
             self.alive[lanes] = False
-            self._set_statistics(lanes[started], event.seen)
+            self._set_statistics(lanes[started], event.statistics)
             return
         lanes = self.plan.offset(event.group) + event.lanes
         self._set_report(lanes, event)
-        self._set_statistics(lanes, event.seen)
+        self._set_statistics(lanes, event.statistics)
         ended = event.ended > 0
         self.ending[lanes[ended]] = event.ended[ended]
         self.alive[lanes[ended]] = False
 
-    def _set_statistics(self, lanes: np.ndarray, seen: LossStatistics | None) -> None:
-        if seen is not None:
+    def _set_statistics(self, lanes: np.ndarray, statistics: LossStatistics | None) -> None:
+        if statistics is not None:
             self.judged[lanes] = True
-            for old, new in zip(self.seen, seen, strict=True):
+            for old, new in zip(self.statistics, statistics, strict=True):
                 old[lanes] = new
 
     def _set_report(self, lanes: np.ndarray, report: Report) -> None:
@@ -87,13 +87,13 @@ class Ledger:
             return np.full(len(values), False)
         return self.plan.sign * values <= self.plan.sign * self.plan.target
 
-    def take(self, lanes: np.ndarray, ledger: "Ledger", theirs: np.ndarray) -> None:
-        """Copy the facts about lanes from another ledger, which numbers these lanes `theirs`."""
-        for mine, other in zip(self._facts(), ledger._facts(), strict=True):
-            mine[lanes] = other[theirs]
+    def take(self, lanes: np.ndarray, other: "Ledger", other_lanes: np.ndarray) -> None:
+        """Copy the facts about lanes from another ledger, in which they are `other_lanes`."""
+        for values, other_values in zip(self._facts(), other._facts(), strict=True):
+            values[lanes] = other_values[other_lanes]
 
     def _facts(self) -> list[np.ndarray]:
-        return [x for x in (*vars(self).values(), *self.seen) if isinstance(x, np.ndarray)]
+        return [x for x in (*vars(self).values(), *self.statistics) if isinstance(x, np.ndarray)]
 
     # --- the ranking
 

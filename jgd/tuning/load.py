@@ -30,13 +30,13 @@ __all__ = ["StoredStates", "load", "read_results", "stored_best"]
 
 
 def load(folder: str | Path, task: Task | Run | None = None, *, template: Any = None) -> Result:
-    """Return the result of a finished sweep, extended or not, or of a search, from its folder.
+    """Load the result of a finished sweep, with its extensions, or of a search, from its folder.
 
         result = load("runs/a", task)
         result.best.params, result.best.setting
 
-    Load only folders that you trust: given a task, it unpickles settings.pickle, and a pickle can
-    run any code.
+    Load only folders that you trust: if a task is given, settings.pickle is unpickled, and a pickle
+    can run any code.
 
     Args:
       folder: the folder of a finished sweep.
@@ -57,11 +57,12 @@ def load(folder: str | Path, task: Task | Run | None = None, *, template: Any = 
         raise ValueError(f"load: {why}. Finish the sweep first")
     states = StoredStates(last.plan, segments)
     if task is None:
-        return make_result(last.facts, states.held)
+        return make_result(last.facts, states.has_state)
     run = task if isinstance(task, Run) else supervised(task)
     settings = _settings(Path(folder), last.plan, template)
-    stored = lambda *best: stored_best(run, last.plan, settings, states.__getitem__, *best)
-    return make_result(last.facts, states.held, stored)
+    leaves_of = states.__getitem__
+    setting_and_state = lambda *best: stored_best(run, last.plan, settings, leaves_of, *best)
+    return make_result(last.facts, states.has_state, setting_and_state)
 
 
 def read_results(path: Path) -> Result:
@@ -74,8 +75,8 @@ def read_results(path: Path) -> Result:
         return read_result(path)
     if (path / f"batch-{len(batches)}").exists():
         raise ValueError(
-            f"{path / f'batch-{len(batches)}.json'} is missing: the search has no table. Go on with"
-            f" the search: {resume_command(path)}, or resume=True in Python"
+            f"{path / f'batch-{len(batches)}.json'} is missing: the search has no table. Resume it"
+            f" with: {resume_command(path)}, or resume=True in Python"
         )
     if len(batches) > 1 and is_free(batches[-1]):
         warnings.warn(f"{batches.pop()} has no table yet", stacklevel=2)
@@ -106,21 +107,21 @@ class StoredStates:
     """The states in the last checkpoints of segments, indexed by the lanes of a plan.
 
     Attributes:
-      held: mask of the lanes that have a state.
+      has_state: mask of the lanes that have a state.
     """
 
     def __init__(self, plan: Plan, segments: Sequence[Segment]) -> None:
-        self.held = np.full(plan.lanes, False)
+        self.has_state = np.full(plan.lanes, False)
         self._places = dict[int, tuple[Path, str, int]]()
         for segment in segments:
-            lanes = np.full(segment.plan.lanes, -1)
-            for name, (mine, theirs) in common_lanes(plan, segment.plan).items():
-                lanes[segment.plan.offset(name) + theirs] = plan.offset(name) + mine
+            lane_of = np.full(segment.plan.lanes, -1)
+            for name, (lanes, own_lanes) in common_lanes(plan, segment.plan).items():
+                lane_of[segment.plan.offset(name) + own_lanes] = plan.offset(name) + lanes
             blocks = segment.manifest["blocks"] if segment.manifest else {}
             for name, block in blocks.items():
                 for row in np.flatnonzero(block["present"]).tolist():
-                    if (lane := int(lanes[block["lanes"][row]])) >= 0:
-                        self._places[lane], self.held[lane] = (segment.path, name, row), True
+                    if (lane := int(lane_of[block["lanes"][row]])) >= 0:
+                        self._places[lane], self.has_state[lane] = (segment.path, name, row), True
 
     def __getitem__(self, lane: int) -> list[np.ndarray]:
         """Return the leaves of a lane."""
@@ -146,7 +147,7 @@ def _settings(folder: Path, plan: Plan, template: Any) -> list[Any]:
 
 
 def _settings_of(group: Group, pickled: bytes | None, leaves: Sequence[Any], template: Any) -> Any:
-    """Return the settings of a group, in the structure with which they have their digests."""
+    """Return the settings of a group, in the structure that gives their digests in the plan."""
     as_trained = lambda x: jnp.asarray(x) if jnp.asarray(x).dtype == x.dtype else x
     leaves = list(map(as_trained, leaves))
     for tree in _candidates(pickled, template):

@@ -35,14 +35,14 @@ UNSUPPORTED = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS)
 
 
 @dataclass
-class _Held:
-    """A folder that this process holds."""
+class _Lock:
+    """The lock of a folder that this process holds."""
 
     release: Callable[[], None]
     contexts: int = 0
 
 
-_folders = dict[tuple[int, str], _Held]()  # by process, since a fork inherits this but no lock
+_folders = dict[tuple[int, str], _Lock]()  # by process, since a fork inherits this but no lock
 _guard = threading.Lock()
 
 
@@ -50,28 +50,27 @@ _guard = threading.Lock()
 def locked(folder: Path) -> Generator[None]:
     """Hold the lock of a folder, which is created if it is missing.
 
-    If nothing was written to the folder in the meantime, the end of the context restores it.
-
-    A process that holds the folder may enter a second context.
+    A process that holds the folder may enter a second context. At the end of the last one, the
+    lock and new folders are deleted if nothing else was written to the folder.
 
     Raises: BlockingIOError if another process holds the folder; OSError if it cannot be written.
     """
     key = os.getpid(), os.path.realpath(folder)
     with _guard:
-        held = _folders.get(key) or _Held(_take(folder))
-        _folders[key] = held
-        held.contexts += 1
+        lock = _folders.get(key) or _Lock(_acquire(folder))
+        _folders[key] = lock
+        lock.contexts += 1
     try:
         yield
     finally:
         with _guard:
-            held.contexts -= 1
-            if not held.contexts:
+            lock.contexts -= 1
+            if not lock.contexts:
                 del _folders[key]
-                held.release()
+                lock.release()
 
 
-def _take(folder: Path) -> Callable[[], None]:
+def _acquire(folder: Path) -> Callable[[], None]:
     """Lock a folder; return the function that releases it."""
     if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
         raise NotADirectoryError(f"sweep: folder must be a folder, got {folder}: {file} is a file")

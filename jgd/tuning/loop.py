@@ -116,7 +116,7 @@ class Sweep:
         following = list[Tile]()
         for (tile, end, _), outcome in zip(running, outcomes, strict=True):
             following += self._judge(tile, end, outcome)
-        # all tiles share one read of a sequential source; else a tile runs on before the next one
+        # all tiles share one read of a sequential source; else a tile continues before others start
         self._enqueue(following, first=not self.engine.batches.sequential)
         self._drop_early_losers()
 
@@ -147,15 +147,15 @@ class Sweep:
         lanes = self.plan.numbered(groups)
         lanes = lanes[self.ledger.step[lanes] > 0]
         # a lane without a state has reported its statistics at a rung
-        seen = jax.tree.map(lambda x: x[lanes], self.ledger.seen)
+        statistics = jax.tree.map(lambda x: x[lanes], self.ledger.statistics)
         blocks = pool.block_of[lanes]
         for number in np.unique(blocks[blocks >= 0]).tolist():
             inside = np.flatnonzero(blocks == number)
             rows, steps = pool.row_of[lanes[inside]], int(self.ledger.step[lanes[inside[0]]])
-            new = self._statistics(pool.blocks[number].rows, rows, steps)
-            for old, values in zip(seen, new, strict=True):
+            new = self._statistics_of(pool.blocks[number].rows, rows, steps)
+            for old, values in zip(statistics, new, strict=True):
                 old[inside] = values
-        return Cut(step, groups, seen if len(lanes) else None)
+        return Cut(step, groups, statistics if len(lanes) else None)
 
     # --- tiles
 
@@ -202,7 +202,7 @@ class Sweep:
         rung = self.plan.rounds[self.schedule.round]
         started = np.flatnonzero(self.ledger.alive & (self.ledger.step > 0))
         losers = self.ledger.losers(rung, early=True)  # need none: see `_drop_early_losers`
-        return set(started.tolist()) - set(self.pool.held().tolist()) - set(losers.tolist())
+        return set(started.tolist()) - set(self.pool.lanes().tolist()) - set(losers.tolist())
 
     def fit_widths(self) -> None:
         """Fit the widths of tiles that were queued on another number of devices to this plan."""
@@ -256,12 +256,12 @@ class Sweep:
             loss=_widened(loss / (end - tile.step)),
             metrics=metrics,
             ended=ending,
-            seen=self._statistics(outcome.lanes, rows, end) if with_statistics else None,
+            statistics=self._statistics_of(outcome.lanes, rows, end) if with_statistics else None,
         )
 
-    def _statistics(self, lanes: Lane, rows: np.ndarray, steps: int) -> LossStatistics:
+    def _statistics_of(self, lanes: Lane, rows: np.ndarray, steps: int) -> LossStatistics:
         """Return the loss statistics of these rows after this many steps."""
-        sums = jax.tree.map(lambda x: x[rows], devices.to_host(lanes.seen))
+        sums = jax.tree.map(lambda x: x[rows], devices.to_host(lanes.loss_sums))
         return statistics(sums, self.plan.intervals, steps)
 
     def _following(self, tile: Tile, end: int, living: np.ndarray) -> list[Tile]:
@@ -281,7 +281,7 @@ class Sweep:
         tiles = list[Tile]()
         for width in widths:
             first, lanes = lanes[:width], lanes[width:]
-            if first:  # shares of lanes are padded one by one; all together may need fewer tiles
+            if first:  # shares are padded one by one, so all lanes together may need fewer tiles
                 tiles.append(Tile(self.schedule.next_id, group, first, width, step))
                 self.schedule.next_id += 1
         return tiles
@@ -317,10 +317,10 @@ class Sweep:
         The host then never holds many more states than the rung keeps.
         """
         rung = self.plan.rounds[self.schedule.round]
-        kept = sum(keep for _, keep in self.plan.cohorts(rung)) * self.plan.seeds
-        held = self.pool.held()
-        waiting = held[self.ledger.alive[held] & (self.ledger.step[held] == rung)]
-        if kept and len(waiting) > 1.25 * kept:
+        survivors = sum(keep for _, keep in self.plan.cohorts(rung)) * self.plan.seeds
+        lanes = self.pool.lanes()
+        waiting = lanes[self.ledger.alive[lanes] & (self.ledger.step[lanes] == rung)]
+        if survivors and len(waiting) > 1.25 * survivors:
             losers = self.ledger.losers(rung, early=True)
             self.pool.drop(losers[self.ledger.alive[losers]])
 
@@ -336,8 +336,8 @@ class Sweep:
         keep = ended & ~np.isin(settings, losing)
         if keep.any():
             on_host = devices.to_host(rows)
-            kept = np.flatnonzero(keep)
-            self.pool.put(ids[keep], jax.tree.map(lambda x: x[kept], on_host))
+            index = np.flatnonzero(keep)
+            self.pool.put(ids[keep], jax.tree.map(lambda x: x[index], on_host))
         self.pool.drop(self.plan.lanes_of(losing).ravel())
 
     def _losing(self, more: Any = ()) -> np.ndarray:
@@ -347,7 +347,7 @@ class Sweep:
           more: settings to rank in addition to those with states in the pool.
         """
         plan, alive = self.plan, self.ledger.alive
-        settings = np.unique(np.concatenate([self.pool.held() // plan.seeds, np.array(more, int)]))
+        settings = np.unique(np.concatenate([self.pool.lanes() // plan.seeds, np.array(more, int)]))
         ended = settings[~alive[plan.lanes_of(settings)].any(1)]
         return self.ledger.ranked(ended)[plan.keep :]
 

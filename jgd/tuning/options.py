@@ -98,8 +98,8 @@ class Training:
     ] = False
     devices: Annotated[
         int | None,
-        Doc("""Number of devices to shard the lanes of a tile over; widths are multiples of it.
-        Lanes do not communicate within a chunk. None: all devices."""),
+        Doc("""Number of devices to shard the lanes of a tile over, at least 1. Widths are
+        multiples of it. Lanes do not communicate within a chunk. None: all devices."""),
     ] = None
     target: Annotated[
         float | None,
@@ -110,7 +110,8 @@ class Training:
     checkpoint_every: Annotated[
         float,
         at_least(0),
-        Doc("Seconds between checkpoints. A crash loses the work since the last checkpoint."),
+        Doc("""Seconds between checkpoints, at least 0. A crash loses the work since the last
+        checkpoint."""),
     ] = 30.0
 
     def __post_init__(self) -> None:
@@ -133,15 +134,15 @@ class SweepOptions(Training):
     budget: Annotated[
         int | None,
         at_least(1),
-        Doc("""Limit on lane-steps, including those that pad tiles. At the limit, running chunks
-        finish and no new chunk starts; unfinished lanes end as "out of budget" or "not run". None:
-        no limit."""),
+        Doc("""Limit on lane-steps, including those that pad tiles, at least 1. At the limit,
+        running chunks finish and no new chunk starts; lanes that are unfinished end as "out of
+        budget" or "not run". None: no limit."""),
     ] = None
     seconds: Annotated[
         float | None,
         above(0),
-        Doc("""Limit on wall-clock time, in seconds. At the limit, running chunks finish and no new
-        chunk starts. A sweep that reaches the limit cannot be repeated exactly. None: no
+        Doc("""Limit on wall-clock time in seconds, above 0. At the limit, running chunks finish and
+        no new chunk starts. A sweep that reaches the limit cannot be repeated exactly. None: no
         limit."""),
     ] = None
 

@@ -1,4 +1,4 @@
-"""Parses the strings of the command line: a task, optimizers, and values of their arguments.
+"""Parsing of the command line: a task, optimizers, and values of their arguments.
 
 task_of("mypackage.mymodule:task")
 groups_of(["adam"], ["learning_rate=log:1e-5:1e-1:64", "b1=0.8,0.9"])

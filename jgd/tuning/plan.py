@@ -187,7 +187,7 @@ class Plan(SweepOptions):
         for bracket, rungs in enumerate(halving.brackets(self.steps)):
             for group in np.unique(groups[brackets == bracket]) if rung in rungs else ():
                 settings = np.flatnonzero((brackets == bracket) & (groups == group))
-                keep = halving.kept(len(settings), rungs.index(rung) + 1)
+                keep = halving.survivors(len(settings), rungs.index(rung) + 1)
                 cohorts.append((settings, keep))
         return cohorts
 
@@ -200,8 +200,8 @@ class Plan(SweepOptions):
         halving = Halving(**self.halving)
         total = 0
         for n, rungs in zip(settings, halving.brackets(self.steps), strict=False):
-            left = [halving.kept(n, cuts) for cuts in range(len(rungs) + 1)]
-            total += int(np.dot(left, np.diff([0, *rungs, self.steps])))
+            sizes = [halving.survivors(n, cuts) for cuts in range(len(rungs) + 1)]
+            total += int(np.dot(sizes, np.diff([0, *rungs, self.steps])))
         return self.seeds * total
 
     # --- as JSON
@@ -266,7 +266,7 @@ def make_plan(
             ).at_width(options.width or usual_width(len(batch) * options.seeds, at_once), devices)
             for name, batch in groups.items()
         ],
-        brackets=halving.shares(settings, steps).tolist() if halving else [0] * settings,
+        brackets=halving.assign(settings, steps).tolist() if halving else [0] * settings,
         metrics=metrics,
         halving=halving._asdict() if halving else None,
         stop=None if stop is None else repr(stop),

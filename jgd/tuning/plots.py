@@ -95,8 +95,8 @@ def _points(result: Result, group: Any) -> _Points | None:
     first = order[np.flatnonzero(np.diff(cells[order], prepend=-1))]
     top = int(scores[first].argmin())
     remarks = ["at the edge"] if len(first) > 1 and top in (0, len(first) - 1) else []
-    mine = (row for row in result.rows if row["optimizer"] == group.name)
-    verdict = next(row["verdict"] for row in mine if row["setting"] == finite[first[top]])
+    of_group = (row for row in result.rows if row["optimizer"] == group.name)
+    verdict = next(row["verdict"] for row in of_group if row["setting"] == finite[first[top]])
     remarks += [verdict] if verdict == "too small" else []
     return _Points(axis, at[first], values[first], top, ", ".join(remarks))
 

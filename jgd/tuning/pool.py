@@ -19,7 +19,7 @@ __all__ = ["Block", "Pool"]
 
 
 class Block(NamedTuple):
-    """States of lanes that were put together. Padding may follow the rows of the ids."""
+    """States of lanes that were added together. Padding may follow the rows of the ids."""
 
     ids: np.ndarray
     rows: Any  # a `Lane` with a leading axis
@@ -37,7 +37,7 @@ class Pool:
     def __contains__(self, lane: int) -> bool:
         return bool(self.block_of[lane] >= 0)
 
-    def held(self) -> np.ndarray:
+    def lanes(self) -> np.ndarray:
         """Return the lanes that have a state in the pool."""
         return np.flatnonzero(self.block_of >= 0)
 
@@ -59,18 +59,18 @@ class Pool:
         self.row_of[block.ids[present]] = np.flatnonzero(present)
 
     def drop(self, lanes: Any) -> None:
-        """Remove lanes. Shrink a block on the host that has lost a quarter of its lanes."""
+        """Remove lanes. Shrink a block on the host once a quarter of its lanes is removed."""
         lanes = np.asarray(lanes, int)
         touched = set(self.block_of[lanes].tolist()) - {-1}
         self.block_of[lanes] = -1
         for number in touched:
             ids, rows = self.blocks[number]
-            left = np.flatnonzero(self.block_of[ids] == number)
-            if not len(left):
+            remaining = np.flatnonzero(self.block_of[ids] == number)
+            if not len(remaining):
                 del self.blocks[number]
-            elif len(left) <= 0.75 * len(ids) and _on_host(rows):
+            elif len(remaining) <= 0.75 * len(ids) and _on_host(rows):
                 del self.blocks[number]
-                self.put(ids[left], _rows(rows, left))
+                self.put(ids[remaining], _rows(rows, remaining))
 
     def remove_block(self, lanes: Any) -> Any | None:
         """Remove the block of exactly these lanes and return its rows; None if there is none.

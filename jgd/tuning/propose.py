@@ -27,7 +27,7 @@ from jgd.training import Run, Task
 from jgd.tuning import devices
 from jgd.tuning.distributions import Distribution, check_distributions
 from jgd.tuning.events import Cut, Report
-from jgd.tuning.folder import Folder, held, is_free, write_json, write_table
+from jgd.tuning.folder import Folder, folder_lock, is_free, write_json, write_table
 from jgd.tuning.join import merge
 from jgd.tuning.options import Doc, Steps, function_of, values_of
 from jgd.tuning.plan import Plan
@@ -36,9 +36,9 @@ from jgd.tuning.result import Best, Result
 from jgd.tuning.segment import batches_of, read_json
 from jgd.tuning.space import Lanes, batch
 from jgd.tuning.sweep import (
-    Cutting,
+    CutOptions,
     Interrupted,
-    Recorded,
+    RecordOptions,
     SweepArguments,
     TrainingArguments,
     prepare,
@@ -84,7 +84,7 @@ class SearchInputs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchArguments(Recorded, SearchInputs):
+class SearchArguments(RecordOptions, SearchInputs):
     """Arguments of `optuna_search`."""
 
     function: ClassVar[str] = "optuna_search"
@@ -103,7 +103,7 @@ class SearchArguments(Recorded, SearchInputs):
     ] = None
     pruner: Annotated[
         Any,
-        Doc("""An Optuna pruner, which is asked at each report, also beside `halving`. Some of
+        Doc("""An Optuna pruner, which is asked at each report, even if `halving` is given. Some of
         Optuna's pruners compare with finished trials only, so they cut nothing in the first batch.
         None: the pruner of `study`; without a study, no pruning."""),
     ] = None
@@ -168,16 +168,16 @@ def optuna_search(arguments: SearchArguments) -> Proposed:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     _check_optuna(arguments)
     plan, results = _plan(arguments), list[Result]()
-    with CtrlC() as ctrl_c, held(arguments.folder):
+    with CtrlC() as ctrl_c, folder_lock(arguments.folder):
         search = _Search(arguments, plan)
-        while len(results) < len(search.batches) or search.asked() < arguments.trials:
+        while len(results) < len(search.batches) or search.trial_count() < arguments.trials:
             if len(results) == len(search.batches):
                 search.ask()
             results.append(search.train(len(results), ctrl_c))
             search.store()
             if ctrl_c.interrupt:
-                raise Interrupted(search.ended(results))
-        return search.ended(results)
+                raise Interrupted(search.finish(results))
+        return search.finish(results)
 
 
 def _check_optuna(arguments: SearchArguments) -> None:
@@ -228,7 +228,7 @@ def _plan(arguments: SearchArguments) -> Plan:
     import optuna
 
     trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
-    settings, options = _groups(arguments, [trial]), values_of(arguments, Cutting)
+    settings, options = _groups(arguments, [trial]), values_of(arguments, CutOptions)
     return prepare(TrainingArguments(arguments.task, settings, arguments.steps, **options)).plan
 
 
@@ -240,7 +240,7 @@ class _Search:
 
     Attributes:
       study: proposes trials, and records how they end.
-      stored: the copy of the study in the storage; None without a storage.
+      copy: the copy of the study in the storage; None without a storage.
       batches: the trials of each batch as Optuna proposed them, as JSON.
 
     Raises: FileExistsError for a new search in a folder that is not empty; ValueError for a resumed
@@ -259,39 +259,39 @@ class _Search:
         else:
             Folder(self.path)  # raises unless the folder is empty
         devices.wait_for_all()  # all processes have read before process 0 writes
-        self.study, self.stored = self._studies(name, plan)
+        self.study, self.copy = self._studies(name, plan)
         self._write("search.json", {"id": self.id, "study": self.study.study_name, **same})
 
     def _studies(self, name: str | None, plan: Plan) -> tuple[Any, Any]:
         """Return the study that proposes trials, and its copy in the storage or None."""
         import optuna
 
-        arguments, study, stored = self.arguments, self.arguments.study, None
+        arguments, study, copy = self.arguments, self.arguments.study, None
         direction = "maximize" if plan.mode == "max" else "minimize"
         if study is None:
             study = optuna.create_study(study_name=name, direction=direction)
             study.pruner = optuna.pruners.NopPruner()
         study.pruner = arguments.pruner or study.pruner
         if arguments.storage is not None:
-            stored = optuna.create_study(
+            copy = optuna.create_study(
                 study_name=study.study_name,
                 storage=arguments.storage,
                 direction=direction,
                 load_if_exists=True,
             )
-        for each in (study, stored or study):
+        for each in (study, copy or study):
             if (got := [x.name.lower() for x in each.directions]) != [direction]:
                 raise ValueError(
                     f"optuna_search: study must have the direction of {plan.metric}, {direction},"
                     f" got {' and '.join(got)}"
                 )
-        if stored is not None and arguments.study is None:
-            for trial in stored.get_trials(deepcopy=False):  # the trials of earlier searches
+        if copy is not None and arguments.study is None:
+            for trial in copy.get_trials(deepcopy=False):  # the trials of earlier searches
                 if trial.state.is_finished() and not _tag(trial).startswith(self.id):
                     study.add_trial(trial)
-        return study, stored
+        return study, copy
 
-    def asked(self) -> int:
+    def trial_count(self) -> int:
         """Return the number of trials in all batches so far."""
         return sum(map(len, self.batches))
 
@@ -300,7 +300,7 @@ class _Search:
         arguments, number = self.arguments, len(self.batches)
         if sampler := _sampler(arguments, number):
             self.study.sampler = sampler
-        tags = self._tags(number, min(arguments.at_once, arguments.trials - self.asked()))
+        tags = self._tags(number, min(arguments.at_once, arguments.trials - self.trial_count()))
         for tag in tags:
             trial = self.study.ask()
             trial.set_user_attr(TAG, tag)
@@ -339,7 +339,7 @@ class _Search:
         by_setting = [trials[point] for lanes in groups.values() for point in lanes.points]
         folder = None if self.path is None else self.path / f"batch-{number}"
         resume = folder is not None and not is_free(folder)
-        options = values_of(arguments, Recorded) | dict[str, Any](folder=folder, resume=resume)
+        options = values_of(arguments, RecordOptions) | dict[str, Any](folder=folder, resume=resume)
         inputs = SweepArguments(arguments.task, groups, arguments.steps, **options)
         try:
             result = run_sweep(inputs, _Pruner(by_setting), ctrl_c)
@@ -354,14 +354,14 @@ class _Search:
 
     def store(self) -> None:
         """Add the finished trials that the study in the storage lacks."""
-        if self.stored is None or not devices.is_writer():
+        if self.copy is None or not devices.is_writer():
             return
-        known = _by_tag(self.stored)
+        known = _by_tag(self.copy)
         for trial in self.study.get_trials(deepcopy=False):
             if trial.state.is_finished() and _tag(trial) not in known:
-                self.stored.add_trial(trial)
+                self.copy.add_trial(trial)
 
-    def ended(self, results: list[Result]) -> Proposed:
+    def finish(self, results: list[Result]) -> Proposed:
         """Rank the settings of all batches together, and write the table."""
         merged = merge(*results)
         if self.path is not None and devices.is_writer():

@@ -35,12 +35,12 @@ class Halving(NamedTuple):
             rungs.append(rung)
         return [rungs[b:] for b in range(len(rungs) + 1)] if self.several else [rungs]
 
-    def kept(self, settings: int, cuts: int) -> int:
+    def survivors(self, settings: int, cuts: int) -> int:
         """Return how many of these settings remain after this many cuts."""
         return max(1, math.floor(settings / self.eta**cuts + 1e-9))
 
-    def shares(self, settings: int, steps: int) -> np.ndarray:
-        """Return the bracket of each setting: random, since neighbors in a grid are alike."""
+    def assign(self, settings: int, steps: int) -> np.ndarray:
+        """Assign a bracket to each setting, at random since neighbours in a grid are alike."""
         most = len(self.brackets(steps)) - 1
         weights = [self.eta**cuts * (most + 1) / (cuts + 1) for cuts in range(most, -1, -1)]
         bounds = np.round(np.cumsum(weights) / np.sum(weights) * settings).astype(int)

@@ -1,8 +1,8 @@
-"""The result of a sweep: a ranked table of settings, their curves, and the best ones to train on.
+"""The result of a sweep: a ranked table of settings, their curves, and states of the best.
 
     facts = Facts.of(plan)              # a fold over the events: ledger and curves
     facts.apply(event)
-    make_result(facts, held, stored)
+    make_result(facts, has_state, setting_and_state)
 
 A row is a setting, in the order of `Ledger.ranked`.
 """
@@ -37,7 +37,7 @@ class Curves(NamedTuple):
 
 
 class Best(NamedTuple):
-    """One of the best settings, ready to train on."""
+    """One of the best settings, and its trained state."""
 
     row: dict[str, Any]
     setting: Any  # without a lane axis
@@ -145,15 +145,18 @@ class Facts(NamedTuple):
 
 def make_result(
     facts: Facts,
-    held: np.ndarray | None = None,
-    stored: Callable[[int, int | None], tuple[Any, Any]] = lambda setting, lane: (None, None),
+    has_state: np.ndarray | None = None,
+    setting_and_state: Callable[[int, int | None], tuple[Any, Any]] = lambda setting, lane: (
+        None,
+        None,
+    ),
 ) -> Result:
     """Return the result of a sweep. Lanes that are alive count as out of budget.
 
     Args:
-      held: mask of the lanes whose states are stored. None: no state is stored.
-      stored: (setting, lane of its best seed) -> the setting and the state of the lane. The lane is
-        None if its state is not stored.
+      has_state: mask of the lanes whose states are stored. None: no state is stored.
+      setting_and_state: (setting, lane of its best seed) -> the setting and the state of the lane.
+        The lane is None if its state is not stored.
     """
     plan, ledger, curves = facts
     if ledger.alive.any():
@@ -167,35 +170,35 @@ def make_result(
         {"rank": place + 1, "tied": tied[place], **rows[setting]}
         for place, setting in enumerate(order.tolist())
     ]
-    kept = list[Best]()
+    top = list[Best]()
     all_started = ledger.step[plan.lanes_of(settings)].all(1)
-    has_state = np.full(len(rows), False) if held is None else held[best] & all_started
-    for place in sorted({0, *np.flatnonzero(has_state[order])[: plan.keep].tolist()}):
+    loadable = np.full(len(rows), False) if has_state is None else has_state[best] & all_started
+    for place in sorted({0, *np.flatnonzero(loadable[order])[: plan.keep].tolist()}):
         setting = int(order[place])
-        lane = int(best[setting]) if has_state[setting] else None
-        kept.append(Best(ranked[place], *stored(setting, lane)))
-    return Result(ranked, curves, kept[0], kept, plan.metric, plan.mode, plan, ledger)
+        lane = int(best[setting]) if loadable[setting] else None
+        top.append(Best(ranked[place], *setting_and_state(setting, lane)))
+    return Result(ranked, curves, top[0], top, plan.metric, plan.mode, plan, ledger)
 
 
 @np.errstate(invalid="ignore")
 def _rows(plan: Plan, group: Group, ledger: Ledger, curves: Curves) -> list[dict[str, Any]]:
     """Return a row for each setting of a group."""
     first = plan.offset(group.name)
-    mine = slice(first, first + group.settings * plan.seeds)
+    lanes = slice(first, first + group.settings * plan.seeds)
     by_setting = lambda values: np.asarray(values).reshape(-1, plan.seeds)
-    verdicts, losses = map(by_setting, _verdicts(plan, ledger, mine, curves))
+    verdicts, losses = map(by_setting, _verdicts(plan, ledger, lanes, curves))
     columns = dict[str, Any](group.axes)
     for name in sorted(plan.metrics, key=lambda name: name != plan.metric):
-        values = by_setting(_at(plan, ledger.at[mine], curves.metrics[name]))
+        values = by_setting(_at(plan, ledger.at[lanes], curves.metrics[name]))
         columns[name] = values.mean(1)
         if plan.seeds > 1:
             columns[f"{name}_se"] = _standard_error(values)
     if plan.target is not None:
-        columns["steps_to_target"] = by_setting(ledger.reached[mine]).mean(1)
+        columns["steps_to_target"] = by_setting(ledger.reached[lanes]).mean(1)
     columns["final_loss"] = losses.mean(1)
     if plan.best == "ever":
-        columns["best_at"] = by_setting(ledger.at[mine]).mean(1)
-    endings, at = by_setting(ledger.ending[mine]).max(1), by_setting(ledger.step[mine]).min(1)
+        columns["best_at"] = by_setting(ledger.at[lanes]).mean(1)
+    endings, at = by_setting(ledger.ending[lanes]).max(1), by_setting(ledger.step[lanes]).min(1)
     rows = list[dict[str, Any]]()
     for setting in range(group.settings):
         numbers = {name: float(values[setting]) for name, values in columns.items()}
@@ -216,19 +219,19 @@ def _at(plan: Plan, steps: np.ndarray, curve: np.ndarray) -> np.ndarray:
 
 
 def _verdicts(
-    plan: Plan, ledger: Ledger, mine: slice, curves: Curves
+    plan: Plan, ledger: Ledger, lanes: slice, curves: Curves
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the verdict on each lane (empty if there is none), and its final loss."""
-    ending, steps = ledger.ending[mine], ledger.step[mine]
-    seen = jax.tree.map(lambda x: x[mine], ledger.seen)
-    verdicts = diagnosis.verdict(seen, np.maximum(steps, 4)).astype(object)
-    verdicts[(steps < 4) | ~ledger.judged[mine]] = ""
+    ending, steps = ledger.ending[lanes], ledger.step[lanes]
+    statistics = jax.tree.map(lambda x: x[lanes], ledger.statistics)
+    verdicts = diagnosis.verdict(statistics, np.maximum(steps, 4)).astype(object)
+    verdicts[(steps < 4) | ~ledger.judged[lanes]] = ""
     verdicts[ending == DIVERGED] = "diverged"
     verdicts[ending == REACHED] = "good"
     if not plan.verdict:
         verdicts[:] = ""
     losses = _at(plan, steps, curves.train_loss)
-    return verdicts, np.where(ending == FINISHED, seen.final_loss, losses)
+    return verdicts, np.where(ending == FINISHED, statistics.final_loss, losses)
 
 
 @np.errstate(invalid="ignore")

@@ -91,8 +91,8 @@ def read_segments(path: str | Path, *, resume: bool = False) -> list[Segment]:
     segments = [read_segment(path, resume=resume)]
     for folder in extensions(Path(path)):
         if not segments[-1].finished:
-            lost = "; ".join(segments[-1].notes) or "lanes are missing"
-            raise ValueError(f"{segments[-1].path} was extended but is incomplete: {lost}. {NEW}")
+            why = "; ".join(segments[-1].notes) or "lanes are missing"
+            raise ValueError(f"{segments[-1].path} was extended but is incomplete: {why}. {NEW}")
         segments.append(read_segment(folder, resume=resume, earlier=segments))
     return segments
 
@@ -129,7 +129,7 @@ def read_segment(
       earlier: the segments that this one extends.
 
     Raises: FileNotFoundError without a plan; ValueError, naming the file, if no checkpoint matches
-      plan and journal, or if only an earlier one does, in which lanes had not ended.
+      plan and journal, or if only an earlier one does and some of its lanes were alive.
     """
     path = Path(path)
     facts, data = _read_plan(path)
@@ -151,7 +151,7 @@ def read_segment(
         raise ValueError(f"{journal} is not the journal of {path / 'plan.json'}. {NEW}")
     if changed and not resume and facts.ledger.alive.any():
         raise ValueError(
-            f"{path}: {'; '.join(notes)}. The checkpoint before it is intact. Go on from it with:"
+            f"{path}: {'; '.join(notes)}. The checkpoint before it is intact. Resume from it with:"
             f" {resume_command(path)}"
         )
     instead = "The checkpoint before it is used" if manifest else "Only the journal is used"
@@ -239,7 +239,7 @@ def _continues(event: Report | Cut, ledger: Ledger) -> bool:
             return False
         if isinstance(event, Report):
             previous = [0, *plan.reports][plan.reports.index(event.step)]
-            columns = (event.loss, event.ended, *event.metrics.values(), *(event.seen or ()))
+            columns = (event.loss, event.ended, *event.metrics.values(), *(event.statistics or ()))
             complete = all(len(column) == len(lanes) for column in columns)
             if not complete or (ledger.step[lanes] != previous).any():
                 return False
@@ -314,7 +314,7 @@ def read_result(path: str | Path) -> Result:
     if not segment.finished:
         extended = segment.path != path
         call = "the call that extended it" if extended else resume_command(path)
-        hint = f"If the sweep no longer runs, go on with: {call}"
+        hint = f"If the sweep no longer runs, resume it with: {call}"
         if not segment.facts.ledger.step.any():
             raise ValueError(f"{path} has no report yet. {hint}")
         warnings.warn(f"{path} has not finished: this is its table so far. {hint}", stacklevel=2)

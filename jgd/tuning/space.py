@@ -121,8 +121,8 @@ def lanes_of(settings: Any) -> Lanes:
                 # a leaf may be an array in each setting
                 array = [f"{name}[{place}]" for name in names[1:]]
                 columns.append((array if values.ndim > 1 else names, column))
-    taken = collections.Counter(name for names, _ in columns for name in set(names))
-    unique = lambda names: next((name for name in names if taken[name] == 1), names[-1])
+    counts = collections.Counter(name for names, _ in columns for name in set(names))
+    unique = lambda names: next((name for name in names if counts[name] == 1), names[-1])
     return Lanes(settings, {unique(names): column for names, column in columns})
 
 

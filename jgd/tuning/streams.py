@@ -94,28 +94,28 @@ class StreamBatches:
         self._iterator: Iterator[Any] | None = None
         self._position = 0  # step of the next batch
         self._marks = dict[int, Any]()  # the iterator's state before a chunk
-        self._now: tuple[int, Any] = (-1, None)
+        self._current: tuple[int, Any] = (-1, None)  # first step and batches of the chunk
         self._ahead: tuple[int, concurrent.futures.Future[Any]] | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
 
     def of(self, first: int) -> Any:
-        if self._now[0] != first:
+        if self._current[0] != first:
             ahead, self._ahead = self._ahead, None
-            self._now = (-1, None)  # frees the batches of the previous chunk
+            self._current = (-1, None)  # frees the batches of the previous chunk
             batches = None if ahead is None else ahead[1].result()
             if ahead is None or ahead[0] != first:
                 batches = self._read(first)
-            self._now = first, jax.tree.map(lambda x: devices.placed(x, self.sharding), batches)
+            self._current = first, jax.tree.map(lambda x: devices.placed(x, self.sharding), batches)
             following = self.ends[first]
             if following in self.ends:
                 self._ahead = following, self._thread.submit(self._read, following)
-        return self._now[1]
+        return self._current[1]
 
     def at(self, chunk: Any, first: Any, offset: Any) -> Any:
         return pick(chunk, offset)
 
     def release(self) -> None:
-        self._now, self._ahead = (-1, None), None
+        self._current, self._ahead = (-1, None), None
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def mark(self, first: int) -> dict[str, Any] | None:

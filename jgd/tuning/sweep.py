@@ -36,7 +36,7 @@ __all__ = ["Interrupted", "iter_sweep", "sweep"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cutting(Training):
+class CutOptions(Training):
     """Options of training, and objects that end lanes early."""
 
     halving: Annotated[
@@ -52,7 +52,7 @@ class Cutting(Training):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recorded(Cutting):
+class RecordOptions(CutOptions):
     """Options of `sweep` and of `optuna_search`: options of training, a folder, and a callback."""
 
     folder: Annotated[
@@ -93,12 +93,12 @@ class SweepInputs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingArguments(SweepOptions, Cutting, SweepInputs):
+class TrainingArguments(SweepOptions, CutOptions, SweepInputs):
     """Arguments of `iter_sweep`: the arguments of `sweep` except for the folder and callback."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepArguments(TrainingArguments, Recorded):
+class SweepArguments(TrainingArguments, RecordOptions):
     """Arguments of `sweep`."""
 
     extend: Annotated[
@@ -177,7 +177,7 @@ def run_sweep(
 
 def _run(
     arguments: SweepArguments,
-    prepared: "Prepared",
+    prepared: "PreparedSweep",
     folder: Folder,
     prune: Prune,
     ctrl_c: CtrlC,
@@ -244,7 +244,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 @dataclass
-class Prepared:
+class PreparedSweep:
     """A sweep that is planned and has not started."""
 
     plan: Plan
@@ -256,7 +256,7 @@ class Prepared:
         """Return the result so far."""
         plan, pool = self.plan, self.sweep.pool
         states = StoredStates(plan, self.earlier)
-        states.held[pool.held()] = True
+        states.has_state[pool.lanes()] = True
 
         def leaves_of(lane: int) -> list[Any]:
             in_pool = lane in pool
@@ -264,13 +264,13 @@ class Prepared:
 
         batches = [self.groups[group.name].settings for group in plan.groups]
         run = self.sweep.engine.programs[0].options.run
-        stored = lambda *best: stored_best(run, plan, batches, leaves_of, *best)
-        return make_result(self.sweep.facts, states.held, stored)
+        setting_and_state = lambda *best: stored_best(run, plan, batches, leaves_of, *best)
+        return make_result(self.sweep.facts, states.has_state, setting_and_state)
 
 
 def prepare(
     arguments: TrainingArguments, written: Plan | None = None, earlier: Sequence[Segment] = ()
-) -> Prepared:
+) -> PreparedSweep:
     """Check the inputs of a sweep before anything is compiled, and plan it.
 
     Args:
@@ -278,8 +278,8 @@ def prepare(
       earlier: the segments to extend.
     """
     task = arguments.task
-    given = [arguments.devices, *(segment.plan.devices for segment in earlier)]
-    mesh = devices.mesh(next((count for count in given if count is not None), None))
+    counts = [arguments.devices, *(segment.plan.devices for segment in earlier)]
+    mesh = devices.mesh(next((count for count in counts if count is not None), None))
     inputs = check_inputs(task, arguments.settings, arguments, arguments.stop)
     training, batch = inputs.run, inputs.batch
     plans = [segment.plan for segment in earlier]
@@ -317,13 +317,13 @@ def prepare(
     for segment in earlier:
         shared.check_seeds(plan, segment.plan)
         take(facts, segment.facts)
-    return Prepared(plan, inputs.groups, Sweep(facts, engine), earlier)
+    return PreparedSweep(plan, inputs.groups, Sweep(facts, engine), earlier)
 
 
 # --- checkpoints -----------------------------------------------------------------------------
 
 
-def _checkpoint(prepared: Prepared, folder: Folder) -> None:
+def _checkpoint(prepared: PreparedSweep, folder: Folder) -> None:
     """Write a checkpoint of a sweep between two turns, if it has a folder."""
     if not folder.enabled:
         return
@@ -345,7 +345,7 @@ def _checkpoint(prepared: Prepared, folder: Folder) -> None:
     folder.checkpoint(manifest, states)
 
 
-def _resume(prepared: Prepared, folder: Folder, segment: Segment) -> None:
+def _resume(prepared: PreparedSweep, folder: Folder, segment: Segment) -> None:
     """Restore the last checkpoint: the facts from the journal, the states from their blocks."""
 
     manifest, sweep = segment.manifest, prepared.sweep
@@ -367,8 +367,8 @@ def _resume(prepared: Prepared, folder: Folder, segment: Segment) -> None:
     if manifest["stream"] is not None:
         sweep.engine.batches.seek(manifest["stream"])
     sweep.fit_widths()
-    if lost := sweep.without_state():
+    if missing := sweep.without_state():
         raise ValueError(
-            f"resume: {folder.path} has no state for {len(lost)} lanes that have started. Start the"
-            " sweep in a new folder"
+            f"resume: {folder.path} has no state for {len(missing)} lanes that have started. Start"
+            " the sweep in a new folder"
         )

@@ -1,10 +1,10 @@
-"""The papers' formulas in float64 NumPy: what the optimizers are held to.
+"""Oracles: the papers' formulas in float64 NumPy, with which tests compare the optimizers.
 
 An oracle is `(numbers) -> step`; `step(g, p)` returns the update to add to p, and keeps its
-memories in its closure. One array at a time, unless the factory says `whole_tree = True`: then g,
-p and the update are dicts of arrays. With `needs_value = True` it is `step(g, p, value)`, the loss
-last. Some steps show their memories as `step.state`. Written from the papers, with the arguments
-and conventions of optax where it has the rule; not from jgd.
+memories in its closure. It takes one array at a time. If the oracle has `whole_tree = True`, then
+g, p and the update are dicts of arrays; if it has `needs_value = True`, the step is `step(g, p,
+value)` with the loss as value. Some steps show their memories as `step.state`. Oracles follow the
+papers and not jgd, with the arguments and conventions of optax where it has the rule.
 """
 
 from .adaptive import (

@@ -1,4 +1,4 @@
-"""Rules that treat every element by itself, the noisy gradient too."""
+"""Rules that treat every element by itself, and gradient descent with noise."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from .classic import _average, adamax, adamw
 
 
 def _ahead(b, nesterov=False):
-    """x -> (its average, the debiased one; with nesterov the one of the coming step)."""
+    """Return a function x -> (average, debiased average); with nesterov, looking one step ahead."""
     average, t = _average(b), [0]
 
     def step(x):

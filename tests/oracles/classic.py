@@ -1,8 +1,4 @@
-"""The papers' formulas in float64 NumPy, one array at a time: what the optimizers are held to.
-
-Each oracle is `(numbers) -> step`, and `step(g, p)` returns the update; it keeps its memories in
-its closure. Written from the papers, not from jgd.
-"""
+"""Gradient descent, momentum, AdaGrad, RMSProp and the family of Adam."""
 
 import numpy as np
 

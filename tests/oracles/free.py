@@ -1,4 +1,4 @@
-"""Rules that find their own rate, or need no schedule."""
+"""Rules that choose their own learning rate, or need no schedule."""
 
 from collections import defaultdict
 

@@ -7,7 +7,7 @@ from .classic import adamw
 
 
 def _along(x, matrix, axis):
-    """x with `matrix` applied to one axis: x_..i.. -> sum_i x_..i.. matrix_ij."""
+    """Apply `matrix` to one axis: x_..i.. -> sum_i x_..i.. matrix_ij."""
     return np.moveaxis(np.tensordot(x, matrix, (axis, 0)), -1, axis)
 
 
@@ -59,8 +59,8 @@ def muon(
     return step
 
 
-# Vyas et al. 2024 as the authors' program has it; mu and nu are seen in the bases, matrices are
-# kept by axis; a first gradient of low rank leaves its bases open: put yours into state["bases"]
+# Vyas et al. 2024, as in the authors' program; mu and nu are in the coordinates of the bases,
+# which are arbitrary if the first gradient has no full rank
 def soap(
     learning_rate,
     b1=0.95,
@@ -113,7 +113,7 @@ def soap(
     return step
 
 
-# Gupta, Koren & Singer 2018, algorithms 1 and 2; preconditioners are kept by axis
+# Gupta, Koren & Singer 2018, algorithms 1 and 2
 def shampoo(learning_rate, eps=1e-4, momentum=None, max_precond_dim=10000):
     state = {"preconditioners": {}, "mu": 0.0}
     sums = state["preconditioners"]
