@@ -1,13 +1,13 @@
 """Quotients, roots, averages and bias corrections: finite at 0, exact for decimals.
 
     quotient(m, root_of(v))            # 0 where v is 0, NaN where m or v is NaN
-    average(g, m, complement(0.9999))  # g has weight 1e-4; 1 - float32(0.9999) is 0.02% off
+    average(g, m, weights(0.9999))     # g has weight 1e-4; 1 - float32(0.9999) is 0.02% off
 
 An infinite or NaN derivative at 0 would spoil a whole training run and every hypergradient.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,8 @@ __all__ = [
     "quotient",
     "root_of",
     "safe_sqrt",
+    "weights",
+    "weights_from",
 ]
 
 
@@ -114,13 +116,49 @@ def _complement_traced(decay: Any) -> Any:
     return rest + jax.lax.stop_gradient(_to_decimal(rest, jnp))
 
 
-@formula
-def average(new: Any, old: Any, weight: Any) -> Any:
-    """Return weight new + (1 - weight) old: exactly `new` for a weight of 1, and inf for old = inf.
+class Weights(NamedTuple):
+    """Weights of an average: of the new value, and of the old one in two parts, `most` and `rest`.
 
-    The average of a square that overflows stays infinite; inf - inf would make it NaN.
+    One number for the old value would be rounded, by 2e-4 of the weight 0.0001. The three add up to
+    1. None is negative, so that a square that overflows stays infinite in its average: old - weight
+    old would be inf - inf.
     """
-    return (old - weight * finite(old)) + weight * new
+
+    new: Any
+    most: Any
+    rest: Any
+
+
+def weights(decay: Any) -> Weights:
+    """Return the weights of an average with this decay, for the decimal that the user typed."""
+    return weights_from(complement(decay))
+
+
+def weights_from(new: Any) -> Weights:
+    """Return the weights of an average in which the new value has the weight `new`."""
+    if isinstance(new, jax.Array):
+        return _weights_traced(new)
+    kind = np.dtype(getattr(new, "dtype", jnp.result_type(float))).type
+    one, new = kind(1), kind(new)
+    most = (one - new) * kind(_MOST)
+    return Weights(new, most, (one - most) - new)
+
+
+_MOST = 1 - 2**-14
+
+
+@formula
+def _weights_traced(new: Any) -> Weights:
+    most = (1 - new) * _MOST
+    # XLA may compute 1 - x y without rounding x y, and then `rest` is not what `most` leaves
+    most = jax.lax.reduce_precision(most, jnp.finfo(most.dtype).nexp, 16)
+    return Weights(new, most, (1 - most) - new)
+
+
+@formula
+def average(new: Any, old: Any, by: Weights) -> Any:
+    """Return the average of a new and an old value; exactly `new` if the old one has no weight."""
+    return by.most * old + (by.rest * old + by.new * new)
 
 
 @formula

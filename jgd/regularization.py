@@ -39,7 +39,15 @@ import numpy as np
 from optax import GradientTransformation
 
 from jgd.arguments import Fraction, NonNegative, scalar
-from jgd.arithmetic import abs_square, average, complement, increment, quotient, safe_sqrt
+from jgd.arithmetic import (
+    abs_square,
+    average,
+    complement,
+    increment,
+    quotient,
+    safe_sqrt,
+    weights_from,
+)
 from jgd.combinators import stateless
 from jgd.groups import matching
 from jgd.nodes import is_number
@@ -402,7 +410,8 @@ def batch_norm(
                     f" got {n}"
                 )
             variance = variance * (n / (n - 1))
-        moved = lambda old, batch: average(batch, old, new_weight).astype(old.dtype)
+        by = weights_from(new_weight)
+        moved = lambda old, batch: average(batch, old, by).astype(old.dtype)
         return BatchNormState(moved(state.mean, mean), moved(state.variance, variance), count)
 
     def apply(

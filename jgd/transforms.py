@@ -22,6 +22,7 @@ from optax import GradientTransformation
 
 from jgd.arguments import Decay, Fraction, Key, Mask, NonNegative, Number
 from jgd.arithmetic import (
+    Weights,
     abs_square,
     average,
     complement,
@@ -31,6 +32,7 @@ from jgd.arithmetic import (
     one_minus_exp,
     one_minus_power,
     root_of,
+    weights,
 )
 from jgd.calls import has_scheduled_decay
 from jgd.combinators import (
@@ -297,8 +299,8 @@ def _larger(g: Any, x: Any) -> Any:
 
 
 @formula
-def _larger_decayed(g: Any, x: Any, weight: Any, eps: Any) -> Any:
-    return jnp.maximum(jnp.abs(g) + eps, average(0, x, weight))
+def _larger_decayed(g: Any, x: Any, by: Weights, eps: Any) -> Any:
+    return jnp.maximum(jnp.abs(g) + eps, average(0, x, by))
 
 
 @as_pytree
@@ -355,9 +357,8 @@ def moving_average(
     State: `MovingAverageState(average)`, one tree like the parameters.
     Differs from: `ema`, which corrects the bias towards the initial value 0.
     """
-    weight = complement(decay)
     record, dtype = MovingAverageState, accumulator_dtype
-    return accumulator(record, average, weight, name=name, start=start, dtype=dtype)
+    return accumulator(record, average, weights(decay), name=name, start=start, dtype=dtype)
 
 
 @as_pytree
@@ -392,7 +393,7 @@ def decayed_max(
 
     State: `RunningMaxState(maximum)`, one tree like the parameters.
     """
-    return accumulator(RunningMaxState, _larger_decayed, complement(decay), eps, name=name)
+    return accumulator(RunningMaxState, _larger_decayed, weights(decay), eps, name=name)
 
 
 # --- bias correction -------------------------------------------------------------------------

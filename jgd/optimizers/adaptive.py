@@ -15,7 +15,16 @@ from jax.typing import DTypeLike
 from optax import GradientTransformation
 
 from jgd.arguments import Decay, Mask, NonNegative, Number
-from jgd.arithmetic import average, complement, finite, formula, increment, quotient, safe_sqrt
+from jgd.arithmetic import (
+    average,
+    complement,
+    finite,
+    formula,
+    increment,
+    quotient,
+    safe_sqrt,
+    weights,
+)
 from jgd.combinators import Slot, Slots, add, chain, divide, named, subtract, with_accumulators
 from jgd.pytree import as_pytree
 from jgd.rules import difference
@@ -148,8 +157,8 @@ def radam(
 
 
 @formula
-def _average_plus_eps(g: Any, s: Any, weight: Any, eps: Any) -> Any:
-    return average(g, s, weight) + eps
+def _average_plus_eps(g: Any, s: Any, by: Any, eps: Any) -> Any:
+    return average(g, s, by) + eps
 
 
 @as_pytree
@@ -168,9 +177,7 @@ def scale_by_belief(
     """
     direction = (nesterov_ema if nesterov else ema)(b1, name="mu")
     deviation = subtract(identity(), moving_average(b1, name="mu"))
-    variance = accumulator(
-        MovingAverageState, _average_plus_eps, complement(b2), eps_root, name="nu"
-    )
+    variance = accumulator(MovingAverageState, _average_plus_eps, weights(b2), eps_root, name="nu")
     magnitude = chain(deviation, square(), variance, bias_correction(b2, of="nu"), root(eps))
     shared = ["count", "mu"]
     return named(divide(direction, magnitude), record=optax.ScaleByBeliefState, shared=shared)

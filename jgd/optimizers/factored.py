@@ -14,7 +14,15 @@ from jax.typing import DTypeLike
 from optax import GradientTransformation
 
 from jgd.arguments import Decay, Fraction, Mask, NonNegative, Number, Positive, Structure
-from jgd.arithmetic import abs_square, average, complement, finite, quotient, safe_sqrt
+from jgd.arithmetic import (
+    abs_square,
+    average,
+    complement,
+    finite,
+    quotient,
+    safe_sqrt,
+    weights_from,
+)
 from jgd.combinators import chain, named
 from jgd.norms import rms_norm, scale_by_param_block_rms
 from jgd.pytree import as_pytree
@@ -158,13 +166,14 @@ def scale_by_factored_rms(
         steps = t - step_offset
         is_power = decay_rate_fn is _decay_rate_pow  # then 1 - decay has a form that is exact
         weight = steps**-decay_rate if is_power else 1 - decay_rate_fn(steps - 1, decay_rate)
+        by = weights_from(weight)
         square = abs_square(g) + epsilon
         if (found := axes(g)) is None:
-            v = average(square, v, weight)
+            v = average(square, v, by)
             return quotient(g, safe_sqrt(v)), v_row, v_col, v
         second, largest = found
-        v_row = average(square.mean(largest), v_row, weight)
-        v_col = average(square.mean(second), v_col, weight)
+        v_row = average(square.mean(largest), v_row, by)
+        v_col = average(square.mean(second), v_col, by)
         mean = v_row.mean(second - (second > largest), keepdims=True)
         row = jnp.expand_dims(safe_sqrt(quotient(finite(v_row), mean)), largest)
         column = jnp.expand_dims(safe_sqrt(v_col), second)

@@ -30,6 +30,7 @@ from jgd.arguments import (
     Positive,
 )
 from jgd.arithmetic import (
+    Weights,
     abs_square,
     average,
     complement,
@@ -39,6 +40,8 @@ from jgd.arithmetic import (
     one_minus_power,
     quotient,
     safe_sqrt,
+    weights,
+    weights_from,
 )
 from jgd.combinators import chain
 from jgd.nodes import unwrap
@@ -100,13 +103,13 @@ def _scaled(g: Any, _: Any, rate: Any) -> Any:
 
 
 @formula
-def _average(g: Any, m: Any, rate: Any, weight: Any) -> Any:
-    return average(rate * g, m, weight)
+def _average(g: Any, m: Any, rate: Any, by: Weights) -> Any:
+    return average(rate * g, m, by)
 
 
 @formula
-def _average_square(g: Any, v: Any, rate: Any, weight: Any) -> Any:
-    return average(abs_square(rate * g), v, weight)
+def _average_square(g: Any, v: Any, rate: Any, by: Weights) -> Any:
+    return average(abs_square(rate * g), v, by)
 
 
 @formula
@@ -362,8 +365,8 @@ def dadapt_adamw(
     Source: Defazio & Mishchenko 2023, algorithm 5, arXiv:2301.07733.
     """
     b1, b2 = betas
-    w1, w2 = complement(b1), complement(b2)
-    w3 = w2 / (1 + jnp.sqrt(b2))  # 1 - sqrt(b2)
+    w3 = complement(b2) / (1 + jnp.sqrt(b2))  # 1 - sqrt(b2)
+    by_1, by_2, by_3 = weights(b1), weights(b2), weights_from(w3)
 
     def init(params: Any) -> Any:
         zeros = lambda: jax.tree.map(jnp.zeros_like, params)
@@ -375,10 +378,10 @@ def dadapt_adamw(
         count = increment(count)
         k = d * learning_rate * _corrected_rate(count, b1, b2)
         scaled = leafwise(_quotient, s, v, numbers=(eps,))
-        r = average(k * _summed(_dot, updates, scaled), r, w3)
-        m = leafwise(_average, updates, m, numbers=(k, w1), keep=True)
-        v = leafwise(_average_square, updates, v, numbers=(1.0, w2), keep=True)
-        s = leafwise(_average, updates, s, numbers=(k, w3), keep=True)
+        r = average(k * _summed(_dot, updates, scaled), r, by_3)
+        m = leafwise(_average, updates, m, numbers=(k, by_1), keep=True)
+        v = leafwise(_average_square, updates, v, numbers=(1.0, by_2), keep=True)
+        s = leafwise(_average, updates, s, numbers=(k, by_3), keep=True)
         numbers = (1.0, eps, weight_decay * k)
         new_updates = leafwise(_descent, updates, m, v, with_params(params), numbers=numbers)
         d = jnp.maximum(d, quotient(r, w3 * _summed(_size, s)))
@@ -424,7 +427,7 @@ def prodigy(
     """
     b1, b2 = betas
     b3 = jnp.sqrt(b2) if beta3 is None else beta3
-    w1, w2 = complement(b1), complement(b2)
+    by_1, by_2 = weights(b1), weights(b2)
 
     def init(params: Any) -> Any:
         zeros = lambda: jax.tree.map(jnp.zeros_like, params)
@@ -439,8 +442,8 @@ def prodigy(
         toward = _summed(_dot_difference, updates, first, with_params(params))
         r = b3 * r + d / estim_lr0 * k * toward
         weight = (d if safeguard_warmup else k) * d / estim_lr0
-        m = leafwise(_average, updates, m, numbers=(d, w1), keep=True)
-        v = leafwise(_average_square, updates, v, numbers=(d, w2), keep=True)
+        m = leafwise(_average, updates, m, numbers=(d, by_1), keep=True)
+        v = leafwise(_average_square, updates, v, numbers=(d, by_2), keep=True)
         s = leafwise(_decayed_sum, updates, s, numbers=(b3, weight), keep=True)
         d = jnp.maximum(d, quotient(estim_lr_coef * r, _summed(_size, s)))
         numbers = (k, d * eps, weight_decay * k)

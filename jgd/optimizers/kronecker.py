@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from optax import GradientTransformation
 
 from jgd.arguments import Decay, Fraction, NonNegative, Number, Period, Structure
-from jgd.arithmetic import abs_square, average, complement, increment, quotient, safe_sqrt
+from jgd.arithmetic import abs_square, average, increment, quotient, safe_sqrt, weights
 from jgd.combinators import Plain, Slots, chain, named, with_accumulators
 from jgd.linear_algebra import eigenvectors, inverse_root, orthonormal, within_range
 from jgd.pytree import as_pytree
@@ -153,7 +153,7 @@ def scale_by_soap(
     Source: Vyas et al. 2024, algorithm 3, arXiv:2409.11321.
     """
     beta = b2 if shampoo_beta is None else shampoo_beta
-    w1, w2, w3 = map(complement, (b1, b2, beta))
+    by_1, by_2, by_3 = map(weights, (b1, b2, beta))
 
     def rotated(x: Any) -> list[int]:
         if x.ndim < 2 and not (precondition_1d and x.ndim):
@@ -192,12 +192,12 @@ def scale_by_soap(
         ) -> tuple[Any, Any, Any, Any, Any]:
             x = into(g, bases)
             cast = lambda new, old: new.astype(old.dtype)
-            mu = cast(jnp.where(first, mu, average(x, mu, w1)), mu)
-            nu = cast(jnp.where(first, nu, average(abs_square(x), nu, w2)), nu)
+            mu = cast(jnp.where(first, mu, average(x, mu, by_1)), mu)
+            nu = cast(jnp.where(first, nu, average(abs_square(x), nu, by_2)), nu)
             u = out_of(quotient(mu, safe_sqrt(nu) + eps), bases) * (jnp.sqrt(c2) / c1)
             moments = [_moment(g, axis) for axis in rotated(g)]
             preconditioners = tuple(
-                cast(average(m, h, w3), h) for h, m in zip(preconditioners, moments, strict=True)
+                cast(average(m, h, by_3), h) for h, m in zip(preconditioners, moments, strict=True)
             )
             if bases:
                 scaled = tuple(map(within_range, preconditioners))

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from optax import GradientTransformation
 
 from jgd.arguments import Decay, Fraction, Mask, NonNegative, Number
-from jgd.arithmetic import abs_square, average, complement, quotient, safe_sqrt
+from jgd.arithmetic import abs_square, average, quotient, safe_sqrt, weights
 from jgd.combinators import chain, named
 from jgd.norms import scale_by_trust_ratio
 from jgd.optimizers.moments import scale_by_adam
@@ -158,10 +158,10 @@ def scale_by_novograd(
 
     def rule(g: Any, nu: Any, t: Any) -> tuple[Any, Any]:
         square = jnp.sum(abs_square(g))
-        nu = jnp.where(t == 1, square, average(square, nu, weight))
+        nu = jnp.where(t == 1, square, average(square, nu, by))
         return quotient(g, safe_sqrt(nu + eps_root) + eps), nu
 
-    weight = complement(b2)
+    by = weights(b2)
     one_per_leaf = lambda p: jnp.zeros([], jnp.real(jnp.zeros([], p.dtype)).dtype)
     tx = chain(
         per_leaf(rule, _LayerRmsState, nu=one_per_leaf),

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from optax import GradientTransformation
 
 from jgd.arguments import Decay, Mask, NonNegative, Number
-from jgd.arithmetic import abs_square, average, complement, quotient, safe_sqrt
+from jgd.arithmetic import abs_square, average, quotient, safe_sqrt, weights
 from jgd.clipping import entries
 from jgd.combinators import chain, divide, named, with_nesterov
 from jgd.pytree import as_pytree
@@ -113,10 +113,11 @@ def scale_by_adopt(
         if use_clipping:
             x = entries(x, clip_value_fn(t - 1))
         first = t == 1  # no earlier magnitude to divide by: the update is 0
-        nu = average(abs_square(g), nu, jnp.where(first, 1, weight))
+        square = abs_square(g)
+        nu = jnp.where(first, square, average(square, nu, by))
         return jnp.where(first, 0 * g, x), nu
 
-    weight = complement(b2)
+    by = weights(b2)
     mean = moving_average(b1, accumulator_dtype=mu_dtype, name="mu")
     mean = with_nesterov(mean) if nesterov else mean
     return named(chain(per_leaf(rule, _AdoptState), mean), record=optax.ScaleByAdamState)
@@ -172,11 +173,11 @@ def scale_by_adadelta(rho: Decay = 0.9, eps: NonNegative = 1e-6) -> GradientTran
     """
 
     def rule(g: Any, e_g: Any, e_x: Any) -> tuple[Any, Any, Any]:
-        e_g = average(abs_square(g), e_g, weight)
+        e_g = average(abs_square(g), e_g, by)
         u = quotient(safe_sqrt(e_x + eps), safe_sqrt(e_g + eps)) * g
-        return u, e_g, average(abs_square(u), e_x, weight)
+        return u, e_g, average(abs_square(u), e_x, by)
 
-    weight = complement(rho)
+    by = weights(rho)
     return per_leaf(rule, optax.ScaleByAdaDeltaState)
 
 

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from optax import GradientTransformation
 
 from jgd.arguments import Decay, Fraction, Mask, NonNegative, Number, Positive
-from jgd.arithmetic import average, complement
+from jgd.arithmetic import average, weights
 from jgd.combinators import chain
 from jgd.pytree import as_pytree
 from jgd.rules import per_leaf, real
@@ -93,9 +93,9 @@ def scale_by_lion(
 
     def rule(g: Any, mu: Any) -> tuple[Any, Any]:
         # The sign needs no exact average, and `average` makes this step take 1.45 times as long.
-        return squash(b1 * mu + (1 - b1) * g), average(g, mu, weight)
+        return squash(b1 * mu + (1 - b1) * g), average(g, mu, by)
 
-    weight = complement(b2)
+    by = weights(b2)
     return per_leaf(rule, optax.ScaleByLionState, mu=lambda p: jnp.zeros_like(p, dtype=mu_dtype))
 
 
