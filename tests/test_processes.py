@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from conftest import cached_environment
 
 TASK = """
 import itertools, sys
@@ -37,7 +38,7 @@ COMMAND = (
 def _start(folder, *more, devices=2):
     (folder / "processes_task.py").write_text(TASK.format(tests=os.path.dirname(__file__)))
     environment = {
-        **os.environ,
+        **cached_environment(),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
     }
