@@ -108,6 +108,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=order)
 
 
+def release(package: str) -> tuple[int, ...]:
+    """Return the first two numbers of the version of an installed package."""
+    return tuple(map(int, version(package).split(".")[:2]))
+
+
 def cached_environment() -> dict[str, str]:
     """Return the environment for a subprocess that shares the compilation cache of the tests."""
     names = (

@@ -161,10 +161,13 @@ ROWS = [
         weight_decay_rate=1e-3,
         clipping_threshold=None,
     ),
-    _row("muon", shapes=ALL_RANKS, learning_rate=0.01),
+    # five steps of Newton and Schulz multiply a rounding by up to 3.4445^5, which is 485
+    _row("muon", shapes=ALL_RANKS, peer32=3e-5, rounding=5e-6, learning_rate=0.01),
     _row(
         "muon",
         shapes=ALL_RANKS,
+        peer32=3e-5,
+        rounding=5e-6,
         learning_rate=0.01,
         beta=0.9,
         weight_decay=0.1,

@@ -223,7 +223,8 @@ def _integer_additions(tx):
     """Return the number of integer additions in an update."""
 
     def count(jaxpr):
-        inner = [j for eqn in jaxpr.eqns for j in jax.extend.core.jaxprs_in_params(eqn.params)]
+        nested = getattr(jax.extend.core, "jaxprs_in_params", None) or jax.core.jaxprs_in_params
+        inner = [j for eqn in jaxpr.eqns for j in nested(eqn.params)]
         own = [eqn.outvars[0].aval.dtype for eqn in jaxpr.eqns if eqn.primitive.name == "add"]
         return sum(jnp.issubdtype(kind, jnp.integer) for kind in own) + sum(map(count, inner))
 

@@ -5,12 +5,14 @@ The bounds are relative to optax in the same process. `benchmarks/step.py` measu
 
 import costs
 import pytest
+from conftest import release
 
 import jgd
 
 CASES = [(name, "small") for name in costs.OPTIMIZERS] + [("adam", "GPT-2")]
 
 
+@pytest.mark.skipif(release("jaxlib") < (0, 8), reason="jaxlib 0.7.0 may abort in clear_caches")
 @pytest.mark.parametrize(("name", "tree"), CASES)
 def test_few_frames_between_update_and_arithmetic(name, tree):
     deepest = costs.frames(costs.OPTIMIZERS[name](jgd), costs.TREES[tree], jgd)

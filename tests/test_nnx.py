@@ -9,11 +9,17 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from conftest import release
 from flax import nnx
 from test_training import line_task
 
 import jgd
 import jgd.nnx
+
+needs_new_flax = pytest.mark.skipif(
+    release("flax") < (0, 12),
+    reason="flax 0.11, the newest for jax 0.7.0, treats Variables otherwise",
+)
 
 X = jnp.ones((2, 3))
 LANES = jgd.stack([jgd.adam(0.1), jgd.adam(0.2, b1=0.5)])
@@ -51,7 +57,10 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=needs_new_flax) if n == "groups" else n for n in OPTIMIZERS],
+)
 def test_training_equals_the_optimizer_of_flax(name):
     tx = OPTIMIZERS[name]
     ours, optimizer = _both(tx)
@@ -95,6 +104,7 @@ def test_the_numbers_can_be_changed():
     assert isinstance(optimizer.tx.learning_rate, jgd.Schedule)
 
 
+@needs_new_flax
 def test_flax_refuses_arrays_and_retraces():
     """The limits of flax's own class are those that the docstring of `Optimizer` states."""
     with pytest.raises(ValueError, match="data"):
@@ -148,6 +158,7 @@ def test_checkpoints_contain_the_numbers(tmp_path):
     assert other.step[...] == 1
 
 
+@needs_new_flax
 def test_extra_arguments_and_now():
     model, optimizer = _both(jgd.chain(jgd.polyak_sgd(1.0), jgd.scale(lambda step: 1.0 + step)))
     loss, grads = nnx.value_and_grad(lambda model: jnp.mean((model(X) - 1) ** 2))(model)

@@ -66,4 +66,4 @@ def test_the_full_form_of_a_loss_has_a_sharpness_as_well():
     make = lambda scale: {"tx": jgd.sgd(0.0), "scale": jnp.asarray(scale, float)}
     result = jgd.sweep(jgd.with_sharpness(task), jgd.grid(make, scale=[1.0, 2.0]), 4)
     sharpnesses = result.curves["setting"].metrics["sharpness"][:, 0]
-    np.testing.assert_allclose(sharpnesses, [8, 16])
+    np.testing.assert_allclose(sharpnesses, [8, 16], rtol=1e-6)
