@@ -69,6 +69,7 @@ LONGEST = (
 CASES_PER_SAMPLE = {
     "test_a_fault_at_each_operation_on_files": 0,  # a default test runs every 17th operation
     "test_an_extension_that_dies_is_resumed": 0,  # a default test runs every 41st operation
+    "test_every_optimizer_on_an_explicit_and_an_auto_mesh": 0,  # a default test runs five of them
     "test_an_error_on_one_process_ends_all_with_one_line": 2,
     "test_derivatives_of_training_in_both_modes": 8,
     "test_equals_its_peer_in_float64": 3,
