@@ -119,9 +119,9 @@ def _complement_traced(decay: Any) -> Any:
 class Weights(NamedTuple):
     """Weights of an average: of the new value, and of the old one in two parts, `most` and `rest`.
 
-    One number for the old value would be rounded, by 2e-4 of the weight 0.0001. The three add up to
-    1. None is negative, so that a square that overflows stays infinite in its average: old - weight
-    old would be inf - inf.
+    The three add up to 1. A single float32 weight of the old value is rounded: for a decay of
+    0.9999, by 2e-4 of the weight of the new value. No weight is negative, so a square that
+    overflows stays infinite in its average, where old - weight old would be inf - inf.
     """
 
     new: Any
@@ -150,7 +150,7 @@ _MOST = 1 - 2**-14
 @formula
 def _weights_traced(new: Any) -> Weights:
     most = (1 - new) * _MOST
-    # XLA may compute 1 - x y without rounding x y, and then `rest` is not what `most` leaves
+    # XLA may compute 1 - x y without rounding x y: the three weights would not add up to 1
     most = jax.lax.reduce_precision(most, jnp.finfo(most.dtype).nexp, 16)
     return Weights(new, most, (1 - most) - new)
 

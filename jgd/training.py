@@ -83,8 +83,8 @@ class Run(NamedTuple):
     """Optional: key -> the initial values that all settings of a seed share, such as parameters. It
     is called once per seed."""
     verdict: bool = True
-    """Whether the loss curve can be judged. If False, for example for a policy gradient, the table
-    of a sweep has no verdicts."""
+    """True (default) judges the loss curve. False, for example for a policy gradient, leaves the
+    verdicts out of the table of a sweep."""
 
 
 def check_task(function: str, task: Any, *kinds: type[Any]) -> None:

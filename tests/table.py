@@ -1,6 +1,7 @@
 """One row for each case of an optimizer: jgd's factory, its oracle, its peer and its numbers."""
 
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,10 @@ FULL_RANK = {"vector": (5,), "matrix": (4, 4), "cube": (3, 2, 4), "kernel": (2, 
 # For `jax.jit` where two programs must round in the same way: at level 0, XLA does not contract a
 # product and a sum to one operation, as it does for users.
 CONTRACTED = {"xla_backend_optimization_level": 1}
+
+# Five steps of Newton and Schulz multiply a rounding by up to 3.4445^5 = 485. With jaxlib 0.7, Muon
+# misses the tolerances of all other rows.
+MUON = dict(peer32=3e-5, rounding=5e-6) if version("jaxlib").startswith("0.7.") else {}
 
 
 class Row(NamedTuple):
@@ -161,13 +166,11 @@ ROWS = [
         weight_decay_rate=1e-3,
         clipping_threshold=None,
     ),
-    # five steps of Newton and Schulz multiply a rounding by up to 3.4445^5, which is 485
-    _row("muon", shapes=ALL_RANKS, peer32=3e-5, rounding=5e-6, learning_rate=0.01),
+    _row("muon", shapes=ALL_RANKS, **MUON, learning_rate=0.01),
     _row(
         "muon",
         shapes=ALL_RANKS,
-        peer32=3e-5,
-        rounding=5e-6,
+        **MUON,
         learning_rate=0.01,
         beta=0.9,
         weight_decay=0.1,

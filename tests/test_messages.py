@@ -22,7 +22,7 @@ FORMS = {
     "what to do next": r"([Rr]esume (the sweep|(it |from it )?with)|[Ff]inish .* first)",
 }
 OWN_WORDS = re.compile(r"(\w{3,}\W+){3}")  # fewer only stand in front of another message
-# The message comes from another function.
+# These take their message from another function.
 PASSED_ON = {
     "SystemExit",
     "Interrupted",

@@ -64,9 +64,6 @@ __all__ = [
 ]
 
 
-# --- sums over a tree, and rules of one leaf -------------------------------------------------
-
-
 def _summed(f: Callable[..., Any], tree: Any, *trees: Any) -> Any:
     """Return the sum of the scalars `f(x, *others)` over all leaves x of a tree."""
     return sum(jax.tree.leaves(leafwise(f, tree, *trees)), jnp.zeros([], float))
@@ -83,48 +80,8 @@ def _square_distance(x: Any, y: Any) -> Any:
 
 
 @formula
-def _size(x: Any) -> Any:
-    return jnp.sum(jnp.abs(x))
-
-
-@formula
-def _dot(x: Any, y: Any) -> Any:
-    return jnp.sum(jnp.real(jnp.conj(x) * y))
-
-
-@formula
-def _dot_difference(g: Any, x: Any, y: Any) -> Any:
-    return _dot(g, x - y)
-
-
-@formula
 def _scaled(g: Any, _: Any, rate: Any) -> Any:
     return rate * g
-
-
-@formula
-def _average(g: Any, m: Any, rate: Any, by: Weights) -> Any:
-    return average(rate * g, m, by)
-
-
-@formula
-def _average_square(g: Any, v: Any, rate: Any, by: Weights) -> Any:
-    return average(abs_square(rate * g), v, by)
-
-
-@formula
-def _decayed_sum(g: Any, s: Any, decay: Any, weight: Any) -> Any:
-    return decay * s + weight * g
-
-
-@formula
-def _quotient(s: Any, v: Any, eps: Any) -> Any:
-    return quotient(s, safe_sqrt(v) + eps)
-
-
-@formula
-def _descent(_: Any, m: Any, v: Any, p: Any, rate: Any, eps: Any, decay: Any) -> Any:
-    return -rate * _quotient(m, v, eps) - decay * p
 
 
 def _decay(weight_decay: Any, mask: Mask | None) -> GradientTransformation:
@@ -329,6 +286,46 @@ def dowg(
 
 
 # --- D-adaptation ----------------------------------------------------------------------------
+
+
+@formula
+def _size(x: Any) -> Any:
+    return jnp.sum(jnp.abs(x))
+
+
+@formula
+def _dot(x: Any, y: Any) -> Any:
+    return jnp.sum(jnp.real(jnp.conj(x) * y))
+
+
+@formula
+def _dot_difference(g: Any, x: Any, y: Any) -> Any:
+    return _dot(g, x - y)
+
+
+@formula
+def _average(g: Any, m: Any, rate: Any, by: Weights) -> Any:
+    return average(rate * g, m, by)
+
+
+@formula
+def _average_square(g: Any, v: Any, rate: Any, by: Weights) -> Any:
+    return average(abs_square(rate * g), v, by)
+
+
+@formula
+def _decayed_sum(g: Any, s: Any, decay: Any, weight: Any) -> Any:
+    return decay * s + weight * g
+
+
+@formula
+def _quotient(s: Any, v: Any, eps: Any) -> Any:
+    return quotient(s, safe_sqrt(v) + eps)
+
+
+@formula
+def _descent(_: Any, m: Any, v: Any, p: Any, rate: Any, eps: Any, decay: Any) -> Any:
+    return -rate * _quotient(m, v, eps) - decay * p
 
 
 def _corrected_rate(count: Any, b1: Any, b2: Any) -> Any:

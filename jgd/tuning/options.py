@@ -83,8 +83,8 @@ class Training:
     ] = None
     mode: Annotated[
         Literal["min", "max"] | None,
-        Doc("""Whether a low (min) or a high (max) metric is better. None: decided by a word in its
-        name: max for accuracy, acc, auc, f1, r2, reward, return, score and bleu, and min for
+        Doc("""Direction of the metric: low (min) or high (max) is better. None: a word in its name
+        decides: max for accuracy, acc, auc, f1, r2, reward, return, score and bleu, and min for
         loss, error, nll, mse, mae and perplexity. A name without such a word, or with words of both
         kinds, is an error."""),
     ] = None

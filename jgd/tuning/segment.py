@@ -75,7 +75,7 @@ class Segment:
 
     @property
     def finished(self) -> bool:
-        """Whether all lanes have ended."""
+        """True if all lanes have ended."""
         return not self.facts.ledger.alive.any()
 
     @property

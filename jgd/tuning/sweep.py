@@ -61,7 +61,7 @@ class RecordOptions(CutOptions):
     ] = None
     resume: Annotated[
         bool,
-        Doc("""Whether to resume the sweep of `folder` from its last checkpoint. Its results equal
+        Doc("""True resumes the sweep of `folder` from its last checkpoint. Its results equal
         those of an uninterrupted sweep, bit for bit on the same machine. All other arguments must
         be those that the sweep was started with."""),
     ] = False
